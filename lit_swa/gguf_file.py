@@ -12,7 +12,6 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,9 +263,16 @@ def hf_names(file: GGUFFile) -> dict[str, str]:
     return names
 
 
-def stored_dtype(info: TensorInfo, exact: bool = True) -> torch.dtype:
+def loaded_dtype(file: GGUFFile, name: str) -> torch.dtype:
     """The dtype that load_tensor returns: the stored one where torch has it, else float32."""
-    return PLAIN_DTYPES.get(info.type_id, torch.float32) if exact else torch.float32
+    if has_offset(file, name):
+        return torch.float32
+    return PLAIN_DTYPES.get(file.tensors[name].type_id, torch.float32)
+
+
+def has_offset(file: GGUFFile, name: str) -> bool:
+    """True where llama.cpp stores 1 + weight."""
+    return architecture_of(file).unit_offset and name.endswith("norm.weight")
 
 
 def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
@@ -280,9 +286,7 @@ def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
             raise ValueError(f"{file.path} is damaged: {name} has {weight.shape[0]} rows for {n_head} heads.")
         # llama.cpp turns neighbours (2j, 2j + 1), Hugging Face turns (j, j + D/2):  (n_head, D/2, 2) -> (n_head, 2, D/2)
         weight = weight.view(n_head, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-    if architecture.unit_offset and name.endswith("norm.weight"):
-        weight = (weight.float() - 1.0).to(weight.dtype)
-    return weight
+    return weight.float() - 1.0 if has_offset(file, name) else weight
 
 
 def dequantize(path: Path, info: TensorInfo) -> torch.Tensor:
@@ -291,7 +295,7 @@ def dequantize(path: Path, info: TensorInfo) -> torch.Tensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize as dequantize_blocks
 
-    weight = torch.empty(info.shape, dtype=stored_dtype(info))
+    weight = torch.empty(info.shape, dtype=PLAIN_DTYPES.get(info.type_id, torch.float32))
     flat = weight.view(-1)
     block, block_bytes = GGML_QUANT_SIZES[info.type_id]
     with open(path, "rb") as stream:
@@ -415,11 +419,13 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
     return scaling
 
 
-def _llama3_scaling(file: GGUFFile) -> dict[str, Any]:
+def _llama3_scaling(file: GGUFFile) -> dict[str, Any] | None:
     """Llama 3.1's scaling. The file has the factors it leads to, one per frequency, but not its four parameters: take
     those that every Llama 3.1 to 3.3 uses and check that they lead to the same factors."""
     factors = dequantize(file.path, file.tensors["rope_freqs.weight"]).float().flatten().tolist()
     theta = file.get(f"{file.architecture}.rope.freq_base", float, 10000.0)
+    if set(factors) == {1.0}:
+        return None
     scaling = {"rope_type": "llama3", "factor": max(factors), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
     for j, factor in enumerate(factors):
@@ -645,8 +651,3 @@ def _add_template(tokenizer: Any, bos: str | None, eos: str | None) -> None:
     specials = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=around("$A", 0), pair=around("$A", 0) + around("$B", 1), special_tokens=specials)
-
-
-def weights(file: GGUFFile) -> Iterator[tuple[str, str]]:
-    """(Hugging Face name, GGUF name) of every weight, in the order of the file."""
-    return ((hf, name) for name, hf in hf_names(file).items())

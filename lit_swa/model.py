@@ -235,7 +235,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             "ln_f": build_norm(config, config.n_embd),
         })
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.rope = RoPE(config)
         self.slot_maps = nn.ModuleDict()  # variant -> SlotMap, once set_kv_cache was called
         self.max_seq_length = config.block_size
@@ -291,6 +291,8 @@ class GPT(nn.Module):
             raise ValueError("There are no tokens: give at least one.")
         if cached and (rows := next(iter(self.slot_maps.values())).pos.size(0)) != B:
             raise ValueError(f"The cache was set up for {rows} rows and idx has {B}: call set_kv_cache(batch_size={B}).")
+        if span.first is not None and span.first < 0:
+            raise ValueError(f"Position {span.first} is negative, which marks padding: give input_pos as ({B}, {T}), row by row.")
         limit = self.max_seq_length if cached else self.config.block_size
         if span.last is not None and span.last >= limit and not self.unbounded(cached):
             remedy = "set_kv_cache with a larger max_seq_length" if cached else "a larger block_size"
@@ -372,8 +374,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         H, G, D = config.n_head, config.n_query_groups, config.head_size
-        self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.attn_bias)  # rows: H queries, G keys, G values
-        self.proj = nn.Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
+        self.qkv = Linear(config.n_embd, (H + 2 * G) * D, bias=config.attn_bias)  # rows: H queries, G keys, G values
+        self.proj = Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
         self.norm_q = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.norm_k = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.variant = config.layer_variants[layer]
@@ -550,6 +552,8 @@ def build_plan(variant: str, config: Config, pos: Tensor, span: Span, window: in
     if slot_map is None or span.fresh:
         blocks = split_queries(variant, config, pos, pos, window, offset=0, fresh=True)
         return Plan(blocks, None if slot_map is None else slot_map.write(pos, span))
+    if span.last is not None and window is not None:
+        slot_map.check_kept(pos[:, :1], window)
     if window is None or T <= 1 + slot_map.lookahead:
         write = slot_map.write(pos, span)
         read, offset = slot_map.view(T, span, window)
@@ -663,12 +667,22 @@ class SlotMap(nn.Module):
         slots = torch.where(any_token, self.slot(pos.gather(1, source)), 0)
         return Write(slots, source, any_token)
 
+    def check_kept(self, first: Tensor, window: int) -> None:
+        """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one has replaced."""
+        if self.copies == 1 or first.device.type != "cpu":
+            return
+        oldest = (first - window + 1).clamp(min=0).expand(self.pos.size(0), 1)
+        replaced = (self.pos.gather(1, self.slot(oldest)) > oldest) & (oldest < first)
+        if replaced.any():
+            raise ValueError(f"Position {int(first.min())} comes after later ones, and the keys that it needs are gone: a rolling "
+                             f"cache takes back {self.lookahead} tokens, more with set_kv_cache(lookahead=...).")
+
     def view(self, T: int, span: Span, window: int | None) -> tuple[slice, int | None]:
         """The slots that a call of T tokens, already written, meets, and the place among them of its first token's own."""
         if span.last is None or (self.copies == 2 and not span.uniform):
             return slice(0, self.n_slots), None
         if span.first is None or not span.contiguous:
-            return slice(0, min(self.n_slots, span.last + 1)), None
+            return slice(0, min(self.n_slots, max(1, span.last + 1))), None  # at least one, for a call of padding alone
         n = span.last + 1 if window is None else min(window - 1 + T, span.last + 1)
         end = span.last + 1 if self.copies == 1 else span.last % self.n_slots + self.n_slots + 1
         return slice(end - n, end), n - T
@@ -699,6 +713,7 @@ class KVCache(nn.Module):
 
     def exchange(self, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Take in the call's keys and values (B, G, T, D), and give those that its queries meet (B, G, L, D)."""
+        k, v = k.to(self.k.dtype).to(k.dtype), v.to(self.v.dtype).to(v.dtype)  # a key is rounded whoever meets it
         if plan.write_first:
             self.write(k, v, plan.write)
             return self.read(self.k, plan.read, k.dtype), self.read(self.v, plan.read, v.dtype)
@@ -818,14 +833,24 @@ def check_rope_scaling(scaling: dict | None) -> None:
 # ------------------------------------------------------------------------------------------------------------- MLP, norms
 
 
+class Linear(nn.Linear):
+    """nn.Linear. On a CPU without gradients oneDNN multiplies float32, at twice the speed of torch's default on AMD."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu"
+        if plain or not torch.backends.mkldnn.is_available() or self.weight.dtype != torch.float32:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 class GatedMLP(nn.Module):
     """act(fc_1(x)) * fc_2(x), projected back (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        self.fc_1 = Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.fc_2 = Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -837,8 +862,8 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        self.fc = Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:

