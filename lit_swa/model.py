@@ -330,6 +330,15 @@ class GPT(nn.Module):
             shape = (batch_size, self.config.n_query_groups, slot_map.copies, slot_map.n_slots, self.config.head_size)
             block.attn.kv_cache = KVCache(shape, device, dtype)
 
+    def extend_kv_cache(self, max_seq_length: int) -> None:
+        """Make room for more positions, and keep what the caches hold."""
+        slot_maps, caches = dict(self.slot_maps.items()), [block.attn.kv_cache for block in self.transformer.h]
+        first, dtype = next(iter(slot_maps.values())), caches[0].k.dtype
+        self.set_kv_cache(first.pos.size(0), max_seq_length, lookahead=first.lookahead, device=first.pos.device, dtype=dtype)
+        moves = {name: self.slot_maps[name].take_over(old) for name, old in slot_maps.items()}
+        for block, old in zip(self.transformer.h, caches, strict=True):
+            block.attn.kv_cache.take_over(old, *moves[block.attn.variant])
+
     def clear_kv_cache(self) -> None:
         """Free the caches."""
         self.slot_maps = nn.ModuleDict()
@@ -638,6 +647,14 @@ class SlotMap(nn.Module):
         """The (first) slot of each position. A dense cache does not wrap: a position beyond it is an index error."""
         return pos if self.copies == 1 else pos % self.n_slots
 
+    def take_over(self, old: "SlotMap") -> tuple[Tensor, Tensor, Tensor]:
+        """Hold the positions that a smaller map holds. Returns what moves: (rows, slots there, slots here), (n,) each."""
+        held = old.pos[:, : old.n_slots]
+        rows, source = (held >= 0).nonzero(as_tuple=True)
+        slots = self.slot(held[rows, source])
+        self.pos.unflatten(1, (self.copies, self.n_slots))[rows, :, slots] = held[rows, source][:, None].expand(-1, self.copies)
+        return rows, source, slots
+
     def write(self, pos: Tensor, span: Span) -> Write:
         """Note that the slots of pos (1 or B, T) hold these positions now; returns where their keys go."""
         by_copy = self.pos.unflatten(1, (self.copies, self.n_slots))
@@ -710,6 +727,11 @@ class KVCache(nn.Module):
         super().__init__()
         self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+
+    def take_over(self, old: "KVCache", rows: Tensor, source: Tensor, slots: Tensor) -> None:
+        """Copy the keys and values that SlotMap.take_over moved."""
+        for new, held in ((self.k, old.k), (self.v, old.v)):
+            new[rows, :, :, slots] = held[rows, :, 0, source][:, :, None].expand(-1, -1, new.size(2), -1)
 
     def exchange(self, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Take in the call's keys and values (B, G, T, D), and give those that its queries meet (B, G, L, D)."""

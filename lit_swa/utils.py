@@ -1,8 +1,12 @@
 """What every script shares: the command line, errors for people."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 
@@ -25,3 +29,50 @@ def run_script(main: Callable[..., Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def pick_device(name: str) -> str:
+    """ "auto" becomes cuda, mps or cpu, whichever is there first. Raises ValueError for a device that this machine lacks."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, available in there.items() if available)
+    kind = name.split(":")[0]
+    if kind not in there:
+        raise ValueError(f"device={name!r} does not fit: choose from auto, {', '.join(there)}.")
+    if not there[kind]:
+        raise ValueError(f"device={name!r} is not on this machine: use --device cpu.")
+    return name
+
+
+def pick_dtype(name: str, device: str) -> str:
+    """ "auto" becomes bfloat16 on a GPU that has it and float32 elsewhere."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C is only noted, and the function that it gives says whether: a step is never cut in two.
+
+    A second Ctrl-C interrupts at once. Outside the main thread, where signals cannot be caught, it changes nothing.
+    """
+    noted = threading.Event()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted.is_set
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

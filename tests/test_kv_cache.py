@@ -220,6 +220,23 @@ def test_taking_back_more_than_the_lookahead_is_refused(tiny_model):
             model(idx[:, : pos.size(-1)], pos)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_a_cache_that_is_extended_keeps_what_it_holds(tiny_model, pattern):
+    """Catches: keys lost, or left in the slots of the smaller cache, when a conversation outgrows it."""
+    model = tiny_model(sliding_window_size=9, **PATTERNS[pattern])
+    idx = torch.randint(0, 97, (2, 40))
+    expected = model(idx)
+    model.set_kv_cache(2, 7, lookahead=1)  # less than the window
+    outputs, start = [], 0
+    for room, sizes in ((7, [3, 2]), (8, [3]), (26, [1, 14]), (40, [1, 6, 10])):
+        model.extend_kv_cache(room)
+        for size in sizes:
+            outputs.append(model(idx[:, start : start + size], torch.arange(start, start + size)))
+            start += size
+    assert_same(torch.cat(outputs, dim=1), expected)
+
+
 @torch.no_grad()
 def test_the_cache_can_be_used_again_for_another_sequence(tiny_model):
     """Catches: keys of the previous sequence that stay visible."""

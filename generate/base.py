@@ -1,0 +1,79 @@
+"""Complete a prompt: python generate/base.py --prompt "Once upon a time"."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+def main(
+    prompt: str = "Once upon a time, in a small village by the sea,",
+    checkpoint_dir: Path | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
+    num_samples: int = 1,
+    seed: int = 1234,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool = False,
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Print the prompt and its completion on stdout; statistics go to stderr.
+
+    Args:
+        prompt: The text to go on from. "-" reads it from standard input.
+        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        max_new_tokens: How many tokens to add at most.
+        temperature: 0 takes the likeliest token each time; higher is wilder.
+        top_k: Sample among the k likeliest tokens.
+        top_p: Sample among the fewest tokens whose probabilities sum to this.
+        min_p: Sample among the tokens that are at least this times as likely as the likeliest.
+        repetition_penalty: Above 1, tokens that were there before become less likely.
+        stop: Texts that end the completion and are not printed.
+        num_samples: How many completions to print.
+        seed: The same seed gives the same text.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        compile: Compile the decode step: slow to start, faster after that.
+        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
+            --model.sliding_window_size 256 --model.rolling_kv_cache true.
+    """
+    from lit_swa.checkpoint import load_model
+    from lit_swa.download import download_checkpoint
+    from lit_swa.generate import Stats, compile_decode, generate_text
+    from lit_swa.tokenizer import Tokenizer
+    from lit_swa.utils import pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt:
+        raise ValueError('The prompt is empty: give some text with --prompt "...".')
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} does not fit: it must be at least 1.")
+    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    tokenizer = Tokenizer(checkpoint_dir)
+    gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
+    decode = compile_decode(gpt) if compile else None
+    ids = tokenizer.encode(prompt)
+    for sample in range(num_samples):
+        stats = Stats()
+        print(prompt, end="", flush=True)
+        for piece in generate_text(gpt, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                                   top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed + sample,
+                                   stop=stop or (), stop_tokens=tokenizer.eos_ids, decode=decode, stats=stats):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        print(stats.line(gpt), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)

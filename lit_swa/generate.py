@@ -1,0 +1,337 @@
+"""Text from a model: prefill, the decode loop, sampling, and where to stop. Functions, so that the loop can be read.
+
+Shapes: B rows, T tokens, V vocabulary. `generate` works on token ids, `generate_text` on text.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_swa.model import GPT, VARIANTS
+
+if TYPE_CHECKING:
+    from lit_swa.tokenizer import Tokenizer
+
+
+@dataclass
+class Stats:
+    """What one call of generate did: tokens and seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, those that were in the cache already
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0  # until the logits of the first new token are there
+    first_token_seconds: float = 0.0  # until the first new token was chosen
+    decode_seconds: float = 0.0  # the steps after that
+    decode_steps: int = 0
+
+    def line(self, model: GPT) -> str:
+        """One line for people."""
+        fed = self.prompt_tokens - self.cached_tokens
+        prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
+        cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
+        decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
+        return (f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
+                f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB")
+
+
+def describe_window(model: GPT) -> str:
+    """The keys that a query can see: "none (context 8192)", "256", or "4096 in 13 of 26 layers"."""
+    windows = [VARIANTS[v].window(model.config) for v in model.config.layer_variants]
+    n = sum(w is not None for w in windows)
+    if n == 0:
+        return f"none (context {model.config.block_size})"
+    kind = " rolling" if model.config.rolling_kv_cache else ""
+    part = "" if n == len(windows) else f" in {n} of {len(windows)} layers"
+    return f"{model.config.sliding_window_size}{kind}{part}"
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompt_ids: Sequence[int] | Tensor,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_tokens: Iterable[int | Sequence[int]] = (),
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    cached_ids: list[int] | None = None,
+    decode: Callable[[Tensor, Tensor], Tensor] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    stats: Stats | None = None,
+) -> Iterator[int]:
+    """Yield new tokens, one by one, as they are chosen.
+
+    prompt_ids: the whole sequence so far, at least one token.
+    temperature: 0 takes the likeliest token; else logits are divided by it, and top_k, top_p, min_p cut the tail.
+    stop_tokens: ids, or sequences of ids, that end the text. They are not yielded, nor is any part of a sequence that
+        might become one before it is clear that it does not.
+    cached_ids: the tokens that the model's cache holds, kept up to date as tokens are fed; the part of prompt_ids that
+        it covers is not fed again. None: the cache is set up for this call.
+    decode: what makes a one-token step, (token (1, 1), input_pos (1,)) -> logits (1, 1, V): a compiled model, say.
+    should_stop: asked between steps; True ends the text.
+    Ends early when the context is full. Raises ValueError for arguments that do not fit and for a prompt that is empty,
+    longer than the context or not of the vocabulary.
+    """
+    ids = [int(i) for i in (prompt_ids.flatten().tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)]
+    check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    stats, should_stop, cached = stats or Stats(), should_stop or (lambda: False), [] if cached_ids is None else cached_ids
+    device = model.lm_head.weight.device
+    last = prepare_cache(model, ids, cached, max_new_tokens)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    seen = mark_seen(ids, model.config.vocab_size, device) if repetition_penalty != 1.0 else None
+    stops = StopFinder([[s] if isinstance(s, int) else [int(i) for i in s] for s in stop_tokens], empty=[])
+
+    started = time.perf_counter()
+    stats.prompt_tokens, stats.cached_tokens = len(ids), len(cached)
+    logits = prefill(model, ids, cached, should_stop)
+    wait_for(device)
+    stats.prefill_seconds = time.perf_counter() - started
+    for pos in range(len(ids), last + 1):
+        if logits is None or should_stop():
+            break
+        logits = logits[:, -1, : model.config.vocab_size]  # rows of padding are no tokens
+        token = choose_token(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+        token_id = int(token)
+        stats.new_tokens += 1
+        if stats.new_tokens == 1:
+            stats.first_token_seconds = time.perf_counter() - started
+        released, found = stops.push([token_id])
+        yield from released
+        if found:
+            return
+        if pos < last:
+            started = time.perf_counter()
+            input_pos = torch.tensor([pos], device=device)
+            logits = model(token, input_pos, input_pos_maxp1=pos + 1) if decode is None else decode(token, input_pos)
+            cached.append(token_id)
+            wait_for(device)
+            stats.decode_seconds, stats.decode_steps = stats.decode_seconds + time.perf_counter() - started, stats.decode_steps + 1
+    yield from stops.held  # what was not a stop after all
+
+
+def check_arguments(model: GPT, ids: list[int], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float,
+                    min_p: float, repetition_penalty: float) -> None:
+    """Raises ValueError, in one sentence, for what cannot be generated from."""
+    if not ids:
+        raise ValueError("The prompt is empty: give at least one token.")
+    if not 0 <= min(ids) <= max(ids) < model.config.padded_vocab_size:
+        raise ValueError(f"The prompt holds the token id {max(ids) if min(ids) >= 0 else min(ids)}, and the vocabulary has "
+                         f"{model.config.padded_vocab_size}: the tokenizer is another model's.")
+    limits = (("max_new_tokens", max_new_tokens, 0, 10**9), ("temperature", temperature, 0, 1e4), ("top_k", top_k, 1, 10**9),
+              ("top_p", top_p, 1e-9, 1), ("min_p", min_p, 0, 1), ("repetition_penalty", repetition_penalty, 1e-3, 1e3))
+    for name, value, least, most in limits:
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name}={value} does not fit: it must lie between {least} and {most}.")
+
+
+def prepare_cache(model: GPT, ids: list[int], cached: list[int], max_new_tokens: int) -> int:
+    """See to it that the model has a cache whose first tokens are `cached`, a true prefix of ids.
+
+    Returns the last position that can be chosen for: one after the last that can be fed.
+    """
+    context = None if model.unbounded(cached=True) else model.config.block_size
+    if context is not None and len(ids) > context:
+        raise ValueError(f"The prompt has {len(ids)} tokens and the context {context}: shorten it, or give every layer a window "
+                         "with --model.attention sliding --model.sliding_window_size S --model.rolling_kv_cache true.")
+    wanted = len(ids) + max_new_tokens
+    wanted = wanted if context is None else min(wanted, context)
+    keep = common_prefix(cached, ids[:-1])  # the last token is fed in any case: its logits are wanted
+    if not model.slot_maps or next(iter(model.slot_maps.values())).pos.size(0) != 1:
+        model.set_kv_cache(1, wanted)
+        keep = 0
+    elif model.max_seq_length < wanted and keep == 0:
+        model.set_kv_cache(1, wanted, lookahead=next(iter(model.slot_maps.values())).lookahead)
+    elif model.max_seq_length < wanted:
+        doubled = 2 * model.max_seq_length  # so that a growing conversation is copied a few times only
+        model.extend_kv_cache(max(wanted, doubled if context is None else min(doubled, context)))
+    if len(cached) - keep > takes_back(model):
+        keep = 0
+    if keep == 0:
+        model.reset_kv_cache()
+    del cached[keep:]
+    return len(ids) + max_new_tokens - 1 if context is None else min(len(ids) + max_new_tokens - 1, context)
+
+
+def takes_back(model: GPT) -> int:
+    """How many tokens the model's caches can take back."""
+    rolling = [m.lookahead for m in model.slot_maps.values() if m.copies == 2]
+    return min(rolling) if rolling else 2**31
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def prefill(model: GPT, ids: list[int], cached: list[int], should_stop: Callable[[], bool] = lambda: False) -> Tensor | None:
+    """Feed the tokens of ids that are not in the cache; logits (1, 1, V) of the last, or None if stopped on the way."""
+    device, logits = model.lm_head.weight.device, None
+    size = prefill_chunk(model, batch_size=1)
+    while len(cached) < len(ids):
+        if should_stop():
+            return None
+        start, stop = len(cached), min(len(cached) + size, len(ids))
+        chunk = torch.tensor([ids[start:stop]], device=device)
+        logits = model(chunk, torch.arange(start, stop, device=device), input_pos_maxp1=stop, logits_to_keep=1)
+        cached.extend(ids[start:stop])
+    return logits
+
+
+def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int:
+    """How many tokens of a prompt to feed at once: as many as a quarter of the free memory holds activations for.
+
+    memory: free bytes; None: asked of the device. The cache and the weights are there already, and attention bounds
+    itself (SCORE_ELEMENTS), so what grows with the tokens is the residual stream, the projections and the MLP.
+    """
+    config, weight = model.config, model.lm_head.weight
+    heads = (2 * config.n_head + 3 * config.n_query_groups) * config.head_size
+    elements = 4 * config.n_embd + 3 * heads + 3 * config.intermediate_size  # live at once, some of it in float32
+    per_token = batch_size * elements * max(weight.element_size(), 4)
+    memory = free_memory(weight.device) if memory is None else memory
+    tokens = max(128, min(16384, memory // 4 // per_token))
+    return 2 ** (tokens.bit_length() - 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the device; an estimate on a CPU."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return 2**31
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
+    """A compiled one-token step for `generate(decode=...)`. It is compiled at its first use, once for all positions."""
+    compiled = torch.compile(model, mode="reduce-overhead" if model.lm_head.weight.is_cuda else None, fullgraph=True)
+
+    def step(token: Tensor, input_pos: Tensor) -> Tensor:
+        return compiled(token, input_pos).clone()  # a CUDA graph writes its next result to the same place
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def choose_token(logits: Tensor, seen: Tensor | None, temperature: float, top_k: int | None, top_p: float, min_p: float,
+                 repetition_penalty: float, generator: torch.Generator | None) -> Tensor:
+    """The next token (1, 1) from logits (1, V); it is marked in `seen`."""
+    logits = logits.float()
+    if seen is not None:
+        logits = penalize(logits, seen, repetition_penalty)
+    if temperature == 0:
+        token = logits.argmax(dim=-1, keepdim=True)
+    else:
+        probabilities = probabilities_of(logits, temperature, top_k, top_p, min_p)
+        # argmax(p / e) with e exponential is a draw from p (the exponential race), without multinomial's sync
+        noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
+        token = (probabilities / noise).argmax(dim=-1, keepdim=True)
+    if seen is not None:
+        seen.scatter_(1, token, True)
+    return token
+
+
+def probabilities_of(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """What is sampled from, (B, V). In the usual order: temperature, top-k, top-p, min-p.
+
+    top_k: the k likeliest. top_p: the fewest of the likeliest whose probabilities sum to at least top_p (Holtzman et al.
+    2020, arXiv 1904.09751). min_p: those with at least min_p times the likeliest's (Nguyen et al. 2024, arXiv 2407.01082).
+    """
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        before = p.cumsum(dim=-1) - p  # of the likelier ones; 0 for the first, which always stays
+        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -torch.inf)
+    if min_p > 0.0:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+def mark_seen(ids: list[int], vocab_size: int, device: torch.device) -> Tensor:
+    """(1, V) bool: which tokens the text holds."""
+    seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
+    seen[0, [i for i in set(ids) if i < vocab_size]] = True
+    return seen
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the seen tokens less likely (Keskar et al. 2019, arXiv 1909.05858): positive logits / penalty, negative * penalty."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+# --------------------------------------------------------------------------------------------------------------- stops
+
+
+class StopFinder:
+    """Passes a stream of tokens (lists) or text (str) on up to the first stop, and holds back what may begin one."""
+
+    def __init__(self, stops: Sequence, empty: list | str) -> None:
+        self.stops = [s for s in stops if len(s)]
+        self.held = empty
+
+    def push(self, new: list | str) -> tuple[list | str, bool]:
+        """(what can be passed on, True if a stop was found right behind it)"""
+        stream = self.held + new
+        for i in range(len(stream)):
+            rest = stream[i:]
+            if any(rest[: len(s)] == s for s in self.stops):
+                self.held = rest[:0]
+                return stream[:i], True
+            if any(rest == s[: len(rest)] for s in self.stops):
+                self.held = rest
+                return stream[:i], False
+        self.held = stream[:0]
+        return stream, False
+
+
+def generate_text(model: GPT, tokenizer: "Tokenizer", prompt_ids: Sequence[int], *, stop: Sequence[str] = (),
+                  continues: bool = True, **arguments: Any) -> Iterator[str]:
+    """Yield the new text piece by piece: whole characters, no space lost. `arguments` are generate's.
+
+    stop: strings that end the text and are not part of it.
+    continues: the text goes on from the prompt's, so that a first token " word" keeps its space; False: it stands alone.
+    """
+    from lit_swa.tokenizer import StreamDecoder
+
+    decoder = StreamDecoder(tokenizer)
+    for token in prompt_ids if continues else ():
+        decoder.push(token)
+    stops = StopFinder(list(stop), empty="")
+    tokens = generate(model, prompt_ids, **arguments)
+    for token in tokens:
+        released, found = stops.push(decoder.push(token))
+        if released:
+            yield released
+        if found:
+            tokens.close()
+            return
+    released, found = stops.push(decoder.flush())
+    yield released if found else released + stops.held
