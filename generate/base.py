@@ -46,7 +46,7 @@ def main(
     """
     from lit_swa.checkpoint import load_model
     from lit_swa.download import download_checkpoint
-    from lit_swa.generate import Stats, compile_decode, generate_text
+    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype
 
@@ -61,13 +61,18 @@ def main(
     tokenizer = Tokenizer(checkpoint_dir)
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
     decode = compile_decode(gpt) if compile else None
+    if decode is None:
+        pack_for_cpu(gpt)
     ids = tokenizer.encode(prompt)
     for sample in range(num_samples):
         stats = Stats()
+        pieces = generate_text(
+            gpt, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, repetition_penalty=repetition_penalty, seed=seed + sample, stop=stop or (),
+            stop_tokens=tokenizer.eos_ids, decode=decode, stats=stats,
+        )  # fmt: skip
         print(prompt, end="", flush=True)
-        for piece in generate_text(gpt, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                                   top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed + sample,
-                                   stop=stop or (), stop_tokens=tokenizer.eos_ids, decode=decode, stats=stats):
+        for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
         print(stats.line(gpt), file=sys.stderr)

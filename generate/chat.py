@@ -48,7 +48,7 @@ def main(
     """
     from lit_swa.checkpoint import load_model
     from lit_swa.download import download_checkpoint
-    from lit_swa.generate import Stats, compile_decode, generate_text
+    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import interruptible, pick_device, pick_dtype
 
@@ -61,6 +61,8 @@ def main(
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
     gpt.set_kv_cache(1, min(1024, gpt.config.block_size), lookahead=TAKES_BACK)
     decode = compile_decode(gpt) if compile else None
+    if decode is None:
+        pack_for_cpu(gpt)
 
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages, cached_ids = list(beginning), []

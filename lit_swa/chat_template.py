@@ -234,7 +234,7 @@ def _rendered(compiled: Callable[[str], Any], source: str, variables: dict[str, 
     except MemoryError:
         return _ERROR_LAST, f"needs more than {RENDER_BYTES >> 20} MB and was stopped".encode()
     except RecursionError:
-        return _ERROR_LAST, b"calls itself without an end"
+        return _ERROR_LAST, b"nests too deeply, or calls itself without an end"
     except TemplateSyntaxError as error:
         return _ERROR, f"is not valid in line {error.lineno}: {error.message}".encode(errors="replace")
     except Exception as error:

@@ -1,16 +1,18 @@
 """Checkpoint directories: check, load, save, convert from Hugging Face and GGUF, export to Hugging Face.
 
-A checkpoint directory holds lit_config.json, lit_model.safetensors (above 5 GB: shards and their index), the tokenizer's
-files and generation_config.json. lit_config.json is written last: with it and every weight file there, the directory is
-complete. Every file is written under a temporary name and renamed. A pickle is read with weights_only=True or not at all.
+A checkpoint directory holds lit_config.json, lit_model.safetensors (above 5 GB: shards and their index), the
+tokenizer's files and generation_config.json. lit_config.json is written last: with it and every weight file there, the
+directory is complete. Every file is written under a temporary name and renamed. A pickle is read with weights_only=True
+or not at all.
 """
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -34,16 +36,26 @@ from lit_swa.files import (
     write_text,
     write_weights,
 )
-from lit_swa.hf_format import config_to_hf, expected_shapes, require_layers, to_hf, to_lit
+from lit_swa.hf_format import config_to_hf, empty_model, expected_shapes, require_layers, to_hf, to_lit
 from lit_swa.model import GPT, Config, RoPE
 
 CONFIG_FILE, STEM = "lit_config.json", "lit_model"
 MAX_SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is enough
-COPIED_FILES = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-                "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE", "NOTICE")
+COPIED_FILES = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "NOTICE",
+)
 
-# --------------------------------------------------------------------------------------------------------------- check
+# ---------------------------------------------------------------------------------------------------------------- check
 
 
 def check_checkpoint_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> None:
@@ -67,7 +79,9 @@ def check_checkpoint_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> 
     try:
         open_weights(directory)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error} {' and '.join(there)} are there; convert or download the checkpoint again.") from None
+        raise FileNotFoundError(
+            f"{error} {' and '.join(there)} are there; convert or download the checkpoint again."
+        ) from None
 
 
 def require_directory(directory: Path) -> None:
@@ -79,7 +93,9 @@ def _incomplete(directory: Path, there: list[str], missing: list[str]) -> str:
     """One sentence for a directory that lacks files."""
     patterns = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
     source = any(not p.name.startswith(STEM) for pattern in patterns for p in directory.glob(pattern))
-    remedy = f"run python scripts/convert_hf.py --checkpoint_dir {directory}" if source else "download or convert it again"
+    remedy = (
+        f"run python scripts/convert_hf.py --checkpoint_dir {directory}" if source else "download or convert it again"
+    )
     present = f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there, " if there else ""
     verb = "is" if len(missing) == 1 else "are"
     return f"{directory} is no complete checkpoint: {present}{' and '.join(missing)} {verb} missing; {remedy}."
@@ -94,12 +110,21 @@ def is_complete(checkpoint_dir: str | Path) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
+# ----------------------------------------------------------------------------------------------------------------- load
 
 
 def load_config(checkpoint_dir: str | Path) -> Config:
     """The Config in lit_config.json. Raises FileNotFoundError or ValueError."""
-    return Config.from_dict(read_json(find_inside(Path(checkpoint_dir), CONFIG_FILE)))
+    path = find_inside(Path(checkpoint_dir), CONFIG_FILE)
+    return _build_config(Config.from_dict, read_json(path), path)
+
+
+def _build_config(build: Callable[[dict[str, Any]], Config], values: dict[str, Any], path: Path) -> Config:
+    """build(values); an error names the file, and is short whatever a stranger wrote into it."""
+    try:
+        return build(values)
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe a model: {shorten(str(error), 400)}") from None
 
 
 def open_weights(checkpoint_dir: str | Path) -> dict[str, LazyTensor]:
@@ -110,15 +135,19 @@ def open_weights(checkpoint_dir: str | Path) -> dict[str, LazyTensor]:
     return open_safetensors(find_inside(directory, f"{STEM}.safetensors"))
 
 
-def load_model(checkpoint_dir: str | Path, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu",
-               **config_overrides: Any) -> GPT:
+def load_model(
+    checkpoint_dir: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    **config_overrides: Any,
+) -> GPT:
     """The model of a checkpoint directory, in eval mode, its weights in `dtype` on `device`.
 
     config_overrides: fields of Config that replace those of lit_config.json.
-    Weights are mapped from the file and cast one by one: the peak is one copy of the model (and one more tensor). A model
-    whose stored dtype is asked for, on the CPU, keeps using the file's pages.
-    Raises FileNotFoundError or ValueError when the directory is incomplete or damaged, the dtype is none that the device
-    has, or an override does not fit the weights.
+    Weights are mapped from the file and cast one by one: the peak is one copy of the model (and one more tensor). A
+    model whose stored dtype is asked for, on the CPU, keeps using the file's pages.
+    Raises FileNotFoundError or ValueError when the directory is incomplete or damaged, the device lacks the dtype, or
+    an override does not fit the weights.
     """
     directory = Path(checkpoint_dir)
     dtype, device = check_dtype(dtype, device)
@@ -131,8 +160,7 @@ def load_model(checkpoint_dir: str | Path, dtype: torch.dtype | str = torch.floa
 
 def build_model(config: Config, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> GPT:
     """A GPT made of these weights. It is built without memory, then given them one at a time."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = empty_model(config)
     model.rope = RoPE(config)  # its frequencies are computed, not stored
     model.rope.to(device)
     state = {name: tensor.load().to(device=device, dtype=dtype) for name, tensor in tensors.items()}
@@ -151,17 +179,21 @@ def check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]], where: o
     expected = expected_shapes(config)
     for name, shape in expected.items():
         if name not in shapes:
-            raise ValueError(f"{where} has no weight {name}, which its config asks for: convert or download it again, or "
-                             "leave the config's fields as they were.")
+            raise ValueError(
+                f"{where} has no weight {name}, which its config asks for: convert or download it again, or "
+                "leave the config's fields as they were."
+            )
         if tuple(shapes[name]) != shape:
-            raise ValueError(f"{where} has {name} as {list(shapes[name])} and its config asks for {list(shape)}: convert or "
-                             "download it again, or leave the config's fields as they were.")
+            raise ValueError(
+                f"{where} has {name} as {list(shapes[name])} and its config asks for {list(shape)}: convert or "
+                "download it again, or leave the config's fields as they were."
+            )
     if left_over := [name for name in shapes if name not in expected]:
         raise ValueError(f"{where} has the weight {left_over[0][:80]}, which its config has no place for.")
 
 
 def check_dtype(dtype: torch.dtype | str, device: torch.device | str) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device that the names stand for. Raises ValueError, in one sentence, for what this machine lacks."""
+    """The dtype and device that the names stand for. Raises ValueError for what this machine lacks."""
     names = ("float32", "bfloat16", "float16", "float64")
     chosen = getattr(torch, dtype, None) if dtype in names else dtype
     if chosen not in [getattr(torch, name) for name in names]:
@@ -171,24 +203,33 @@ def check_dtype(dtype: torch.dtype | str, device: torch.device | str) -> tuple[t
         torch.empty(1, device=place, dtype=chosen)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:160]
-        raise ValueError(f"The device {str(device)!r} cannot hold {str(chosen).removeprefix('torch.')} here ({reason}): "
-                         "choose another device or dtype.") from None
+        raise ValueError(
+            f"The device {str(device)!r} cannot hold {str(chosen).removeprefix('torch.')} here ({reason}): "
+            "choose another device or dtype."
+        ) from None
     if place.type == "cuda" and chosen == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         raise ValueError(f"The device {place} has no bfloat16: use float16 or float32.")
     return chosen, place
 
 
-# ---------------------------------------------------------------------------------------------------------------- save
+# ----------------------------------------------------------------------------------------------------------------- save
 
 
-def save_checkpoint(model_or_state_dict: nn.Module | Mapping[str, Tensor], config: Config, output_dir: str | Path,
-                    source_dir: str | Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_checkpoint(
+    model_or_state_dict: nn.Module | Mapping[str, Tensor],
+    config: Config,
+    output_dir: str | Path,
+    source_dir: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write a checkpoint directory that load_model loads. The weights keep their dtype.
 
     source_dir: where the tokenizer's files are copied from.
     Raises ValueError when the weights are not those of the config, OSError when they do not fit on the disk.
     """
-    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else dict(model_or_state_dict)
+    state = (
+        model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else dict(model_or_state_dict)
+    )
     if config.tie_embeddings:
         state.pop("lm_head.weight", None)
     check_shapes(config, {name: tuple(t.shape) for name, t in state.items()}, "The state dict")
@@ -228,11 +269,11 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
             copy_file(find_inside(source, name), directory / name)
 
 
-# ------------------------------------------------------------------------------------------------------------- convert
+# -------------------------------------------------------------------------------------------------------------- convert
 
 
 def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Give a directory with a Hugging Face checkpoint (*.safetensors or *.bin) or a GGUF file the files of a checkpoint.
+    """Add the files of a checkpoint to a directory with a Hugging Face one (*.safetensors or *.bin) or a GGUF file.
 
     The source files stay. Weights keep their dtype; quantised ones become float32, as in transformers. One tensor at a
     time is in memory. From a GGUF file the config and the tokenizer are read too, where the directory has none.
@@ -258,8 +299,9 @@ def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[st
         has_config = (directory / "config.json").exists()
         hf = read_json(find_inside(directory, "config.json")) if has_config else gguf_file.hf_config(file)
         extra_files = {} if (directory / "tokenizer.json").exists() else gguf_file.tokenizer_files(file)
-        return Config.from_hf(hf), _gguf_weights(file), extra_files
-    config = Config.from_hf(read_json(find_inside(directory, "config.json")))
+        return _build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files
+    path = find_inside(directory, "config.json")
+    config = _build_config(Config.from_hf, read_json(path), path)
     if index and kind == "safetensors":
         return config, open_shards(directory, index), {}
     source: dict[str, LazyTensor] = {}
@@ -282,27 +324,35 @@ def find_source(directory: Path) -> tuple[str, list[str], str | None]:
             stem, _, count, suffix = numbered[0].groups()
             names = [f"{stem}{n:05d}-of-{count}{suffix}" for n in range(1, min(int(count), 9999) + 1)]
         elif len(names) > 1:
-            raise ValueError(f"{directory} holds {len(names)} weight files and no index that orders them ({names[0]}, "
-                             f"{names[1]}): leave the one to convert.")
+            raise ValueError(
+                f"{directory} holds {len(names)} weight files and no index that orders them ({names[0]}, "
+                f"{names[1]}): leave the one to convert."
+            )
         if not names:
             continue
         has_config = (directory / "config.json").exists()
         try:
-            require_files(directory, [*([] if has_config else ["config.json"]), *names], "shards" if has_config else "files")
+            require_files(
+                directory, [*([] if has_config else ["config.json"]), *names], "shards" if has_config else "files"
+            )
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}{' config.json is there.' if has_config else ''}") from None
         return kind, names, index[0] if index else None
     names = sorted(p.name for p in directory.glob("*.gguf") if not p.name.startswith("mmproj"))
     if len(names) > 1:
-        raise ValueError(f"{directory} holds {len(names)} GGUF files ({names[0]}, {names[1]}): leave the one to convert.")
+        raise ValueError(
+            f"{directory} holds {len(names)} GGUF files ({names[0]}, {names[1]}): leave the one to convert."
+        )
     if not names:
         there = ", ".join(sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))[:6]) or "nothing"
-        raise FileNotFoundError(f"{directory} holds {there}, but no weights to convert: no *.safetensors, *.bin or *.gguf.")
+        raise FileNotFoundError(
+            f"{directory} holds {there}, but no weights to convert: no *.safetensors, *.bin or *.gguf."
+        )
     return "gguf", names, None
 
 
 def _is_source(name: str) -> bool:
-    """Weights of a whole model: not our own, not Meta's or Mistral's first format, not a trainer's or an adapter's state."""
+    """Weights of a whole model: not our own, not those of Meta's or Mistral's tools, nor a trainer's state."""
     others = (STEM, "consolidated", "adapter_", "training_args", "optimizer", "scheduler", "rng_state")
     return not name.startswith(others)
 
@@ -322,18 +372,21 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     """
     is_zip = zipfile.is_zipfile(path)
     try:
-        if is_zip:  # a bomb would be compressed; torch stores its tensors as they are
+        if is_zip:  # torch stores its tensors as they are; only a bomb would be compressed
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError("its parts are compressed")
+                    raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
-    except Exception as error:  # unpickling raises almost anything
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} cannot be read as plain weights ({type(error).__name__}: {reason}): use a checkpoint in "
-                         "safetensors.") from None
+    except Exception as error:  # unpickling raises almost anything; torch's own text would advise to read it unsafely
+        raise ValueError(
+            f"{path} cannot be read as plain weights ({type(error).__name__}): it is damaged, or holds code that "
+            "is not going to be run; use a checkpoint in safetensors."
+        ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(
-            type(name) is str and type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for name, t in state.items()):
+        type(name) is str and type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+        for name, t in state.items()
+    ):
         raise ValueError(f"{path} holds something other than a dict of weights: use a checkpoint in safetensors.")
     return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t.detach()) for name, t in state.items()}
 
@@ -357,11 +410,12 @@ def _with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, La
     return {name: counted(tensor) for name, tensor in tensors.items()}
 
 
-# -------------------------------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------------------------------------------- export
 
 
-def export_hf_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path,
-                         max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def export_hf_checkpoint(
+    checkpoint_dir: str | Path, output_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write a directory that transformers.AutoModelForCausalLM loads, with equal logits. The weights keep their dtype.
 
     Raises ValueError when no Hugging Face architecture computes what the config asks for.
@@ -381,6 +435,8 @@ def export_hf_checkpoint(checkpoint_dir: str | Path, output_dir: str | Path,
         copy_tokenizer(source, directory)
         if (directory / "generation_config.json").exists():
             generation = read_json(find_inside(directory, "generation_config.json"))
-            hf |= {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
+            hf |= {
+                key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation
+            }
         write_weights(directory, "model", _with_progress(to_hf(tensors, config), "exporting"), max_shard_bytes)
         write_json(directory / "config.json", hf)

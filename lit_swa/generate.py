@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from lit_swa.model import GPT, VARIANTS
 
 if TYPE_CHECKING:
-    from lit_swa.tokenizer import Tokenizer
+    from lit_swa.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass
@@ -54,7 +55,6 @@ def describe_window(model: GPT) -> str:
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-@torch.inference_mode()
 def generate(
     model: GPT,
     prompt_ids: Sequence[int] | Tensor,
@@ -72,7 +72,7 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
     stats: Stats | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens, one by one, as they are chosen.
+    """Yield new tokens, one by one, as they are chosen. What does not fit is refused at once, before the first is asked for.
 
     prompt_ids: the whole sequence so far, at least one token.
     temperature: 0 takes the likeliest token; else logits are divided by it, and top_k, top_p, min_p cut the tail.
@@ -87,14 +87,27 @@ def generate(
     """
     ids = [int(i) for i in (prompt_ids.flatten().tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)]
     check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    stats, should_stop, cached = stats or Stats(), should_stop or (lambda: False), [] if cached_ids is None else cached_ids
-    device = model.lm_head.weight.device
+    cached = [] if cached_ids is None else cached_ids
     last = prepare_cache(model, ids, cached, max_new_tokens)
+    vocab_size, device = model.config.vocab_size, model.transformer.wte.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    seen = mark_seen(ids, model.config.vocab_size, device) if repetition_penalty != 1.0 else None
+    seen = mark_seen(ids, vocab_size, device) if repetition_penalty != 1.0 else None
     stops = StopFinder([[s] if isinstance(s, int) else [int(i) for i in s] for s in stop_tokens], empty=[])
 
-    started = time.perf_counter()
+    def choose(logits: Tensor) -> Tensor:
+        logits = logits[:, -1, :vocab_size]  # rows of padding are no tokens
+        return choose_token(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+
+    step = decode or (lambda token, input_pos: model(token, input_pos, input_pos_maxp1=len(cached) + 1))
+    return run_loop(model, ids, cached, last, choose, step, stops, should_stop or (lambda: False), stats or Stats())
+
+
+@torch.inference_mode()
+def run_loop(model: GPT, ids: list[int], cached: list[int], last: int, choose: Callable[[Tensor], Tensor],
+             step: Callable[[Tensor, Tensor], Tensor], stops: "StopFinder", should_stop: Callable[[], bool],
+             stats: Stats) -> Iterator[int]:
+    """The loop of generate: feed the prompt, then choose a token and feed it, until position `last` was chosen for."""
+    device, started = model.transformer.wte.weight.device, time.perf_counter()
     stats.prompt_tokens, stats.cached_tokens = len(ids), len(cached)
     logits = prefill(model, ids, cached, should_stop)
     wait_for(device)
@@ -102,8 +115,7 @@ def generate(
     for pos in range(len(ids), last + 1):
         if logits is None or should_stop():
             break
-        logits = logits[:, -1, : model.config.vocab_size]  # rows of padding are no tokens
-        token = choose_token(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+        token = choose(logits)
         token_id = int(token)
         stats.new_tokens += 1
         if stats.new_tokens == 1:
@@ -114,11 +126,11 @@ def generate(
             return
         if pos < last:
             started = time.perf_counter()
-            input_pos = torch.tensor([pos], device=device)
-            logits = model(token, input_pos, input_pos_maxp1=pos + 1) if decode is None else decode(token, input_pos)
+            logits = step(token, torch.tensor([pos], device=device))
             cached.append(token_id)
             wait_for(device)
-            stats.decode_seconds, stats.decode_steps = stats.decode_seconds + time.perf_counter() - started, stats.decode_steps + 1
+            stats.decode_seconds += time.perf_counter() - started
+            stats.decode_steps += 1
     yield from stops.held  # what was not a stop after all
 
 
@@ -180,7 +192,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 def prefill(model: GPT, ids: list[int], cached: list[int], should_stop: Callable[[], bool] = lambda: False) -> Tensor | None:
     """Feed the tokens of ids that are not in the cache; logits (1, 1, V) of the last, or None if stopped on the way."""
-    device, logits = model.lm_head.weight.device, None
+    device, logits = model.transformer.wte.weight.device, None
     size = prefill_chunk(model, batch_size=1)
     while len(cached) < len(ids):
         if should_stop():
@@ -198,7 +210,7 @@ def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int
     memory: free bytes; None: asked of the device. The cache and the weights are there already, and attention bounds
     itself (SCORE_ELEMENTS), so what grows with the tokens is the residual stream, the projections and the MLP.
     """
-    config, weight = model.config, model.lm_head.weight
+    config, weight = model.config, model.transformer.wte.weight
     heads = (2 * config.n_head + 3 * config.n_query_groups) * config.head_size
     elements = 4 * config.n_embd + 3 * heads + 3 * config.intermediate_size  # live at once, some of it in float32
     per_token = batch_size * elements * max(weight.element_size(), 4)
@@ -231,6 +243,34 @@ def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
         return compiled(token, input_pos).clone()  # a CUDA graph writes its next result to the same place
 
     return step
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear for inference on a CPU, its weight in the layout that oneDNN likes best."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_for_cpu(model: GPT) -> int:
+    """Replace every nn.Linear of a model on the CPU by a PackedLinear; returns how many.
+
+    One token at a time, torch's own product reads float32 weights at half the memory's speed on AMD, and bfloat16 ones
+    at a third. The model can then only infer: it is not to be trained, saved or moved. Where oneDNN is missing, and for
+    other dtypes, nothing changes.
+    """
+    if not torch.backends.mkldnn.is_available() or model.lm_head.weight.dtype not in (torch.float32, torch.bfloat16):
+        return 0
+    targets = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+               if type(child) is nn.Linear and child.weight.device.type == "cpu"]
+    for parent, name, linear in targets:
+        setattr(parent, name, PackedLinear(linear))
+    return len(targets)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -294,22 +334,21 @@ class StopFinder:
     """Passes a stream of tokens (lists) or text (str) on up to the first stop, and holds back what may begin one."""
 
     def __init__(self, stops: Sequence, empty: list | str) -> None:
-        self.stops = [s for s in stops if len(s)]
+        self.stops = sorted((s for s in stops if len(s)), key=len, reverse=True)
         self.held = empty
 
     def push(self, new: list | str) -> tuple[list | str, bool]:
-        """(what can be passed on, True if a stop was found right behind it)"""
+        """(what can be passed on, True if a stop was complete right behind it). The stop that is complete first counts."""
         stream = self.held + new
-        for i in range(len(stream)):
-            rest = stream[i:]
-            if any(rest[: len(s)] == s for s in self.stops):
-                self.held = rest[:0]
-                return stream[:i], True
-            if any(rest == s[: len(rest)] for s in self.stops):
-                self.held = rest
-                return stream[:i], False
-        self.held = stream[:0]
-        return stream, False
+        for end in range(len(self.held) + 1, len(stream) + 1):
+            for stop in self.stops:
+                if stream[:end][-len(stop) :] == stop:
+                    self.held = stream[:0]
+                    return stream[: end - len(stop)], True
+        begins = (i for i in range(len(stream)) if any(stream[i:] == stop[: len(stream) - i] for stop in self.stops))
+        cut = next(begins, len(stream))
+        self.held = stream[cut:]
+        return stream[:cut], False
 
 
 def generate_text(model: GPT, tokenizer: "Tokenizer", prompt_ids: Sequence[int], *, stop: Sequence[str] = (),
@@ -324,8 +363,11 @@ def generate_text(model: GPT, tokenizer: "Tokenizer", prompt_ids: Sequence[int],
     decoder = StreamDecoder(tokenizer)
     for token in prompt_ids if continues else ():
         decoder.push(token)
-    stops = StopFinder(list(stop), empty="")
-    tokens = generate(model, prompt_ids, **arguments)
+    return join_text(generate(model, prompt_ids, **arguments), decoder, StopFinder(list(stop), empty=""))
+
+
+def join_text(tokens: Iterator[int], decoder: "StreamDecoder", stops: StopFinder) -> Iterator[str]:
+    """The text of tokens, as they come, up to a stop."""
     for token in tokens:
         released, found = stops.push(decoder.push(token))
         if released:

@@ -63,7 +63,7 @@ class GGUFFile:
         return self.get(key, kind)
 
 
-# ------------------------------------------------------------------------------------------------------------- header
+# --------------------------------------------------------------------------------------------------------------- header
 
 
 class Cursor:
@@ -77,8 +77,10 @@ class Cursor:
     def advance(self, n_bytes: int) -> int:
         """Step over n_bytes and return where they start."""
         if n_bytes > self.end - self.at:
-            raise ValueError(f"{self.path} is truncated or damaged: a value at byte {self.at} would run over the end of "
-                             "the header; download the file again.")
+            raise ValueError(
+                f"{self.path} is truncated or damaged: a value at byte {self.at} would run over the end of "
+                "the header; download the file again."
+            )
         start, self.at = self.at, self.at + n_bytes
         return start
 
@@ -180,8 +182,10 @@ def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int,
         if name in file.tensors:
             raise ValueError(f"{where} is there twice.")
         if type_id not in GGML_QUANT_SIZES:
-            raise ValueError(f"{file.path} holds tensor {name[:80]!r} in number format {type_id}, which the installed "
-                             "gguf library does not know: upgrade it with 'pip install -U gguf'.")
+            raise ValueError(
+                f"{file.path} holds tensor {name[:80]!r} in number format {type_id}, which the installed "
+                "gguf library does not know: upgrade it with 'pip install -U gguf'."
+            )
         block, block_bytes = GGML_QUANT_SIZES[type_id]
         if 0 in shape or shape[-1] % block or offset % alignment:
             raise ValueError(f"{where} has the impossible shape {shape} or offset {offset}.")
@@ -189,13 +193,15 @@ def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int,
         if start < end_of_previous:
             raise ValueError(f"{where} lies on top of another one.")
         if start + n_bytes > file_bytes:
-            raise ValueError(f"{file.path} is truncated: tensor {name[:80]!r} ends at byte {start + n_bytes}, the file "
-                             f"at {file_bytes}; download it again.")
+            raise ValueError(
+                f"{file.path} is truncated: tensor {name[:80]!r} ends at byte {start + n_bytes}, the file "
+                f"at {file_bytes}; download it again."
+            )
         end_of_previous = start + n_bytes
         file.tensors[name] = TensorInfo(shape, int(type_id), start, n_bytes)
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
+# -------------------------------------------------------------------------------------------------------------- weights
 
 
 class Architecture(NamedTuple):
@@ -214,10 +220,12 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", unit_offset=True, pre_mlp_norm="pre_feedforward_layernorm",
-                           extra=GEMMA),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", unit_offset=True,
-                           pre_mlp_norm="pre_feedforward_layernorm", extra=GEMMA),
+    "gemma2": Architecture(
+        "gemma2", "Gemma2ForCausalLM", unit_offset=True, pre_mlp_norm="pre_feedforward_layernorm", extra=GEMMA
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", unit_offset=True, pre_mlp_norm="pre_feedforward_layernorm", extra=GEMMA
+    ),
 }
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
@@ -239,8 +247,10 @@ NOT_WEIGHTS = ("rope_freqs.weight",)  # RoPE's frequency factors: part of the co
 
 def architecture_of(file: GGUFFile) -> Architecture:
     if file.architecture not in ARCHITECTURES:
-        raise ValueError(f"{file.path} holds a model of architecture {file.architecture[:80]!r}: choose a file of one of "
-                         f"{', '.join(ARCHITECTURES)}.")
+        raise ValueError(
+            f"{file.path} holds a model of architecture {file.architecture[:80]!r}: choose a file of one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
     return ARCHITECTURES[file.architecture]
 
 
@@ -258,8 +268,10 @@ def hf_names(file: GGUFFile) -> dict[str, str]:
         elif module.startswith("blk.") and part in layer_names:
             names[name] = f"model.layers.{layer}.{layer_names[part]}.{suffix}"
         else:
-            raise ValueError(f"{file.path} holds tensor {name[:80]!r}, which has no place in a model of architecture "
-                             f"{file.architecture!r}: this kind of model is not supported.")
+            raise ValueError(
+                f"{file.path} holds tensor {name[:80]!r}, which has no place in a model of architecture "
+                f"{file.architecture!r}: this kind of model is not supported."
+            )
     return names
 
 
@@ -284,7 +296,7 @@ def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
         n_head = _heads(file, key)
         if weight.shape[0] % (2 * n_head):
             raise ValueError(f"{file.path} is damaged: {name} has {weight.shape[0]} rows for {n_head} heads.")
-        # llama.cpp turns neighbours (2j, 2j + 1), Hugging Face turns (j, j + D/2):  (n_head, D/2, 2) -> (n_head, 2, D/2)
+        # llama.cpp turns neighbours (2j, 2j + 1), Hugging Face (j, j + D/2): (n_head, D/2, 2) -> (n_head, 2, D/2)
         weight = weight.view(n_head, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
     return weight.float() - 1.0 if has_offset(file, name) else weight
 
@@ -308,17 +320,20 @@ def dequantize(path: Path, info: TensorInfo) -> torch.Tensor:
             blocks = min(DEQUANTIZE_BYTES // block_bytes, (flat.numel() - done) // block)
             data = np.frombuffer(stream.read(blocks * block_bytes), dtype=np.uint8)
             try:
-                numbers = dequantize_blocks(data, GGMLQuantizationType(info.type_id))
+                with np.errstate(all="ignore"):  # a scale may be infinite in a damaged file
+                    numbers = dequantize_blocks(data, GGMLQuantizationType(info.type_id))
             except NotImplementedError:
                 kind = GGMLQuantizationType(info.type_id).name
-                raise ValueError(f"{path} holds tensors in {kind}, which the installed gguf library cannot turn into "
-                                 "numbers: choose a file in another quantisation.") from None
+                raise ValueError(
+                    f"{path} holds tensors in {kind}, which the installed gguf library cannot turn into "
+                    "numbers: choose a file in another quantisation."
+                ) from None
             flat[done : done + numbers.size] = torch.from_numpy(numbers)
             done += numbers.size
     return weight
 
 
-# ------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 def hf_config(file: GGUFFile) -> dict[str, Any]:
@@ -375,8 +390,10 @@ def _head_dim(file: GGUFFile, default: int) -> int:
     head_dim = file.get(f"{arch}.attention.key_length", int, rope_dim or default)
     value_dim = file.get(f"{arch}.attention.value_length", int, head_dim)
     if head_dim != value_dim or (rope_dim or head_dim) != head_dim:
-        raise ValueError(f"{file.path} has heads of {head_dim} for keys, {value_dim} for values and {rope_dim} for RoPE: "
-                         "only equal sizes are supported.")
+        raise ValueError(
+            f"{file.path} has heads of {head_dim} for keys, {value_dim} for values and {rope_dim} for RoPE: "
+            "only equal sizes are supported."
+        )
     return head_dim
 
 
@@ -386,7 +403,10 @@ def _gemma_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     # llama.cpp knows the two 27B models by their depth: their scores are divided by sqrt(n_embd / n_head) instead.
     largest = {"gemma2": 46, "gemma3": 62}[arch] == n_layer
     scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-    fields = {"query_pre_attn_scalar": scalar, "sliding_window": file.get(f"{arch}.attention.sliding_window", int, 4096)}
+    fields = {
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": file.get(f"{arch}.attention.sliding_window", int, 4096),
+    }
     if arch == "gemma2":
         fields["attn_logit_softcapping"] = file.get(f"{arch}.attn_logit_softcapping", float, 50.0)
         fields["final_logit_softcapping"] = file.get(f"{arch}.final_logit_softcapping", float, 30.0)
@@ -411,8 +431,10 @@ def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise ValueError(f"{file.path} scales RoPE by {kind[:80]!r}, which is not read from GGUF files: convert the "
-                         "model's Hugging Face checkpoint instead.")
+        raise ValueError(
+            f"{file.path} scales RoPE by {kind[:80]!r}, which is not read from GGUF files: convert the "
+            "model's Hugging Face checkpoint instead."
+        )
     scaling = {"rope_type": kind, "factor": file.require(f"{arch}.rope.scaling.factor", float)}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = file.require(f"{arch}.rope.scaling.original_context_length", int)
@@ -426,25 +448,32 @@ def _llama3_scaling(file: GGUFFile) -> dict[str, Any] | None:
     theta = file.get(f"{file.architecture}.rope.freq_base", float, 10000.0)
     if set(factors) == {1.0}:
         return None
-    scaling = {"rope_type": "llama3", "factor": max(factors), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": max(factors),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     for j, factor in enumerate(factors):
         wavelength = 2 * math.pi * theta ** (j / len(factors))
         turns = scaling["original_max_position_embeddings"] / wavelength
         smooth = min(max((turns - 1.0) / (4.0 - 1.0), 0.0), 1.0)
         expected = 1 / ((1 - smooth) / scaling["factor"] + smooth) if scaling["factor"] > 0 else math.nan
         if not math.isclose(factor, expected, rel_tol=1e-3):
-            raise ValueError(f"{file.path} scales RoPE by factors that are not Llama 3.1's: convert the model's Hugging "
-                             "Face checkpoint instead.")
+            raise ValueError(
+                f"{file.path} scales RoPE by factors that are not Llama 3.1's: convert the model's Hugging "
+                "Face checkpoint instead."
+            )
     return scaling
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 # How text is cut before the merges apply: the published pattern of each tokenizer family, under llama.cpp's names for
-# it (`tokenizer.ggml.pre`). A name that is not here means GPT-2's pattern, as in transformers. That is what transformers
-# makes of "smollm" too, although the SmolLM tokenizer itself also cuts between digits: the two differ where two or more
-# blanks or newlines stand before a digit. This module follows transformers, and so does its test.
+# it (`tokenizer.ggml.pre`). A name that is not here means GPT-2's pattern, as in transformers. That is what
+# transformers makes of "smollm" too, although the SmolLM tokenizer itself also cuts around digits: the two differ where
+# two or more blanks or newlines stand before a digit. This module follows transformers, and so does its test.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
@@ -460,8 +489,22 @@ def _cased_words(end: str) -> str:
 _TEKKEN = _cased_words("") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
 _GPT4O = _cased_words(_CONTRACTIONS + "?") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
 SPLIT_PATTERNS = (
-    dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
-                   "jina-v5-nano", "dbrx", "smaug-bpe"), _LLAMA3)
+    dict.fromkeys(
+        (
+            "llama3",
+            "llama-v3",
+            "llama-bpe",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
+            "dbrx",
+            "smaug-bpe",
+        ),
+        _LLAMA3,
+    )
     | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"), _QWEN2)
     | dict.fromkeys(("tekken",), _TEKKEN)
     | dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O)
@@ -494,9 +537,16 @@ def tokenizer_files(file: GGUFFile) -> dict[str, str]:
     except ValueError:
         raise
     except Exception as error:  # what the tokenizers library raises is a bare Exception
-        raise ValueError(f"{file.path} has a damaged tokenizer ({str(error)[:200]}): download the file again.") from None
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos, "add_eos_token": add_eos,
-              "clean_up_tokenization_spaces": False, **{k: v for k, v in named.items() if v is not None}}
+        raise ValueError(
+            f"{file.path} has a damaged tokenizer ({str(error)[:200]}): download the file again."
+        ) from None
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": add_bos,
+        "add_eos_token": add_eos,
+        "clean_up_tokenization_spaces": False,
+        **{k: v for k, v in named.items() if v is not None},
+    }
     if chat_template := file.get("tokenizer.chat_template", str):
         config["chat_template"] = chat_template
     return {
@@ -509,8 +559,11 @@ def tokenizer_files(file: GGUFFile) -> dict[str, str]:
 def _generation_config(file: GGUFFile) -> dict[str, Any]:
     ids = {key: file.get(f"tokenizer.ggml.{key}_token_id", int) for key in ("bos", "eos", "eot", "padding")}
     stops = sorted({ids[key] for key in ("eos", "eot")} - {None})  # chat models end a turn with eot
-    config = {"bos_token_id": ids["bos"], "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
-              "pad_token_id": ids["padding"]}
+    config = {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": ids["padding"],
+    }
     return {key: value for key, value in config.items() if value is not None}
 
 
@@ -566,14 +619,24 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str], named: list[str]) -> tupl
             token = "".join(letters[byte] for byte in token.encode())
         vocab[token] = index
     merges = [_pair(file, merge) for merge in _string_list(file, "tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, dropout=None, continuing_subword_prefix="",
-                                     end_of_word_suffix="", fuse_unk=False))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            dropout=None,
+            continuing_subword_prefix="",
+            end_of_word_suffix="",
+            fuse_unk=False,
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pattern := SPLIT_PATTERNS.get(file.get("tokenizer.ggml.pre", str, "")):
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     return vocab, tokenizer
 
@@ -602,8 +665,9 @@ def _sentencepiece_bpe(file: GGUFFile, tokens: list[str]) -> tuple[dict[str, int
     merges = _merges(file, vocab, dict(zip(tokens, scores, strict=False)))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, dropout=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(content=" ", left=1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
     return vocab, tokenizer
 
 
@@ -615,7 +679,9 @@ def _gemma_bpe(file: GGUFFile, tokens: list[str]) -> tuple[dict[str, int], Any]:
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges(file, vocab, {token: -float(index) for token, index in vocab.items()})
     unk = {"unk_token": "<unk>"} if "<unk>" in vocab else {}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, dropout=None, **unk))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, dropout=None, **unk)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -629,7 +695,9 @@ def _merges(file: GGUFFile, vocab: dict[str, int], scores: dict[str, float]) -> 
     if len(scores) < len(vocab) or not all(type(s) is float and not math.isnan(s) for s in scores.values()):
         raise ValueError(f"{file.path} is damaged: tokenizer.ggml.scores does not hold one number per token.")
     if max(map(len, vocab)) > MAX_TOKEN_CHARS:
-        raise ValueError(f"{file.path} is damaged: its tokenizer has a token of more than {MAX_TOKEN_CHARS} characters.")
+        raise ValueError(
+            f"{file.path} is damaged: its tokenizer has a token of more than {MAX_TOKEN_CHARS} characters."
+        )
     ranked = []
     for token, score in scores.items():
         cuts = [(token[:n], token[n:]) for n in range(1, len(token))]
@@ -645,9 +713,13 @@ def _add_template(tokenizer: Any, bos: str | None, eos: str | None) -> None:
     from tokenizers import processors
 
     def around(sequence: str, type_id: int) -> list[str]:
-        return [f"{bos}:{type_id}"] * (bos is not None) + [f"{sequence}:{type_id}"] + [f"{eos}:{type_id}"] * (
-            eos is not None)
+        return (
+            [f"{bos}:{type_id}"] * (bos is not None)
+            + [f"{sequence}:{type_id}"]
+            + [f"{eos}:{type_id}"] * (eos is not None)
+        )
 
     specials = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=around("$A", 0), pair=around("$A", 0) + around("$B", 1), special_tokens=specials)
+        single=around("$A", 0), pair=around("$A", 0) + around("$B", 1), special_tokens=specials
+    )

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lit_swa.files import LazyTensor
 from lit_swa.model import GPT, Config
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# -------------------------------------------------------------------------------------------------------------- weights
 
 # lit name of a module -> Hugging Face name; three names are stacked into one weight, see join_qkv.
 LAYER = "model.layers.{i}."
@@ -52,7 +53,8 @@ NEOX_NAMES: dict[str, tuple[str, ...]] = {
 # A model for images and text holds its language model under a prefix, which differs between versions of transformers.
 PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 NOT_NEEDED = re.compile(  # buffers that old checkpoints carry, and the parts of a model that see images
-    r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\.")
+    r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\."
+)
 
 
 def hf_module_names(config: Config) -> dict[str, tuple[str, ...]]:
@@ -71,17 +73,31 @@ def hf_names_of(lit_name: str, config: Config) -> tuple[str, ...]:
     return tuple(f"{name.format(i=layer and layer[1])}.{suffix}" for name in names)
 
 
+class _NoInit(TorchFunctionMode):
+    """Random initialisation is left out: on the meta device it does nothing, but imports a compiler for it (2 s)."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: Config) -> GPT:
+    """A GPT whose parameters have shapes but no memory (the meta device)."""
+    with torch.device("meta"), _NoInit():
+        return GPT(config)
+
+
 def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight that a checkpoint of this config stores. Nothing is allocated."""
-    with torch.device("meta"):
-        state = GPT(config).state_dict()
+    state = empty_model(config).state_dict()
     if config.tie_embeddings:
         del state["lm_head.weight"]
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def join_qkv(parts: tuple[Tensor, ...], config: Config) -> Tensor:
-    """Hugging Face's query, key and value weights (or biases) -> attn.qkv: all H query heads, then G keys, then G values.
+    """Hugging Face's query, key and value weights (or biases) -> attn.qkv: H query heads, then G keys, then G values.
 
     Three parts are stacked. NeoX stores one, whose rows go q, k, v for each head in turn.
     """
@@ -119,16 +135,20 @@ def to_lit(source: Mapping[str, LazyTensor], config: Config, where: object) -> d
     tied = hf_names_of("lm_head.weight", config) if config.tie_embeddings else ()
     left_over = [name for name in found if name not in used and name not in tied]
     if left_over:
-        raise ValueError(f"{where} holds {len(left_over)} weights that the model in its config.json has no place for, such as "
-                         f"{left_over[0][:80]}: this kind of model is not supported.")
+        raise ValueError(
+            f"{where} holds {len(left_over)} weights that the model in its config.json has no place for, such as "
+            f"{left_over[0][:80]}: this kind of model is not supported."
+        )
     return result
 
 
 def require_layers(config: Config, tensors: Mapping[str, LazyTensor], where: object) -> None:
     """Before a model is built: every layer needs weights, so a config with more layers than weights is wrong."""
     if config.n_layer > len(tensors):
-        raise ValueError(f"{where} holds {len(tensors)} weights and its config asks for {config.n_layer} layers: they do not "
-                         "belong together.")
+        raise ValueError(
+            f"{where} holds {len(tensors)} weights and its config asks for {config.n_layer} layers: they do not "
+            "belong together."
+        )
 
 
 def _plain_name(name: str) -> str:
@@ -138,20 +158,26 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _joined(name: str, parts: tuple[LazyTensor, ...], shape: tuple[int, ...], config: Config, where: object) -> LazyTensor:
+def _joined(
+    name: str, parts: tuple[LazyTensor, ...], shape: tuple[int, ...], config: Config, where: object
+) -> LazyTensor:
     rows = sum(part.shape[0] if part.shape else 0 for part in parts)
     dtype = parts[0].dtype
     for part in parts:
         if (rows, *part.shape[1:]) != shape or not part.dtype.is_floating_point:
-            raise ValueError(f"{where} holds {hf_names_of(name, config)[0]} as {list(part.shape)} {part.dtype}, which does not "
-                             f"fit the {list(shape)} that its config.json asks for.")
+            raise ValueError(
+                f"{where} holds {hf_names_of(name, config)[0]} as {list(part.shape)} {part.dtype}, which does not "
+                f"fit the {list(shape)} that its config.json asks for."
+            )
         dtype = torch.promote_types(dtype, part.dtype) if dtype != part.dtype else dtype
     if ".qkv." not in name:
         return parts[0]
     if len(parts) == 3:
         H, G, D = config.n_head, config.n_query_groups, config.head_size
         if [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
-            raise ValueError(f"{where} has other numbers of heads in layer weights such as {name} than in its config.json.")
+            raise ValueError(
+                f"{where} has other numbers of heads in layer weights such as {name} than in its config.json."
+            )
     return LazyTensor(shape, dtype, lambda: join_qkv(tuple(part.load().to(dtype) for part in parts), config))
 
 
@@ -161,7 +187,9 @@ def to_hf(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTe
     for lit_name, tensor in tensors.items():
         names = hf_names_of(lit_name, config)
         if not names:
-            raise ValueError(f"The weight {lit_name} has no counterpart in Hugging Face's models: it cannot be exported.")
+            raise ValueError(
+                f"The weight {lit_name} has no counterpart in Hugging Face's models: it cannot be exported."
+            )
         if ".qkv." not in lit_name:
             result[names[0]] = tensor
             continue
@@ -176,7 +204,7 @@ def _part(tensor: LazyTensor, n: int, n_parts: int, config: Config) -> Callable[
     return lambda: split_qkv(tensor.load(), n_parts, config)[n]
 
 
-# --------------------------------------------------------------------------------------------------------- config.json
+# ---------------------------------------------------------------------------------------------------------- config.json
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
@@ -197,7 +225,12 @@ def _common(c: Config) -> dict[str, Any]:
 def _windows(c: Config) -> dict[str, Any]:
     types = [LAYER_TYPES.get(variant, variant) for variant in c.layer_variants]
     window = c.sliding_window_size if "sliding_attention" in types else None
-    return {"sliding_window": window, "use_sliding_window": window is not None, "layer_types": types, "max_window_layers": 0}
+    return {
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "layer_types": types,
+        "max_window_layers": 0,
+    }
 
 
 def _gemma2(c: Config) -> dict[str, Any]:
@@ -209,8 +242,13 @@ def _gemma2(c: Config) -> dict[str, Any]:
 
 
 def _neox(c: Config) -> dict[str, Any]:
-    return {"layer_norm_eps": c.norm_eps, "rotary_pct": c.rotary_percentage, "attention_bias": c.attn_bias,
-            "use_parallel_residual": c.parallel_residual, "rotary_emb_base": c.rope_base}
+    return {
+        "layer_norm_eps": c.norm_eps,
+        "rotary_pct": c.rotary_percentage,
+        "attention_bias": c.attn_bias,
+        "use_parallel_residual": c.parallel_residual,
+        "rotary_emb_base": c.rope_base,
+    }
 
 
 # Architecture, model_type, and the fields that it adds. The first whose config.json means the same Config is taken.
@@ -220,8 +258,14 @@ EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
     ("Qwen2ForCausalLM", "qwen2", _windows),
     ("Qwen3ForCausalLM", "qwen3", lambda c: _windows(c) | {"attention_bias": c.attn_bias}),
     ("Gemma2ForCausalLM", "gemma2", _gemma2),
-    ("Gemma3ForCausalLM", "gemma3_text", lambda c: _gemma2(c) | {
-        "rope_local_base_freq": c.rope_base if c.rope_local_base_freq is None else c.rope_local_base_freq}),
+    (
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        lambda c: (
+            _gemma2(c)
+            | {"rope_local_base_freq": c.rope_base if c.rope_local_base_freq is None else c.rope_local_base_freq}
+        ),
+    ),
     ("GPTNeoXForCausalLM", "gpt_neox", _neox),
 ]
 # What a field says about how to run the model, not about what it computes.
@@ -231,8 +275,8 @@ NOT_EXPORTED = ("name", "attention_backend", "rolling_kv_cache", "vocab_size", "
 def config_to_hf(config: Config) -> dict[str, Any]:
     """The config.json of the Hugging Face architecture that computes the same.
 
-    Each candidate is read back by Config.from_hf, so a field that it cannot express is noticed. Raises ValueError, naming
-    such a field, when no architecture fits.
+    Each candidate is read back by Config.from_hf, so a field that it cannot express is noticed. Raises ValueError,
+    naming such a field, when no architecture fits.
     """
     unlike = []
     for architecture, model_type, fields_of in EXPORTS:
@@ -245,8 +289,10 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         if not unlike[-1][0]:
             return hf
     fields, architecture = min(unlike, key=lambda item: len(item[0]))
-    raise ValueError(f"No Hugging Face architecture computes what this config asks for; {architecture} comes nearest and "
-                     f"differs in {', '.join(fields[:4])}.")
+    raise ValueError(
+        f"No Hugging Face architecture computes what this config asks for; {architecture} comes nearest and "
+        f"differs in {', '.join(fields[:4])}."
+    )
 
 
 def _differences(config: Config, other: Config) -> list[str]:

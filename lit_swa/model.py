@@ -235,7 +235,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             "ln_f": build_norm(config, config.n_embd),
         })
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.rope = RoPE(config)
         self.slot_maps = nn.ModuleDict()  # variant -> SlotMap, once set_kv_cache was called
         self.max_seq_length = config.block_size
@@ -383,8 +383,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         H, G, D = config.n_head, config.n_query_groups, config.head_size
-        self.qkv = Linear(config.n_embd, (H + 2 * G) * D, bias=config.attn_bias)  # rows: H queries, G keys, G values
-        self.proj = Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
+        self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.attn_bias)  # rows: H queries, G keys, G values
+        self.proj = nn.Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
         self.norm_q = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.norm_k = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.variant = config.layer_variants[layer]
@@ -788,16 +788,16 @@ class RoPE(nn.Module):
     def forward(self, pos: Tensor) -> list[tuple[Tensor, Tensor]]:
         """cos and sin for positions (1 or B, T): one pair of (1 or B, 1, T, rope_n_elem) for every base."""
         angles = pos[None, :, None, :, None].float() * self.inv_freq[:, None, None, None, :]
-        angles = torch.cat([angles, angles], dim=-1)
-        return list(zip(angles.cos().unbind(), angles.sin().unbind(), strict=True))
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return list(zip(cos.unbind(), sin.unbind(), strict=True))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first rope_n_elem elements of every head of x (B, H, T, D)."""
+    """Turn the first rope_n_elem elements of every head of x (B, H, T, D), in float32: (a, b) -> (a cos - b sin, b cos + a sin)."""
     n = cos.size(-1)
-    head = x[..., :n]
-    half_turned = torch.cat([-head[..., n // 2 :], head[..., : n // 2]], dim=-1)
-    turned = (head * cos + half_turned * sin).to(x.dtype)
+    head = x[..., :n].float()
+    turned = (head * cos + head.roll(n // 2, dims=-1) * sin).to(x.dtype)  # sin holds the signs of both halves
     return turned if n == x.size(-1) else torch.cat([turned, x[..., n:]], dim=-1)
 
 
@@ -855,24 +855,14 @@ def check_rope_scaling(scaling: dict | None) -> None:
 # ------------------------------------------------------------------------------------------------------------- MLP, norms
 
 
-class Linear(nn.Linear):
-    """nn.Linear. On a CPU without gradients oneDNN multiplies float32, at twice the speed of torch's default on AMD."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu"
-        if plain or not torch.backends.mkldnn.is_available() or self.weight.dtype != torch.float32:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 class GatedMLP(nn.Module):
     """act(fc_1(x)) * fc_2(x), projected back (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.fc_1 = Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.fc_2 = Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -884,8 +874,8 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.fc = Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from typing import Any
 from lit_swa.chat_template import TemplateError, one_line, render_template
 
 MAX_CONFIG_BYTES = 8 * 2**20  # tokenizer_config.json and the other small files; real ones are below 2 MB
-MAX_VOCAB_BYTES = 256 * 2**20  # tokenizer.json, tokenizer.model; real ones are below 40 MB
+MAX_VOCAB_BYTES = 128 * 2**20  # tokenizer.json, tokenizer.model; real ones are below 40 MB
 MAX_GROWTH = 4096  # how many times longer a file's replacement rules may make a text
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -471,9 +471,10 @@ class _FastBackend:
         from tokenizers import Tokenizer as RustTokenizer
 
         data = _read_bytes(path, MAX_VOCAB_BYTES)
-        _check_pipeline(path, data)
+        _check_charsmaps(path, data)
         with _one_sentence_errors(f"load {path}, copy the file again"):
             self.rust = RustTokenizer.from_buffer(data)
+        _check_growth(path, self.rust)
         # A file may carry the padding and truncation of the last training run; text is never cut or filled here.
         self.rust.no_padding()
         self.rust.no_truncation()
@@ -481,7 +482,8 @@ class _FastBackend:
 
         known = {token.content for token in self.rust.get_added_tokens_decoder().values()}
         with _one_sentence_errors(f"add the tokens of tokenizer_config.json to {path}"):
-            self.rust.add_tokens([AddedToken(**vars(token)) for token in tokens.to_add(known)])
+            added = [{k: v for k, v in vars(token).items() if v is not None} for token in tokens.to_add(known)]
+            self.rust.add_tokens([AddedToken(**fields) for fields in added])
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         with _one_sentence_errors("encode this text"):
@@ -531,7 +533,8 @@ class _SentencePieceBackend:
             if content not in self.ids:
                 self.ids[content] = len(self.tokens)
                 self.tokens.append(content)
-        self.splitter, self.split_tokens = _splitter(list(self.added.values()))
+        self.specials = frozenset(content for content, token in self.added.items() if token.special)
+        self.splitter = _splitter(list(self.added.values()))
 
         self.prefix_everywhere = config.get("legacy") is True
         self.adds_bos = config.get("add_bos_token", True) is True and "bos_token" in self.named
@@ -548,9 +551,11 @@ class _SentencePieceBackend:
         start = 0
         with _one_sentence_errors("encode this text"):
             for match in self.splitter.finditer(text):
-                ids += self._encode_part(text[start : match.start()], start)
-                ids.append(self.ids[self.split_tokens[match.lastindex - 1]])
-                start = match.end()
+                token = self.added[match[0]]
+                part = text[start : match.start()]
+                ids += self._encode_part(part.rstrip() if token.lstrip else part, start)
+                ids.append(self.ids[token.content])
+                start = _SPACES.match(text, match.end()).end() if token.rstrip else match.end()
             ids += self._encode_part(text[start:], start)
         if add_special and self.adds_eos:
             ids.append(self.ids[self.named["eos_token"].content])
@@ -567,7 +572,7 @@ class _SentencePieceBackend:
         return _load_sentencepiece(self.path, self.data + bytes([3 << 3 | 2, 2, 3 << 3, 0]))
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        skipped = self.special_contents() if skip_special_tokens else frozenset()
+        skipped = self.specials if skip_special_tokens else frozenset()
         tokens = [token for i in ids if (token := self.id_to_token(i)) is not None and token not in skipped]
         stages = _decoder_stages(self.decoder_spec())
         return "".join(_run(stages, tokens) + _end(stages))
@@ -582,7 +587,7 @@ class _SentencePieceBackend:
         return len(self.tokens) - 1
 
     def special_contents(self) -> frozenset[str]:
-        return frozenset(content for content, token in self.added.items() if token.special)
+        return self.specials
 
     def decoder_spec(self) -> dict[str, Any]:
         strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if self.has_prefix else []
@@ -591,26 +596,28 @@ class _SentencePieceBackend:
 
 
 def _load_sentencepiece(path: Path, data: bytes) -> Any:
-    import sentencepiece
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError(f"{path} needs the sentencepiece library: run pip install sentencepiece.") from None
 
     model = sentencepiece.SentencePieceProcessor()
     with _one_sentence_errors(f"load {path} as a sentencepiece model, copy the file again"):
-        # Everything it may want to say is in the exception; on stderr it would be a line without a sentence.
         if not data or model.LoadFromSerializedProto(data) is False or model.get_piece_size() == 0:
             raise ValueError("it holds no pieces")
     return model
 
 
-def _splitter(tokens: list[_AddedToken]) -> tuple[re.Pattern[str], list[str]]:
-    """A pattern that finds added tokens in a text, the longest first, and the token of each of its groups."""
-    tokens = sorted(tokens, key=lambda token: -len(token.content))
+_SPACES = re.compile(r"\s*")
+
+
+def _splitter(tokens: list[_AddedToken]) -> re.Pattern[str]:
+    """A pattern that finds added tokens in a text, where several begin at one place the longest."""
     parts = []
-    for token in tokens:
-        edge = r"(?<!\w)", r"(?!\w)"
-        left, right = edge if token.single_word else ("", "")
-        before, after = r"\s*" * token.lstrip, r"\s*" * token.rstrip
-        parts.append(f"{before}{left}({re.escape(token.content)}){right}{after}")
-    return re.compile("|".join(parts) or r"(?!)"), [token.content for token in tokens]
+    for token in sorted(tokens, key=lambda token: -len(token.content)):
+        part = re.escape(token.content)
+        parts.append(rf"(?<!\w){part}(?!\w)" if token.single_word else part)
+    return re.compile("|".join(parts) or r"(?!)")
 
 
 @contextlib.contextmanager
@@ -664,9 +671,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return _parse_json(path, _read_text(path)) if path.is_file() else {}
 
 
-def _parse_json(path: Path, text: str, **options: Any) -> dict[str, Any]:
+def _parse_json(path: Path, text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, **options)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply: it is not such a file.") from None
     except ValueError as error:
@@ -694,7 +701,7 @@ class _AddedToken:
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
-    normalized: bool = False
+    normalized: bool | None = None  # None: the library's default, which is `not special`
     special: bool = True
 
 
@@ -785,82 +792,62 @@ def _added_token(value: Any, where: str, special: bool = True) -> _AddedToken:
     content = value.get("content") if isinstance(value, dict) else None
     if not isinstance(content, str) or not content:
         raise ValueError(f"{where} is {one_line(repr(value))}: it takes a token's text, or an object with it.")
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
-    flags = {name: value.get(name, default) is True for name, default in flags.items()}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": None, "special": special}
+    for name, default in flags.items():
+        flags[name] = value.get(name, default)
+        if not isinstance(flags[name], (bool, type(default))):
+            raise ValueError(f"{name} of {where} is {one_line(repr(flags[name]))}: it takes true or false.")
     return _AddedToken(content, **flags)
 
 
-def _check_pipeline(path: Path, data: bytes) -> None:
-    """Refuses what the Rust library would not survive, before it sees the file.
+_CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*(?:"([A-Za-z0-9+/=]*)"|null)')
+_ESCAPED_LETTER = re.compile(rb"\\u00(5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 
-    Each text passes through replacement rules; twenty rules that double it need a terabyte for a page. A precompiled
-    table that claims another size than it has ends the process. Everything else the library refuses by itself.
+
+def _check_charsmaps(path: Path, data: bytes) -> None:
+    """Refuses a precompiled table that claims another size than it has: the library's allocation ends the process.
+
+    Such a table begins with the size in bytes of its first half. The file is searched, not parsed: parsing a large
+    vocabulary in Python takes seconds. JSON may write a letter as \\u0061, so that is undone first.
     """
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): copy the file again.") from None
-    spec = _parse_json(path, text, object_pairs_hook=_unique_keys)
+    data = _ESCAPED_LETTER.sub(lambda match: bytes([int(match[1], 16)]), data)
+    tables = _CHARSMAP.findall(data)
+    sound = len(tables) == data.count(b'"precompiled_charsmap"')
+    for encoded in tables:
+        with contextlib.suppress(ValueError):  # not base64: the library says so
+            table = base64.b64decode(encoded)
+            size = int.from_bytes(table[:4], "little")
+            sound = sound and size % 4 == 0 and size <= max(0, len(table) - 4)
+    if not sound:
+        raise ValueError(f"{path} has a damaged precompiled_charsmap: copy the file again.")
+
+
+def _check_growth(path: Path, rust: Any) -> None:
+    """Refuses rules that make a text too long: twenty that double it turn a page into a gigabyte."""
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        try:
-            growth = _growth(spec.get(part))
-        except (TypeError, ValueError) as error:
-            why = one_line(str(error))
-            raise ValueError(f"The {part} in {path} is damaged ({why}): copy the file again.") from None
-        if growth > MAX_GROWTH:
+        rules = getattr(rust, part)
+        if rules is not None and _growth(json.loads(rules.__getstate__())) > MAX_GROWTH:
             raise ValueError(f"The {part} in {path} could make a text {MAX_GROWTH:,} times longer: it is not loaded.")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict, refusing two values for one key: Python would check one of them and Rust might take the other."""
-    result = dict(pairs)
-    if len(result) != len(pairs) and not all(type(value) is int for _, value in pairs):  # a vocabulary may repeat
-        raise ValueError("a key stands twice in one object")
-    return result
-
-
 def _growth(node: Any) -> float:
-    """At most how many times longer this part of tokenizer.json makes a text (or a list of tokens)."""
+    """At most how many times longer these rules, as the library writes them down, make a text."""
     if isinstance(node, list):
-        return math.prod(_growth(item) for item in node)
+        return math.prod(map(_growth, node))
     if not isinstance(node, dict):
-        return 1
+        return 1.0
     kind = node.get("type")
     if kind == "TemplateProcessing":
-        return _template_growth(node)
-    if kind == "Precompiled":
-        _check_charsmap(node.get("precompiled_charsmap"))
+        most = max((len(special["ids"]) for special in node["special_tokens"].values()), default=1)
+        texts = sum("Sequence" in piece for piece in node["single"])
+        return max(1.0, texts, len(node["single"]) * most / MAX_GROWTH)
     factor = 1.0
     if kind == "Replace":
-        pattern, content = node.get("pattern"), node.get("content")
-        literal = pattern.get("String") if isinstance(pattern, dict) else None
-        new = len(content) if isinstance(content, str) else 0
-        factor = max(1.0, new / len(literal)) if isinstance(literal, str) and literal else 1.0 + new
+        literal, new = node["pattern"].get("String"), len(node["content"])
+        factor = max(1.0, new / len(literal)) if literal else 1.0 + new
     if kind == "ByteLevel":
         factor = 2.0
-    return factor * math.prod(_growth(item) for item in node.values())
-
-
-def _template_growth(node: dict[str, Any]) -> float:
-    """How often the text stands in the template of one sequence; what is put around it is bounded here too."""
-    pieces = node.get("single")
-    if not isinstance(pieces, list):
-        return 1
-    specials = node.get("special_tokens")
-    ids = [len(s["ids"]) for s in specials.values()] if isinstance(specials, dict) else []
-    if len(pieces) * max(ids, default=1) > MAX_GROWTH:
-        raise ValueError("its template adds too many tokens")
-    return max(1, sum("Sequence" in piece for piece in pieces if isinstance(piece, dict)))
-
-
-def _check_charsmap(encoded: Any) -> None:
-    """A precompiled table begins with the size in bytes of its first half."""
-    if encoded is None:
-        return
-    table = base64.b64decode(encoded, validate=True)
-    size = int.from_bytes(table[:4], "little")
-    if len(table) < 4 or size % 4 or size > len(table) - 4:
-        raise ValueError("its precompiled_charsmap claims a size that it does not have")
+    return factor * math.prod(map(_growth, node.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

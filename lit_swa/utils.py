@@ -17,14 +17,15 @@ def run_script(main: Callable[..., Any]) -> None:
     stderr with exit code 2. Anything else is a bug of ours and keeps its traceback, as does everything when
     LIT_SWA_TRACEBACK=1 is set.
     """
-    from jsonargparse import CLI
+    from jsonargparse import CLI, ArgumentError
 
     try:
-        CLI(main, as_positional=False)
-    except (ValueError, OSError) as e:
+        CLI(main, as_positional=False, exit_on_error=False)
+    except (ArgumentError, ValueError, OSError) as e:
         if os.environ.get("LIT_SWA_TRACEBACK") == "1":
             raise
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        hint = " (--help lists the arguments)" if isinstance(e, ArgumentError) else ""
+        print(f"error: {' '.join(str(e).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -76,3 +77,18 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield noted.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def describe_machine(device: str) -> str:
+    """What a measurement was taken on: the processor or GPU, and torch's version."""
+    import platform
+
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            model = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -37,3 +37,32 @@ def tiny_model() -> Callable[..., GPT]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete checkpoint directory: a random two-layer model, a byte-level BPE trained on a page of text, ChatML."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from lit_swa.checkpoint import save_checkpoint
+
+    directory = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([__doc__ * 3, "the quick brown fox jumps over the lazy dog " * 9], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names))
+    torch.manual_seed(5)
+    config = tiny_config(vocab_size=tokenizer.get_vocab_size(), padded_vocab_size=328, block_size=512)
+    model = GPT(config)
+    randomize(model)
+    save_checkpoint(model, config, directory)
+    return directory

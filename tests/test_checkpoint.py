@@ -1,0 +1,509 @@
+"""Checkpoint directories: Hugging Face to lit and back without loss, and never a half-written one taken for whole."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+
+from lit_swa import GPT
+from lit_swa.checkpoint import (
+    check_checkpoint_dir,
+    convert_hf_checkpoint,
+    export_hf_checkpoint,
+    is_complete,
+    load_config,
+    load_model,
+    open_weights,
+    save_checkpoint,
+)
+from lit_swa.files import shard_names
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = dict(
+    num_hidden_layers=3,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    vocab_size=61,
+    max_position_embeddings=64,
+)
+GQA = BASE | dict(num_key_value_heads=2)
+HEADS = GQA | dict(head_dim=16)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "llama": ("LlamaConfig", HEADS),
+    "llama, biases": ("LlamaConfig", HEADS | dict(attention_bias=True, mlp_bias=True)),
+    "llama 3.1, tied": ("LlamaConfig", HEADS | dict(tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+    "mistral": ("MistralConfig", HEADS | dict(sliding_window=8)),
+    "mistral, no window": ("MistralConfig", HEADS | dict(sliding_window=None)),
+    "qwen2": ("Qwen2Config", GQA),
+    "qwen2, windows": ("Qwen2Config", GQA | dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    "qwen3, tied": ("Qwen3Config", HEADS | dict(tie_word_embeddings=True)),
+    "gemma2": ("Gemma2Config", HEADS | dict(sliding_window=8, query_pre_attn_scalar=24)),
+    "gemma3": ("Gemma3TextConfig", HEADS | dict(sliding_window=8, query_pre_attn_scalar=24)),
+    "neox, parallel": ("GPTNeoXConfig", BASE),
+    "neox, sequential": ("GPTNeoXConfig", BASE | dict(rotary_pct=0.5, use_parallel_residual=False)),
+}
+
+
+def hf_model(name: str, directory: Path, **save_options) -> torch.nn.Module:
+    """A random Hugging Face model, saved in `directory`."""
+    import transformers
+
+    class_name, fields = MODELS[name]
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**fields)).eval()
+    for parameter in model.parameters():  # norms and biases are constant at first: they must count, too
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory, **save_options)
+    return model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    idx = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = model(idx)
+    return getattr(out, "logits", out)
+
+
+# ------------------------------------------------------------------------------------------ Hugging Face -> lit -> back
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_exact(tmp_path: Path, name: str) -> None:
+    """Would catch a weight in the wrong place, rows of q, k and v in the wrong order, a config field that gets lost."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = hf_model(name, tmp_path / "hf")
+    convert_hf_checkpoint(tmp_path / "hf")
+    expected = logits(theirs)
+    assert (logits(load_model(tmp_path / "hf")) - expected).abs().max() < 1e-5 * expected.abs().max()  # order of sums
+    export_hf_checkpoint(tmp_path / "hf", tmp_path / "out")
+    before, after = load_file(tmp_path / "hf/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(exported), expected)
+
+
+def test_the_name_decides_nothing(tmp_path: Path) -> None:
+    """Would catch a weight map or an architecture chosen by the model's name."""
+    theirs = hf_model("gemma2", tmp_path / "hf")
+    convert_hf_checkpoint(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/lit_config.json").read_text())
+    (tmp_path / "hf/lit_config.json").write_text(json.dumps(config | {"name": "Llama-2-7b"}))
+    export_hf_checkpoint(tmp_path / "hf", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [type(theirs).__name__]
+
+
+def test_a_model_with_vision_gives_its_language_model(tmp_path: Path) -> None:
+    """Would catch prefixed names not being found, or the vision weights being taken for an error."""
+    hf_model("gemma3", tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    prefixed = {"model.language_model." + key.removeprefix("model."): t for key, t in plain.items()}
+    prefixed |= {"model.vision_tower.x.weight": torch.ones(2), "model.multi_modal_projector.y": torch.ones(2)}
+    save_file(prefixed, tmp_path / "model.safetensors", {"format": "pt"})
+    text_config = json.loads((tmp_path / "config.json").read_text())
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text_config}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    convert_hf_checkpoint(tmp_path)
+    assert torch.equal(open_weights(tmp_path)["transformer.wte.weight"].load(), plain["model.embed_tokens.weight"])
+
+
+def test_shards_are_read_and_written(tmp_path: Path) -> None:
+    """Would catch q, k and v being looked for in one file, and shards that are incomplete or too large."""
+    theirs = hf_model("llama", tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    convert_hf_checkpoint(tmp_path, max_shard_bytes=30_000)
+    shards = sorted(tmp_path.glob("lit_model-*.safetensors"))
+    assert len(shards) > 2 and all(path.stat().st_size < 32_000 for path in shards)
+    assert torch.allclose(logits(load_model(tmp_path)), logits(theirs), atol=1e-5)
+    convert_hf_checkpoint(tmp_path)  # in one file again: the shards go
+    assert [path.name for path in tmp_path.glob("lit_model*")] == ["lit_model.safetensors"]
+    assert torch.allclose(logits(load_model(tmp_path)), logits(theirs), atol=1e-5)
+
+
+def test_shards_hold_as_many_tensors_as_fit() -> None:
+    """Would catch a tensor larger than a shard looping for ever, or an empty first shard."""
+    assert shard_names("m", [5, 5], 10) == ["m.safetensors"] * 2
+    assert shard_names("m", [20, 5, 5, 1], 10) == [
+        "m-00001-of-00003.safetensors",
+        *["m-00002-of-00003.safetensors"] * 2,
+        "m-00003-of-00003.safetensors",
+    ]
+
+
+def test_bin_files_convert_like_safetensors(tmp_path: Path) -> None:
+    """Would catch an old checkpoint whose tied or transposed tensors are read wrongly."""
+    theirs = hf_model("llama", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, tmp_path / "pytorch_model.bin")
+    torch.save({"lr": 1}, tmp_path / "training_args.bin")
+    convert_hf_checkpoint(tmp_path)
+    assert torch.allclose(logits(load_model(tmp_path)), logits(theirs), atol=1e-5)
+
+
+def test_weights_keep_their_dtype(tmp_path: Path) -> None:
+    """Would catch bfloat16 checkpoints that double in size, or lose bits in float16, on either way."""
+    hf_model("llama", tmp_path / "hf")
+    state = {key: t.bfloat16() for key, t in load_file(tmp_path / "hf/model.safetensors").items()}
+    save_file(state, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    convert_hf_checkpoint(tmp_path / "hf")
+    export_hf_checkpoint(tmp_path / "hf", tmp_path / "out")
+    assert {t.dtype for t in open_weights(tmp_path / "hf").values()} == {torch.bfloat16}
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(state[key], after[key]) for key in state)
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("model.layers.1.mlp.up_proj.weight"),
+            r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight",
+        ),
+        (lambda state: state.update({"model.layers.0.mlp.router": torch.ones(2)}), "such as model.layers.0.mlp.router"),
+        (lambda state: state.update({"model.norm.weight": torch.ones(31)}), r"model.norm.weight as \[31\]"),
+        (lambda state: state.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "int64"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, change, message: str) -> None:
+    """Would catch a checkpoint of another model being converted to nonsense."""
+    hf_model("llama", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        convert_hf_checkpoint(tmp_path)
+    assert not (tmp_path / "lit_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"attention": "streaming", "sliding_window_size": 8}, {"rotary_percentage": 0.5}, {"parallel_residual": True}],
+)
+def test_export_refuses_what_hugging_face_cannot_compute(tmp_path: Path, fields: dict) -> None:
+    """Would catch an export that loads and gives other logits."""
+    if fields.get("attention") == "streaming":
+        try:
+            tiny_config(**fields)
+        except ValueError:
+            pytest.skip("The model has no streaming attention yet.")
+    config = tiny_config(**fields)
+    save_checkpoint(GPT(config), config, tmp_path / "a")
+    with pytest.raises(ValueError, match="No Hugging Face architecture"):
+        export_hf_checkpoint(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- save and load
+
+
+def test_save_and_load_keep_every_bit(tmp_path: Path, tiny_model) -> None:
+    """Would catch a saved model that is not the one that was trained, or loses its tokenizer."""
+    model = tiny_model()
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/tokenizer.json").write_text("{}")
+    save_checkpoint(model, model.config, tmp_path / "out", source_dir=tmp_path / "source")
+    loaded = load_model(tmp_path / "out")
+    assert loaded.config == model.config and not loaded.training
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert (tmp_path / "out/tokenizer.json").exists() and is_complete(tmp_path / "out")
+    save_checkpoint({k: v.bfloat16() for k, v in model.state_dict().items()}, model.config, tmp_path / "out")
+    assert {p.dtype for p in load_model(tmp_path / "out", dtype="bfloat16").parameters()} == {torch.bfloat16}
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path, tiny_model) -> None:
+    """Would catch a tied model that unties on loading: half of its embedding would stop training."""
+    model = tiny_model(tie_embeddings=True)
+    save_checkpoint(model, model.config, tmp_path)
+    assert "lm_head.weight" not in open_weights(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_overrides_reach_the_model(tmp_path: Path, tiny_model) -> None:
+    """Would catch overrides that are dropped, and overrides that the weights contradict being accepted."""
+    model = tiny_model()
+    save_checkpoint(model, model.config, tmp_path)
+    loaded = load_model(tmp_path, attention="sliding", sliding_window_size=4)
+    assert (loaded.config.attention, loaded.config.sliding_window_size) == ("sliding", 4)
+    assert load_config(tmp_path) == model.config  # the file stays as it is
+    with pytest.raises(ValueError, match="asks for"):
+        load_model(tmp_path, n_embd=24, n_head=3, n_query_groups=1)
+    with pytest.raises(ValueError, match="layers"):
+        load_model(tmp_path, n_layer=4000)
+    with pytest.raises(ValueError, match="no field 'slidingwindow'"):
+        load_model(tmp_path, slidingwindow=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, "choose from float32, bfloat16"),
+        ({"dtype": torch.int64}, "choose from"),
+        ({"device": "warp"}, "cannot hold"),
+        ({"device": "cuda:99"}, "cannot hold"),
+    ],
+)
+def test_a_dtype_or_device_that_is_not_there_is_one_sentence(
+    tmp_path: Path, tiny_model, arguments: dict, message: str
+) -> None:
+    """Would catch a traceback from deep inside torch, after minutes of loading."""
+    model = tiny_model()
+    save_checkpoint(model, model.config, tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_config_are_not_saved(tmp_path: Path, tiny_model) -> None:
+    """Would catch a checkpoint that cannot be loaded after hours of training."""
+    with pytest.raises(ValueError, match="state dict"):
+        save_checkpoint(tiny_model(), tiny_config(n_layer=3), tmp_path)
+    assert not (tmp_path / "lit_config.json").exists()
+
+
+@pytest.mark.slow
+def test_loading_takes_one_copy_of_memory(tmp_path: Path) -> None:
+    """Would catch a loader that holds the file and the model at once, or initialises weights before it reads them."""
+    script = """
+import resource, sys, torch
+from lit_swa import GPT, Config
+from lit_swa.checkpoint import load_model, save_checkpoint
+if sys.argv[2] == "save":
+    config = Config(n_layer=16, n_head=16, n_embd=1024, intermediate_size=4096, vocab_size=1000)
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    save_checkpoint({k: torch.zeros(v.shape, dtype=torch.bfloat16) for k, v in state.items()}, config, sys.argv[1])
+else:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_model(sys.argv[1], dtype=torch.float32)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(grown * 1024, sum(p.nbytes for p in model.parameters()))
+"""
+    for step in ("save", "load"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), step], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+    grown, model_bytes = map(int, done.stdout.split())
+    assert model_bytes > 10**9 and grown < 1.05 * model_bytes + 64 * 2**20
+
+
+# -------------------------------------------------------------------------------------------- what is there and missing
+
+
+def without(*names: str):
+    def remove(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return remove
+
+
+def truncated(name: str):
+    return lambda directory: os.truncate(directory / name, (directory / name).stat().st_size - 5)
+
+
+@pytest.mark.parametrize(
+    ("sharded", "damage", "message"),
+    [
+        (
+            False,
+            without("lit_config.json"),
+            "lit_model.safetensors and tokenizer.json are there, lit_config.json is missing",
+        ),
+        (
+            False,
+            without("lit_model.safetensors"),
+            "lit_config.json and tokenizer.json are there, lit_model.safetensors is missing",
+        ),
+        (
+            False,
+            without("tokenizer.json"),
+            "lit_config.json and lit_model.safetensors are there, tokenizer.json is missing",
+        ),
+        (False, truncated("lit_model.safetensors"), "lit_model.safetensors is truncated"),
+        (
+            True,
+            without("lit_model-00002-of-00003.safetensors"),
+            "2 of 3 shards are there, lit_model-00002-of-00003.safetensors is missing",
+        ),
+        (True, truncated("lit_model-00003-of-00003.safetensors"), "lit_model-00003-of-00003.safetensors is truncated"),
+        (True, without("lit_model.safetensors.index.json"), "lit_model.safetensors is missing"),
+    ],
+)
+def test_an_incomplete_directory_is_described(tmp_path: Path, sharded: bool, damage, message: str) -> None:
+    """Would catch a bare "file not found", and a truncated file that loads as noise."""
+    config = tiny_config()
+    save_checkpoint(GPT(config), config, tmp_path, max_shard_bytes=80_000 if sharded else 10**9)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    check_checkpoint_dir(tmp_path)
+    damage(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+        check_checkpoint_dir(tmp_path)
+    assert "\n" not in str(error.value) and not is_complete(tmp_path)
+
+
+def test_an_unconverted_directory_says_how_to_convert(tmp_path: Path) -> None:
+    """Would catch a user left alone with Hugging Face's files."""
+    hf_model("llama", tmp_path, max_shard_size="40KB")
+    with pytest.raises(FileNotFoundError, match=f"python scripts/convert_hf.py --checkpoint_dir {tmp_path}"):
+        load_model(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    shards[-1].unlink()
+    n = len(shards)
+    with pytest.raises(
+        FileNotFoundError, match=f"{n - 1} of {n} shards are there, {shards[-1].name} is missing.*config.json is there"
+    ):
+        convert_hf_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()  # the shards' own names say how many there should be
+    with pytest.raises(FileNotFoundError, match=f"{n - 1} of {n} shards are there"):
+        convert_hf_checkpoint(tmp_path)
+
+
+def test_a_directory_that_is_no_checkpoint_is_described(tmp_path: Path) -> None:
+    """Would catch a traceback for a mistyped path."""
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint directory"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="holds notes.txt, but no weights"):
+        convert_hf_checkpoint(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- killed processes
+
+KILLED_AT_EVERY_STEP = """
+import json, os, sys, torch
+from pathlib import Path
+from lit_swa import GPT, Config, files
+from lit_swa.checkpoint import convert_hf_checkpoint, export_hf_checkpoint, load_model, save_checkpoint
+config = Config(n_layer=1, n_head=2, n_embd=8, intermediate_size=8, vocab_size=16, block_size=8)
+old = {k: torch.zeros_like(v) for k, v in GPT(config).state_dict().items()}
+new = {k: torch.ones_like(v) for k, v in old.items()}
+
+def run_and_die(step, directory, new_config, shard_bytes):
+    # the child dies at its step-th rename, write or removal, without cleaning up, as by kill -9
+    pid = os.fork()
+    if pid == 0:
+        left = [step]
+        def dying(function):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return function(*args, **kwargs)
+            return call
+        os.replace, os.fsync, Path.unlink = dying(os.replace), dying(os.fsync), dying(Path.unlink)
+        save_checkpoint(new, new_config, directory, max_shard_bytes=shard_bytes)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+def kill_at_every_step(directory, new_config, shard_bytes):
+    seen = []
+    for step in range(100):
+        save_checkpoint(old, config, directory, max_shard_bytes=shard_bytes)
+        finished = run_and_die(step, directory, new_config, shard_bytes)
+        try:
+            model = load_model(directory)
+            values = {p.mean().item() for p in model.parameters()}
+            assert values in ({0.0}, {1.0}), f"mixed weights after step {step}"
+            assert model.config == (config if values == {0.0} else new_config), f"another's config after step {step}"
+            seen.append("old" if values == {0.0} else "new")
+        except (ValueError, OSError):
+            seen.append("incomplete")
+        if finished:
+            break
+    save_checkpoint(new, new_config, directory, max_shard_bytes=shard_bytes)
+    return {"seen": seen, "left": [p.name for p in directory.iterdir() if p.name.endswith(".tmp")]}
+
+other = config.override(rope_base=5000.0)
+cases = {"same config": (config, 10**9), "other config": (other, 10**9), "shards": (config, 1500)}
+results = {name: kill_at_every_step(Path(sys.argv[1], name), *case) for name, case in cases.items()}
+print(json.dumps(results), flush=True)
+
+# and two at once
+save_checkpoint(new, config, Path(sys.argv[1], "lit"))
+export_hf_checkpoint(Path(sys.argv[1], "lit"), Path(sys.argv[1], "hf"))
+def convert_in_a_child():
+    pid = os.fork()
+    if pid == 0:
+        convert_hf_checkpoint(Path(sys.argv[1], "hf"))
+        os._exit(0)
+    return pid
+
+children = [convert_in_a_child(), convert_in_a_child()]
+assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+load_model(Path(sys.argv[1], "hf"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_save_leaves_the_old_the_new_or_an_incomplete_checkpoint(tmp_path: Path) -> None:
+    """Would catch new weights under an old config, mixed shards, leftovers that stay, two writers in one file."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for result in results.values():
+        assert result["seen"][0] in ("old", "incomplete") and result["seen"][-1] == "new" and len(result["seen"]) > 3
+        assert result["left"] == []
+    assert (
+        "incomplete" not in results["same config"]["seen"]
+    )  # one rename swaps everything: a checkpoint is always there
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, tiny_model, monkeypatch) -> None:
+    """Would catch a run that ends with half a checkpoint on a full disk."""
+    import shutil
+
+    model = tiny_model()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="free some space"):
+        save_checkpoint(model, model.config, tmp_path)
+    assert not list(tmp_path.glob("lit_model*"))
+
+
+# -------------------------------------------------------------------------------------------------------------- scripts
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """What `python scripts/NAME ARGUMENTS` does, in this process."""
+    argv, path = sys.argv, sys.path[:]
+    sys.argv = [name, *arguments]
+    try:
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
+
+
+def test_scripts_convert_export_and_end_in_one_sentence(tmp_path: Path, capsys) -> None:
+    """Would catch scripts that lose an argument, print more than the directory, or end in a traceback."""
+    hf, out = str(tmp_path / "hf"), str(tmp_path / "out")
+    hf_model("llama", tmp_path / "hf")
+    capsys.readouterr()
+    run_script("convert_hf.py", "--checkpoint_dir", hf)
+    run_script("export_hf.py", "--checkpoint_dir", hf, "--output_dir", out)
+    assert capsys.readouterr().out == f"{hf}\n{out}\n" and (tmp_path / "out/model.safetensors").exists()
+    with pytest.raises(SystemExit) as stop:
+        run_script("convert_hf.py", "--checkpoint_dir", str(tmp_path / "nowhere"))
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and len(printed.err.strip().splitlines()) == 1

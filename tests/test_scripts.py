@@ -1,0 +1,174 @@
+"""The command lines: what they print where, their errors, and a chat that survives Ctrl-C."""
+
+import importlib
+import io
+import json
+import pkgutil
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(str(p.relative_to(ROOT)) for folder in ("generate", "scripts") for p in (ROOT / folder).glob("*.py"))
+
+
+def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdin: str = "") -> int:
+    """Run a script in this process, as `python script arguments` would; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as e:
+        return e.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_complete_and_needs_no_torch(script):
+    """Catches: a heavy import at the top of a script, and an argument without a description."""
+    probe = (f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+             f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+             "except SystemExit: pass\n"
+             "assert 'torch' not in sys.modules, 'torch was imported'")
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    options = [" ".join(block.split()) for block in done.stdout.split("\n  --")[1:] if not block.startswith(("config", "print_config"))]
+    assert options
+    for option in options:
+        description = option.split(" ", 2)[2].rpartition("(")[0]
+        assert len(description) > 10 and "type:" in option, f"not described: {option}"
+
+
+def test_every_module_imports():
+    """Catches: a module that needs a package which is not a dependency, or runs something when imported."""
+    import lit_swa
+
+    for module in pkgutil.iter_modules(lit_swa.__path__):
+        importlib.import_module(f"lit_swa.{module.name}")
+
+
+def test_the_answer_goes_to_stdout_and_statistics_to_stderr(tiny_checkpoint, monkeypatch, capsys):
+    """Catches: a progress line in a pipe, or a completion without its prompt."""
+    arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--prompt", "the quick brown", "--max_new_tokens", "12", "--seed", "3"]
+    assert run("generate/base.py", arguments, monkeypatch) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith("the quick brown") and len(first.out) > len("the quick brown\n")
+    for words in ("prefill", "decode", "first token", "window none (context 512)", "cache", "tok/s"):
+        assert words in first.err
+    assert run("generate/base.py", arguments, monkeypatch) == 0
+    assert capsys.readouterr().out == first.out  # the same seed
+    window = ["--model.attention", "sliding", "--model.sliding_window_size", "4", "--model.rolling_kv_cache", "true"]
+    assert run("generate/base.py", arguments + window, monkeypatch) == 0
+    windowed = capsys.readouterr()
+    assert windowed.out != first.out and "window 4 rolling" in windowed.err
+    assert run("generate/base.py", [*arguments[:2], "--prompt", "-", "--max_new_tokens", "0"], monkeypatch, stdin="from a pipe") == 0
+    assert capsys.readouterr().out == "from a pipe\n"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--checkpoint_dir", "{missing}"], "nowhere"),
+    (["--prompt", ""], "prompt is empty"),
+    (["--prompt", "a b " * 500], "tokens and the context 512"),
+    (["--temperature", "-1"], "temperature=-1.0"),
+    (["--temperature", "warm"], "temperature"),
+    (["--dtype", "float7"], "float7"),
+    (["--device", "tpu"], "'tpu'"),
+    (["--num_samples", "0"], "num_samples"),
+    (["--model.sliding_window", "4"], "sliding_window_size"),
+    (["--model.sliding_window_size", "4"], "no effect"),
+    (["--model.attention", "sliding"], "needs sliding_window_size"),
+    (["--model.attention", "sliding", "--model.sliding_window_size", "0"], "sliding_window_size=0"),
+    (["--model.n_query_groups", "4"], "does not divide"),
+    (["--model.n_layer", "3"], "transformer.h.2"),
+    (["--model.n_embd", "64"], "asks for"),
+    (["--wat", "1"], "unrecognized arguments: --wat"),
+])
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(arguments, message, tiny_checkpoint, monkeypatch, capsys, tmp_path):
+    """Catches: a traceback, a silent default, a wrong exit code."""
+    arguments = [a.replace("{missing}", str(tmp_path / "nowhere")) for a in arguments]
+    if "--checkpoint_dir" not in arguments:
+        arguments = ["--checkpoint_dir", str(tiny_checkpoint), *arguments]
+    assert run("generate/base.py", arguments, monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.startswith("error: ")
+    assert len(printed.err.strip().splitlines()) == 1 and printed.out == ""
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, monkeypatch, capsys):
+    """Catches: a fall-back to the CPU that nobody asked for."""
+    import torch
+
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    assert run("generate/base.py", ["--checkpoint_dir", str(tiny_checkpoint), "--device", absent], monkeypatch) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_a_chat_keeps_its_cache_resets_and_saves(tiny_checkpoint, monkeypatch, capsys, tmp_path):
+    """Catches: a turn that is fed again, a reset that forgets nothing, a file overwritten."""
+    target = tmp_path / "talk.json"
+    turns = f"hello\nagain\n/save {target}\n/save {target}\n/nonsense\n/reset\nhello\n/exit\nnever read\n"
+    arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "8", "--temperature", "0", "--repetition_penalty", "1"]
+    assert run("generate/chat.py", arguments, monkeypatch, stdin=turns) == 0
+    printed = capsys.readouterr()
+    stats = [line for line in printed.err.splitlines() if "prefill" in line]
+    assert len(stats) == 3 and "more from the cache" in stats[1]
+    assert "is there already" in printed.err and "no command /nonsense" in printed.err
+    messages = json.loads(target.read_text())
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and messages[2]["content"] == "again"
+    assert printed.out == f"{messages[1]['content']}\n{messages[3]['content']}\n{messages[1]['content']}\n"
+
+
+def test_chat_equals_reading_the_whole_conversation_again(tiny_checkpoint, monkeypatch, capsys, tmp_path):
+    """Catches: a kept cache that is not the conversation's, with a window that has long been outgrown."""
+    from lit_swa.checkpoint import load_model
+    from lit_swa.generate import generate_text
+    from lit_swa.tokenizer import Tokenizer
+
+    window = {"attention": "sliding", "sliding_window_size": 16, "rolling_kv_cache": True}
+    target = tmp_path / "talk.json"
+    turns = "the quick\nbrown fox\njumps over\n" + f"/save {target}\n"
+    arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "24", "--temperature", "0", "--repetition_penalty", "1"]
+    arguments += [part for k, v in window.items() for part in (f"--model.{k}", str(v).lower())]
+    assert run("generate/chat.py", arguments, monkeypatch, stdin=turns) == 0
+    capsys.readouterr()
+    messages = json.loads(target.read_text())
+    tokenizer = Tokenizer(tiny_checkpoint)
+    for i in (1, 3, 5):
+        model = load_model(tiny_checkpoint, **window)
+        ids = tokenizer.apply_chat_template(messages[:i])
+        answer = "".join(generate_text(model, tokenizer, ids, continues=False, max_new_tokens=24, stop_tokens=tokenizer.eos_ids))
+        assert answer == messages[i]["content"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_checkpoint):
+    """Catches: a program that dies with the answer, or a conversation that is broken after it."""
+    command = [sys.executable, "generate/chat.py", "--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "1000000000",
+               "--model.attention", "sliding", "--model.sliding_window_size", "16", "--model.rolling_kv_cache", "true"]
+    chat = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        for turn in (b"hello\n", b"again\n"):
+            chat.stdin.write(turn)
+            chat.stdin.flush()
+            assert chat.stdout.read(1)  # the answer has begun
+            time.sleep(0.3)
+            chat.send_signal(signal.SIGINT)
+        out, err = chat.communicate(timeout=60)
+    finally:
+        chat.kill()
+    assert chat.returncode == 0, err.decode()
+    assert err.decode().count("prefill") == 2 and b"Traceback" not in err
+
+
+def test_the_plot_is_drawn_from_the_masks(tmp_path, monkeypatch):
+    """Catches: a picture that is drawn by hand and not by the mask functions."""
+    pytest.importorskip("matplotlib")
+    assert run("scripts/plot_masks.py", ["--output", str(tmp_path / "m.png"), "--window", "5"], monkeypatch) == 0
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert content["keys_seen_by_the_last_query"] == {"full": 20, "sliding": 5}
+    assert content["cache"][-1]["slots"] == [8, 9, 6, 7, 8, 9, 6, 7]
+    assert (tmp_path / "m.png").stat().st_size > 5000

@@ -1,0 +1,163 @@
+"""Tiny GGUF files with random weights, written by the gguf library itself."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEXT = (
+    "def f(x):\n    return x ** 2  # naïve café\n\nThe year 2024 had 366 days; pi is 3.14159.\n"
+    "\n\n1. one\n  2. two\t12345\n"
+    '"Quoted" text—with dashes… ÀÉÎõü ß 漢字かな 한국어 العربية עברית 🙂👩\u200d👩\u200d👧\u200d👦🏳️\u200d🌈        '
+    "eight blanks, don't we'll I'M\r\n\r\nCRLF\n"
+)
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = [chr(b) for b in BYTES] + [chr(256 + n) for n in range(256 - len(BYTES))]
+SHAPE = dict(n_layer=2, n_head=4, n_kv=2, n_embd=64, head_dim=16, n_ff=96)
+
+
+def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
+    """Tokens, token types and merges of a byte-level BPE with a few merges and special tokens."""
+    merges = [
+        "Ġ t",
+        "Ġ a",
+        "i n",
+        "h e",
+        "Ġ Ġ",
+        "r e",
+        "Ġt he",
+        "1 2",
+        "Ċ Ċ",
+        "2 0",
+        "Ġ 1",
+        "ĠĠ ĠĠ",
+        "a r",
+        "Ã ©",
+        "' l",
+        "'l l",
+    ]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, *("".join(m.split()) for m in merges), "<think>"]
+    types = [3, 3, 3, *[1] * (len(tokens) - 4), 4]
+    return tokens, types, merges
+
+
+def sentencepiece_vocabulary(gemma: bool) -> tuple[list[str], list[int], list[float]]:
+    """Tokens, token types and scores of a SentencePiece BPE with byte fallback; the scores imply its merges."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>"] if gemma else ["<unk>", "<s>", "</s>"]
+    kinds = {"<unk>": 2}
+    blank = [" " * n for n in range(2, 6)] if gemma else ["▁▁", "▁▁▁▁"]
+    pieces = ["th", "he", "▁t", "▁a", "in", "the", "▁the", "re", "ar", "▁re", "er", "▁1", "12", "20", *blank]
+    singles = sorted({c for c in TEXT if c.isascii() and c.isprintable() and c != " "} | {"▁", "é", "漢"})
+    tokens = [*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces, *singles, "<|user|>"]
+    types = [*(kinds.get(s, 3) for s in specials), *[6] * 256, *[1] * (len(pieces) + len(singles)), 4]
+    scores = [0.0] * (len(specials) + 256) + [-float(n // 2) for n in range(len(pieces))] + [-1e9] * (len(singles) + 1)
+    return tokens, types, scores
+
+
+def add_tokenizer(writer: Any, kind: str, pre: str) -> int:
+    """Write the tokenizer's metadata and return the size of the vocabulary."""
+    if kind == "gpt2":
+        tokens, types, merges = byte_level_vocabulary()
+        writer.add_token_merges(merges)
+        writer.add_tokenizer_pre(pre)
+        ids = {"bos": 1, "eos": 2, "unk": 0, "pad": 2}
+    else:
+        tokens, types, scores = sentencepiece_vocabulary(kind == "gemma")
+        writer.add_token_scores(scores)
+        ids = {name: tokens.index(f"<{name}>") for name in ("bos", "eos", "unk", "pad") if f"<{name}>" in tokens}
+        ids = ids | ({"bos": 1, "eos": 2} if kind == "llama" else {})
+    writer.add_tokenizer_model("gpt2" if kind == "gpt2" else "llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(ids["bos"])
+    writer.add_eos_token_id(ids["eos"])
+    writer.add_unk_token_id(ids["unk"])
+    if "pad" in ids:
+        writer.add_pad_token_id(ids["pad"])
+    return len(tokens)
+
+
+def write_tiny_gguf(
+    path: Path,
+    architecture: str = "llama",
+    tokenizer: str = "gpt2",
+    pre: str = "smollm",
+    seed: int = 0,
+    add_bos: bool | None = None,
+    eot: int | None = None,
+    rope_freqs: list[float] | None = None,
+    rope_theta: float = 10000.0,
+    **metadata: Any,
+) -> None:
+    """A random model in several number formats, with F32 norms. metadata: extra keys of the architecture."""
+    import gguf
+    from gguf import GGMLQuantizationType as Q
+
+    s, rng = SHAPE, np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(s["n_layer"])
+    writer.add_context_length(64)
+    writer.add_embedding_length(s["n_embd"])
+    writer.add_feed_forward_length(s["n_ff"])
+    writer.add_head_count(s["n_head"])
+    writer.add_head_count_kv(s["n_kv"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(rope_theta)
+    if architecture == "llama":
+        writer.add_rope_dimension_count(s["head_dim"])
+    else:
+        writer.add_key_length(s["head_dim"])
+        writer.add_value_length(s["head_dim"])
+    if architecture.startswith("gemma"):
+        writer.add_sliding_window(8)
+    for key, value in metadata.items():
+        getattr(writer, f"add_{key}")(value)
+    n_vocab = add_tokenizer(writer, tokenizer, pre)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
+    if eot is not None:
+        writer.add_eot_token_id(eot)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, dtype=np.float32))
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
+
+    def add(name: str, shape: tuple[int, ...], kind: Q = Q.F32, scale: float = 0.1) -> None:
+        data = (rng.standard_normal(shape) * scale).astype(np.float32)
+        if "norm" in name:
+            data += 1.0
+        if kind == Q.F16:
+            writer.add_tensor(name, data.astype(np.float16))
+        elif kind == Q.F32:
+            writer.add_tensor(name, data)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+
+    n_embd, q, kv = s["n_embd"], s["n_head"] * s["head_dim"], s["n_kv"] * s["head_dim"]
+    add("token_embd.weight", (n_vocab, n_embd), Q.Q8_0)
+    for i in range(s["n_layer"]):
+        add(f"blk.{i}.attn_norm.weight", (n_embd,))
+        add(f"blk.{i}.attn_q.weight", (q, n_embd), Q.Q4_1)
+        add(f"blk.{i}.attn_k.weight", (kv, n_embd), Q.F16)
+        add(f"blk.{i}.attn_v.weight", (kv, n_embd), Q.Q8_0)
+        add(f"blk.{i}.attn_output.weight", (n_embd, q), Q.BF16)
+        if architecture == "qwen2":
+            for part, rows in (("q", q), ("k", kv), ("v", kv)):
+                add(f"blk.{i}.attn_{part}.bias", (rows,))
+        if architecture in ("qwen3", "gemma3"):
+            add(f"blk.{i}.attn_q_norm.weight", (s["head_dim"],))
+            add(f"blk.{i}.attn_k_norm.weight", (s["head_dim"],))
+        if architecture.startswith("gemma"):
+            add(f"blk.{i}.post_attention_norm.weight", (n_embd,))
+            add(f"blk.{i}.post_ffw_norm.weight", (n_embd,))
+        add(f"blk.{i}.ffn_norm.weight", (n_embd,))
+        add(f"blk.{i}.ffn_gate.weight", (s["n_ff"], n_embd), Q.Q4_0)
+        add(f"blk.{i}.ffn_up.weight", (s["n_ff"], n_embd), Q.Q5_1)
+        add(f"blk.{i}.ffn_down.weight", (n_embd, s["n_ff"]), Q.Q4_1)
+    add("output_norm.weight", (n_embd,))
+    if architecture in ("llama", "qwen2"):
+        add("output.weight", (n_vocab, n_embd), Q.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
