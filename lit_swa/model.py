@@ -777,7 +777,9 @@ class RoPE(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)  # (bases, rope_n_elem / 2)
+        device = torch.get_default_device()  # where the weights go; real numbers even in a model of meta tensors
+        frequencies = rope_frequencies(config).to("cpu" if device.type == "meta" else device)
+        self.register_buffer("inv_freq", frequencies, persistent=False)  # (bases, rope_n_elem / 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoPE":
         """Follow the model to another device, but never to another dtype: bfloat16 positions are wrong past 256."""
