@@ -166,17 +166,17 @@ def fetch_from_hub(info: Any, directory: Path, token: str | None) -> None:
 def select_files(info: Any) -> list[Any]:
     """The files of a repository that a checkpoint is made of: safetensors, or .bin where there are none; never code.
 
-    Only files at the top are considered: the folders of a repository hold other formats of the same weights.
+    Only these names, without a folder, are considered: folders hold other formats of the same weights.
     """
-    top = {file.rfilename: file for file in info.siblings or [] if re.fullmatch(r"\w[\w.-]*", file.rfilename)}
+    files = {file.rfilename: file for file in info.siblings or []}
     for weights in (
         r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
         r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
     ):
-        names = [name for name in top if re.fullmatch(weights, name)]
+        names = [name for name in files if re.fullmatch(weights, name)]
         if names:
-            others = [name for name in ("config.json", *COPIED_FILES) if name in top]
-            return [top[name] for name in [*others, *sorted(names)]]
+            others = [name for name in ("config.json", *COPIED_FILES) if name in files]
+            return [files[name] for name in [*others, *sorted(names)]]
     raise ValueError(
         f"The repository {info.id} holds no model.safetensors and no pytorch_model.bin: choose another one."
     )

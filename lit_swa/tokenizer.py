@@ -471,7 +471,7 @@ class _FastBackend:
         from tokenizers import Tokenizer as RustTokenizer
 
         data = _read_bytes(path, MAX_VOCAB_BYTES)
-        _check_charsmaps(path, data)
+        _check_before_loading(path, data)
         with _one_sentence_errors(f"load {path}, copy the file again"):
             self.rust = RustTokenizer.from_buffer(data)
         _check_growth(path, self.rust)
@@ -801,16 +801,25 @@ def _added_token(value: Any, where: str, special: bool = True) -> _AddedToken:
 
 
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*(?:"([A-Za-z0-9+/=]*)"|null)')
+_SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _ESCAPED_LETTER = re.compile(rb"\\u00(5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 
 
-def _check_charsmaps(path: Path, data: bytes) -> None:
-    """Refuses a precompiled table that claims another size than it has: the library's allocation ends the process.
+def _check_before_loading(path: Path, data: bytes) -> None:
+    """Refuses the two things that end the process inside the library, where no exception can be caught.
 
-    Such a table begins with the size in bytes of its first half. The file is searched, not parsed: parsing a large
-    vocabulary in Python takes seconds. JSON may write a letter as \\u0061, so that is undone first.
+    The file is searched, not parsed: parsing a large vocabulary in Python takes seconds. JSON may write a letter of a
+    key as \\u0061, so that is undone first.
     """
     data = _ESCAPED_LETTER.sub(lambda match: bytes([int(match[1], 16)]), data)
+    if not _charsmaps_are_sound(data):
+        raise ValueError(f"{path} has a damaged precompiled_charsmap: copy the file again.")
+    if _SUBWORD_PREFIX.search(data) and not _merges_have_prefix(_parse_json(path, data.decode("utf-8", "replace"))):
+        raise ValueError(f"{path} has merges without its continuing_subword_prefix: copy the file again.")
+
+
+def _charsmaps_are_sound(data: bytes) -> bool:
+    """A precompiled table begins with the size in bytes of its first half, and so much memory is asked for."""
     tables = _CHARSMAP.findall(data)
     sound = len(tables) == data.count(b'"precompiled_charsmap"')
     for encoded in tables:
@@ -818,8 +827,18 @@ def _check_charsmaps(path: Path, data: bytes) -> None:
             table = base64.b64decode(encoded)
             size = int.from_bytes(table[:4], "little")
             sound = sound and size % 4 == 0 and size <= max(0, len(table) - 4)
-    if not sound:
-        raise ValueError(f"{path} has a damaged precompiled_charsmap: copy the file again.")
+    return sound
+
+
+def _merges_have_prefix(spec: dict[str, Any]) -> bool:
+    """The library cuts the prefix off the second token of a merge unseen, and may cut a character in two."""
+    model = spec.get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(merges, list) else None
+    if not isinstance(prefix, str):
+        return True
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return all(isinstance(pair, list) and pair and str(pair[-1]).startswith(prefix) for pair in pairs)
 
 
 def _check_growth(path: Path, rust: Any) -> None:

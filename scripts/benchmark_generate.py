@@ -61,7 +61,9 @@ def main(
                 report(rows[-1])
         del ours, theirs
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {"command": " ".join(["python", *sys.argv]), "machine": describe_machine(device), "arguments": arguments, "rows": rows})
+    command = "python " + " ".join(sys.argv).partition(" --output")[0]
+    machine = describe_machine(device)
+    write_json(output, {"command": command, "machine": machine, "arguments": arguments, "rows": rows})
     print(f"written to {output}", file=sys.stderr)
 
 

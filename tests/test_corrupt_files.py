@@ -332,7 +332,7 @@ def test_an_index_cannot_name_files_outside(tmp_path: Path, monkeypatch, name: o
     (directory / "lit_config.json").write_text("{}")
     (directory / index).write_text(json.dumps({"weight_map": {"a": name}}))
     opened = spy_on_open(monkeypatch)
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises(ValueError, match="only plain file names are allowed|has no weight_map"):
         (load_model if index.startswith("lit_") else convert_hf_checkpoint)(directory)
     assert [
         path for path in opened if directory.resolve() not in (Path(path).resolve(), *Path(path).resolve().parents)
@@ -465,15 +465,16 @@ def test_a_damaged_pickle_is_one_sentence(tmp_path: Path, seed: int) -> None:
     make_config(tmp_path)
     path = tmp_path / "pytorch_model.bin"
     torch.save({"model.norm.weight": torch.ones(100)}, path)
-    if seed == 0:  # the same archive, compressed
+    if seed == 0:  # the same archive, its pickle compressed
         with zipfile.ZipFile(path) as archive:
             parts = {name: archive.read(name) for name in archive.namelist()}
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(path, "w") as archive:
             for name, data in parts.items():
-                archive.writestr(name, data)
+                kind = zipfile.ZIP_DEFLATED if name.endswith("data.pkl") else zipfile.ZIP_STORED
+                archive.writestr(name, data, compress_type=kind)
     else:
         path.write_bytes(path.read_bytes()[: 150 * seed])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="cannot be read as plain weights") as error:
         convert_hf_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 

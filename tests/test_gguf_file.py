@@ -24,6 +24,7 @@ TEXTS = [
     "a\n\n1. b   22",
     "\u200b\ufeff\x07",
     "<s> </s><bos>",
+    "there other weather",
 ]
 ARCHITECTURES = [
     ("llama", "gpt2"),

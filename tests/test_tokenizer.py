@@ -666,6 +666,15 @@ PIPELINES = {
     "charsmap_not_a_string": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": [255] * 13}},
     "charsmap_base64": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "@@"}},
     "charsmap_type": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": 7}},
+    # one byte is cut off "é", and a message with half a character ends the process
+    "subword_prefix": {
+        "model": {
+            "type": "BPE",
+            "vocab": {"a": 0, "é": 1},
+            "merges": [["a", "é"]],
+            "continuing_subword_prefix": "A",
+        }
+    },
     # twenty doublings: a page becomes a gigabyte
     "doubling": {
         "normalizer": {
@@ -722,6 +731,15 @@ def test_the_check_of_tables_reads_json_as_the_library_does(normalizer, copy_of)
     path.write_text(text.replace('"normalizer": null', f'"normalizer": {normalizer}'), encoding="utf-8")
     with pytest.raises(ValueError, match="damaged precompiled_charsmap"):
         Tokenizer(path.parent)
+
+
+def test_sound_subword_prefixes_are_loaded(tmp_path):
+    """Would catch a check that refuses every BPE with a prefix, or the WordPiece of BERT."""
+    bpe = models.BPE({"a": 0, "##b": 1, "ab": 2}, [("a", "##b")], continuing_subword_prefix="##")
+    wordpiece = models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]")
+    for model, ids in [(bpe, [2]), (wordpiece, [0, 1])]:
+        RustTokenizer(model).save(str(tmp_path / "tokenizer.json"))
+        assert Tokenizer(tmp_path).encode("ab") == ids
 
 
 def test_a_sound_precompiled_table_is_loaded(copy_of, references):

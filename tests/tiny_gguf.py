@@ -46,11 +46,12 @@ def sentencepiece_vocabulary(gemma: bool) -> tuple[list[str], list[int], list[fl
     specials = ["<pad>", "<eos>", "<bos>", "<unk>"] if gemma else ["<unk>", "<s>", "</s>"]
     kinds = {"<unk>": 2}
     blank = [" " * n for n in range(2, 6)] if gemma else ["▁▁", "▁▁▁▁"]
-    pieces = ["th", "he", "▁t", "▁a", "in", "the", "▁the", "re", "ar", "▁re", "er", "▁1", "12", "20", *blank]
+    # "er" and "the" share a score: which of them is merged first follows from the lengths of their halves
+    pieces = ["th", "he", "er", "the", "▁t", "▁a", "in", "▁the", "re", "ar", "▁re", "▁1", "12", "20", *blank]
     singles = sorted({c for c in TEXT if c.isascii() and c.isprintable() and c != " "} | {"▁", "é", "漢"})
     tokens = [*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces, *singles, "<|user|>"]
     types = [*(kinds.get(s, 3) for s in specials), *[6] * 256, *[1] * (len(pieces) + len(singles)), 4]
-    scores = [0.0] * (len(specials) + 256) + [-float(n // 2) for n in range(len(pieces))] + [-1e9] * (len(singles) + 1)
+    scores = [0.0] * (len(specials) + 256) + [-float(n // 4) for n in range(len(pieces))] + [-1e9] * (len(singles) + 1)
     return tokens, types, scores
 
 
