@@ -57,7 +57,9 @@ def main(
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     tokenizer = Tokenizer(checkpoint_dir)
     if not tokenizer.has_chat_template:
-        raise ValueError(f"The tokenizer of {checkpoint_dir} has no chat template: use generate/base.py to complete text.")
+        raise ValueError(
+            f"The tokenizer of {checkpoint_dir} has no chat template: use generate/base.py to complete text."
+        )
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
     gpt.set_kv_cache(1, min(1024, gpt.config.block_size), lookahead=TAKES_BACK)
     decode = compile_decode(gpt) if compile else None
@@ -84,13 +86,30 @@ def main(
             try:
                 ids = tokenizer.apply_chat_template(messages)
                 with interruptible() as interrupted:
-                    for piece in generate_text(gpt, tokenizer, ids, continues=False, max_new_tokens=max_new_tokens, seed=seed,
-                                               temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, stop=stop or (),
-                                               repetition_penalty=repetition_penalty, stop_tokens=tokenizer.eos_ids,
-                                               cached_ids=cached_ids, decode=decode, should_stop=interrupted, stats=stats):
+                    for piece in generate_text(
+                        gpt,
+                        tokenizer,
+                        ids,
+                        continues=False,
+                        max_new_tokens=max_new_tokens,
+                        seed=seed,
+                        temperature=temperature,
+                        top_k=top_k,
+                        top_p=top_p,
+                        min_p=min_p,
+                        stop=stop or (),
+                        repetition_penalty=repetition_penalty,
+                        stop_tokens=tokenizer.eos_ids,
+                        cached_ids=cached_ids,
+                        decode=decode,
+                        should_stop=interrupted,
+                        stats=stats,
+                    ):
                         print(piece, end="", flush=True)
                         answer += piece
-            except ValueError as e:  # the conversation has outgrown the context, or its template refuses it: it stays as it was
+            except (
+                ValueError
+            ) as e:  # the conversation has outgrown the context, or its template refuses it: it stays as it was
                 messages.pop()
                 print(f"error: {e} /reset begins anew.", file=sys.stderr)
                 continue

@@ -80,7 +80,7 @@ def check_checkpoint_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> 
         open_weights(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error} {' and '.join(there)} are there; convert or download the checkpoint again."
+            f"{error} {' and '.join(there)} {_is_or_are(there)} there; convert or download the checkpoint again."
         ) from None
 
 
@@ -96,9 +96,13 @@ def _incomplete(directory: Path, there: list[str], missing: list[str]) -> str:
     remedy = (
         f"run python scripts/convert_hf.py --checkpoint_dir {directory}" if source else "download or convert it again"
     )
-    present = f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there, " if there else ""
-    verb = "is" if len(missing) == 1 else "are"
-    return f"{directory} is no complete checkpoint: {present}{' and '.join(missing)} {verb} missing; {remedy}."
+    present = f"{' and '.join(there)} {_is_or_are(there)} there, " if there else ""
+    absent = f"{' and '.join(missing)} {_is_or_are(missing)} missing"
+    return f"{directory} is no complete checkpoint: {present}{absent}; {remedy}."
+
+
+def _is_or_are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def is_complete(checkpoint_dir: str | Path) -> bool:

@@ -9,36 +9,78 @@ from typing import Any
 
 LLAMA = {"norm_eps": 1e-5}
 QWEN2 = {"norm_eps": 1e-6, "attn_bias": True, "rope_base": 1e6, "block_size": 32768}
-QWEN3 = {"norm_eps": 1e-6, "norm_qk": True, "rope_base": 1e6, "block_size": 40960, "vocab_size": 151936, "head_size": 128}
+QWEN3 = {
+    "norm_eps": 1e-6,
+    "norm_qk": True,
+    "rope_base": 1e6,
+    "block_size": 40960,
+    "vocab_size": 151936,
+    "head_size": 128,
+}
 GEMMA = {
-    "norm_eps": 1e-6, "norm_unit_offset": True, "post_attention_norm": True, "post_mlp_norm": True, "scale_embeddings": True,
-    "activation": "gelu_tanh", "tie_embeddings": True,
+    "norm_eps": 1e-6,
+    "norm_unit_offset": True,
+    "post_attention_norm": True,
+    "post_mlp_norm": True,
+    "scale_embeddings": True,
+    "activation": "gelu_tanh",
+    "tie_embeddings": True,
 }
 GEMMA2 = GEMMA | {
-    "vocab_size": 256000, "block_size": 8192, "attention": "sliding,full", "sliding_window_size": 4096,
-    "attention_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    "vocab_size": 256000,
+    "block_size": 8192,
+    "attention": "sliding,full",
+    "sliding_window_size": 4096,
+    "attention_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
 }
 GEMMA3 = GEMMA | {
-    "vocab_size": 262144, "block_size": 32768, "norm_qk": True, "rope_base": 1e6, "rope_local_base_freq": 1e4,
-    "attention": "sliding,sliding,sliding,sliding,sliding,full", "sliding_window_size": 512,
+    "vocab_size": 262144,
+    "block_size": 32768,
+    "norm_qk": True,
+    "rope_base": 1e6,
+    "rope_local_base_freq": 1e4,
+    "attention": "sliding,sliding,sliding,sliding,sliding,full",
+    "sliding_window_size": 512,
 }
 PYTHIA = {
-    "norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True,
-    "rotary_percentage": 0.25, "attn_bias": True, "attn_proj_bias": True, "mlp_bias": True, "block_size": 2048,
-    "vocab_size": 50254, "padded_vocab_size": 50304,
+    "norm_class_name": "LayerNorm",
+    "mlp_class_name": "PlainMLP",
+    "activation": "gelu",
+    "parallel_residual": True,
+    "rotary_percentage": 0.25,
+    "attn_bias": True,
+    "attn_proj_bias": True,
+    "mlp_bias": True,
+    "block_size": 2048,
+    "vocab_size": 50254,
+    "padded_vocab_size": 50304,
 }
 
 
 def shape(n_layer: int, n_embd: int, n_head: int, n_query_groups: int, intermediate_size: int) -> dict[str, int]:
-    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_query_groups": n_query_groups,
-            "intermediate_size": intermediate_size}
+    return {
+        "n_layer": n_layer,
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "n_query_groups": n_query_groups,
+        "intermediate_size": intermediate_size,
+    }
 
 
 SMOLLM2 = LLAMA | {"vocab_size": 49152, "block_size": 8192, "tie_embeddings": True}
 LLAMA2 = LLAMA | {"vocab_size": 32000, "block_size": 4096}
 LLAMA3 = LLAMA | {"vocab_size": 128256, "block_size": 8192, "rope_base": 5e5}
-LLAMA31 = LLAMA3 | {"block_size": 131072, "rope_scaling": {
-    "type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
+LLAMA31 = LLAMA3 | {
+    "block_size": 131072,
+    "rope_scaling": {
+        "type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 LLAMA32 = LLAMA31 | {"tie_embeddings": True, "rope_scaling": LLAMA31["rope_scaling"] | {"factor": 32.0}}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -52,9 +94,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Llama-3.1-8B": LLAMA31 | shape(32, 4096, 32, 8, 14336),
     "Llama-3.2-1B": LLAMA32 | shape(16, 2048, 32, 8, 8192),
     "Llama-3.2-3B": LLAMA32 | {"head_size": 128} | shape(28, 3072, 24, 8, 8192),
-    "Mistral-7B-v0.1": LLAMA | {"vocab_size": 32000, "block_size": 32768, "attention": "sliding", "sliding_window_size": 4096}
+    "Mistral-7B-v0.1": LLAMA
+    | {"vocab_size": 32000, "block_size": 32768, "attention": "sliding", "sliding_window_size": 4096}
     | shape(32, 4096, 32, 8, 14336),
-    "Mistral-7B-v0.3": LLAMA | {"vocab_size": 32768, "block_size": 32768, "rope_base": 1e6} | shape(32, 4096, 32, 8, 14336),
+    "Mistral-7B-v0.3": LLAMA
+    | {"vocab_size": 32768, "block_size": 32768, "rope_base": 1e6}
+    | shape(32, 4096, 32, 8, 14336),
     "Qwen2.5-0.5B": QWEN2 | {"vocab_size": 151936, "tie_embeddings": True} | shape(24, 896, 14, 2, 4864),
     "Qwen2.5-1.5B": QWEN2 | {"vocab_size": 151936, "tie_embeddings": True} | shape(28, 1536, 12, 2, 8960),
     "Qwen2.5-7B": QWEN2 | {"vocab_size": 152064} | shape(28, 3584, 28, 4, 18944),
@@ -99,7 +144,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no {path}: a Hugging Face checkpoint directory holds a config.json.") from None
+        raise FileNotFoundError(
+            f"There is no {path}: a Hugging Face checkpoint directory holds a config.json."
+        ) from None
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON ({type(e).__name__}): download it again.") from None
     if not isinstance(content, dict):
@@ -109,13 +156,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def find_architecture(hf: dict[str, Any]) -> str:
     named = hf.get("architectures") or []
-    by_model_type = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                     "qwen3": "Qwen3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
-                     "gpt_neox": "GPTNeoXForCausalLM"}
+    by_model_type = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "gemma2": "Gemma2ForCausalLM",
+        "gemma3_text": "Gemma3ForCausalLM",
+        "gpt_neox": "GPTNeoXForCausalLM",
+    }
     architecture = named[0] if isinstance(named, list) and named else by_model_type.get(str(hf.get("model_type")))
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ValueError(f"The architecture {architecture or hf.get('model_type')!r} is not supported: "
-                         f"choose a checkpoint of {', '.join(sorted(ARCHITECTURES))}.")
+        raise ValueError(
+            f"The architecture {architecture or hf.get('model_type')!r} is not supported: "
+            f"choose a checkpoint of {', '.join(sorted(ARCHITECTURES))}."
+        )
     return architecture
 
 
@@ -142,7 +197,13 @@ def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 def checked_activation(hf: dict[str, Any]) -> str:
@@ -153,7 +214,7 @@ def checked_activation(hf: dict[str, Any]) -> str:
 
 
 def read_rope(hf: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
-    """The RoPE parameters of the layers that attend in full, and the base of those with a window if it is another one."""
+    """The RoPE parameters of the layers that attend in full, and the base of those with a window if it differs."""
     rope = hf.get("rope_parameters")
     if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):  # one entry per kind of layer
         return rope["full_attention"], float(rope["sliding_attention"]["rope_theta"])
@@ -181,7 +242,9 @@ def window_fields(hf: dict[str, Any], layer_types: list[str] | None) -> dict[str
     names = {"sliding_attention": "sliding", "full_attention": "full"}
     unknown = sorted({str(t) for t in layer_types} - set(names))
     if unknown:
-        raise ValueError(f"The layer type {unknown[0]!r} is not supported: layers are full_attention or sliding_attention.")
+        raise ValueError(
+            f"The layer type {unknown[0]!r} is not supported: layers are full_attention or sliding_attention."
+        )
     pattern = [names[t] for t in layer_types]
     return {"attention": ",".join(shortest_period(pattern)), "sliding_window_size": window}
 
@@ -225,9 +288,14 @@ def gemma2(hf: dict[str, Any]) -> dict[str, Any]:
     pattern = [("sliding_attention", "full_attention")[i % 2] for i in range(hf["num_hidden_layers"])]
     bias = hf.get("attention_bias", False)
     return {
-        "norm_unit_offset": True, "post_attention_norm": True, "post_mlp_norm": True, "scale_embeddings": True,
-        "tie_embeddings": hf.get("tie_word_embeddings", True), "activation": gemma_activation(hf),
-        "attn_bias": bias, "attn_proj_bias": bias,
+        "norm_unit_offset": True,
+        "post_attention_norm": True,
+        "post_mlp_norm": True,
+        "scale_embeddings": True,
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        "activation": gemma_activation(hf),
+        "attn_bias": bias,
+        "attn_proj_bias": bias,
         "attention_scores_scalar": hf.get("query_pre_attn_scalar", 256),
         "attention_logit_softcapping": hf.get("attn_logit_softcapping"),
         "final_logit_softcapping": hf.get("final_logit_softcapping"),
@@ -235,7 +303,7 @@ def gemma2(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def gemma_activation(hf: dict[str, Any]) -> str:
-    """Gemma configs of old say "gelu" in hidden_act and mean the tanh form; hidden_activation is the one that counts."""
+    """Gemma configs of old say "gelu" in hidden_act and mean the tanh form; hidden_activation counts."""
     return ACTIVATION_NAMES[hf.get("hidden_activation") or "gelu_pytorch_tanh"]
 
 
@@ -254,8 +322,12 @@ def gpt_neox(hf: dict[str, Any]) -> dict[str, Any]:
     rope = hf.get("rope_parameters") or {}
     bias = hf.get("attention_bias", True)
     return {
-        "norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "norm_eps": hf.get("layer_norm_eps", 1e-5),
-        "attn_bias": bias, "attn_proj_bias": bias, "mlp_bias": True,
+        "norm_class_name": "LayerNorm",
+        "mlp_class_name": "PlainMLP",
+        "norm_eps": hf.get("layer_norm_eps", 1e-5),
+        "attn_bias": bias,
+        "attn_proj_bias": bias,
+        "mlp_bias": True,
         "parallel_residual": hf.get("use_parallel_residual", True),
         "rotary_percentage": float(rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))),
     }

@@ -37,13 +37,15 @@ class Stats:
         prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
         cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
         decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
-        return (f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
-                f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB")
+        return (
+            f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
+            f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB"
+        )
 
 
 def describe_window(model: GPT) -> str:
     """The keys that a query can see: "none (context 8192)", "256", or "4096 in 13 of 26 layers"."""
-    windows = [VARIANTS[v].window(model.config) for v in model.config.layer_variants]
+    windows = windows_of(model)
     n = sum(w is not None for w in windows)
     if n == 0:
         return f"none (context {model.config.block_size})"
@@ -72,7 +74,7 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
     stats: Stats | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens, one by one, as they are chosen. What does not fit is refused at once, before the first is asked for.
+    """Yield new tokens, one by one, as they are chosen. What does not fit is refused at once.
 
     prompt_ids: the whole sequence so far, at least one token.
     temperature: 0 takes the likeliest token; else logits are divided by it, and top_k, top_p, min_p cut the tail.
@@ -103,9 +105,17 @@ def generate(
 
 
 @torch.inference_mode()
-def run_loop(model: GPT, ids: list[int], cached: list[int], last: int, choose: Callable[[Tensor], Tensor],
-             step: Callable[[Tensor, Tensor], Tensor], stops: "StopFinder", should_stop: Callable[[], bool],
-             stats: Stats) -> Iterator[int]:
+def run_loop(
+    model: GPT,
+    ids: list[int],
+    cached: list[int],
+    last: int,
+    choose: Callable[[Tensor], Tensor],
+    step: Callable[[Tensor, Tensor], Tensor],
+    stops: "StopFinder",
+    should_stop: Callable[[], bool],
+    stats: Stats,
+) -> Iterator[int]:
     """The loop of generate: feed the prompt, then choose a token and feed it, until position `last` was chosen for."""
     device, started = model.transformer.wte.weight.device, time.perf_counter()
     stats.prompt_tokens, stats.cached_tokens = len(ids), len(cached)
@@ -134,47 +144,71 @@ def run_loop(model: GPT, ids: list[int], cached: list[int], last: int, choose: C
     yield from stops.held  # what was not a stop after all
 
 
-def check_arguments(model: GPT, ids: list[int], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float,
-                    min_p: float, repetition_penalty: float) -> None:
+def check_arguments(
+    model: GPT,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+) -> None:
     """Raises ValueError, in one sentence, for what cannot be generated from."""
     if not ids:
         raise ValueError("The prompt is empty: give at least one token.")
     if not 0 <= min(ids) <= max(ids) < model.config.padded_vocab_size:
-        raise ValueError(f"The prompt holds the token id {max(ids) if min(ids) >= 0 else min(ids)}, and the vocabulary has "
-                         f"{model.config.padded_vocab_size}: the tokenizer is another model's.")
-    limits = (("max_new_tokens", max_new_tokens, 0, 10**9), ("temperature", temperature, 0, 1e4), ("top_k", top_k, 1, 10**9),
-              ("top_p", top_p, 1e-9, 1), ("min_p", min_p, 0, 1), ("repetition_penalty", repetition_penalty, 1e-3, 1e3))
+        raise ValueError(
+            f"The prompt holds the token id {max(ids) if min(ids) >= 0 else min(ids)}, and the vocabulary has "
+            f"{model.config.padded_vocab_size}: the tokenizer is another model's."
+        )
+    limits = (
+        ("max_new_tokens", max_new_tokens, 0, 10**9),
+        ("temperature", temperature, 0, 1e4),
+        ("top_k", top_k, 1, 10**9),
+        ("top_p", top_p, 1e-9, 1),
+        ("min_p", min_p, 0, 1),
+        ("repetition_penalty", repetition_penalty, 1e-3, 1e3),
+    )
     for name, value, least, most in limits:
         if value is not None and not least <= value <= most:
             raise ValueError(f"{name}={value} does not fit: it must lie between {least} and {most}.")
 
 
 def prepare_cache(model: GPT, ids: list[int], cached: list[int], max_new_tokens: int) -> int:
-    """See to it that the model has a cache whose first tokens are `cached`, a true prefix of ids.
+    """See to it that the model has a cache with room, and that `cached`, what it holds, is a true prefix of ids.
 
-    Returns the last position that can be chosen for: one after the last that can be fed.
+    Returns the last position that a token can be chosen for: one after the last that can be fed.
     """
-    context = None if model.unbounded(cached=True) else model.config.block_size
-    if context is not None and len(ids) > context:
-        raise ValueError(f"The prompt has {len(ids)} tokens and the context {context}: shorten it, or give every layer a window "
-                         "with --model.attention sliding --model.sliding_window_size S --model.rolling_kv_cache true.")
-    wanted = len(ids) + max_new_tokens
-    wanted = wanted if context is None else min(wanted, context)
+    config, rolls = model.config, model.config.rolling_kv_cache and None not in windows_of(model)
+    if not rolls and len(ids) > config.block_size:
+        raise ValueError(
+            f"The prompt has {len(ids)} tokens and the context {config.block_size}: shorten it, or give every layer a "
+            "window with --model.attention sliding --model.sliding_window_size S --model.rolling_kv_cache true."
+        )
+    most = max(windows_of(model)) if rolls else config.block_size  # positions for which room is of any use
+    room = min(len(ids) + max_new_tokens, most)
     keep = common_prefix(cached, ids[:-1])  # the last token is fed in any case: its logits are wanted
-    if not model.slot_maps or next(iter(model.slot_maps.values())).pos.size(0) != 1:
-        model.set_kv_cache(1, wanted)
+    slot_map = next(iter(model.slot_maps.values()), None)
+    if slot_map is None or slot_map.pos.size(0) != 1:
+        model.set_kv_cache(1, room)
         keep = 0
-    elif model.max_seq_length < wanted and keep == 0:
-        model.set_kv_cache(1, wanted, lookahead=next(iter(model.slot_maps.values())).lookahead)
-    elif model.max_seq_length < wanted:
-        doubled = 2 * model.max_seq_length  # so that a growing conversation is copied a few times only
-        model.extend_kv_cache(max(wanted, doubled if context is None else min(doubled, context)))
-    if len(cached) - keep > takes_back(model):
+    elif len(cached) - keep > takes_back(model):
         keep = 0
+    if model.max_seq_length < room and keep:
+        model.extend_kv_cache(min(most, max(room, 2 * model.max_seq_length)))  # doubled, so that copies stay few
+    elif model.max_seq_length < room:
+        model.set_kv_cache(1, room, lookahead=slot_map.lookahead)
     if keep == 0:
         model.reset_kv_cache()
     del cached[keep:]
-    return len(ids) + max_new_tokens - 1 if context is None else min(len(ids) + max_new_tokens - 1, context)
+    last = len(ids) + max_new_tokens - 1
+    return last if rolls else min(last, config.block_size)
+
+
+def windows_of(model: GPT) -> list[int | None]:
+    """Every layer's window; None for a layer that attends in full."""
+    return [VARIANTS[v].window(model.config) for v in model.config.layer_variants]
 
 
 def takes_back(model: GPT) -> int:
@@ -190,7 +224,9 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return n
 
 
-def prefill(model: GPT, ids: list[int], cached: list[int], should_stop: Callable[[], bool] = lambda: False) -> Tensor | None:
+def prefill(
+    model: GPT, ids: list[int], cached: list[int], should_stop: Callable[[], bool] = lambda: False
+) -> Tensor | None:
     """Feed the tokens of ids that are not in the cache; logits (1, 1, V) of the last, or None if stopped on the way."""
     device, logits = model.transformer.wte.weight.device, None
     size = prefill_chunk(model, batch_size=1)
@@ -266,8 +302,12 @@ def pack_for_cpu(model: GPT) -> int:
     """
     if not torch.backends.mkldnn.is_available() or model.lm_head.weight.dtype not in (torch.float32, torch.bfloat16):
         return 0
-    targets = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-               if type(child) is nn.Linear and child.weight.device.type == "cpu"]
+    targets = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.weight.device.type == "cpu"
+    ]
     for parent, name, linear in targets:
         setattr(parent, name, PackedLinear(linear))
     return len(targets)
@@ -276,8 +316,16 @@ def pack_for_cpu(model: GPT) -> int:
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def choose_token(logits: Tensor, seen: Tensor | None, temperature: float, top_k: int | None, top_p: float, min_p: float,
-                 repetition_penalty: float, generator: torch.Generator | None) -> Tensor:
+def choose_token(
+    logits: Tensor,
+    seen: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    generator: torch.Generator | None,
+) -> Tensor:
     """The next token (1, 1) from logits (1, V); it is marked in `seen`."""
     logits = logits.float()
     if seen is not None:
@@ -294,11 +342,14 @@ def choose_token(logits: Tensor, seen: Tensor | None, temperature: float, top_k:
     return token
 
 
-def probabilities_of(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+def probabilities_of(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """What is sampled from, (B, V). In the usual order: temperature, top-k, top-p, min-p.
 
-    top_k: the k likeliest. top_p: the fewest of the likeliest whose probabilities sum to at least top_p (Holtzman et al.
-    2020, arXiv 1904.09751). min_p: those with at least min_p times the likeliest's (Nguyen et al. 2024, arXiv 2407.01082).
+    top_k: the k likeliest.
+    top_p: the fewest of the likeliest whose probabilities reach top_p (Holtzman et al. 2020, arXiv 1904.09751).
+    min_p: those with at least min_p times the likeliest's probability (Nguyen et al. 2024, arXiv 2407.01082).
     """
     logits = logits / temperature
     if top_k is not None:
@@ -323,7 +374,7 @@ def mark_seen(ids: list[int], vocab_size: int, device: torch.device) -> Tensor:
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the seen tokens less likely (Keskar et al. 2019, arXiv 1909.05858): positive logits / penalty, negative * penalty."""
+    """Make the seen tokens less likely: logits / penalty, or * penalty if negative (Keskar et al. 2019, 1909.05858)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -338,7 +389,7 @@ class StopFinder:
         self.held = empty
 
     def push(self, new: list | str) -> tuple[list | str, bool]:
-        """(what can be passed on, True if a stop was complete right behind it). The stop that is complete first counts."""
+        """(what can be passed on, True if a stop follows it). The stop that is complete first counts."""
         stream = self.held + new
         for end in range(len(self.held) + 1, len(stream) + 1):
             for stop in self.stops:
@@ -351,12 +402,19 @@ class StopFinder:
         return stream[:cut], False
 
 
-def generate_text(model: GPT, tokenizer: "Tokenizer", prompt_ids: Sequence[int], *, stop: Sequence[str] = (),
-                  continues: bool = True, **arguments: Any) -> Iterator[str]:
+def generate_text(
+    model: GPT,
+    tokenizer: "Tokenizer",
+    prompt_ids: Sequence[int],
+    *,
+    stop: Sequence[str] = (),
+    continues: bool = True,
+    **arguments: Any,
+) -> Iterator[str]:
     """Yield the new text piece by piece: whole characters, no space lost. `arguments` are generate's.
 
     stop: strings that end the text and are not part of it.
-    continues: the text goes on from the prompt's, so that a first token " word" keeps its space; False: it stands alone.
+    continues: the text goes on from the prompt's, so that a first token " word" keeps its space. False: it is alone.
     """
     from lit_swa.tokenizer import StreamDecoder
 

@@ -29,7 +29,7 @@ padding: it is seen by nobody and written nowhere.
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,9 @@ class Config:
     rope_base: float = 10000.0
     rope_local_base_freq: float | None = None  # Gemma 3: the base of the layers with a window; None: rope_base
     rotary_percentage: float = 1.0  # the share of each head that RoPE turns
-    rope_scaling: dict | None = None  # {"type": "linear", "factor": 4.0}; see ROPE_SCALINGS. Not for rope_local_base_freq
+    rope_scaling: dict | None = (
+        None  # {"type": "linear", "factor": 4.0}; see ROPE_SCALINGS. Not for rope_local_base_freq
+    )
     # attention
     attention: str = "full"  # a variant, or a comma list that tiles over the layers: "sliding,full"
     sliding_window_size: int | None = None  # S: a query at p sees the S keys p - S + 1 .. p
@@ -108,22 +110,26 @@ class Config:
         """How many of the D elements of a head RoPE turns; even."""
         return int(self.rotary_percentage * self.head_size)
 
-    def override(self, **overrides: Any) -> "Config":
-        """A copy with some fields changed. Raises ValueError for an unknown field, and for one that would do nothing."""
-        reject_unknown_fields(overrides)
-        config = replace(self, **overrides)
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> "Config":
+        """The config with the fields `values`, as lit_config.json holds them, some of them overridden.
+
+        Raises ValueError for an unknown field, and for an override that would do nothing.
+        """
+        reject_unknown_fields(values | overrides)
+        config = cls(**values | overrides)
         windowed = any(VARIANTS[v].window(config) for v in config.layer_variants)
         for name in ("sliding_window_size", "rolling_kv_cache", "rope_local_base_freq"):
             if overrides.get(name) and not windowed:
-                raise ValueError(f"{name}={overrides[name]} has no effect with attention={config.attention!r}: "
-                                 "also set attention to 'sliding' or to a pattern that contains it.")
+                raise ValueError(
+                    f"{name}={overrides[name]} has no effect with attention={config.attention!r}: "
+                    "also set attention to 'sliding' or to a pattern that contains it."
+                )
         return config
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The config whose fields are `values`, as lit_config.json holds them. Raises ValueError on an unknown field."""
-        reject_unknown_fields(values)
-        return cls(**values)
+    def override(self, **overrides: Any) -> "Config":
+        """A copy with some fields changed, judged as in from_dict."""
+        return self.from_dict({f.name: getattr(self, f.name) for f in fields(self)}, **overrides)
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "Config":
@@ -133,14 +139,14 @@ class Config:
         if name not in CONFIGS:
             near = difflib.get_close_matches(name, CONFIGS, n=3, cutoff=0.3) or sorted(CONFIGS)
             raise ValueError(f"There is no model named {name!r}: choose from {', '.join(near)}.")
-        return cls(name=name, **CONFIGS[name]).override(**overrides)
+        return cls.from_dict(CONFIGS[name] | {"name": name}, **overrides)
 
     @classmethod
     def from_hf(cls, path_or_dict: str | Path | dict[str, Any], **overrides: Any) -> "Config":
         """From a Hugging Face config.json (its path, its directory, or its content)."""
         from lit_swa.configs import config_from_hf
 
-        return cls.from_dict(config_from_hf(path_or_dict)).override(**overrides)
+        return cls.from_dict(config_from_hf(path_or_dict), **overrides)
 
 
 CHOICES = {
@@ -201,17 +207,22 @@ def check_values(config: Config) -> None:
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r} does not fit: choose from {', '.join(choices)}.")
     if config.n_head % config.n_query_groups:
-        raise ValueError(f"n_query_groups={config.n_query_groups} does not divide n_head={config.n_head}: "
-                         "every key/value head must serve the same number of query heads.")
+        raise ValueError(
+            f"n_query_groups={config.n_query_groups} does not divide n_head={config.n_head}: "
+            "every key/value head must serve the same number of query heads."
+        )
     if config.padded_vocab_size < config.vocab_size:
         raise ValueError(f"padded_vocab_size={config.padded_vocab_size} is less than vocab_size={config.vocab_size}.")
     if config.rope_n_elem % 2:
-        raise ValueError(f"rotary_percentage={config.rotary_percentage} of head_size={config.head_size} is "
-                         f"{config.rope_n_elem} elements: RoPE turns pairs, so it must be an even number.")
+        raise ValueError(
+            f"rotary_percentage={config.rotary_percentage} of head_size={config.head_size} is "
+            f"{config.rope_n_elem} elements: RoPE turns pairs, so it must be an even number."
+        )
     for variant in config.attention.split(","):
         if variant.strip() not in VARIANTS:
-            raise ValueError(f"attention={config.attention!r} does not fit: {variant.strip()!r} is none of "
-                             f"{', '.join(VARIANTS)}.")
+            raise ValueError(
+                f"attention={config.attention!r} does not fit: {variant.strip()!r} is none of {', '.join(VARIANTS)}."
+            )
     if config.sliding_window_size is None and any(v == "sliding" for v in config.layer_variants):
         raise ValueError(f"attention={config.attention!r} needs sliding_window_size, the number of keys a query sees.")
     check_rope_scaling(config.rope_scaling)
@@ -230,11 +241,13 @@ class GPT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-            "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            "ln_f": build_norm(config, config.n_embd),
-        })
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+                "ln_f": build_norm(config, config.n_embd),
+            }
+        )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.rope = RoPE(config)
         self.slot_maps = nn.ModuleDict()  # variant -> SlotMap, once set_kv_cache was called
@@ -246,15 +259,21 @@ class GPT(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, idx: Tensor, input_pos: Tensor | None = None, *, input_pos_maxp1: int | None = None,
-                logits_to_keep: int = 0) -> Tensor:
-        """Next-token logits (B, T, V) for the tokens idx (B, T), int64.
+    def forward(
+        self,
+        idx: Tensor,
+        input_pos: Tensor | None = None,
+        *,
+        input_pos_maxp1: int | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Logits (B, T, V) of the token that follows each of idx (B, T), int64.
 
         input_pos: the tokens' positions, (T,) or (B, T), ascending in each row, negative for padding; the keys and
             values then go through the cache. None: the sequences are whole and nothing is cached.
         input_pos_maxp1: the greatest position + 1, if the caller knows it: spares the GPU unneeded slots of a dense
             cache in an eager decode step. A compiled step does without, or it would recompile as the position grows.
-        logits_to_keep: k > 0 computes logits for the last k tokens only, (B, k, V).
+        logits_to_keep: k > 0 computes logits for the last k tokens only, (B, k, V); 0 for all.
         Raises ValueError when the tokens do not fit the context or the cache.
         """
         call = self.plan_call(idx, input_pos, input_pos_maxp1)
@@ -263,7 +282,7 @@ class GPT(nn.Module):
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)  # rounded to x's dtype, as Gemma was trained
         for block in self.transformer.h:
             x = block(x, call)
-        x = self.transformer.ln_f(x[:, -logits_to_keep:])  # -0 keeps all
+        x = self.transformer.ln_f(x[:, -logits_to_keep:])  # [-0:] is all
         return softcap(self.lm_head(x), self.config.final_logit_softcapping)
 
     def plan_call(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> "Call":
@@ -284,27 +303,47 @@ class GPT(nn.Module):
         return Call(self.rope(pos), plans)
 
     def check_span(self, B: int, T: int, pos: Tensor, span: "Span", cached: bool) -> None:
-        """What would silently go wrong is refused here, in words. A compiled step knows no positions and is not checked."""
+        """Refuse, in words, what would silently go wrong. A compiled step knows no positions and is not checked."""
         if cached and pos.shape not in ((T,), (B, T)):
-            raise ValueError(f"input_pos has the shape {tuple(pos.shape)}: give ({T},) or ({B}, {T}), one position a token.")
+            raise ValueError(
+                f"input_pos has the shape {tuple(pos.shape)}: give ({T},) or ({B}, {T}), one position a token."
+            )
         if T == 0:
             raise ValueError("There are no tokens: give at least one.")
         if cached and (rows := next(iter(self.slot_maps.values())).pos.size(0)) != B:
-            raise ValueError(f"The cache was set up for {rows} rows and idx has {B}: call set_kv_cache(batch_size={B}).")
+            raise ValueError(
+                f"The cache was set up for {rows} rows and idx has {B}: call set_kv_cache(batch_size={B})."
+            )
         if span.first is not None and span.first < 0:
-            raise ValueError(f"Position {span.first} is negative, which marks padding: give input_pos as ({B}, {T}), row by row.")
+            raise ValueError(
+                f"Position {span.first} is negative, which marks padding: give input_pos as ({B}, {T}), row by row."
+            )
         limit = self.max_seq_length if cached else self.config.block_size
         if span.last is not None and span.last >= limit and not self.unbounded(cached):
             remedy = "set_kv_cache with a larger max_seq_length" if cached else "a larger block_size"
-            raise ValueError(f"Position {span.last} lies outside the context of {limit} tokens: use {remedy}, or a sliding window.")
+            raise ValueError(
+                f"Position {span.last} lies outside the context of {limit} tokens: use {remedy}, or a sliding window."
+            )
 
     def unbounded(self, cached: bool) -> bool:
-        """True when no layer ever needs more than its window, so that text of any length can be read."""
-        windowed = all(VARIANTS[v].window(self.config) for v in self.config.layer_variants)
-        return windowed and (self.config.rolling_kv_cache or not cached)
+        """True when no layer ever needs more than its window, so that text of any length can be read.
 
-    def set_kv_cache(self, batch_size: int, max_seq_length: int | None = None, *, lookahead: int = 0,
-                     device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        A cache must roll for that, and hold a whole window: one for less than S positions ends with them.
+        """
+        windows = [VARIANTS[v].window(self.config) for v in self.config.layer_variants]
+        if None in windows or not cached:
+            return None not in windows
+        return self.config.rolling_kv_cache and (not self.slot_maps or self.max_seq_length >= max(windows))
+
+    def set_kv_cache(
+        self,
+        batch_size: int,
+        max_seq_length: int | None = None,
+        *,
+        lookahead: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Give every layer the empty cache that its variant asks for.
 
         max_seq_length: positions that the call sequence may use; None: block_size.
@@ -312,12 +351,18 @@ class GPT(nn.Module):
             cache needs room for it.
         """
         max_seq_length = self.config.block_size if max_seq_length is None else max_seq_length
-        for name, value, least in (("batch_size", batch_size, 1), ("max_seq_length", max_seq_length, 1), ("lookahead", lookahead, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("max_seq_length", max_seq_length, 1),
+            ("lookahead", lookahead, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name}={value} does not fit: it must be at least {least}.")
         if max_seq_length > self.config.block_size and not self.unbounded(cached=False):
-            raise ValueError(f"max_seq_length={max_seq_length} is more than the context of {self.config.block_size} tokens "
-                             "(block_size): shorten it, set block_size, or give every layer a sliding window.")
+            raise ValueError(
+                f"max_seq_length={max_seq_length} is more than the context of {self.config.block_size} tokens "
+                "(block_size): shorten it, set block_size, or give every layer a sliding window."
+            )
         self.clear_kv_cache()
         self.max_seq_length = max_seq_length
         weight = self.transformer.wte.weight
@@ -334,7 +379,9 @@ class GPT(nn.Module):
         """Make room for more positions, and keep what the caches hold."""
         slot_maps, caches = dict(self.slot_maps.items()), [block.attn.kv_cache for block in self.transformer.h]
         first, dtype = next(iter(slot_maps.values())), caches[0].k.dtype
-        self.set_kv_cache(first.pos.size(0), max_seq_length, lookahead=first.lookahead, device=first.pos.device, dtype=dtype)
+        self.set_kv_cache(
+            first.pos.size(0), max_seq_length, lookahead=first.lookahead, device=first.pos.device, dtype=dtype
+        )
         moves = {name: self.slot_maps[name].take_over(old) for name, old in slot_maps.items()}
         for block, old in zip(self.transformer.h, caches, strict=True):
             block.attn.kv_cache.take_over(old, *moves[block.attn.variant])
@@ -407,7 +454,7 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
-# --------------------------------------------------------------------------------------- the variants, and who sees whom
+# -------------------------------------------------------------------------------------- the variants, and who sees whom
 #
 # A mask function takes absolute positions that broadcast against each other, and says which query may see which key.
 # Causality, empty slots and padding are added once, by visible(). To add a variant: its function, and a row below.
@@ -474,7 +521,7 @@ def visible(variant: str, q_pos: Tensor, k_pos: Tensor, config: Config) -> Tenso
 
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, block: "QueryBlock", config: Config) -> Tensor:
-    """(B, H, T, D) x (B, G, L, D) -> (B, H, T, D), under the block's mask (B, 1, R * T, L), or causal, or all visible."""
+    """(B, H, T, D) x (B, G, L, D) -> (B, H, T, D), under the block's mask."""
     G, T = k.size(1), q.size(2)
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
     if block.causal:
@@ -537,7 +584,7 @@ SCORE_ELEMENTS = 2**27  # bound on rows * heads * queries * keys of one block: w
 
 
 def find_span(pos: Tensor, maxp1: int | None) -> Span:
-    """Look at positions (T,) or (B, T) where that costs nothing: never while compiling, nor in a GPU's one-token step."""
+    """Look at positions (T,) or (B, T) where that costs nothing: not while compiling, nor in a GPU's one-token step."""
     uniform, T = pos.dim() == 1, pos.size(-1)
     if torch.compiler.is_compiling() or pos.is_meta or pos.numel() == 0:
         return Span(uniform, contiguous=T == 1)
@@ -547,15 +594,18 @@ def find_span(pos: Tensor, maxp1: int | None) -> Span:
     in_step = (pos.diff(dim=-1) == 1).all()
     first, last, contiguous, last_start = torch.stack([pos.min(), pos.max(), in_step, pos[..., 0].max()]).tolist()
     uniform = uniform or (pos.size(0) == 1 and first >= 0)
-    return Span(uniform, first if uniform else None, last, bool(contiguous), bool(contiguous) and first == last_start == 0)
+    fresh = bool(contiguous) and first == last_start == 0
+    return Span(uniform, first if uniform else None, last, bool(contiguous), fresh)
 
 
-def build_plan(variant: str, config: Config, pos: Tensor, span: Span, window: int | None, slot_map: "SlotMap | None") -> Plan:
+def build_plan(
+    variant: str, config: Config, pos: Tensor, span: Span, window: int | None, slot_map: "SlotMap | None"
+) -> Plan:
     """Decide for one variant what this call's queries, at pos (1 or B, T), meet.
 
     Three cases: a fresh sequence meets itself; a short call (one token, or a verify step of up to lookahead + 1) and
     a layer without a window write first and meet the cache; a long call to a layer with a window meets the last
-    window - 1 cached keys and its own, and only then writes, since its keys may overwrite those that its first rows see.
+    window - 1 cached keys and its own, and only then writes, since its keys may replace those that its first rows see.
     """
     T = pos.size(1)
     if slot_map is None or span.fresh:
@@ -566,7 +616,9 @@ def build_plan(variant: str, config: Config, pos: Tensor, span: Span, window: in
     if window is None or T <= 1 + slot_map.lookahead:
         write = slot_map.write(pos, span)
         read, offset = slot_map.view(T, span, window)
-        return Plan(split_queries(variant, config, pos, slot_map.pos[:, read], window, offset), write, read, write_first=True)
+        return Plan(
+            split_queries(variant, config, pos, slot_map.pos[:, read], window, offset), write, read, write_first=True
+        )
     read, old_pos = slot_map.recent(pos, span, window - 1)
     write = slot_map.write(pos, span)
     k_pos = torch.cat([old_pos, pos.expand(old_pos.size(0), T)], dim=1)
@@ -574,9 +626,16 @@ def build_plan(variant: str, config: Config, pos: Tensor, span: Span, window: in
     return Plan(split_queries(variant, config, pos, k_pos, window, offset), write, read)
 
 
-def split_queries(variant: str, config: Config, q_pos: Tensor, k_pos: Tensor, window: int | None, offset: int | None,
-                  fresh: bool = False) -> list[QueryBlock]:
-    """Cut the queries at q_pos (1 or B, T) into blocks, and name for each the keys at k_pos (1 or B, L) that it can reach.
+def split_queries(
+    variant: str,
+    config: Config,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    window: int | None,
+    offset: int | None,
+    fresh: bool = False,
+) -> list[QueryBlock]:
+    """Cut the queries at q_pos (1 or B, T) into blocks, and name for each the keys, of k_pos (1 or B, L), in its reach.
 
     offset: the index, among the keys, of the first query's own key, where keys and queries go in step; a block then
     meets only the keys from its first query's window up to its own last: O(T * S) in all. None: every block meets all.
@@ -612,7 +671,7 @@ def compact_mask(mask: Tensor, R: int, previous: Tensor | None) -> Tensor | None
     return previous if look and previous is not None and torch.equal(mask, previous) else mask
 
 
-# ------------------------------------------------------------------------------------------------------------- KV caches
+# ------------------------------------------------------------------------------------------------------------ KV caches
 #
 # A cache of M slots keeps the token at position p in slot p % M. Dense: M = max_seq_length, nothing ever wraps.
 # Rolling: M = S + lookahead, and the token is written a second time M slots further on, so that the last M keys, in
@@ -641,18 +700,20 @@ class SlotMap(nn.Module):
     def __init__(self, batch_size: int, n_slots: int, copies: int, lookahead: int, device: torch.device | str) -> None:
         super().__init__()
         self.n_slots, self.copies, self.lookahead = n_slots, copies, lookahead
-        self.register_buffer("pos", torch.full((batch_size, copies * n_slots), -1, device=device), persistent=False)  # -1: empty
+        empty = torch.full((batch_size, copies * n_slots), -1, device=device)
+        self.register_buffer("pos", empty, persistent=False)
 
     def slot(self, pos: Tensor) -> Tensor:
         """The (first) slot of each position. A dense cache does not wrap: a position beyond it is an index error."""
         return pos if self.copies == 1 else pos % self.n_slots
 
     def take_over(self, old: "SlotMap") -> tuple[Tensor, Tensor, Tensor]:
-        """Hold the positions that a smaller map holds. Returns what moves: (rows, slots there, slots here), (n,) each."""
-        held = old.pos[:, : old.n_slots]
-        rows, source = (held >= 0).nonzero(as_tuple=True)
-        slots = self.slot(held[rows, source])
-        self.pos.unflatten(1, (self.copies, self.n_slots))[rows, :, slots] = held[rows, source][:, None].expand(-1, self.copies)
+        """Hold the positions that a smaller map holds. Returns what moves: rows, slots there, slots here."""
+        rows, source = (old.pos[:, : old.n_slots] >= 0).nonzero(as_tuple=True)
+        pos = old.pos[rows, source]
+        slots = self.slot(pos)
+        by_copy = self.pos.unflatten(1, (self.copies, self.n_slots))
+        by_copy[rows, :, slots] = pos[:, None].expand(-1, self.copies)
         return rows, source, slots
 
     def write(self, pos: Tensor, span: Span) -> Write:
@@ -685,37 +746,40 @@ class SlotMap(nn.Module):
         return Write(slots, source, any_token)
 
     def check_kept(self, first: Tensor, window: int) -> None:
-        """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one has replaced."""
+        """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one replaced."""
         if self.copies == 1 or first.device.type != "cpu":
             return
         oldest = (first - window + 1).clamp(min=0).expand(self.pos.size(0), 1)
         replaced = (self.pos.gather(1, self.slot(oldest)) > oldest) & (oldest < first)
         if replaced.any():
-            raise ValueError(f"Position {int(first.min())} comes after later ones, and the keys that it needs are gone: a rolling "
-                             f"cache takes back {self.lookahead} tokens, more with set_kv_cache(lookahead=...).")
+            raise ValueError(
+                f"Position {int(first.min())} comes after later ones, and the keys that it needs are gone: a rolling "
+                f"cache takes back {self.lookahead} tokens, more with set_kv_cache(lookahead=...)."
+            )
 
     def view(self, T: int, span: Span, window: int | None) -> tuple[slice, int | None]:
-        """The slots that a call of T tokens, already written, meets, and the place among them of its first token's own."""
+        """The slots that a call of T tokens, already written, meets, and which of them is its first token's own."""
         if span.last is None or (self.copies == 2 and not span.uniform):
             return slice(0, self.n_slots), None
         if span.first is None or not span.contiguous:
-            return slice(0, min(self.n_slots, max(1, span.last + 1))), None  # at least one, for a call of padding alone
+            return slice(0, min(self.n_slots, max(1, span.last + 1))), None  # one at least, even for padding alone
         n = span.last + 1 if window is None else min(window - 1 + T, span.last + 1)
         end = span.last + 1 if self.copies == 1 else span.last % self.n_slots + self.n_slots + 1
         return slice(end - n, end), n - T
 
     def recent(self, pos: Tensor, span: Span, n: int) -> tuple[slice | Tensor, Tensor]:
-        """The slots of the n positions before the call's first, and their positions (1 or B, n), -1 where one is not held."""
-        if span.first is not None:
-            n, start = min(n, span.first), span.first
-            end = start if self.copies == 1 else start % self.n_slots + self.n_slots
-            read, first = slice(end - n, end), pos[:, :1]
+        """The slots of the n positions before the call's first, and these positions (1 or B, n), -1 for a lost one."""
+        if span.first is not None:  # uniform: they lie in one piece
+            n = min(n, span.first)
+            end = span.first if self.copies == 1 else span.first % self.n_slots + self.n_slots
+            before = pos[:, :1] - n + torch.arange(n, device=pos.device)  # (1, n)
+            read = slice(end - n, end)
             held = self.pos[:, read]
         else:
             first = pos[:, :1] if span.contiguous else torch.where(pos >= 0, pos, 2**40).amin(dim=1, keepdim=True)
-        before = first - n + torch.arange(n, device=pos.device)  # (1 or B, n)
-        if span.first is None:
-            read = self.slot(before.clamp(0, None if self.copies == 2 else self.n_slots - 1)).expand(self.pos.size(0), n)
+            before = first - n + torch.arange(n, device=pos.device)  # (1 or B, n)
+            most = None if self.copies == 2 else self.n_slots - 1
+            read = self.slot(before.clamp(0, most)).expand(self.pos.size(0), n)
             held = self.pos.gather(1, read)
         return read, torch.where(held == before, before, -1)
 
@@ -739,11 +803,13 @@ class KVCache(nn.Module):
         if plan.write_first:
             self.write(k, v, plan.write)
             return self.read(self.k, plan.read, k.dtype), self.read(self.v, plan.read, v.dtype)
-        met = k, v
-        if plan.read is not None:
-            met = tuple(torch.cat([self.read(held, plan.read, new.dtype), new], dim=2) for held, new in ((self.k, k), (self.v, v)))
+        if plan.read is None:
+            self.write(k, v, plan.write)
+            return k, v
+        met_k = torch.cat([self.read(self.k, plan.read, k.dtype), k], dim=2)
+        met_v = torch.cat([self.read(self.v, plan.read, v.dtype), v], dim=2)
         self.write(k, v, plan.write)
-        return met
+        return met_k, met_v
 
     def read(self, held: Tensor, slots: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """A view for a slice of slots; a copy for slots (B, n) of each row's own."""
@@ -765,11 +831,11 @@ class KVCache(nn.Module):
             held[rows, :, :, write.slots] = new.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, held.size(2), -1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ RoPE
+# ----------------------------------------------------------------------------------------------------------------- RoPE
 
 
 class RoPE(nn.Module):
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): pairs (x_i, x_{i + n/2}) turned by position * frequency.
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) turns pairs (x_i, x_{i + n/2}) by position * f_i.
 
     Angles are made in float32 from the call's own positions, whatever the model's dtype, so no position is too far.
     """
@@ -796,7 +862,10 @@ class RoPE(nn.Module):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first rope_n_elem elements of every head of x (B, H, T, D), in float32: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn pairs of the first rope_n_elem elements of every head of x (B, H, T, D), in float32.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
     n = cos.size(-1)
     head = x[..., :n].float()
     turned = (head * cos + head.roll(n // 2, dims=-1) * sin).to(x.dtype)  # sin holds the signs of both halves
@@ -809,8 +878,10 @@ def rope_table_index(config: Config, variant: str) -> int:
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angles per position, float32 (bases, rope_n_elem / 2): the scaled ones of rope_base, then those of the local base."""
-    bases = [config.rope_base] if config.rope_local_base_freq is None else [config.rope_base, config.rope_local_base_freq]
+    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled, then those of the local base."""
+    bases = (
+        [config.rope_base] if config.rope_local_base_freq is None else [config.rope_base, config.rope_local_base_freq]
+    )
     exponents = torch.arange(0, config.rope_n_elem, 2, device="cpu", dtype=torch.float32) / max(1, config.rope_n_elem)
     frequencies = [1.0 / base**exponents for base in bases]
     if config.rope_scaling is not None:
@@ -845,8 +916,10 @@ def check_rope_scaling(scaling: dict | None) -> None:
         raise ValueError(f"rope_scaling type {scaling.get('type')!r} is none of {', '.join(ROPE_SCALINGS)}.")
     needed = ROPE_SCALING_KEYS[scaling["type"]]
     if set(scaling) != needed | {"type"}:
-        raise ValueError(f"rope_scaling of type {scaling['type']!r} takes exactly {', '.join(sorted(needed))}; "
-                         f"given: {', '.join(sorted(set(scaling) - {'type'})) or 'none'}.")
+        raise ValueError(
+            f"rope_scaling of type {scaling['type']!r} takes exactly {', '.join(sorted(needed))}; "
+            f"given: {', '.join(sorted(set(scaling) - {'type'})) or 'none'}."
+        )
     for key in needed:
         if type(scaling[key]) not in (int, float) or not 0 < scaling[key] < 1e9:
             raise ValueError(f"rope_scaling {key}={scaling[key]!r} does not fit: it must be a positive number.")
@@ -854,7 +927,7 @@ def check_rope_scaling(scaling: dict | None) -> None:
         raise ValueError("rope_scaling high_freq_factor must be greater than low_freq_factor.")
 
 
-# ------------------------------------------------------------------------------------------------------------- MLP, norms
+# ----------------------------------------------------------------------------------------------------------- MLP, norms
 
 
 class GatedMLP(nn.Module):
@@ -888,7 +961,12 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": F.relu,
+}
 
 
 class RMSNorm(nn.Module):

@@ -33,7 +33,7 @@ def run_script(main: Callable[..., Any]) -> None:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" becomes cuda, mps or cpu, whichever is there first. Raises ValueError for a device that this machine lacks."""
+    """The device of that name; "auto" is cuda, mps or cpu, whichever is there. Raises ValueError if it is not."""
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -48,7 +48,7 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: str, device: str) -> str:
-    """ "auto" becomes bfloat16 on a GPU that has it and float32 elsewhere."""
+    """The dtype of that name; "auto" is bfloat16 on a GPU that has it and float32 elsewhere."""
     import torch
 
     if name != "auto":

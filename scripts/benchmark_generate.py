@@ -100,7 +100,12 @@ def build_transformers(ours, dtype: str, device: str):
     state = ours.plain_state or ours.state_dict()
     if ours.config.tie_embeddings:
         state = {k: v for k, v in state.items() if k != "lm_head.weight"}
-    weights = {n: t.load() for n, t in to_hf({k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}, ours.config).items()}
+    weights = {
+        n: t.load()
+        for n, t in to_hf(
+            {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}, ours.config
+        ).items()
+    }
     with torch.device(device):
         theirs = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     theirs.load_state_dict(weights, strict=False)
@@ -121,7 +126,9 @@ def measure_prefill(ours, theirs, tokens: int, repeats: int) -> dict[str, Any]:
         theirs(ids, use_cache=True, logits_to_keep=1)
 
     seconds = alternate([run_ours] + ([run_theirs] if theirs else []), repeats, ids.device)
-    return {"what": "prefill", "tokens": tokens} | {who: tokens / s for who, s in zip(("ours", "transformers"), seconds, strict=False)}
+    return {"what": "prefill", "tokens": tokens} | {
+        who: tokens / s for who, s in zip(("ours", "transformers"), seconds, strict=False)
+    }
 
 
 def measure_decode(ours, theirs, position: int, steps: int, repeats: int) -> dict[str, Any]:
@@ -146,7 +153,9 @@ def measure_decode(ours, theirs, position: int, steps: int, repeats: int) -> dic
             cache.crop(-steps)
 
     seconds = alternate([run_ours] + ([run_theirs] if theirs else []), repeats, device)
-    row = {"what": "decode", "position": position} | {who: steps / s for who, s in zip(("ours", "transformers"), seconds, strict=False)}
+    row = {"what": "decode", "position": position} | {
+        who: steps / s for who, s in zip(("ours", "transformers"), seconds, strict=False)
+    }
     row["cache_MB"] = ours.kv_cache_bytes() / 1e6
     if device.type == "cuda":
         row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9

@@ -8,7 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 MISS, SEE, OWN = "#f2f2f2", "#4c78a8", "#f58518"
 
 
-def main(output: Path = Path("tutorials/results/masks.png"), tokens: int = 20, window: int = 6, cache_window: int = 4) -> None:
+def main(
+    output: Path = Path("tutorials/results/masks.png"), tokens: int = 20, window: int = 6, cache_window: int = 4
+) -> None:
     """Write a picture of every variant's mask, made by the mask functions themselves, and of a real cache's slots.
 
     Args:
@@ -29,25 +31,45 @@ def main(output: Path = Path("tutorials/results/masks.png"), tokens: int = 20, w
 
     masks = {name: mask_of(name, tokens, window) for name in VARIANTS}
     history = cache_history(cache_window)
-    figure, axes = plt.subplots(1, len(masks) + 1, figsize=(4.2 * len(masks) + 6.5, 4.6),
-                                width_ratios=[1] * len(masks) + [1.5], layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(masks) + 1,
+        figsize=(4.2 * len(masks) + 6.5, 4.6),
+        width_ratios=[1] * len(masks) + [1.5],
+        layout="constrained",
+    )
     for axis, (name, mask) in zip(axes, masks.items(), strict=False):
         draw_mask(axis, mask)
         axis.set_title(name + (f", S = {window}" if VARIANTS[name].window(config_of(name, window)) else ""))
     draw_cache(axes[-1], history, cache_window)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
-    write_json(output.with_suffix(".json"), {
-        "command": "python scripts/plot_masks.py", "tokens": tokens, "window": window, "cache_window": cache_window,
-        "keys_seen_by_the_last_query": {name: int(sum(mask[-1])) for name, mask in masks.items()}, "cache": history,
-    })
+    write_json(
+        output.with_suffix(".json"),
+        {
+            "command": "python scripts/plot_masks.py",
+            "tokens": tokens,
+            "window": window,
+            "cache_window": cache_window,
+            "keys_seen_by_the_last_query": {name: int(sum(mask[-1])) for name, mask in masks.items()},
+            "cache": history,
+        },
+    )
     print(output)
 
 
 def config_of(variant: str, window: int):
     from lit_swa import Config
 
-    return Config(n_layer=1, n_head=2, n_embd=8, vocab_size=8, attention=variant, sliding_window_size=window, rolling_kv_cache=True)
+    return Config(
+        n_layer=1,
+        n_head=2,
+        n_embd=8,
+        vocab_size=8,
+        attention=variant,
+        sliding_window_size=window,
+        rolling_kv_cache=True,
+    )
 
 
 def mask_of(variant: str, tokens: int, window: int) -> list[list[bool]]:
@@ -100,12 +122,23 @@ def draw_cache(axis, history: list[dict], window: int) -> None:
         for slot, position in enumerate(step["slots"]):
             face = OWN if position == step["position"] else MISS if position < 0 else "#b9cde5"
             axis.add_patch(Rectangle((slot, row), 1, 1, facecolor=face, edgecolor="white"))
-            axis.text(slot + 0.5, row + 0.5, str(position) if position >= 0 else "", ha="center", va="center", fontsize=9)
+            axis.text(
+                slot + 0.5, row + 0.5, str(position) if position >= 0 else "", ha="center", va="center", fontsize=9
+            )
         start, stop = step["read"]
-        axis.add_patch(Rectangle((start + 0.04, row + 0.06), stop - start - 0.08, 0.88, fill=False, edgecolor="black", linewidth=1.6))
+        axis.add_patch(
+            Rectangle(
+                (start + 0.04, row + 0.06), stop - start - 0.08, 0.88, fill=False, edgecolor="black", linewidth=1.6
+            )
+        )
     axis.axvline(n_slots / 2, color="black", linestyle=":", linewidth=1)
-    axis.set(xlim=(0, n_slots), ylim=(len(history), 0), xlabel="slot", ylabel="token just fed",
-             title=f"rolling cache, S = {window}: positions in its {n_slots} slots\n(orange: written now; frame: the view that was read)")
+    axis.set(
+        xlim=(0, n_slots),
+        ylim=(len(history), 0),
+        xlabel="slot",
+        ylabel="token just fed",
+        title=f"rolling cache, S = {window}: positions in its {n_slots} slots\n(orange: written now; frame: read)",
+    )
     axis.set_xticks([s + 0.5 for s in range(n_slots)], range(n_slots))
     axis.set_yticks([r + 0.5 for r in range(len(history))], [step["position"] for step in history])
     axis.tick_params(length=0)

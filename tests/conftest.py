@@ -19,7 +19,15 @@ def _seeded() -> None:
 
 def tiny_config(**fields) -> Config:
     """Two layers, GQA with an odd number of query heads a group, a vocabulary of 97."""
-    shape = {"n_layer": 2, "n_head": 6, "n_query_groups": 2, "n_embd": 48, "intermediate_size": 64, "vocab_size": 97, "block_size": 256}
+    shape = {
+        "n_layer": 2,
+        "n_head": 6,
+        "n_query_groups": 2,
+        "n_embd": 48,
+        "intermediate_size": 64,
+        "vocab_size": 97,
+        "block_size": 256,
+    }
     return Config(**shape | fields)
 
 
@@ -53,12 +61,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator([__doc__ * 3, "the quick brown fox jumps over the lazy dog " * 9], trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
-    template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    names = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": template,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(names))
     torch.manual_seed(5)
     config = tiny_config(vocab_size=tokenizer.get_vocab_size(), padded_vocab_size=328, block_size=512)

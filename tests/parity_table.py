@@ -35,7 +35,9 @@ def compare(case: str, tokens: int) -> dict[str, float | str]:
         errors = []
         for size in (1, 7, WINDOW, tokens):
             model.set_kv_cache(2, tokens)
-            parts = [model(idx[:, i : i + size], torch.arange(i, min(i + size, tokens))) for i in range(0, tokens, size)]
+            parts = [
+                model(idx[:, i : i + size], torch.arange(i, min(i + size, tokens))) for i in range(0, tokens, size)
+            ]
             errors.append(largest_error(torch.cat(parts, dim=1), expected))
         row[name] = max(errors)
     return row
@@ -48,10 +50,19 @@ def main() -> None:
     print(f"{'model':30} {'uncached':>10} {'dense':>10} {'rolling':>10}   (window {WINDOW}, {tokens} tokens)")
     for case in CASES:
         rows.append(compare(case, tokens))
-        print(f"{case:30}" + "".join(f" {rows[-1][k]:10.1e}" for k in ("uncached", "dense cache", "rolling cache")), flush=True)
+        print(
+            f"{case:30}" + "".join(f" {rows[-1][k]:10.1e}" for k in ("uncached", "dense cache", "rolling cache")),
+            flush=True,
+        )
     output = Path("tutorials/results/parity.json")
-    content = {"command": "python tests/parity_table.py", "machine": describe_machine("cpu"), "transformers": transformers.__version__,
-               "tokens": tokens, "window": WINDOW, "rows": rows}
+    content = {
+        "command": "python tests/parity_table.py",
+        "machine": describe_machine("cpu"),
+        "transformers": transformers.__version__,
+        "tokens": tokens,
+        "window": WINDOW,
+        "rows": rows,
+    }
     output.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -677,10 +677,13 @@ def test_threads_get_their_own_texts():
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_gets_its_own_texts():
+def test_a_forked_process_gets_its_own_texts(process, monkeypatch):
     """Would catch two processes that read from one pipe, or a lock that a thread held when the process forked."""
+    processes = iter([process, chat_template._TemplateProcess()])
+    monkeypatch.setattr(chat_template, "_TemplateProcess", lambda: next(processes))
+    chat_template._template_process.cache_clear()
     render_template("warm", {})
-    with chat_template._template_process(os.getpid()).lock:
+    with process.lock:
         pid = os.fork()
         if pid == 0:
             signal.alarm(20)
@@ -689,6 +692,7 @@ def test_a_forked_process_gets_its_own_texts():
     texts = [render_template("{{ x }}", {"x": -i}) for i in range(100)]
     assert os.waitpid(pid, 0)[1] == 0
     assert texts == [str(-i) for i in range(100)]
+    chat_template._template_process.cache_clear()  # the next test gets a process that nobody stops
 
 
 PARENT = (

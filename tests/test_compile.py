@@ -8,7 +8,12 @@ VARIANTS = {
     "dense": {},
     "dense window": {"attention": "sliding", "sliding_window_size": 8},
     "rolling": {"attention": "sliding", "sliding_window_size": 8, "rolling_kv_cache": True},
-    "mixed": {"attention": "sliding,full", "sliding_window_size": 8, "rolling_kv_cache": True, "attention_logit_softcapping": 20.0},
+    "mixed": {
+        "attention": "sliding,full",
+        "sliding_window_size": 8,
+        "rolling_kv_cache": True,
+        "attention_logit_softcapping": 20.0,
+    },
 }
 
 
@@ -71,4 +76,6 @@ def test_inductor_compiles_the_step_to_the_same_logits(tiny_model):
     model.set_kv_cache(1, T)
     step = torch.compile(model, fullgraph=True)
     for t in range(T):
-        torch.testing.assert_close(step(idx[:, t : t + 1], torch.tensor([t]))[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            step(idx[:, t : t + 1], torch.tensor([t]))[:, 0], expected[:, t], rtol=1e-4, atol=1e-4
+        )

@@ -20,9 +20,19 @@ def test_every_named_shape_builds(name):
     assert model.config.name == name
 
 
-PARAMETERS = {"SmolLM2-135M": 134_515_008, "Mistral-7B-v0.1": 7_241_732_096, "Llama-2-7b": 6_738_415_616, "Llama-3.1-8B": 8_030_261_248,
-              "Llama-3.2-1B": 1_235_814_400, "Qwen2.5-0.5B": 494_032_768, "gemma-2-2b": 2_614_341_888, "gemma-3-270m": 268_098_176,
-              "gemma-3-1b": 999_885_952, "pythia-14m": 14_067_712, "Qwen3-0.6B": 596_049_920}
+PARAMETERS = {
+    "SmolLM2-135M": 134_515_008,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Llama-2-7b": 6_738_415_616,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Qwen2.5-0.5B": 494_032_768,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "pythia-14m": 14_067_712,
+    "Qwen3-0.6B": 596_049_920,
+}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -37,7 +47,17 @@ def test_named_shapes_have_the_published_number_of_parameters(name):
 def test_numbers_out_of_range_are_refused_before_anything_is_built(field):
     """Catches: S7: minimum - 1, maximum + 1, huge and NaN values that would allocate or divide by zero."""
     least, most = RANGES[field]
-    for value in (least - 1, most + 1 if most < 1e9 else most * 2, 10**30, -(10**30), math.nan, math.inf, -math.inf, "8", [8]):
+    for value in (
+        least - 1,
+        most + 1 if most < 1e9 else most * 2,
+        10**30,
+        -(10**30),
+        math.nan,
+        math.inf,
+        -math.inf,
+        "8",
+        [8],
+    ):
         with pytest.raises(ValueError, match=field):
             tiny_config(**{field: value})
 
@@ -49,20 +69,23 @@ def test_a_choice_that_does_not_exist_is_refused_with_the_choices(field):
         tiny_config(**{field: "nonsense"})
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"n_query_groups": 4}, "does not divide"),
-    ({"attention": "sliding"}, "needs sliding_window_size"),
-    ({"attention": "sliding", "sliding_window_size": 0}, "sliding_window_size=0"),
-    ({"attention": "banana"}, "'banana' is none of full, sliding"),
-    ({"attention": "full,,full"}, "'' is none of"),
-    ({"padded_vocab_size": 90}, "less than vocab_size"),
-    ({"rotary_percentage": 0.4}, "even number"),
-    ({"rolling_kv_cache": 1}, "must be of type bool"),
-    ({"n_layer": True}, "must be of type int"),
-    ({"rope_scaling": {"type": "magic"}}, "'magic' is none of"),
-    ({"rope_scaling": {"type": "linear"}}, "takes exactly factor"),
-    ({"rope_scaling": {"type": "linear", "factor": -1}}, "positive number"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"n_query_groups": 4}, "does not divide"),
+        ({"attention": "sliding"}, "needs sliding_window_size"),
+        ({"attention": "sliding", "sliding_window_size": 0}, "sliding_window_size=0"),
+        ({"attention": "banana"}, "'banana' is none of full, sliding"),
+        ({"attention": "full,,full"}, "'' is none of"),
+        ({"padded_vocab_size": 90}, "less than vocab_size"),
+        ({"rotary_percentage": 0.4}, "even number"),
+        ({"rolling_kv_cache": 1}, "must be of type bool"),
+        ({"n_layer": True}, "must be of type int"),
+        ({"rope_scaling": {"type": "magic"}}, "'magic' is none of"),
+        ({"rope_scaling": {"type": "linear"}}, "takes exactly factor"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "positive number"),
+    ],
+)
 def test_values_that_do_not_fit_are_refused_in_one_sentence(fields, message):
     """Catches: a config that fails far from its cause."""
     with pytest.raises(ValueError, match=message) as error:
@@ -90,13 +113,19 @@ def test_an_override_without_effect_is_refused():
         Config.from_name("SmolLM2-135M", sliding_window_size=256)
     with pytest.raises(ValueError, match="no effect"):
         Config.from_name("SmolLM2-135M", rolling_kv_cache=True)
-    assert Config.from_name("SmolLM2-135M", sliding_window_size=256, attention="sliding").layer_variants == ["sliding"] * 30
+    assert (
+        Config.from_name("SmolLM2-135M", sliding_window_size=256, attention="sliding").layer_variants
+        == ["sliding"] * 30
+    )
     assert Config.from_name("Mistral-7B-v0.1", attention="full").layer_variants == ["full"] * 32
 
 
 def test_a_pattern_tiles_over_the_layers():
     """Catches: a pattern that must divide the number of layers."""
-    assert tiny_config(n_layer=5, attention="sliding, full", sliding_window_size=4).layer_variants == ["sliding", "full"] * 2 + ["sliding"]
+    assert tiny_config(n_layer=5, attention="sliding, full", sliding_window_size=4).layer_variants == [
+        "sliding",
+        "full",
+    ] * 2 + ["sliding"]
 
 
 def test_the_name_changes_nothing(tiny_model):

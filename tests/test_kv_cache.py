@@ -8,7 +8,7 @@ from conftest import tiny_config
 
 from lit_swa import GPT, Config
 
-# Logits here are of size 1 to 10. Another order of the sums moves float32 by a few 1e-6; 1e-5 of the scale is R8's bound.
+# Logits here are of size 1 to 10. Another order of the sums moves float32 by a few 1e-6; 1e-5 of the scale.
 REL = 1e-5
 
 
@@ -29,7 +29,8 @@ def feed(model: GPT, idx: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def splits(T: int, S: int) -> list[list[int]]:
-    """Ways to cut T tokens: at once, one by one, chunks around S and the wrap at 2S, a long prompt and single tokens."""
+    """Ways to cut T tokens: at once, one by one, chunks around S and the wrap at 2S, at random."""
+
     def chunks(n: int) -> list[int]:
         return [min(n, T - i) for i in range(0, T, n)]
 
@@ -72,7 +73,7 @@ def test_any_split_gives_the_logits_of_one_call(tiny_model, pattern, n_query_gro
 @pytest.mark.parametrize("n_query_groups", [6, 2])
 @torch.no_grad()
 def test_rolling_equals_masked_attention_over_many_lengths(tiny_model, n_query_groups, batch, S):
-    """Catches: a cache that is right only for the first turns of the ring (R8). 8 x 5 lengths x 7 to 9 splits = 300+ runs."""
+    """Catches: a cache that is right only for the first turns of the ring. 8 x 5 lengths x 7 to 9 splits."""
     model = tiny_model(attention="sliding", sliding_window_size=S, rolling_kv_cache=True, n_query_groups=n_query_groups)
     sizes_seen = set()
     for T in (S - 1, S, S + 1, 2 * S, 10 * S):
@@ -90,8 +91,15 @@ def test_rolling_equals_masked_attention_over_many_lengths(tiny_model, n_query_g
 @torch.no_grad()
 def test_soft_capping_local_base_and_partial_rope_go_through_the_cache(tiny_model, rolling, cap):
     """Catches: a cached path that forgets the cap, the local RoPE base or the unturned elements."""
-    model = tiny_model(attention="sliding,full", sliding_window_size=5, rolling_kv_cache=rolling, attention_logit_softcapping=cap,
-                       rope_local_base_freq=100.0, rotary_percentage=0.5, norm_qk=True)
+    model = tiny_model(
+        attention="sliding,full",
+        sliding_window_size=5,
+        rolling_kv_cache=rolling,
+        attention_logit_softcapping=cap,
+        rope_local_base_freq=100.0,
+        rotary_percentage=0.5,
+        norm_qk=True,
+    )
     idx = torch.randint(0, 97, (2, 30))
     for sizes in splits(30, 5):
         model.set_kv_cache(2, 30)
@@ -265,7 +273,9 @@ def test_mistral_7b_keeps_1_07_gb_instead_of_17_2_at_128k():
     """Catches: any change of the cache's geometry. Counted on the meta device: nothing is allocated."""
     for rolling, gigabytes in ((True, 1.07), (False, 17.18)):
         with torch.device("meta"):
-            model = GPT(Config.from_name("Mistral-7B-v0.1", rolling_kv_cache=rolling, block_size=131072)).to(torch.bfloat16)
+            model = GPT(Config.from_name("Mistral-7B-v0.1", rolling_kv_cache=rolling, block_size=131072)).to(
+                torch.bfloat16
+            )
         model.set_kv_cache(1, 131072)
         assert round(model.kv_cache_bytes() / 1e9, 2) == gigabytes
 
@@ -279,6 +289,17 @@ def test_a_rolling_cache_reads_text_of_any_length(tiny_model):
     feed(model, idx[:, :1000], [1000])
     last = model(idx[:, 1000:], torch.tensor([1000]))
     assert_same(last[:, 0], model(idx)[:, -1])
+
+
+@torch.no_grad()
+def test_a_rolling_cache_for_less_than_a_window_ends_where_it_was_told(tiny_model):
+    """Catches: a window that is silently cut to max_seq_length once the text is longer."""
+    model = tiny_model(attention="sliding", sliding_window_size=64, rolling_kv_cache=True)
+    model.set_kv_cache(1, 32)
+    idx = torch.randint(0, 97, (1, 33))
+    assert_same(feed(model, idx[:, :32], [30, 1, 1]), model(idx[:, :32]))
+    with pytest.raises(ValueError, match="Position 32"):
+        model(idx[:, 32:], torch.tensor([32]))
 
 
 @torch.no_grad()
@@ -314,8 +335,8 @@ def test_the_cache_follows_the_weights_unless_told(tiny_model):
     idx = torch.randint(0, 97, (1, 16))
     once = feed(model, idx, [16])
     model.set_kv_cache(1, 16, dtype=torch.bfloat16)
-    # Every key is rounded to bfloat16, whoever meets it; rounding of the call's own cached keys only was 2.6e-3 off. What
-    # is left comes from keys that float32 noise of 1e-7 puts on the other side of a rounding border.
+    # Every key is rounded to bfloat16, whoever meets it; rounding the cached keys only was 2.6e-3 off. What is left
+    # comes from keys that float32 noise of 1e-7 puts on the other side of a rounding border.
     assert (feed(model, idx, [5, 1, 10]) - once).abs().max() / once.abs().max() < 3e-4
 
 

@@ -30,7 +30,7 @@ def test_masks_equal_the_definition_over_all_pairs(variant, S):
 @pytest.mark.parametrize("S, T", [(1, 9), (3, 9), (7, 300), (40, 300), (500, 300)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attention_equals_a_dense_softmax_under_the_mask(variant, S, T, cap):
-    """Catches: blocks of queries that miss or repeat keys, a wrong scale, heads grouped in another order. In float64."""
+    """Catches: blocks of queries that miss or repeat keys, a wrong scale, heads in another order. In float64."""
     config = tiny_config(sliding_window_size=S, attention_logit_softcapping=cap, attention_scores_scalar=5)
     q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64) for heads in (6, 2, 2))
     window = VARIANTS[variant].window(config)
@@ -73,11 +73,18 @@ def test_nothing_of_size_t_by_t_is_allocated(tiny_model):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, tuple) else (out,):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size() if isinstance(t, torch.Tensor) else 0)
+                self.elements = max(
+                    self.elements,
+                    t.untyped_storage().nbytes() // t.element_size() if isinstance(t, torch.Tensor) else 0,
+                )
             return out
 
     T = 4096
-    for fields in ({"attention": "sliding"}, {"attention": "sliding", "attention_logit_softcapping": 5.0}, {"attention": "full"}):
+    for fields in (
+        {"attention": "sliding"},
+        {"attention": "sliding", "attention_logit_softcapping": 5.0},
+        {"attention": "full"},
+    ):
         model = tiny_model(sliding_window_size=64, block_size=T, n_layer=1, **fields)
         with torch.no_grad(), Largest() as largest:
             model(torch.zeros(1, T, dtype=torch.long), logits_to_keep=1)
@@ -89,7 +96,9 @@ def test_a_long_prompt_holds_one_mask():
     config = tiny_config(attention="sliding", sliding_window_size=64)
     plan = build_plan("sliding", config, torch.arange(8192)[None], Span(True, 0, 8191, True, True), 64, None)
     assert len(plan.blocks) == 64
-    assert len({id(block.mask) for block in plan.blocks}) == 2  # the first block, whose window is cut off, and all others
+    assert (
+        len({id(block.mask) for block in plan.blocks}) == 2
+    )  # the first block, whose window is cut off, and all others
 
 
 @torch.no_grad()
@@ -102,7 +111,9 @@ def test_only_distances_count(tiny_model):
     torch.testing.assert_close(shifted, model(idx), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("meta").to_empty(device="cpu")])
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("meta").to_empty(device="cpu")]
+)
 def test_rope_tables_stay_float32_and_right(convert):
     """Catches: bfloat16 positions, which are wrong past 256, and a table lost on the way from the meta device."""
     config = tiny_config(rope_local_base_freq=500.0)
@@ -133,7 +144,9 @@ def test_gradients_equal_those_of_dense_attention(tiny_model):
     """Catches: a blocked path that loses gradient at the borders of its blocks."""
     S, T = 50, 300
     blocked = tiny_model(attention="sliding", sliding_window_size=S, block_size=512)
-    dense = tiny_model(attention="sliding", sliding_window_size=S, block_size=512, attention_logit_softcapping=1e6)  # no cap, other path
+    dense = tiny_model(
+        attention="sliding", sliding_window_size=S, block_size=512, attention_logit_softcapping=1e6
+    )  # no cap, other path
     dense.load_state_dict(blocked.state_dict())
     idx = torch.randint(0, 97, (1, T))
     for model in (blocked, dense):

@@ -31,13 +31,19 @@ def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdi
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_complete_and_needs_no_torch(script):
     """Catches: a heavy import at the top of a script, and an argument without a description."""
-    probe = (f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
-             f"try: runpy.run_path({script!r}, run_name='__main__')\n"
-             "except SystemExit: pass\n"
-             "assert 'torch' not in sys.modules, 'torch was imported'")
+    probe = (
+        f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    options = [" ".join(block.split()) for block in done.stdout.split("\n  --")[1:] if not block.startswith(("config", "print_config"))]
+    options = [
+        " ".join(block.split())
+        for block in done.stdout.split("\n  --")[1:]
+        if not block.startswith(("config", "print_config"))
+    ]
     assert options
     for option in options:
         description = option.split(" ", 2)[2].rpartition("(")[0]
@@ -54,7 +60,16 @@ def test_every_module_imports():
 
 def test_the_answer_goes_to_stdout_and_statistics_to_stderr(tiny_checkpoint, monkeypatch, capsys):
     """Catches: a progress line in a pipe, or a completion without its prompt."""
-    arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--prompt", "the quick brown", "--max_new_tokens", "12", "--seed", "3"]
+    arguments = [
+        "--checkpoint_dir",
+        str(tiny_checkpoint),
+        "--prompt",
+        "the quick brown",
+        "--max_new_tokens",
+        "12",
+        "--seed",
+        "3",
+    ]
     assert run("generate/base.py", arguments, monkeypatch) == 0
     first = capsys.readouterr()
     assert first.out.startswith("the quick brown") and len(first.out) > len("the quick brown\n")
@@ -66,29 +81,42 @@ def test_the_answer_goes_to_stdout_and_statistics_to_stderr(tiny_checkpoint, mon
     assert run("generate/base.py", arguments + window, monkeypatch) == 0
     windowed = capsys.readouterr()
     assert windowed.out != first.out and "window 4 rolling" in windowed.err
-    assert run("generate/base.py", [*arguments[:2], "--prompt", "-", "--max_new_tokens", "0"], monkeypatch, stdin="from a pipe") == 0
+    assert (
+        run(
+            "generate/base.py",
+            [*arguments[:2], "--prompt", "-", "--max_new_tokens", "0"],
+            monkeypatch,
+            stdin="from a pipe",
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "from a pipe\n"
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--checkpoint_dir", "{missing}"], "nowhere"),
-    (["--prompt", ""], "prompt is empty"),
-    (["--prompt", "a b " * 500], "tokens and the context 512"),
-    (["--temperature", "-1"], "temperature=-1.0"),
-    (["--temperature", "warm"], "temperature"),
-    (["--dtype", "float7"], "float7"),
-    (["--device", "tpu"], "'tpu'"),
-    (["--num_samples", "0"], "num_samples"),
-    (["--model.sliding_window", "4"], "sliding_window_size"),
-    (["--model.sliding_window_size", "4"], "no effect"),
-    (["--model.attention", "sliding"], "needs sliding_window_size"),
-    (["--model.attention", "sliding", "--model.sliding_window_size", "0"], "sliding_window_size=0"),
-    (["--model.n_query_groups", "4"], "does not divide"),
-    (["--model.n_layer", "3"], "transformer.h.2"),
-    (["--model.n_embd", "64"], "asks for"),
-    (["--wat", "1"], "unrecognized arguments: --wat"),
-])
-def test_bad_input_ends_in_one_sentence_and_exit_code_2(arguments, message, tiny_checkpoint, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--checkpoint_dir", "{missing}"], "nowhere"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "a b " * 500], "tokens and the context 512"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--temperature", "warm"], "temperature"),
+        (["--dtype", "float7"], "float7"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--num_samples", "0"], "num_samples"),
+        (["--model.sliding_window", "4"], "sliding_window_size"),
+        (["--model.sliding_window_size", "4"], "no effect"),
+        (["--model.attention", "sliding"], "needs sliding_window_size"),
+        (["--model.attention", "sliding", "--model.sliding_window_size", "0"], "sliding_window_size=0"),
+        (["--model.n_query_groups", "4"], "does not divide"),
+        (["--model.n_layer", "3"], "transformer.h.2"),
+        (["--model.n_embd", "64"], "asks for"),
+        (["--wat", "1"], "unrecognized arguments: --wat"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(
+    arguments, message, tiny_checkpoint, monkeypatch, capsys, tmp_path
+):
     """Catches: a traceback, a silent default, a wrong exit code."""
     arguments = [a.replace("{missing}", str(tmp_path / "nowhere")) for a in arguments]
     if "--checkpoint_dir" not in arguments:
@@ -112,7 +140,16 @@ def test_a_chat_keeps_its_cache_resets_and_saves(tiny_checkpoint, monkeypatch, c
     """Catches: a turn that is fed again, a reset that forgets nothing, a file overwritten."""
     target = tmp_path / "talk.json"
     turns = f"hello\nagain\n/save {target}\n/save {target}\n/nonsense\n/reset\nhello\n/exit\nnever read\n"
-    arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "8", "--temperature", "0", "--repetition_penalty", "1"]
+    arguments = [
+        "--checkpoint_dir",
+        str(tiny_checkpoint),
+        "--max_new_tokens",
+        "8",
+        "--temperature",
+        "0",
+        "--repetition_penalty",
+        "1",
+    ]
     assert run("generate/chat.py", arguments, monkeypatch, stdin=turns) == 0
     printed = capsys.readouterr()
     stats = [line for line in printed.err.splitlines() if "prefill" in line]
@@ -132,7 +169,16 @@ def test_chat_equals_reading_the_whole_conversation_again(tiny_checkpoint, monke
     window = {"attention": "sliding", "sliding_window_size": 16, "rolling_kv_cache": True}
     target = tmp_path / "talk.json"
     turns = "the quick\nbrown fox\njumps over\n" + f"/save {target}\n"
-    arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "24", "--temperature", "0", "--repetition_penalty", "1"]
+    arguments = [
+        "--checkpoint_dir",
+        str(tiny_checkpoint),
+        "--max_new_tokens",
+        "24",
+        "--temperature",
+        "0",
+        "--repetition_penalty",
+        "1",
+    ]
     arguments += [part for k, v in window.items() for part in (f"--model.{k}", str(v).lower())]
     assert run("generate/chat.py", arguments, monkeypatch, stdin=turns) == 0
     capsys.readouterr()
@@ -141,14 +187,28 @@ def test_chat_equals_reading_the_whole_conversation_again(tiny_checkpoint, monke
     for i in (1, 3, 5):
         model = load_model(tiny_checkpoint, **window)
         ids = tokenizer.apply_chat_template(messages[:i])
-        answer = "".join(generate_text(model, tokenizer, ids, continues=False, max_new_tokens=24, stop_tokens=tokenizer.eos_ids))
+        answer = "".join(
+            generate_text(model, tokenizer, ids, continues=False, max_new_tokens=24, stop_tokens=tokenizer.eos_ids)
+        )
         assert answer == messages[i]["content"]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_checkpoint):
     """Catches: a program that dies with the answer, or a conversation that is broken after it."""
-    command = [sys.executable, "generate/chat.py", "--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "1000000000",
-               "--model.attention", "sliding", "--model.sliding_window_size", "16", "--model.rolling_kv_cache", "true"]
+    command = [
+        sys.executable,
+        "generate/chat.py",
+        "--checkpoint_dir",
+        str(tiny_checkpoint),
+        "--max_new_tokens",
+        "1000000000",
+        "--model.attention",
+        "sliding",
+        "--model.sliding_window_size",
+        "16",
+        "--model.rolling_kv_cache",
+        "true",
+    ]
     chat = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         for turn in (b"hello\n", b"again\n"):

@@ -11,7 +11,12 @@ VARIANTS = {
     "dense": {},
     "dense window": {"attention": "sliding", "sliding_window_size": 9},
     "rolling": {"attention": "sliding", "sliding_window_size": 9, "rolling_kv_cache": True},
-    "mixed": {"attention": "sliding,full", "sliding_window_size": 9, "rolling_kv_cache": True, "attention_logit_softcapping": 20.0},
+    "mixed": {
+        "attention": "sliding,full",
+        "sliding_window_size": 9,
+        "rolling_kv_cache": True,
+        "attention_logit_softcapping": 20.0,
+    },
 }
 
 
