@@ -81,8 +81,8 @@ def _find(repo_id: str, token: str | None) -> Any:
         return ask_hub(repo_id, token)
     except OSError as error:
         if repo_id not in PYPI_MIRRORS:
-            raise
-        _say(str(error))
+            raise (OSError(f"{error}: {REMEDY}.") if isinstance(error, ConnectionError) else error) from None
+        _say(str(error).rstrip(".") + ".")
         return None
 
 
@@ -124,7 +124,7 @@ def ask_hub(repo_id: str, token: str | None) -> Any:
     thread.start()
     thread.join(2 * PROBE_SECONDS)
     if not answer:
-        raise OSError(f"The Hugging Face hub does not answer: {REMEDY}.")
+        raise ConnectionError("The Hugging Face hub does not answer")
     if isinstance(answer[0], GatedRepoError):
         raise OSError(
             f"Access to {repo_id} must be asked for on its page on the Hugging Face hub: then pass --access_token."
@@ -135,7 +135,7 @@ def ask_hub(repo_id: str, token: str | None) -> Any:
             "--access_token."
         )
     if isinstance(answer[0], Exception):
-        raise OSError(f"The Hugging Face hub does not answer ({_reason(answer[0])}): {REMEDY}.")
+        raise ConnectionError(f"The Hugging Face hub does not answer ({_reason(answer[0])})")
     return answer[0]
 
 

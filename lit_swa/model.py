@@ -372,7 +372,7 @@ class GPT(nn.Module):
             self.slot_maps[name] = SlotMap(batch_size, n_slots, copies, lookahead, device)
         for block in self.transformer.h:
             slot_map = self.slot_maps[block.attn.variant]
-            shape = (batch_size, self.config.n_query_groups, slot_map.copies, slot_map.n_slots, self.config.head_size)
+            shape = (batch_size, self.config.n_query_groups, slot_map.copies * slot_map.n_slots, self.config.head_size)
             block.attn.kv_cache = KVCache(shape, device, dtype)
 
     def extend_kv_cache(self, max_seq_length: int) -> None:
@@ -441,8 +441,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, call: "Call") -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
-        qkv = self.qkv(x).unflatten(-1, (H + 2 * G, D)).transpose(1, 2)  # (B, H + 2G, T, D)
+        (B, T, _), H, G, D = x.shape, self.config.n_head, self.config.n_query_groups, self.config.head_size
+        qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2G, T, D)
         q, k, v = qkv.split((H, G, G), dim=1)
         cos, sin = call.rope[self.rope_table]
         q = apply_rope(self.norm_q(q), cos, sin)  # (B, H, T, D)
@@ -497,11 +497,13 @@ class Variant(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: "list[QueryBlock]", config: Config) -> Tensor:
     """Softmax attention of q (B, H, T, D) over k, v (B, G, L, D), one block of queries after the other."""
+    if len(blocks) == 1:  # of all queries and all keys
+        return attend_block(q, k, v, blocks[0], config)
     outputs = []
     for block in blocks:
         q_block, k_block, v_block = q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
         outputs.append(attend_block(q_block, k_block, v_block, block, config))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return torch.cat(outputs, dim=2)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -522,12 +524,12 @@ def visible(variant: str, q_pos: Tensor, k_pos: Tensor, config: Config) -> Tenso
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, block: "QueryBlock", config: Config) -> Tensor:
     """(B, H, T, D) x (B, G, L, D) -> (B, H, T, D), under the block's mask."""
-    G, T = k.size(1), q.size(2)
+    (B, H, T, D), G = q.shape, k.size(1)
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
     if block.causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != G)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != G)
     # The R query heads of a group are R more queries of one head: no key is copied, and any kernel will do.
-    q = q.unflatten(1, (G, -1)).flatten(2, 3)  # (B, G, R * T, D)
+    q = q.reshape(B, G, -1, D)  # (B, G, R * T, D)
     if config.attention_logit_softcapping is None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, scale=scale)
     else:
@@ -535,7 +537,7 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, block: "QueryBlock", config: C
         if block.mask is not None:
             scores = scores.masked_fill(~block.mask, -math.inf)
         y = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
-    return y.unflatten(2, (-1, T)).flatten(1, 2)  # (B, G, R, T, D) -> (B, H, T, D)
+    return y.reshape(B, H, T, D)
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
@@ -689,13 +691,13 @@ def compact_mask(mask: Tensor, R: int, previous: Tensor | None) -> Tensor | None
 class Write(NamedTuple):
     """Where a call's keys and values go."""
 
-    slots: Tensor  # (T',) the last T' tokens of every row, or (B, T) where rows differ
+    slots: list[Tensor]  # per copy: (T',) for the last T' tokens of every row, or (B, T) where rows differ
     source: Tensor | None = None  # (B, T) where rows differ: the token that goes to each of the slots
     any_token: Tensor | None = None  # (B, 1) False for a row of padding alone, which writes nothing
 
 
 class SlotMap(nn.Module):
-    """Which position each slot holds: shared by the caches of all layers of one variant."""
+    """Which position each slot holds, (B, copies * M), -1 for an empty one: shared by all layers of one variant."""
 
     def __init__(self, batch_size: int, n_slots: int, copies: int, lookahead: int, device: torch.device | str) -> None:
         super().__init__()
@@ -707,27 +709,31 @@ class SlotMap(nn.Module):
         """The (first) slot of each position. A dense cache does not wrap: a position beyond it is an index error."""
         return pos if self.copies == 1 else pos % self.n_slots
 
-    def take_over(self, old: "SlotMap") -> tuple[Tensor, Tensor, Tensor]:
+    def every_copy(self, slots: Tensor) -> list[Tensor]:
+        return [slots + copy * self.n_slots if copy else slots for copy in range(self.copies)]
+
+    def take_over(self, old: "SlotMap") -> tuple[Tensor, Tensor, list[Tensor]]:
         """Hold the positions that a smaller map holds. Returns what moves: rows, slots there, slots here."""
         rows, source = (old.pos[:, : old.n_slots] >= 0).nonzero(as_tuple=True)
         pos = old.pos[rows, source]
-        slots = self.slot(pos)
-        by_copy = self.pos.unflatten(1, (self.copies, self.n_slots))
-        by_copy[rows, :, slots] = pos[:, None].expand(-1, self.copies)
-        return rows, source, slots
+        targets = self.every_copy(self.slot(pos))
+        for slots in targets:
+            self.pos[rows, slots] = pos
+        return rows, source, targets
 
     def write(self, pos: Tensor, span: Span) -> Write:
         """Note that the slots of pos (1 or B, T) hold these positions now; returns where their keys go."""
-        by_copy = self.pos.unflatten(1, (self.copies, self.n_slots))
         if span.uniform:
             pos = pos[0, -self.n_slots :]  # of more than M tokens, only the last M stay
-            write = Write(self.slot(pos))
-            by_copy.index_copy_(2, write.slots, pos.expand(*by_copy.shape[:2], -1))
+            write = Write(self.every_copy(self.slot(pos)))
+            for slots in write.slots:
+                self.pos.index_copy_(1, slots, pos.expand(self.pos.size(0), -1))
             return write
-        write = self.write_rows(pos.expand(by_copy.size(0), -1))
-        rows = torch.arange(pos.size(0), device=pos.device)[:, None]
-        stored = torch.where(write.any_token, pos.gather(1, write.source), by_copy[:, 0, :1])
-        by_copy[rows, :, write.slots] = stored[:, :, None].expand(-1, -1, self.copies)
+        pos = pos.expand(self.pos.size(0), -1)
+        write = self.write_rows(pos)
+        stored = torch.where(write.any_token, pos.gather(1, write.source), self.pos[:, :1])
+        for slots in write.slots:
+            self.pos.scatter_(1, slots, stored)
         return write
 
     def write_rows(self, pos: Tensor) -> Write:
@@ -743,7 +749,7 @@ class SlotMap(nn.Module):
         source = torch.where(kept, order, newest)
         any_token = token.any(dim=1, keepdim=True)
         slots = torch.where(any_token, self.slot(pos.gather(1, source)), 0)
-        return Write(slots, source, any_token)
+        return Write(self.every_copy(slots), source, any_token)
 
     def check_kept(self, first: Tensor, window: int) -> None:
         """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one replaced."""
@@ -785,50 +791,56 @@ class SlotMap(nn.Module):
 
 
 class KVCache(nn.Module):
-    """The keys, after RoPE, and the values of one layer: (B, G, copies, M, D) each."""
+    """The keys, after RoPE, and the values of one layer: (B, G, copies * M, D) each."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
 
-    def take_over(self, old: "KVCache", rows: Tensor, source: Tensor, slots: Tensor) -> None:
+    def take_over(self, old: "KVCache", rows: Tensor, source: Tensor, targets: list[Tensor]) -> None:
         """Copy the keys and values that SlotMap.take_over moved."""
-        for new, held in ((self.k, old.k), (self.v, old.v)):
-            new[rows, :, :, slots] = held[rows, :, 0, source][:, :, None].expand(-1, -1, new.size(2), -1)
+        for slots in targets:
+            self.k[rows, :, slots] = old.k[rows, :, source]
+            self.v[rows, :, slots] = old.v[rows, :, source]
 
     def exchange(self, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Take in the call's keys and values (B, G, T, D), and give those that its queries meet (B, G, L, D)."""
-        k, v = k.to(self.k.dtype).to(k.dtype), v.to(self.v.dtype).to(v.dtype)  # a key is rounded whoever meets it
+        if self.k.dtype != k.dtype:  # a key is rounded whoever meets it
+            k, v = k.to(self.k.dtype).to(k.dtype), v.to(self.v.dtype).to(v.dtype)
         if plan.write_first:
-            self.write(k, v, plan.write)
-            return self.read(self.k, plan.read, k.dtype), self.read(self.v, plan.read, v.dtype)
-        if plan.read is None:
-            self.write(k, v, plan.write)
-            return k, v
-        met_k = torch.cat([self.read(self.k, plan.read, k.dtype), k], dim=2)
-        met_v = torch.cat([self.read(self.v, plan.read, v.dtype), v], dim=2)
-        self.write(k, v, plan.write)
+            write_slots(self.k, k, plan.write)
+            write_slots(self.v, v, plan.write)
+            return read_slots(self.k, plan.read).to(k.dtype), read_slots(self.v, plan.read).to(v.dtype)
+        met_k, met_v = k, v
+        if plan.read is not None:
+            met_k = torch.cat([read_slots(self.k, plan.read).to(k.dtype), k], dim=2)
+            met_v = torch.cat([read_slots(self.v, plan.read).to(v.dtype), v], dim=2)
+        write_slots(self.k, k, plan.write)
+        write_slots(self.v, v, plan.write)
         return met_k, met_v
 
-    def read(self, held: Tensor, slots: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """A view for a slice of slots; a copy for slots (B, n) of each row's own."""
-        held = held.flatten(2, 3)  # (B, G, copies * M, D)
-        if isinstance(slots, slice):
-            return held[:, :, slots].to(dtype)
-        rows = torch.arange(held.size(0), device=held.device)[:, None]
-        return held[rows, :, slots].transpose(1, 2).to(dtype)  # (B, n, G, D) -> (B, G, n, D)
 
-    def write(self, k: Tensor, v: Tensor, write: Write) -> None:
-        for held, new in ((self.k, k.to(self.k.dtype)), (self.v, v.to(self.v.dtype))):
-            if write.source is None:
-                new = new[:, :, None, -write.slots.size(0) :].expand(-1, -1, held.size(2), -1, -1)
-                held.index_copy_(3, write.slots, new)  # (B, G, copies, T', D)
-                continue
-            new = new.gather(2, write.source[:, None, :, None].expand_as(new))  # (B, G, T, D)
-            new = torch.where(write.any_token[:, None, :, None], new, held[:, :, 0, :1])
-            rows = torch.arange(held.size(0), device=held.device)[:, None]
-            held[rows, :, :, write.slots] = new.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, held.size(2), -1)
+def read_slots(held: Tensor, slots: slice | Tensor) -> Tensor:
+    """What (B, G, copies * M, D) holds in these slots: a view for a slice, a copy for slots (B, n) of each row's own."""
+    if isinstance(slots, slice):
+        return held[:, :, slots]
+    rows = torch.arange(held.size(0), device=held.device)[:, None]
+    return held[rows, :, slots].transpose(1, 2)  # (B, n, G, D) -> (B, G, n, D)
+
+
+def write_slots(held: Tensor, new: Tensor, write: Write) -> None:
+    """Put what is new (B, G, T, D) into its slots, in every copy."""
+    new = new.to(held.dtype)
+    if write.source is None:
+        new = new[:, :, -write.slots[0].size(0) :]
+        for slots in write.slots:
+            held.index_copy_(2, slots, new)
+        return
+    new = new.gather(2, write.source[:, None, :, None].expand_as(new))
+    new = torch.where(write.any_token[:, None, :, None], new, held[:, :, :1])
+    for slots in write.slots:
+        held.scatter_(2, slots[:, None, :, None].expand_as(new), new)
 
 
 # ----------------------------------------------------------------------------------------------------------------- RoPE
@@ -867,7 +879,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (a, b) becomes (a cos - b sin, b cos + a sin).
     """
     n = cos.size(-1)
-    head = x[..., :n].float()
+    head = (x if n == x.size(-1) else x[..., :n]).float()
     turned = (head * cos + head.roll(n // 2, dims=-1) * sin).to(x.dtype)  # sin holds the signs of both halves
     return turned if n == x.size(-1) else torch.cat([turned, x[..., n:]], dim=-1)
 
@@ -978,8 +990,9 @@ class RMSNorm(nn.Module):
         self.eps, self.unit_offset = eps, unit_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float() + 1 if self.unit_offset else self.weight
-        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+        if not self.unit_offset:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in float32 inside
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
 def build_norm(config: Config, size: int) -> nn.Module:

@@ -886,7 +886,7 @@ def test_mutated_files_load_or_are_refused(directories, copy_of):
 @pytest.mark.parametrize("kind", MAKERS)
 def test_many_mutated_files_load_or_are_refused(kind, copy_of):
     """As above, 2,000 files of each kind of tokenizer."""
-    assert_mutations_end_well(copy_of(kind), 900000, 25000)
+    assert_mutations_end_well(copy_of(kind), 1000, 2000)
 
 
 if __name__ == "__main__":
