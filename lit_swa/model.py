@@ -252,6 +252,7 @@ class GPT(nn.Module):
         self.rope = RoPE(config)
         self.slot_maps = nn.ModuleDict()  # variant -> SlotMap, once set_kv_cache was called
         self.max_seq_length = config.block_size
+        self.fixed_shape_steps = False  # True: a one-token call never looks at its position, so no shape depends on it
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -292,7 +293,12 @@ class GPT(nn.Module):
         if cached and not self.slot_maps:
             raise ValueError("input_pos needs a cache: call model.set_kv_cache(batch_size, max_seq_length) first.")
         pos = input_pos if cached else torch.arange(T, device=device)
-        span = find_span(pos, maxp1) if cached else Span(True, 0, T - 1, contiguous=True, fresh=True)
+        if not cached:
+            span = Span(True, 0, T - 1, contiguous=True, fresh=True)
+        elif torch.compiler.is_compiling() or (self.fixed_shape_steps and T == 1):
+            span = Span(uniform=pos.dim() == 1, contiguous=T == 1)
+        else:
+            span = find_span(pos, maxp1)
         self.check_span(B, T, pos, span, cached)
         pos = pos.view(-1, T)  # (1, T): the same for every row, or (B, T)
         plans = {}
@@ -586,9 +592,9 @@ SCORE_ELEMENTS = 2**27  # bound on rows * heads * queries * keys of one block: w
 
 
 def find_span(pos: Tensor, maxp1: int | None) -> Span:
-    """Look at positions (T,) or (B, T) where that costs nothing: not while compiling, nor in a GPU's one-token step."""
+    """Look at positions (T,) or (B, T) where that costs nothing: on a CPU, and on a GPU for more than one token."""
     uniform, T = pos.dim() == 1, pos.size(-1)
-    if torch.compiler.is_compiling() or pos.is_meta or pos.numel() == 0:
+    if pos.is_meta or pos.numel() == 0:
         return Span(uniform, contiguous=T == 1)
     if T == 1 and pos.device.type != "cpu":
         last = None if maxp1 is None else maxp1 - 1
@@ -611,21 +617,20 @@ def build_plan(
     """
     T = pos.size(1)
     if slot_map is None or span.fresh:
-        blocks = split_queries(variant, config, pos, pos, window, offset=0, fresh=True)
+        blocks = split_queries(variant, config, pos, pos, window, span, offset=0)
         return Plan(blocks, None if slot_map is None else slot_map.write(pos, span))
     if span.last is not None and window is not None:
         slot_map.check_kept(pos[:, :1], window)
     if window is None or T <= 1 + slot_map.lookahead:
         write = slot_map.write(pos, span)
         read, offset = slot_map.view(T, span, window)
-        return Plan(
-            split_queries(variant, config, pos, slot_map.pos[:, read], window, offset), write, read, write_first=True
-        )
+        blocks = split_queries(variant, config, pos, slot_map.pos[:, read], window, span, offset)
+        return Plan(blocks, write, read, write_first=True)
     read, old_pos = slot_map.recent(pos, span, window - 1)
     write = slot_map.write(pos, span)
     k_pos = torch.cat([old_pos, pos.expand(old_pos.size(0), T)], dim=1)
     offset = old_pos.size(1) if span.contiguous else None
-    return Plan(split_queries(variant, config, pos, k_pos, window, offset), write, read)
+    return Plan(split_queries(variant, config, pos, k_pos, window, span, offset), write, read)
 
 
 def split_queries(
@@ -634,43 +639,34 @@ def split_queries(
     q_pos: Tensor,
     k_pos: Tensor,
     window: int | None,
+    span: Span,
     offset: int | None,
-    fresh: bool = False,
 ) -> list[QueryBlock]:
     """Cut the queries at q_pos (1 or B, T) into blocks, and name for each the keys, of k_pos (1 or B, L), in its reach.
 
     offset: the index, among the keys, of the first query's own key, where keys and queries go in step; a block then
     meets only the keys from its first query's window up to its own last: O(T * S) in all. None: every block meets all.
-    fresh: queries and keys are the same whole sequence.
     """
     T, L = q_pos.size(1), k_pos.size(1)
-    if fresh and (window is None or T <= window) and config.attention_logit_softcapping is None:
+    if span.fresh and (window is None or T <= window) and config.attention_logit_softcapping is None:
         return [QueryBlock(slice(0, T), slice(0, L), causal=True)]
     rows = max(q_pos.size(0), k_pos.size(0)) * config.n_head
     reach = L if window is None else min(L, window + QUERY_BLOCK["cuda"])
     size = max(1, min(QUERY_BLOCK.get(q_pos.device.type, QUERY_BLOCK["cuda"]), SCORE_ELEMENTS // (rows * reach)))
     blocks: list[QueryBlock] = []
+    R = config.n_head // config.n_query_groups
     for start in range(0, T, size):
         stop, lo, hi = min(start + size, T), 0, L
         if offset is not None:
             lo, hi = max(0, offset + start - (window or L) + 1), offset + stop
         mask = visible(variant, q_pos[:, start:stop], k_pos[:, lo:hi], config)
-        mask = compact_mask(mask, config.n_head // config.n_query_groups, blocks[-1].mask if blocks else None)
+        mask = mask[:, None] if mask.size(1) == 1 else mask[:, None].repeat(1, 1, R, 1)  # one query broadcasts over R
+        if span.last is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            mask = None if mask.all() else mask  # looking costs nothing here
+            if blocks and blocks[-1].mask is not None and mask is not None and torch.equal(blocks[-1].mask, mask):
+                mask = blocks[-1].mask  # a long prompt holds one mask and not T / 128
         blocks.append(QueryBlock(slice(start, stop), slice(lo, hi), mask))
     return blocks
-
-
-def compact_mask(mask: Tensor, R: int, previous: Tensor | None) -> Tensor | None:
-    """(B, T, L) -> (B, 1, R * T, L), the form that attend_block asks for.
-
-    Where looking costs nothing: None if every key is seen, and the block before's mask again if it is the same, so that
-    a long prompt holds one mask and not T / 128.
-    """
-    look = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if look and mask.all():
-        return None
-    mask = mask[:, None] if mask.size(1) == 1 else mask[:, None].repeat(1, 1, R, 1)  # one row broadcasts over R
-    return previous if look and previous is not None and torch.equal(mask, previous) else mask
 
 
 # ------------------------------------------------------------------------------------------------------------ KV caches
@@ -822,7 +818,7 @@ class KVCache(nn.Module):
 
 
 def read_slots(held: Tensor, slots: slice | Tensor) -> Tensor:
-    """What (B, G, copies * M, D) holds in these slots: a view for a slice, a copy for slots (B, n) of each row's own."""
+    """What (B, G, copies * M, D) holds in slots: a view for a slice, a copy for slots (B, n) of each row's own."""
     if isinstance(slots, slice):
         return held[:, :, slots]
     rows = torch.arange(held.size(0), device=held.device)[:, None]

@@ -17,13 +17,14 @@ def main(
     positions: list[int] | None = None,
     steps: int = 32,
     repeats: int = 5,
+    compile: bool = False,
     transformers: bool = True,
     output: Path = Path("tutorials/results/benchmark_generate.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print tokens per second of prefill and of eager decode at several positions; transformers does the same between.
+    """Print tokens per second of prefill and of decode at several positions; transformers does the same in between.
 
-    Both read the same random tokens with the same weights, one after the other, `repeats` times; medians are given.
+    All read the same random tokens with the same weights, one after the other, `repeats` times; medians are given.
 
     Args:
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
@@ -34,6 +35,7 @@ def main(
         positions: Where decoding is timed. By default 256 and 4000.
         steps: One-token steps in one timing.
         repeats: Timings of which the median is taken.
+        compile: Measure the compiled decode step too.
         transformers: Measure transformers too.
         output: Where the JSON goes.
         model: Any field of the model's config, as --model.FIELD VALUE.
@@ -51,15 +53,20 @@ def main(
         logging.set_verbosity_error()
     rows = []
     for dtype in dtypes or (["float32", "bfloat16"] if device == "cpu" else ["bfloat16"]):
-        ours = build(checkpoint_dir, name, dtype, device, model or {})
-        theirs = build_transformers(ours, dtype, device) if transformers else None
+        weights = load(checkpoint_dir, name, dtype, device, model or {})
+        ways = {"ours": prepare(weights, device)}
+        if compile:
+            ways["compiled"] = prepare(weights, device, compiled=True)
+        if transformers:
+            ways["transformers"] = build_transformers(weights, dtype, device)
         with torch.inference_mode():
-            rows.append(measure_prefill(ours, theirs, prompt_tokens, repeats) | {"dtype": dtype})
+            rows.append({"dtype": dtype, "what": "prefill"} | measure_prefill(ways, weights, prompt_tokens, repeats))
             report(rows[-1])
             for position in positions or [256, 4000]:
-                rows.append(measure_decode(ours, theirs, position, steps, repeats) | {"dtype": dtype})
+                row = measure_decode(ways, weights, position, steps, repeats)
+                rows.append({"dtype": dtype, "what": "decode"} | row)
                 report(rows[-1])
-        del ours, theirs
+        del weights, ways
     output.parent.mkdir(parents=True, exist_ok=True)
     command = "python " + " ".join(sys.argv).partition(" --output")[0]
     machine = describe_machine(device)
@@ -67,28 +74,43 @@ def main(
     print(f"written to {output}", file=sys.stderr)
 
 
-def build(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str, overrides: dict[str, Any]):
-    """The model as generate/base.py runs it."""
+def load(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str, overrides: dict[str, Any]):
+    """The plain model."""
     import torch
 
     from lit_swa import GPT, Config
     from lit_swa.checkpoint import load_model
     from lit_swa.download import download_checkpoint
-    from lit_swa.generate import pack_for_cpu
 
     if name is None:
-        gpt = load_model(checkpoint_dir or download_checkpoint(), dtype=dtype, device=device, **overrides)
-    else:
-        with torch.device(device):
-            torch.set_default_dtype(getattr(torch, dtype))
-            gpt = GPT(Config.from_name(name, **overrides)).eval()
-            torch.set_default_dtype(torch.float32)
-    gpt.plain_state = {k: v for k, v in gpt.state_dict().items()} if device == "cpu" else None
-    pack_for_cpu(gpt)
-    return gpt
+        return load_model(checkpoint_dir or download_checkpoint(), dtype=dtype, device=device, **overrides)
+    config = Config.from_name(name, **overrides)
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device(device):
+        model = GPT(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
-def build_transformers(ours, dtype: str, device: str):
+def prepare(weights, device: str, compiled: bool = False):
+    """(model, its one-token step), as generate/base.py runs it; the weights are shared as far as may be."""
+    import torch
+
+    from lit_swa import GPT
+    from lit_swa.generate import compile_decode, pack_for_cpu
+
+    with torch.device("meta"):
+        model = GPT(weights.config).eval()
+    model.load_state_dict(weights.state_dict(), assign=True)
+    model.tie_weights()
+    model = model.to(device)
+    if compiled:
+        return model, compile_decode(model)
+    pack_for_cpu(model)
+    return model, None
+
+
+def build_transformers(weights, dtype: str, device: str):
     """transformers' model of the same config and weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -96,104 +118,112 @@ def build_transformers(ours, dtype: str, device: str):
     from lit_swa.files import LazyTensor
     from lit_swa.hf_format import config_to_hf, to_hf
 
-    config = AutoConfig.for_model(**config_to_hf(ours.config))
-    state = ours.plain_state or ours.state_dict()
-    if ours.config.tie_embeddings:
-        state = {k: v for k, v in state.items() if k != "lm_head.weight"}
-    weights = {
-        n: t.load()
-        for n, t in to_hf(
-            {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}, ours.config
-        ).items()
-    }
+    config = AutoConfig.for_model(**config_to_hf(weights.config))
+    state = weights.state_dict()
+    if weights.config.tie_embeddings:
+        del state["lm_head.weight"]
+    lazy = {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}
     with torch.device(device):
         theirs = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    theirs.load_state_dict(weights, strict=False)
+    theirs.load_state_dict({n: t.load() for n, t in to_hf(lazy, weights.config).items()}, strict=False)
     theirs.tie_weights()
     return theirs.eval()
 
 
-def measure_prefill(ours, theirs, tokens: int, repeats: int) -> dict[str, Any]:
+def measure_prefill(ways: dict[str, Any], weights, tokens: int, repeats: int) -> dict[str, Any]:
     from lit_swa.generate import prefill
 
-    ids = random_ids(ours, tokens)
+    ids = random_ids(weights, tokens)
+    model = ways["ours"][0]
 
-    def run_ours() -> None:
-        ours.set_kv_cache(1, tokens)
-        prefill(ours, ids[0].tolist(), [])
+    def ours() -> None:
+        model.set_kv_cache(1, tokens)
+        prefill(model, ids[0].tolist(), [])
 
-    def run_theirs() -> None:
-        theirs(ids, use_cache=True, logits_to_keep=1)
-
-    seconds = alternate([run_ours] + ([run_theirs] if theirs else []), repeats, ids.device)
-    return {"what": "prefill", "tokens": tokens} | {
-        who: tokens / s for who, s in zip(("ours", "transformers"), seconds, strict=False)
-    }
+    runs = {"ours": ours}
+    if "transformers" in ways:
+        runs["transformers"] = lambda: ways["transformers"](ids, use_cache=True, logits_to_keep=1)
+    seconds = alternate(runs, repeats, ids.device)
+    return {"tokens": tokens} | {who: tokens / s for who, s in seconds.items()}
 
 
-def measure_decode(ours, theirs, position: int, steps: int, repeats: int) -> dict[str, Any]:
+def measure_decode(ways: dict[str, Any], weights, position: int, steps: int, repeats: int) -> dict[str, Any]:
     import torch
 
     from lit_swa.generate import prefill
 
-    ids = random_ids(ours, position)
+    ids = random_ids(weights, position)
     device, token = ids.device, ids[:, :1]
-    ours.set_kv_cache(1, position + steps)
-    prefill(ours, ids[0].tolist(), [])
-    cache = theirs(ids, use_cache=True, logits_to_keep=1).past_key_values if theirs else None
 
-    def run_ours() -> None:
-        for p in range(position, position + steps):
-            ours(token, torch.tensor([p], device=device), input_pos_maxp1=p + 1).argmax(-1)
+    def ours(model, step):
+        model.set_kv_cache(1, position + steps)
+        prefill(model, ids[0].tolist(), [])
 
-    def run_theirs() -> None:
-        for _ in range(steps):
-            theirs(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
-        if not ours.unbounded(cached=True):
-            cache.crop(-steps)
+        def run() -> None:
+            for p in range(position, position + steps):
+                input_pos = torch.tensor([p], device=device)
+                logits = step(token, input_pos) if step else model(token, input_pos, input_pos_maxp1=p + 1)
+                logits.argmax(-1)
 
-    seconds = alternate([run_ours] + ([run_theirs] if theirs else []), repeats, device)
-    row = {"what": "decode", "position": position} | {
-        who: steps / s for who, s in zip(("ours", "transformers"), seconds, strict=False)
-    }
-    row["cache_MB"] = ours.kv_cache_bytes() / 1e6
+        return run
+
+    def theirs(model):
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+        def run() -> None:
+            for _ in range(steps):
+                model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+            if not weights.unbounded(cached=True):  # where a window has passed, the oldest keys are gone for good
+                cache.crop(-steps)
+
+        return run
+
+    runs = {who: theirs(way) if who == "transformers" else ours(*way) for who, way in ways.items()}
+    row = {"position": position} | {who: steps / s for who, s in alternate(runs, repeats, device).items()}
+    row["cache_MB"] = ways["ours"][0].kv_cache_bytes() / 1e6
     if device.type == "cuda":
         row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
     return row
 
 
-def random_ids(ours, tokens: int):
+def random_ids(weights, tokens: int):
     import torch
 
-    device = ours.transformer.wte.weight.device
-    return torch.randint(0, ours.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    device = weights.transformer.wte.weight.device
+    return torch.randint(0, weights.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
 
 
-def alternate(runs: list, repeats: int, device) -> list[float]:
+def alternate(runs: dict[str, Any], repeats: int, device) -> dict[str, float]:
     """Median seconds of each, run in turns after one round of warming up."""
     from statistics import median
 
     from lit_swa.generate import wait_for
 
-    times = [[] for _ in runs]
+    times = {who: [] for who in runs}
     for round_ in range(repeats + 1):
-        for run, seconds in zip(runs, times, strict=True):
+        for who, run in runs.items():
             wait_for(device)
             started = time.perf_counter()
             run()
             wait_for(device)
             if round_:
-                seconds.append(time.perf_counter() - started)
-    return [median(t) for t in times]
+                times[who].append(time.perf_counter() - started)
+    return {who: median(seconds) for who, seconds in times.items()}
 
 
 def report(row: dict[str, Any]) -> None:
     where = f"{row['tokens']} tokens" if row["what"] == "prefill" else f"at position {row['position']}"
-    line = f"{row['dtype']:9} {row['what']:8} {where:17} {row['ours']:8.1f} tok/s"
-    if "transformers" in row:
-        line += f"   transformers {row['transformers']:8.1f}   {row['ours'] / row['transformers']:.2f}x"
-    line += f"   cache {row['cache_MB']:.1f} MB" if "cache_MB" in row else ""
-    line += f"   peak {row['peak_GB']:.1f} GB" if "peak_GB" in row else ""
+    line = f"{row['dtype']:9} {row['what']:8} {where:17}"
+    for who in ("ours", "compiled", "transformers"):
+        if who in row:
+            ratio = (
+                f" ({row[who] / row['transformers']:.2f}x)" if "transformers" in row and who != "transformers" else ""
+            )
+            line += f"  {who} {row[who]:.1f} tok/s{ratio}"
+    line += f"  cache {row['cache_MB']:.1f} MB" if "cache_MB" in row else ""
+    line += f"  peak {row['peak_GB']:.1f} GB" if "peak_GB" in row else ""
     print(line, flush=True)
 
 

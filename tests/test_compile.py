@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from lit_swa.generate import compile_decode, generate
+
 VARIANTS = {
     "dense": {},
     "dense window": {"attention": "sliding", "sliding_window_size": 8},
@@ -65,17 +67,23 @@ def test_a_verify_step_is_captured_once(tiny_model):
     assert not counters["graph_break"]
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_inductor_compiles_the_step_to_the_same_logits(tiny_model):
-    """Catches: a graph that only the interpreter understands."""
+def test_a_whole_sequence_is_one_graph(tiny_model):
+    """Catches: a mask that is looked at while compiling for training."""
     torch._dynamo.reset()
-    model, T = tiny_model(**VARIANTS["mixed"]), 12
-    idx = torch.randint(0, 97, (1, T))
-    expected = model(idx)
-    model.set_kv_cache(1, T)
-    step = torch.compile(model, fullgraph=True)
-    for t in range(T):
-        torch.testing.assert_close(
-            step(idx[:, t : t + 1], torch.tensor([t]))[:, 0], expected[:, t], rtol=1e-4, atol=1e-4
-        )
+    model = tiny_model(attention="sliding,full", sliding_window_size=50)
+    idx = torch.randint(0, 97, (2, 200))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(idx), model(idx), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_compiled_decode_step_equals_the_plain_one(tiny_model, variant):
+    """Catches: a product that Inductor writes wrongly, or a block that is compiled again for each layer or position."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_model(**VARIANTS[variant], attn_bias=True, mlp_bias=True, n_layer=4)
+    expected = list(generate(model, [1, 2, 3], max_new_tokens=40))
+    assert list(generate(model, [1, 2, 3], max_new_tokens=40, decode=compile_decode(model))) == expected
+    kinds_of_layer = len(set(model.config.layer_variants))
+    assert counters["stats"]["unique_graphs"] == kinds_of_layer + 1  # and lm_head
