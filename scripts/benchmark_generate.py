@@ -62,8 +62,7 @@ def main(
         with torch.inference_mode():
             rows.append({"dtype": dtype, "what": "prefill"} | measure_prefill(ways, weights, prompt_tokens, repeats))
             report(rows[-1])
-            for position in positions or [256, 4000]:
-                row = measure_decode(ways, weights, position, steps, repeats)
+            for row in measure_decode(ways, weights, positions or [256, 4000], steps, repeats):
                 rows.append({"dtype": dtype, "what": "decode"} | row)
                 report(rows[-1])
         del weights, ways
@@ -147,19 +146,23 @@ def measure_prefill(ways: dict[str, Any], weights, tokens: int, repeats: int) ->
     return {"tokens": tokens} | {who: tokens / s for who, s in seconds.items()}
 
 
-def measure_decode(ways: dict[str, Any], weights, position: int, steps: int, repeats: int) -> dict[str, Any]:
+def measure_decode(ways: dict[str, Any], weights, positions: list[int], steps: int, repeats: int) -> list[dict]:
+    """A row for each position. All positions are measured in turns, each with its own caches."""
     import torch
 
     from lit_swa.generate import prefill
 
-    ids = random_ids(weights, position)
+    ids = random_ids(weights, max(positions))
     device, token = ids.device, ids[:, :1]
 
-    def ours(model, step):
-        model.set_kv_cache(1, position + steps)
-        prefill(model, ids[0].tolist(), [])
+    def ours(position: int, model, step):
+        model.set_kv_cache(1, position + steps, lookahead=steps)  # each round goes back to where it began
+        prefill(model, ids[0, :position].tolist(), [])
+        cache = take_cache(model)
+        cache_bytes[position] = model.kv_cache_bytes()
 
         def run() -> None:
+            put_cache(model, cache)
             for p in range(position, position + steps):
                 input_pos = torch.tensor([p], device=device)
                 logits = step(token, input_pos) if step else model(token, input_pos, input_pos_maxp1=p + 1)
@@ -167,8 +170,8 @@ def measure_decode(ways: dict[str, Any], weights, position: int, steps: int, rep
 
         return run
 
-    def theirs(model):
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    def theirs(position: int, model):
+        cache = model(ids[:, :position], use_cache=True, logits_to_keep=1).past_key_values
 
         def run() -> None:
             for _ in range(steps):
@@ -178,12 +181,28 @@ def measure_decode(ways: dict[str, Any], weights, position: int, steps: int, rep
 
         return run
 
-    runs = {who: theirs(way) if who == "transformers" else ours(*way) for who, way in ways.items()}
-    row = {"position": position} | {who: steps / s for who, s in alternate(runs, repeats, device).items()}
-    row["cache_MB"] = ways["ours"][0].kv_cache_bytes() / 1e6
-    if device.type == "cuda":
-        row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
-    return row
+    runs, cache_bytes = {}, {}
+    for position in positions:
+        for who, way in ways.items():
+            runs[who, position] = theirs(position, way) if who == "transformers" else ours(position, *way)
+    seconds = alternate(runs, repeats, device)
+    rows = []
+    for position in positions:
+        row = {"position": position} | {who: steps / seconds[who, position] for who in ways}
+        rows.append(row | {"cache_MB": cache_bytes[position] / 1e6})
+        if device.type == "cuda":
+            rows[-1]["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return rows
+
+
+def take_cache(model) -> tuple:
+    return model.slot_maps, model.max_seq_length, [block.attn.kv_cache for block in model.transformer.h]
+
+
+def put_cache(model, taken: tuple) -> None:
+    model.slot_maps, model.max_seq_length, caches = taken
+    for block, cache in zip(model.transformer.h, caches, strict=True):
+        block.attn.kv_cache = cache
 
 
 def random_ids(weights, tokens: int):
@@ -195,7 +214,7 @@ def random_ids(weights, tokens: int):
     )
 
 
-def alternate(runs: dict[str, Any], repeats: int, device) -> dict[str, float]:
+def alternate(runs: dict, repeats: int, device) -> dict:
     """Median seconds of each, run in turns after one round of warming up."""
     from statistics import median
 
