@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config
 
 from lit_swa import GPT
 from lit_swa.checkpoint import (

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 from lit_swa import GPT, Config
 from lit_swa.configs import CONFIGS

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 from lit_swa import GPT, Config
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 from lit_swa import GPT
 from lit_swa.model import VARIANTS, Span, build_plan, rope_frequencies, visible

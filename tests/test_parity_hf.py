@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from tiny import randomize
 
 from lit_swa import Config
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model
