@@ -51,6 +51,7 @@ PATTERNS = {
     "rolling": {"attention": "sliding", "rolling_kv_cache": True},
     "mixed": {"attention": "sliding,full"},
     "mixed rolling": {"attention": "sliding,full", "rolling_kv_cache": True},
+    "capped rolling": {"attention": "sliding,full", "rolling_kv_cache": True, "attention_logit_softcapping": 5.0},
 }
 
 
@@ -161,14 +162,17 @@ def test_ragged_chunks_of_different_lengths(tiny_model, pattern):
         sizes = [min(rng.choice([0, 1, 2, 6, 11]), T - d) for d in done]
         width = max(*sizes, 1)
         pos, tokens = torch.full((3, width), -1), torch.zeros(3, width, dtype=torch.long)
+        places = []
         for row, (start, size) in enumerate(zip(done, sizes, strict=True)):
-            pos[row, :size] = torch.arange(start, start + size)
-            tokens[row, :size] = idx[row, start : start + size]
+            first = rng.randint(0, width - size)  # padding on the left, on the right, or on both sides
+            places.append(slice(first, first + size))
+            pos[row, places[row]] = torch.arange(start, start + size)
+            tokens[row, places[row]] = idx[row, start : start + size]
         logits = model(tokens, pos)
         assert torch.isfinite(logits).all()
         for row, (start, size) in enumerate(zip(done, sizes, strict=True)):
             if size:
-                assert_same(logits[row, :size], expected[row, start : start + size])
+                assert_same(logits[row, places[row]], expected[row, start : start + size])
             done[row] = start + size
 
 

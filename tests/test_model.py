@@ -1,6 +1,7 @@
 """Masks, RoPE and memory of the model itself, against definitions written here once more in the plainest way."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -99,6 +100,23 @@ def test_a_long_prompt_holds_one_mask():
     assert (
         len({id(block.mask) for block in plan.blocks}) == 2
     )  # the first block, whose window is cut off, and all others
+
+
+@torch.no_grad()
+def test_a_window_makes_a_long_prompt_at_least_three_times_as_fast():
+    """Catches: attention under a window that still costs T * T. SmolLM2's heads, in turns, the best of four."""
+    T, S, times = 8192, 512, {"full": [], "sliding": []}
+    config = tiny_config(n_head=9, n_query_groups=3, head_size=64, block_size=T, sliding_window_size=S)
+    q, k, v = (torch.randn(1, heads, T, 64) for heads in (9, 3, 3))
+    pos, span = torch.arange(T)[None], Span(True, 0, T - 1, True, True)
+    plans = {name: build_plan(name, config, pos, span, VARIANTS[name].window(config), None) for name in times}
+    for _ in range(4):
+        for variant, seconds in times.items():
+            started = time.perf_counter()
+            VARIANTS[variant].attend(q, k, v, plans[variant].blocks, config)
+            seconds.append(time.perf_counter() - started)
+    full, sliding = (min(seconds) for seconds in times.values())
+    assert full >= 3 * sliding, f"full {full:.3f} s, sliding {sliding:.3f} s"
 
 
 @torch.no_grad()
