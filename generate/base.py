@@ -46,7 +46,7 @@ def main(
     """
     from lit_swa.checkpoint import load_model
     from lit_swa.download import download_checkpoint
-    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu
+    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype
 
@@ -59,11 +59,13 @@ def main(
         raise ValueError(f"num_samples={num_samples} does not fit: it must be at least 1.")
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     tokenizer = Tokenizer(checkpoint_dir)
+    ids = tokenizer.encode(prompt)
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
     decode = compile_decode(gpt) if compile else None
     if decode is None:
         pack_for_cpu(gpt)
-    ids = tokenizer.encode(prompt)
+    else:
+        print(f"compiled in {warm_up(gpt, decode, len(ids) + max_new_tokens):.1f} s", file=sys.stderr)
     for sample in range(num_samples):
         stats = Stats()
         pieces = generate_text(

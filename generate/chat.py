@@ -48,7 +48,7 @@ def main(
     """
     from lit_swa.checkpoint import load_model
     from lit_swa.download import download_checkpoint
-    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu
+    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import interruptible, pick_device, pick_dtype
 
@@ -65,6 +65,8 @@ def main(
     decode = compile_decode(gpt) if compile else None
     if decode is None:
         pack_for_cpu(gpt)
+    else:
+        print(f"compiled in {warm_up(gpt, decode, 1024):.1f} s", file=sys.stderr)
 
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages, cached_ids = list(beginning), []

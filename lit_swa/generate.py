@@ -180,14 +180,13 @@ def prepare_cache(model: GPT, ids: list[int], cached: list[int], max_new_tokens:
 
     Returns the last position that a token can be chosen for: one after the last that can be fed.
     """
-    config, rolls = model.config, model.config.rolling_kv_cache and None not in windows_of(model)
-    if not rolls and len(ids) > config.block_size:
+    context = model.config.block_size
+    if not rolls(model) and len(ids) > context:
         raise ValueError(
-            f"The prompt has {len(ids)} tokens and the context {config.block_size}: shorten it, or give every layer a "
+            f"The prompt has {len(ids)} tokens and the context {context}: shorten it, or give every layer a "
             "window with --model.attention sliding --model.sliding_window_size S --model.rolling_kv_cache true."
         )
-    most = max(windows_of(model)) if rolls else config.block_size  # positions for which room is of any use
-    room = min(len(ids) + max_new_tokens, most)
+    room = cache_room(model, len(ids) + max_new_tokens)
     keep = common_prefix(cached, ids[:-1])  # the last token is fed in any case: its logits are wanted
     slot_map = next(iter(model.slot_maps.values()), None)
     if slot_map is None or slot_map.pos.size(0) != 1:
@@ -196,14 +195,25 @@ def prepare_cache(model: GPT, ids: list[int], cached: list[int], max_new_tokens:
     elif len(cached) - keep > takes_back(model):
         keep = 0
     if model.max_seq_length < room and keep:
-        model.extend_kv_cache(min(most, max(room, 2 * model.max_seq_length)))  # doubled, so that copies stay few
+        doubled = cache_room(model, 2 * model.max_seq_length)  # so that copies stay few
+        model.extend_kv_cache(max(room, doubled))
     elif model.max_seq_length < room:
         model.set_kv_cache(1, room, lookahead=slot_map.lookahead)
     if keep == 0:
         model.reset_kv_cache()
     del cached[keep:]
     last = len(ids) + max_new_tokens - 1
-    return last if rolls else min(last, config.block_size)
+    return last if rolls(model) else min(last, context)
+
+
+def rolls(model: GPT) -> bool:
+    """True when every layer keeps a window and no more, so that a text may have any length."""
+    return model.config.rolling_kv_cache and None not in windows_of(model)
+
+
+def cache_room(model: GPT, tokens: int) -> int:
+    """The max_seq_length that a text of so many tokens needs: no more than a window, or else the context, is of use."""
+    return min(tokens, max(windows_of(model)) if rolls(model) else model.config.block_size)
 
 
 def windows_of(model: GPT) -> list[int | None]:
@@ -292,6 +302,19 @@ def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
         return compiled(token, input_pos).clone()  # a CUDA graph writes its next result to the same place
 
     return step
+
+
+def warm_up(model: GPT, decode: Callable[[Tensor, Tensor], Tensor], tokens: int) -> float:
+    """Compile the step, on a cache with room for so many tokens (or the one that is there); returns the seconds."""
+    device, started = model.transformer.wte.weight.device, time.perf_counter()
+    if not model.slot_maps:
+        model.set_kv_cache(1, cache_room(model, tokens))
+    with torch.inference_mode():
+        for position in range(min(3, model.max_seq_length)):  # a CUDA graph is recorded at the second call
+            decode(torch.zeros(1, 1, dtype=torch.long, device=device), torch.tensor([position], device=device))
+    wait_for(device)
+    model.reset_kv_cache()
+    return time.perf_counter() - started
 
 
 def compile_for_one_token(module: nn.Module) -> None:

@@ -93,6 +93,19 @@ def test_the_answer_goes_to_stdout_and_statistics_to_stderr(tiny_checkpoint, mon
     assert capsys.readouterr().out == "from a pipe\n"
 
 
+@pytest.mark.slow
+def test_a_compiled_run_prints_the_same_text(tiny_checkpoint, monkeypatch, capsys):
+    """Catches: a --compile that is accepted and not used, or whose compilation is counted as decoding."""
+    arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--prompt", "the quick brown", "--temperature", "0"]
+    assert run("generate/base.py", arguments, monkeypatch) == 0
+    plain = capsys.readouterr()
+    assert run("generate/base.py", [*arguments, "--compile", "true"], monkeypatch) == 0
+    compiled = capsys.readouterr()
+    assert compiled.out == plain.out and "compiled in" in compiled.err and "compiled in" not in plain.err
+    speed = float(compiled.err.split("steps, ")[1].split(" tok/s")[0])
+    assert speed > 20  # with compilation counted in it would be under 10
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
