@@ -654,19 +654,32 @@ def split_queries(
     reach = L if window is None else min(L, window + QUERY_BLOCK["cuda"])
     size = max(1, min(QUERY_BLOCK.get(q_pos.device.type, QUERY_BLOCK["cuda"]), SCORE_ELEMENTS // (rows * reach)))
     blocks: list[QueryBlock] = []
-    R = config.n_head // config.n_query_groups
-    for start in range(0, T, size):
+    shared: Tensor | None = None
+    for start in reversed(range(0, T, size)):  # the block with the most keys first
         stop, lo, hi = min(start + size, T), 0, L
         if offset is not None:
             lo, hi = max(0, offset + start - (window or L) + 1), offset + stop
-        mask = visible(variant, q_pos[:, start:stop], k_pos[:, lo:hi], config)
-        mask = mask[:, None] if mask.size(1) == 1 else mask[:, None].repeat(1, 1, R, 1)  # one query broadcasts over R
-        if span.last is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            mask = None if mask.all() else mask  # looking costs nothing here
-            if blocks and blocks[-1].mask is not None and mask is not None and torch.equal(blocks[-1].mask, mask):
-                mask = blocks[-1].mask  # a long prompt holds one mask and not T / 128
+        mask = visible(variant, q_pos[:, start:stop], k_pos[:, lo:hi], config)[:, None]  # (1 or B, 1, T, L)
+        if T > 1:  # one query broadcasts over R by itself
+            mask = mask.repeat(1, 1, config.n_head // config.n_query_groups, 1)
+        if span.last is not None and not torch.compiler.is_compiling() and (T > 1 or mask.device.type == "cpu"):
+            mask = shared = share_mask(mask, shared)
         blocks.append(QueryBlock(slice(start, stop), slice(lo, hi), mask))
-    return blocks
+    return blocks[::-1]
+
+
+def share_mask(mask: Tensor, shared: Tensor | None) -> Tensor | None:
+    """None if every key is seen; the last columns of `shared` if they are the same, so that a prompt holds one mask.
+
+    Blocks of a prompt see the same pattern up to their newest key; without this their masks would add up to T * L.
+    """
+    if mask.all():
+        return None
+    if shared is not None and shared.size(-2) == mask.size(-2) and shared.size(-1) >= mask.size(-1):
+        columns = shared[..., shared.size(-1) - mask.size(-1) :]
+        if torch.equal(columns, mask):
+            return columns
+    return mask
 
 
 # ------------------------------------------------------------------------------------------------------------ KV caches
@@ -826,8 +839,8 @@ def read_slots(held: Tensor, slots: slice | Tensor) -> Tensor:
 
 
 def write_slots(held: Tensor, new: Tensor, write: Write) -> None:
-    """Put what is new (B, G, T, D) into its slots, in every copy."""
-    new = new.to(held.dtype)
+    """Put what is new (B, G, T, D) into its slots, in every copy. No gradient flows through a cache."""
+    new = new.detach().to(held.dtype)
     if write.source is None:
         new = new[:, :, -write.slots[0].size(0) :]
         for slots in write.slots:

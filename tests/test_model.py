@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_config
 
 from lit_swa import GPT
-from lit_swa.model import VARIANTS, Span, build_plan, rope_frequencies, visible
+from lit_swa.model import VARIANTS, SlotMap, Span, build_plan, rope_frequencies, visible
 
 WHO_SEES_WHOM = {
     "full": lambda i, j, S: j <= i,
@@ -92,14 +92,19 @@ def test_nothing_of_size_t_by_t_is_allocated(tiny_model):
         assert largest.elements < T * T / 16, fields
 
 
-def test_a_long_prompt_holds_one_mask():
-    """Catches: a mask for every block of queries, T * S elements that add up."""
-    config = tiny_config(attention="sliding", sliding_window_size=64)
-    plan = build_plan("sliding", config, torch.arange(8192)[None], Span(True, 0, 8191, True, True), 64, None)
+@pytest.mark.parametrize("variant, window, held", [("sliding", 64, 0), ("full", None, 0), ("full", None, 4096)])
+def test_a_long_prompt_holds_one_mask(variant, window, held):
+    """Catches: masks of all blocks of queries that add up to T * L, also in a chunk behind a long history."""
+    T, R = 8192, 3
+    config = tiny_config(attention=variant, sliding_window_size=64, attention_logit_softcapping=5.0, block_size=16384)
+    pos, span = torch.arange(held, held + T), Span(True, held, held + T - 1, contiguous=True, fresh=held == 0)
+    slot_map = SlotMap(1, 16384, 1, 0, "cpu")
+    if held:
+        slot_map.write(torch.arange(held)[None], Span(True, 0, held - 1, True, True))
+    plan = build_plan(variant, config, pos[None], span, window, slot_map)
     assert len(plan.blocks) == 64
-    assert (
-        len({id(block.mask) for block in plan.blocks}) == 2
-    )  # the first block, whose window is cut off, and all others
+    masks = {block.mask.untyped_storage().data_ptr(): block.mask.untyped_storage().nbytes() for block in plan.blocks}
+    assert sum(masks.values()) <= R * 128 * (held + T) and len(masks) == 1
 
 
 @torch.no_grad()
