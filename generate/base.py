@@ -44,11 +44,11 @@ def main(
         model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
             --model.sliding_window_size 256 --model.rolling_kv_cache true.
     """
-    from lit_swa.checkpoint import load_model
+    from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.download import download_checkpoint
     from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
     from lit_swa.tokenizer import Tokenizer
-    from lit_swa.utils import pick_device, pick_dtype
+    from lit_swa.utils import pick_device, pick_dtype, show_reading
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -58,6 +58,7 @@ def main(
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} does not fit: it must be at least 1.")
     checkpoint_dir = checkpoint_dir or download_checkpoint()
+    check_checkpoint_dir(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     ids = tokenizer.encode(prompt)
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
@@ -71,9 +72,9 @@ def main(
         pieces = generate_text(
             gpt, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             min_p=min_p, repetition_penalty=repetition_penalty, seed=seed + sample, stop=stop or (),
-            stop_tokens=tokenizer.eos_ids, decode=decode, stats=stats,
+            stop_tokens=tokenizer.eos_ids, decode=decode, progress=show_reading, stats=stats,
         )  # fmt: skip
-        print(prompt, end="", flush=True)
+        print(prompt, next(pieces, ""), sep="", end="", flush=True)  # the first piece comes when the prompt was read
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)

@@ -46,15 +46,16 @@ def main(
         model: Any field of the model's config, as --model.FIELD VALUE. With --model.attention sliding
             --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on for ever.
     """
-    from lit_swa.checkpoint import load_model
+    from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.download import download_checkpoint
     from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
     from lit_swa.tokenizer import Tokenizer
-    from lit_swa.utils import interruptible, pick_device, pick_dtype
+    from lit_swa.utils import interruptible, pick_device, pick_dtype, show_reading
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
+    check_checkpoint_dir(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     if not tokenizer.has_chat_template:
         raise ValueError(
@@ -105,6 +106,7 @@ def main(
                         cached_ids=cached_ids,
                         decode=decode,
                         should_stop=interrupted,
+                        progress=show_reading,
                         stats=stats,
                     ):
                         print(piece, end="", flush=True)

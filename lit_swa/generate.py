@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, V vocabulary. `generate` works on token ids, `generate_text` on text.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,6 +73,7 @@ def generate(
     cached_ids: list[int] | None = None,
     decode: Callable[[Tensor, Tensor], Tensor] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     stats: Stats | None = None,
 ) -> Iterator[int]:
     """Yield new tokens, one by one, as they are chosen. What does not fit is refused at once.
@@ -84,6 +86,7 @@ def generate(
         it covers is not fed again. None: the cache is set up for this call.
     decode: what makes a one-token step, (token (1, 1), input_pos (1,)) -> logits (1, 1, V): a compiled model, say.
     should_stop: asked between steps; True ends the text.
+    progress: told (tokens read, tokens of the prompt) after each chunk of a prompt that takes several.
     Ends early when the context is full. Raises ValueError for arguments that do not fit and for a prompt that is empty,
     longer than the context or not of the vocabulary.
     """
@@ -101,7 +104,11 @@ def generate(
         return choose_token(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator)
 
     step = decode or (lambda token, input_pos: model(token, input_pos, input_pos_maxp1=len(cached) + 1))
-    return run_loop(model, ids, cached, last, choose, step, stops, should_stop or (lambda: False), stats or Stats())
+    should_stop = should_stop or (lambda: False)
+    read = functools.partial(prefill, model, ids, cached, should_stop, progress)
+    return run_loop(
+        model, ids, cached, last, read, choose, step, stops, should_stop or (lambda: False), stats or Stats()
+    )
 
 
 @torch.inference_mode()
@@ -110,6 +117,7 @@ def run_loop(
     ids: list[int],
     cached: list[int],
     last: int,
+    read: Callable[[], Tensor | None],
     choose: Callable[[Tensor], Tensor],
     step: Callable[[Tensor, Tensor], Tensor],
     stops: "StopFinder",
@@ -119,7 +127,7 @@ def run_loop(
     """The loop of generate: feed the prompt, then choose a token and feed it, until position `last` was chosen for."""
     device, started = model.transformer.wte.weight.device, time.perf_counter()
     stats.prompt_tokens, stats.cached_tokens = len(ids), len(cached)
-    logits = prefill(model, ids, cached, should_stop)
+    logits = read()
     wait_for(device)
     stats.prefill_seconds = time.perf_counter() - started
     for pos in range(len(ids), last + 1):
@@ -235,7 +243,11 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def prefill(
-    model: GPT, ids: list[int], cached: list[int], should_stop: Callable[[], bool] = lambda: False
+    model: GPT,
+    ids: list[int],
+    cached: list[int],
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor | None:
     """Feed the tokens of ids that are not in the cache; logits (1, 1, V) of the last, or None if stopped on the way."""
     device, logits = model.transformer.wte.weight.device, None
@@ -247,6 +259,8 @@ def prefill(
         chunk = torch.tensor([ids[start:stop]], device=device)
         logits = model(chunk, torch.arange(start, stop, device=device), input_pos_maxp1=stop, logits_to_keep=1)
         cached.extend(ids[start:stop])
+        if progress is not None and (start > 0 or stop < len(ids)):
+            progress(stop, len(ids))
     return logits
 
 
@@ -261,7 +275,7 @@ def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int
     elements = 4 * config.n_embd + 3 * heads + 3 * config.intermediate_size  # live at once, some of it in float32
     per_token = batch_size * elements * max(weight.element_size(), 4)
     memory = free_memory(weight.device) if memory is None else memory
-    tokens = max(128, min(16384, memory // 4 // per_token))
+    tokens = max(128, min(4096, memory // 4 // per_token))
     return 2 ** (tokens.bit_length() - 1)
 
 

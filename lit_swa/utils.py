@@ -92,3 +92,10 @@ def describe_machine(device: str) -> str:
         with open("/proc/cpuinfo") as f:
             model = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), model)
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def show_reading(done: int, total: int) -> None:
+    """One line on stderr for a long prompt, if a person is there to see it."""
+    if sys.stderr.isatty():
+        end = "\r\033[K" if done == total else ""
+        print(f"\rreading {done} of {total} tokens, {done / total:.0%}{end}", end="", file=sys.stderr, flush=True)
