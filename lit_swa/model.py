@@ -277,14 +277,24 @@ class GPT(nn.Module):
         logits_to_keep: k > 0 computes logits for the last k tokens only, (B, k, V); 0 for all.
         Raises ValueError when the tokens do not fit the context or the cache.
         """
+        x = self.hidden_states(idx, input_pos, input_pos_maxp1=input_pos_maxp1)
+        return self.project(x[:, -logits_to_keep:])  # [-0:] is all
+
+    def hidden_states(
+        self, idx: Tensor, input_pos: Tensor | None = None, *, input_pos_maxp1: int | None = None
+    ) -> Tensor:
+        """What `project` makes logits of, (B, T, C): a long text's logits need not exist all at once."""
         call = self.plan_call(idx, input_pos, input_pos_maxp1)
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)  # rounded to x's dtype, as Gemma was trained
         for block in self.transformer.h:
             x = block(x, call)
-        x = self.transformer.ln_f(x[:, -logits_to_keep:])  # [-0:] is all
-        return softcap(self.lm_head(x), self.config.final_logit_softcapping)
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """Logits (B, T, V) of hidden states (B, T, C)."""
+        return softcap(self.lm_head(self.transformer.ln_f(x)), self.config.final_logit_softcapping)
 
     def plan_call(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> "Call":
         """Everything that the layers of one call share: RoPE's angles and, per variant, which query meets which key."""

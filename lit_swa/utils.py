@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -99,3 +100,53 @@ def show_reading(done: int, total: int) -> None:
     if sys.stderr.isatty():
         end = "\r\033[K" if done == total else ""
         print(f"\rreading {done} of {total} tokens, {done / total:.0%}{end}", end="", file=sys.stderr, flush=True)
+
+
+class ProgressLine:
+    """One line on stderr: how far, what the caller says, tokens per second, memory, time to go.
+
+    On a terminal the line is rewritten; in a log file a new one comes every `interval` seconds.
+    """
+
+    def __init__(self, total: int, what: str, *, done: int = 0, interval: float = 30.0) -> None:
+        """total, done: units of work (tokens, say); `done` were there before the start, after a resume."""
+        self.total, self.what, self.before, self.interval = total, what, done, interval
+        self.started, self.shown = time.perf_counter(), -1e9
+
+    def show(self, done: int, text: str = "") -> None:
+        """Say that `done` of the total is done; `text` is put in between, such as "ppl 12.3"."""
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if now - self.shown < (0.1 if terminal else self.interval) and done < self.total:
+            return
+        self.shown = now
+        rate = (done - self.before) / max(now - self.started, 1e-9)
+        to_go = (self.total - done) / rate if rate > 0 else float("inf")
+        parts = [f"{self.what} {done}/{self.total} {done / max(1, self.total):.1%}", text, f"{rate:.0f} tok/s"]
+        parts += [memory_in_use(), f"eta {format_seconds(to_go)}"]
+        line = " | ".join(p for p in parts if p)
+        end = "\n" if not terminal or done >= self.total else ""
+        print(f"\r\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def memory_in_use() -> str:
+    """The peak so far: of the GPU's memory where there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    except ImportError:  # Windows
+        return ""
+
+
+def format_seconds(seconds: float) -> str:
+    """12s, 3m20s, 1h02m, or ? when it is not known."""
+    if not seconds < 1e7:
+        return "?"
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
