@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lit_swa.model import ROPE_SCALING_KEYS, TRAINED_LENGTH
+
 # ------------------------------------------------------------------------------------------------------- named shapes
 
 LLAMA = {"norm_eps": 1e-5}
@@ -186,13 +188,12 @@ def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
         "n_embd": hf["hidden_size"],
         "head_size": hf["hidden_size"] // n_head if hf.get("head_dim") is None else hf["head_dim"],
         "intermediate_size": hf["intermediate_size"],
-        "block_size": hf["max_position_embeddings"],
         "vocab_size": hf["vocab_size"],
         "tie_embeddings": hf.get("tie_word_embeddings", False),
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "rope_base": float(rope.get("rope_theta", 10000.0)),
         "rope_local_base_freq": local,
-        "rope_scaling": rope_scaling(rope),
+        **rope_fields(hf, rope),
         "activation": ACTIVATION_NAMES[checked_activation(hf)],
     }
 
@@ -225,13 +226,24 @@ def read_rope(hf: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
     return rope, hf.get("rope_local_base_freq")
 
 
-def rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """Hugging Face's scaling in the terms of Config.rope_scaling, which judges it."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def rope_fields(hf: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """Hugging Face's scaling in the terms of Config.rope_scaling, which judges it, and how far it reaches.
+
+    Linear and dynamic scaling often come with the trained length as max_position_embeddings, the others with theirs
+    times the factor; the context is the greater of the two.
+    """
+    kind, context = rope.get("rope_type", rope.get("type", "default")), hf["max_position_embeddings"]
     if kind == "default":
-        return None
-    not_scaling = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-    return {"type": kind} | {k: v for k, v in rope.items() if k not in not_scaling and v is not None}
+        return {"rope_scaling": None, "block_size": context}
+    needed, welcome = ROPE_SCALING_KEYS.get(kind, (set(rope), set()))
+    scaling = {"type": kind} | {k: v for k, v in rope.items() if k in needed | welcome and v is not None}
+    trained = context if kind == "dynamic" else rope.get(TRAINED_LENGTH) or hf.get(TRAINED_LENGTH) or context
+    if TRAINED_LENGTH in needed:
+        scaling[TRAINED_LENGTH] = trained
+    if "factor" not in scaling and kind in ("yarn", "longrope"):
+        scaling["factor"] = context / trained
+    factor = scaling["factor"] if kind in ("linear", "dynamic", "yarn") and "factor" in scaling else 1.0
+    return {"rope_scaling": scaling, "block_size": max(context, int(trained * factor))}
 
 
 def window_fields(hf: dict[str, Any], layer_types: list[str] | None) -> dict[str, Any]:

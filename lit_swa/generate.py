@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa.model import GPT, VARIANTS
+from lit_swa.model import GPT, VARIANTS, CacheLayout
 
 if TYPE_CHECKING:
     from lit_swa.tokenizer import StreamDecoder, Tokenizer
@@ -50,7 +50,7 @@ def describe_window(model: GPT) -> str:
     n = sum(w is not None for w in windows)
     if n == 0:
         return f"none (context {model.config.block_size})"
-    kind = " rolling" if model.config.rolling_kv_cache else ""
+    kind = " rolling" if rolls(model) or model.config.rolling_kv_cache else ""
     part = "" if n == len(windows) else f" in {n} of {len(windows)} layers"
     return f"{model.config.sliding_window_size}{kind}{part}"
 
@@ -216,12 +216,19 @@ def prepare_cache(model: GPT, ids: list[int], cached: list[int], max_new_tokens:
 
 def rolls(model: GPT) -> bool:
     """True when every layer keeps a window and no more, so that a text may have any length."""
-    return model.config.rolling_kv_cache and None not in windows_of(model)
+    return None not in windows_of(model) and all(layout.copies == 2 for layout in layouts_of(model, 1))
 
 
 def cache_room(model: GPT, tokens: int) -> int:
     """The max_seq_length that a text of so many tokens needs: no more than a window, or else the context, is of use."""
-    return min(tokens, max(windows_of(model)) if rolls(model) else model.config.block_size)
+    if not rolls(model):
+        return min(tokens, model.config.block_size)
+    return max(layout.sinks + layout.slots for layout in layouts_of(model, tokens))
+
+
+def layouts_of(model: GPT, tokens: int) -> list[CacheLayout]:
+    """The caches that the layers' variants ask for, for so many tokens."""
+    return [VARIANTS[v].cache(model.config, tokens, 0) for v in dict.fromkeys(model.config.layer_variants)]
 
 
 def windows_of(model: GPT) -> list[int | None]:

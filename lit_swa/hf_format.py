@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lit_swa.files import LazyTensor
-from lit_swa.model import GPT, Config
+from lit_swa.model import GPT, TRAINED_LENGTH, Config
 
 # -------------------------------------------------------------------------------------------------------------- weights
 
@@ -208,15 +208,20 @@ def _part(tensor: LazyTensor, n: int, n_parts: int, config: Config) -> Callable[
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
+STRETCHED = ("dynamic", "yarn")  # whose context is read as the trained length times the factor at least
 LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
 
 
 def _common(c: Config) -> dict[str, Any]:
-    scaling = c.rope_scaling and {"rope_type": c.rope_scaling["type"], **c.rope_scaling}
+    scaling, context = c.rope_scaling and {"rope_type": c.rope_scaling["type"], **c.rope_scaling}, c.block_size
+    if scaling and scaling["type"] == "linear":  # said by nobody but the lengths, see configs.rope_fields
+        scaling[TRAINED_LENGTH] = int(context / scaling["factor"])
+    if scaling and scaling["type"] == "dynamic":
+        context = scaling.pop(TRAINED_LENGTH)
     return {
         "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd, "intermediate_size": c.intermediate_size,
         "num_attention_heads": c.n_head, "num_key_value_heads": c.n_query_groups, "head_dim": c.head_size,
-        "max_position_embeddings": c.block_size, "vocab_size": c.padded_vocab_size,
+        "max_position_embeddings": context, "vocab_size": c.padded_vocab_size,
         "tie_word_embeddings": c.tie_embeddings, "rms_norm_eps": c.norm_eps, "hidden_act": ACTIVATIONS[c.activation],
         "rope_theta": c.rope_base, "rope_scaling": scaling,
     }  # fmt: skip
@@ -307,8 +312,11 @@ def _canonical(c: Config) -> Config:
     """The same model with its defaults spelled out, so that equal models have equal fields."""
     variants = c.layer_variants
     windowed = "full" != min(variants) or "full" != max(variants)
+    scaling = c.rope_scaling or {}
+    reach = int(scaling.get(TRAINED_LENGTH, 0) * scaling.get("factor", 0)) if scaling.get("type") in STRETCHED else 0
     return replace(
         c,
+        block_size=max(c.block_size, reach),
         attention=",".join(variants),
         sliding_window_size=c.sliding_window_size if windowed else None,
         rope_local_base_freq=None if c.rope_local_base_freq == c.rope_base or not windowed else c.rope_local_base_freq,

@@ -27,8 +27,9 @@ padding: it is seen by nobody and written nowhere.
 """
 
 import difflib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,15 @@ class Config:
     attention: str = "full"  # a variant, or a comma list that tiles over the layers: "sliding,full"
     sliding_window_size: int | None = None  # S: a query at p sees the S keys p - S + 1 .. p
     rolling_kv_cache: bool = False  # layers with a window keep 2S slots instead of one for every position
+    n_sink_tokens: int = 4  # streaming: the first tokens, which are seen for ever beside the window S
+    dual_chunk_pretraining_length: int | None = None  # c, the trained length; None: block_size
+    dual_chunk_size: int | None = None  # s, the tokens of a chunk; None: 5/8 of c
+    dual_chunk_local: int | None = None  # w, the nearest tokens, always at their true distance; None: 1/8 of c
+    dual_chunk_temperature: float = 1.0  # multiplies the scores; or, by the query's position p (counted from 1),
+    dual_chunk_temperature_slope: float | None = None  # ... by max(1, slope * ln(p / c) + 1)
+    s2_attention: bool = False  # in training mode, attend within groups, half of the heads' shifted by half a group
+    s2_group_ratio: float = 0.25  # the group's share of the text
+    s2_group_size: int | None = None  # ... or its tokens
     attention_scores_scalar: int | None = None  # scores are divided by its square root; None: head_size
     attention_logit_softcapping: float | None = None  # c: scores become c * tanh(scores / c)
     attention_backend: str = "auto"
@@ -97,6 +107,7 @@ class Config:
             self.intermediate_size = 4 * self.n_embd
         if self.padded_vocab_size is None:
             self.padded_vocab_size = self.vocab_size
+        self.rope_scaling = with_trained_length(self.rope_scaling, self.block_size)
         check_values(self)
 
     @property
@@ -110,6 +121,29 @@ class Config:
         """How many of the D elements of a head RoPE turns; even."""
         return int(self.rotary_percentage * self.head_size)
 
+    @property
+    def chunk_trained(self) -> int:
+        """c, the length that dual-chunk attention keeps all distances within."""
+        return self.dual_chunk_pretraining_length or self.block_size
+
+    @property
+    def chunk_size(self) -> int:
+        """s of dual-chunk attention."""
+        return self.dual_chunk_size or self.chunk_trained * 5 // 8
+
+    @property
+    def chunk_local(self) -> int:
+        """w of dual-chunk attention."""
+        return self.chunk_trained // 8 if self.dual_chunk_local is None else self.dual_chunk_local
+
+    def chunk_start(self, p: int, back: int = 0) -> int:
+        """The first position of the chunk that holds p, or of one so many chunks back; at least 0."""
+        return max(0, (p // self.chunk_size - back) * self.chunk_size)
+
+    def s2_group(self, T: int) -> int:
+        """Tokens in a group of S2-Attn for texts of T."""
+        return self.s2_group_size or max(1, int(T * self.s2_group_ratio))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> "Config":
         """The config with the fields `values`, as lit_config.json holds them, some of them overridden.
@@ -117,9 +151,14 @@ class Config:
         Raises ValueError for an unknown field, and for an override that would do nothing.
         """
         reject_unknown_fields(values | overrides)
+        if "block_size" in values:  # which was trained on; an override of it is how far to go now
+            if isinstance(overrides.get("rope_scaling"), dict):
+                overrides["rope_scaling"] = with_trained_length(overrides["rope_scaling"], values["block_size"])
+            if values.get("dual_chunk_pretraining_length") is None and "dual_chunk" in str(overrides.get("attention")):
+                overrides.setdefault("dual_chunk_pretraining_length", values["block_size"])
         config = cls(**values | overrides)
         windowed = any(VARIANTS[v].window(config) for v in config.layer_variants)
-        for name in ("sliding_window_size", "rolling_kv_cache", "rope_local_base_freq"):
+        for name in ("sliding_window_size", "rolling_kv_cache", "rope_local_base_freq", "n_sink_tokens"):
             if overrides.get(name) and not windowed:
                 raise ValueError(
                     f"{name}={overrides[name]} has no effect with attention={config.attention!r}: "
@@ -153,7 +192,7 @@ CHOICES = {
     "norm_class_name": ("RMSNorm", "LayerNorm"),
     "mlp_class_name": ("GatedMLP", "PlainMLP"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
-    "attention_backend": ("auto", "sdpa"),
+    "attention_backend": ("auto", "sdpa", "flex", "flash"),
 }
 RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both allowed
     "n_layer": (1, 4096),
@@ -170,6 +209,14 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
     "rope_local_base_freq": (1e-3, 1e12),
     "rotary_percentage": (0.0, 1.0),
     "sliding_window_size": (1, 2**31),
+    "n_sink_tokens": (0, 2**20),
+    "dual_chunk_pretraining_length": (2, 2**31),
+    "dual_chunk_size": (1, 2**31),
+    "dual_chunk_local": (0, 2**31),
+    "dual_chunk_temperature": (1e-3, 1e3),
+    "dual_chunk_temperature_slope": (0.0, 1e3),
+    "s2_group_ratio": (1e-6, 1.0),
+    "s2_group_size": (1, 2**31),
     "attention_scores_scalar": (1, 2**31),
     "attention_logit_softcapping": (1e-3, 1e6),
     "final_logit_softcapping": (1e-3, 1e6),
@@ -223,9 +270,33 @@ def check_values(config: Config) -> None:
             raise ValueError(
                 f"attention={config.attention!r} does not fit: {variant.strip()!r} is none of {', '.join(VARIANTS)}."
             )
-    if config.sliding_window_size is None and any(v == "sliding" for v in config.layer_variants):
+    if config.sliding_window_size is None and {"sliding", "streaming"} & set(config.layer_variants):
         raise ValueError(f"attention={config.attention!r} needs sliding_window_size, the number of keys a query sees.")
-    check_rope_scaling(config.rope_scaling)
+    check_dual_chunk(config)
+    if config.s2_attention and set(config.layer_variants) != {"full"}:
+        raise ValueError(
+            f"s2_attention groups layers that attend in full, and attention={config.attention!r}: "
+            "set attention to 'full', or s2_attention to false."
+        )
+    check_rope_scaling(config)
+
+
+def check_dual_chunk(config: Config) -> None:
+    if "dual_chunk" not in config.layer_variants:
+        return
+    c, s, w = config.chunk_trained, config.chunk_size, config.chunk_local
+    if s < 1 or s + w >= c:
+        raise ValueError(
+            f"dual_chunk_size={s} + dual_chunk_local={w} must be less than the trained length of {c} tokens "
+            "(dual_chunk_pretraining_length), since it is the greatest distance that occurs: make them smaller."
+        )
+    if config.sliding_window_size is not None:
+        raise ValueError(
+            f"dual_chunk attention sees every key, and sliding_window_size={config.sliding_window_size}: "
+            "set sliding_window_size to null."
+        )
+    if config.dual_chunk_temperature != 1.0 and config.dual_chunk_temperature_slope is not None:
+        raise ValueError("dual_chunk_temperature and dual_chunk_temperature_slope are two ways to say it: set one.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPT
@@ -297,7 +368,7 @@ class GPT(nn.Module):
         return softcap(self.lm_head(self.transformer.ln_f(x)), self.config.final_logit_softcapping)
 
     def plan_call(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> "Call":
-        """Everything that the layers of one call share: RoPE's angles and, per variant, which query meets which key."""
+        """Everything that the layers of one call share, per variant: RoPE's turns, and which query meets which key."""
         (B, T), device = idx.shape, idx.device
         cached = input_pos is not None
         if cached and not self.slot_maps:
@@ -311,12 +382,32 @@ class GPT(nn.Module):
             span = find_span(pos, maxp1)
         self.check_span(B, T, pos, span, cached)
         pos = pos.view(-1, T)  # (1, T): the same for every row, or (B, T)
-        plans = {}
-        for name in dict.fromkeys(self.config.layer_variants):
-            window = VARIANTS[name].window(self.config)
+        config, dtype = self.config, self.transformer.wte.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        plans, turns = {}, {}
+        for name in dict.fromkeys(config.layer_variants):
             slot_map = self.slot_maps[name] if cached else None
-            plans[name] = build_plan(name, self.config, pos, span, window, slot_map)
-        return Call(self.rope(pos), plans)
+            if config.s2_attention and self.training and not cached and config.s2_group(T) < T:
+                plans[name] = Plan([], pos, s2_group=config.s2_group(T))
+            else:
+                plans[name] = build_plan(name, config, pos, span, pick_engine(config, device, dtype, T), slot_map)
+            turns[name] = self.plan_turns(name, pos, plans[name].k_pos)
+        return Call(plans, turns)
+
+    def plan_turns(self, variant: str, pos: Tensor, k_pos: Tensor) -> "Turns":
+        """By how much queries at pos (1 or B, T) and keys are turned."""
+        row, config = VARIANTS[variant], self.config
+        base, length = rope_base_index(config, variant), None
+        if config.rope_scaling is not None and config.rope_scaling["type"] in LENGTH_SCALINGS and base == 0:
+            length = pos.amax(dim=-1, keepdim=True) + 1  # (1 or B, 1)
+            return Turns([self.rope(pos, base, length)], self.rope(k_pos, base, length), when_met=True)
+        turns: dict[Callable[[Tensor, Config], Tensor], tuple[Tensor, Tensor]] = {}
+        for position in (row.key_position, *(part.position for part in row.parts)):
+            if position not in turns:
+                turns[position] = self.rope(position(pos, config), base)
+        queries = [turns[part.position] for part in row.parts]
+        return Turns(queries, turns[row.key_position], temperature=row.temperature(pos, config))
 
     def check_span(self, B: int, T: int, pos: Tensor, span: "Span", cached: bool) -> None:
         """Refuse, in words, what would silently go wrong. A compiled step knows no positions and is not checked."""
@@ -346,10 +437,12 @@ class GPT(nn.Module):
 
         A cache must roll for that, and hold a whole window: one for less than S positions ends with them.
         """
-        windows = [VARIANTS[v].window(self.config) for v in self.config.layer_variants]
-        if None in windows or not cached:
-            return None not in windows
-        return self.config.rolling_kv_cache and (not self.slot_maps or self.max_seq_length >= max(windows))
+        windows = {v: VARIANTS[v].window(self.config) for v in self.config.layer_variants}
+        if None in windows.values() or not cached:
+            return None not in windows.values()
+        if not self.slot_maps:
+            return all(VARIANTS[v].cache(self.config, 1, 0).copies == 2 for v in windows)
+        return all(m.copies == 2 and m.n_slots - m.lookahead >= windows[v] for v, m in self.slot_maps.items())
 
     def set_kv_cache(
         self,
@@ -384,11 +477,11 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         for name in dict.fromkeys(self.config.layer_variants):
-            n_slots, copies = VARIANTS[name].cache(self.config, max_seq_length, lookahead)
-            self.slot_maps[name] = SlotMap(batch_size, n_slots, copies, lookahead, device)
+            layout = VARIANTS[name].cache(self.config, max_seq_length, lookahead)
+            self.slot_maps[name] = SlotMap(batch_size, layout, lookahead, device)
         for block in self.transformer.h:
-            slot_map = self.slot_maps[block.attn.variant]
-            shape = (batch_size, self.config.n_query_groups, slot_map.copies * slot_map.n_slots, self.config.head_size)
+            slots = self.slot_maps[block.attn.variant].pos.size(1)
+            shape = (batch_size, self.config.n_query_groups, slots, self.config.head_size)
             block.attn.kv_cache = KVCache(shape, device, dtype)
 
     def extend_kv_cache(self, max_seq_length: int) -> None:
@@ -451,7 +544,6 @@ class CausalSelfAttention(nn.Module):
         self.norm_q = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.norm_k = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.variant = config.layer_variants[layer]
-        self.rope_table = rope_table_index(config, self.variant)
         self.kv_cache: KVCache | None = None
         self.config = config
 
@@ -460,20 +552,23 @@ class CausalSelfAttention(nn.Module):
         (B, T, _), H, G, D = x.shape, self.config.n_head, self.config.n_query_groups, self.config.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2G, T, D)
         q, k, v = qkv.split((H, G, G), dim=1)
-        cos, sin = call.rope[self.rope_table]
-        q = apply_rope(self.norm_q(q), cos, sin)  # (B, H, T, D)
-        k = apply_rope(self.norm_k(k), cos, sin)  # (B, G, T, D)
-        plan = call.plans[self.variant]
+        q, k = self.norm_q(q), self.norm_k(k)
+        plan, turns = call.plans[self.variant], call.turns[self.variant]
+        if turns.temperature is not None:
+            q = (q * turns.temperature).to(q.dtype)
+        queries = [apply_rope(q, *turn) for turn in turns.queries]  # (B, H, T, D) for each part of the variant
+        k = k if turns.when_met else apply_rope(k, *turns.keys)  # (B, G, T, D)
         if plan.write is not None:
             k, v = self.kv_cache.exchange(k, v, plan)  # (B, G, L, D)
-        y = VARIANTS[self.variant].attend(q, k, v, plan.blocks, self.config)  # (B, H, T, D)
+        k = apply_rope(k, *turns.keys) if turns.when_met else k
+        y = attend(queries, k, v, plan, self.config)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
 # -------------------------------------------------------------------------------------- the variants, and who sees whom
 #
 # A mask function takes absolute positions that broadcast against each other, and says which query may see which key.
-# Causality, empty slots and padding are added once, by visible(). To add a variant: its function, and a row below.
+# Causality, empty slots and padding are added once, by visible(). To add a variant: its functions, and a row below.
 
 
 def full(q: Tensor, k: Tensor, c: Config) -> Tensor:
@@ -484,6 +579,80 @@ def sliding(q: Tensor, k: Tensor, c: Config) -> Tensor:
     return q - k < c.sliding_window_size
 
 
+# Streaming (Xiao et al. 2023, arXiv 2309.17453): the first tokens stay for ever, and the recent window closes up to
+# them. A query never stands further from the sinks than in a text of just both.
+
+
+def recent(q: Tensor, k: Tensor, c: Config) -> Tensor:
+    return (q - k < c.sliding_window_size) & (k >= c.n_sink_tokens)
+
+
+def sinks(q: Tensor, k: Tensor, c: Config) -> Tensor:
+    return k < c.n_sink_tokens
+
+
+def beside_sinks(q: Tensor, c: Config) -> Tensor:
+    return q.clamp(max=c.n_sink_tokens + c.sliding_window_size - 1)
+
+
+def sink_edge(a: int, b: int, c: Config) -> list[int]:
+    return [c.n_sink_tokens] if a < c.n_sink_tokens < b else []
+
+
+# Dual-chunk attention (An et al. 2024, arXiv 2402.17463): a key's position is its place in its chunk of s tokens, and a
+# query's depends on how many chunks lie between. The w nearest keys are met at their true distance, and no distance
+# exceeds s + w, which lies within the trained length.
+
+
+def same_chunk(q: Tensor, k: Tensor, c: Config) -> Tensor:
+    return k // c.chunk_size == q // c.chunk_size
+
+
+def previous_chunk(q: Tensor, k: Tensor, c: Config) -> Tensor:
+    return k // c.chunk_size == q // c.chunk_size - 1
+
+
+def older_chunks(q: Tensor, k: Tensor, c: Config) -> Tensor:
+    return k // c.chunk_size < q // c.chunk_size - 1
+
+
+def in_chunk(p: Tensor, c: Config) -> Tensor:
+    return p % c.chunk_size
+
+
+def one_chunk_on(q: Tensor, c: Config) -> Tensor:
+    return (q % c.chunk_size + c.chunk_size).clamp(max=c.chunk_size + c.chunk_local)
+
+
+def far_on(q: Tensor, c: Config) -> Tensor:
+    return torch.full_like(q, c.chunk_size + c.chunk_local)
+
+
+def chunk_edges(a: int, b: int, c: Config) -> range:
+    return range(c.chunk_start(a) + c.chunk_size, b, c.chunk_size)
+
+
+def chunk_temperature(q: Tensor, c: Config) -> Tensor | float | None:
+    """A factor for the scores, static or by the query's position, (1 or B, 1, T, 1): by the text's length, as in the
+    paper's code, a token would be read otherwise in a prompt than alone."""
+    if c.dual_chunk_temperature_slope is not None:
+        seen = (q + 1).clamp(min=1) / c.chunk_trained
+        return (1 + c.dual_chunk_temperature_slope * seen.log()).clamp(min=1)[:, None, :, None]
+    return None if c.dual_chunk_temperature == 1.0 else c.dual_chunk_temperature
+
+
+def own_position(p: Tensor, c: Config) -> Tensor:
+    return p
+
+
+def no_edges(a: int, b: int, c: Config) -> tuple[int, ...]:
+    return ()
+
+
+def no_temperature(q: Tensor, c: Config) -> None:
+    return None
+
+
 def no_window(c: Config) -> None:
     return None
 
@@ -492,68 +661,156 @@ def sliding_window(c: Config) -> int:
     return c.sliding_window_size
 
 
-def dense_cache(c: Config, max_seq_length: int, lookahead: int) -> tuple[int, int]:
-    """A slot for every position: (slots, copies of each)."""
-    return max_seq_length, 1
+class CacheLayout(NamedTuple):
+    slots: int  # M: positions held, the sinks apart
+    copies: int = 1  # 2: rolling, each position in two slots
+    sinks: int = 0  # slots in front of them, for the positions 0 .. sinks - 1 for ever
 
 
-def window_cache(c: Config, max_seq_length: int, lookahead: int) -> tuple[int, int]:
+def dense_cache(c: Config, max_seq_length: int, lookahead: int) -> CacheLayout:
+    """A slot for every position."""
+    return CacheLayout(max_seq_length)
+
+
+def window_cache(c: Config, max_seq_length: int, lookahead: int) -> CacheLayout:
     """The rolling cache keeps the last S + lookahead positions, each twice; without it, a slot for every position."""
     if not c.rolling_kv_cache:
         return dense_cache(c, max_seq_length, lookahead)
-    return min(c.sliding_window_size, max_seq_length) + lookahead, 2
+    return CacheLayout(min(c.sliding_window_size, max_seq_length) + lookahead, copies=2)
+
+
+def streaming_cache(c: Config, max_seq_length: int, lookahead: int) -> CacheLayout:
+    """The sinks, and a rolling cache of the recent window: always, since no more is ever seen."""
+    held = min(c.sliding_window_size, max(1, max_seq_length - c.n_sink_tokens))
+    return CacheLayout(held + lookahead, copies=2, sinks=c.n_sink_tokens)
+
+
+class Part(NamedTuple):
+    """The pairs of query and key that meet with the query turned to one position. No pair is in two parts.
+
+    reach: for queries at a .. b - 1, first and last + 1 of the key positions that one of them may see. With it, what a
+    query sees must be one run of keys whose ends only move forward with the query, so that the corners of a block of
+    pairs tell whether all are seen. None: any mask goes, and every key before b is looked at.
+    """
+
+    mask: Callable[[Tensor, Tensor, Config], Tensor]  # (query positions, key positions) -> bool
+    reach: Callable[[int, int, Config], tuple[int, int]] | None = None
+    position: Callable[[Tensor, Config], Tensor] = own_position  # where a query is turned to
 
 
 class Variant(NamedTuple):
-    mask: Callable[[Tensor, Tensor, Config], Tensor]  # (query positions, key positions) -> bool
-    window: Callable[[Config], int | None]  # how many keys back a query can see at most, itself included
-    cache: Callable[[Config, int, int], tuple[int, int]]  # (max_seq_length, lookahead) -> (slots, copies)
-    attend: Callable[..., Tensor]  # how queries meet keys
+    parts: tuple[Part, ...]
+    window: Callable[[Config], int | None] = no_window  # how many keys back a query can see, itself included
+    cache: Callable[[Config, int, int], CacheLayout] = dense_cache  # (max_seq_length, lookahead) -> its shape
+    key_position: Callable[[Tensor, Config], Tensor] = own_position  # where a key is turned to
+    edges: Callable[[int, int, Config], Iterable[int]] = (
+        no_edges  # between a and b, positions where a block of queries ends
+    )
+    temperature: Callable[[Tensor, Config], Tensor | float | None] = no_temperature  # what queries are multiplied by
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: "list[QueryBlock]", config: Config) -> Tensor:
-    """Softmax attention of q (B, H, T, D) over k, v (B, G, L, D), one block of queries after the other."""
-    if len(blocks) == 1:  # of all queries and all keys
-        return attend_block(q, k, v, blocks[0], config)
-    outputs = []
-    for block in blocks:
-        q_block, k_block, v_block = q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
-        outputs.append(attend_block(q_block, k_block, v_block, block, config))
-    return torch.cat(outputs, dim=2)
+    def mask(self, q: Tensor, k: Tensor, c: Config) -> Tensor:
+        """Who sees whom, in any part."""
+        seen = self.parts[0].mask(q, k, c)
+        for part in self.parts[1:]:
+            seen = seen | part.mask(q, k, c)
+        return seen
 
 
 VARIANTS: dict[str, Variant] = {
-    "full": Variant(full, no_window, dense_cache, attend),
-    "sliding": Variant(sliding, sliding_window, window_cache, attend),
+    "full": Variant((Part(full, lambda a, b, c: (0, b)),)),
+    "sliding": Variant(
+        (Part(sliding, lambda a, b, c: (a - c.sliding_window_size + 1, b)),), sliding_window, window_cache
+    ),
+    "streaming": Variant(
+        (
+            Part(recent, lambda a, b, c: (max(c.n_sink_tokens, a - c.sliding_window_size + 1), b)),
+            Part(sinks, lambda a, b, c: (0, min(b, c.n_sink_tokens)), beside_sinks),
+        ),
+        sliding_window,
+        streaming_cache,
+        edges=sink_edge,
+    ),
+    "dual_chunk": Variant(
+        (
+            Part(same_chunk, lambda a, b, c: (c.chunk_start(a), b), in_chunk),
+            Part(previous_chunk, lambda a, b, c: (c.chunk_start(a, 1), c.chunk_start(b - 1)), one_chunk_on),
+            Part(older_chunks, lambda a, b, c: (0, c.chunk_start(b - 1, 1)), far_on),
+        ),
+        key_position=in_chunk,
+        edges=chunk_edges,
+        temperature=chunk_temperature,
+    ),
 }
 
 
-def visible(variant: str, q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
+def visible(part: Part, q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
     """Which of the queries at q_pos (B, T) sees which of the keys at k_pos (B, L): (B, T, L) bool.
 
     A key at a negative position (an empty slot, padding) is seen by no token. A padding query sees everything, since a
     softmax over nothing is NaN and would spread through the values to the tokens of the next layer.
     """
     q, k = q_pos[:, :, None], k_pos[:, None, :]
-    return ((0 <= k) & (k <= q) & VARIANTS[variant].mask(q, k, config)) | (q < 0)
+    return ((0 <= k) & (k <= q) & part.mask(q, k, config)) | (q < 0)
 
 
-def attend_block(q: Tensor, k: Tensor, v: Tensor, block: "QueryBlock", config: Config) -> Tensor:
-    """(B, H, T, D) x (B, G, L, D) -> (B, H, T, D), under the block's mask."""
-    (B, H, T, D), G = q.shape, k.size(1)
+# ------------------------------------------------------------------------------------------------ how queries meet keys
+
+
+def attend(queries: list[Tensor], k: Tensor, v: Tensor, plan: "Plan", config: Config) -> Tensor:
+    """Softmax attention of the queries, (B, H, T, D) turned once for each part, over k and v (B, G, L, D)."""
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
-    if block.causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != G)
+    if plan.s2_group:
+        return attend_shifted_groups(queries[0], k, v, plan.s2_group, scale, config)
+    if plan.blocks[0].merged:
+        return MergedAttention.apply(plan.blocks, scale, k, v, *queries)
+    outputs = [attend_block(queries, k, v, block, scale, config) for block in plan.blocks]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def attend_block(
+    queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock", scale: float, config: Config
+) -> Tensor:
+    """A block's rows of the output: one softmax over all that its queries see."""
+    if any(met.flex is not None for met in block.ranges):
+        return merge([met.attend_apart(queries, k, v, block, scale) for met in block.ranges])[0]
+    first = block.ranges[0]
+    if len(block.ranges) > 1 or len(first.seen) > 1 or config.attention_logit_softcapping is not None:
+        return attend_ranges(queries, k, v, block, scale, config)
+    q, k, v, mask, causal = first.cut(queries, k, v, block)
+    (B, H, T, D), G = q.shape, k.size(1)
+    if causal:
+        return causal_attention(q, k, v, scale)
     # The R query heads of a group are R more queries of one head: no key is copied, and any kernel will do.
-    q = q.reshape(B, G, -1, D)  # (B, G, R * T, D)
-    if config.attention_logit_softcapping is None:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, scale=scale)
-    else:
-        scores = softcap(q @ k.mT * scale, config.attention_logit_softcapping)  # (B, G, R * T, L)
-        if block.mask is not None:
-            scores = scores.masked_fill(~block.mask, -math.inf)
-        y = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    mask = mask if mask is None or T == 1 else mask.repeat(1, 1, H // G, 1)  # one query broadcasts over R by itself
+    y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask, scale=scale)  # (B, G, R * T, D)
     return y.reshape(B, H, T, D)
+
+
+def attend_ranges(
+    queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock", scale: float, config: Config
+) -> Tensor:
+    """attend_block in plain steps: scores of every range, one softmax over them all, the values of every range."""
+    q = torch.stack([q[:, :, block.queries] for q in queries], dim=2)  # (B, H, parts, T, D)
+    (B, H, _, T, D), G = q.shape, k.size(1)
+    q = q.view(B, G, H // G, -1, T, D).transpose(2, 3)  # (B, G, parts, R, T, D)
+    scores = []
+    for met in block.ranges:
+        parts = list(met.seen)
+        rows = q[:, :, parts].reshape(B, G, -1, D)  # (B, G, parts * R * T, D): the keys are read once
+        s = softcap(rows @ k[:, :, met.keys].mT * scale, config.attention_logit_softcapping)
+        s = s.view(B, G, len(parts), H // G, T, -1)
+        seen = [hide(s[:, :, n], met.mask(part, s)) for n, part in enumerate(parts)]
+        scores.append(functools.reduce(torch.maximum, seen))  # at most one part sees a pair, the others are -inf
+    wide = torch.promote_types(v.dtype, torch.float32)
+    weights = F.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=wide).to(v.dtype).flatten(2, 3)
+    weights = weights.split([s.size(-1) for s in scores], dim=-1)  # (B, G, R * T, L) each
+    y = sum(w @ v[:, :, met.keys] for w, met in zip(weights, block.ranges, strict=True))
+    return y.view(B, H, T, D)
+
+
+def hide(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """scores (B, G, R, T, L) without those that the mask (1 or B, 1, T, L) does not let be."""
+    return scores if mask is None else scores.masked_fill(~mask[:, :, None], -math.inf)
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
@@ -561,30 +818,277 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+def attend_shifted_groups(q: Tensor, k: Tensor, v: Tensor, g: int, scale: float, config: Config) -> Tensor:
+    """S2-Attn (LongLoRA, Chen et al. 2023, arXiv 2309.12307), causal: half of the heads attend within groups of g
+    tokens, the others within groups that are shifted by half a group. No pair wraps around the ends.
+
+    g = 4, T = 10, who is with whom:    |0 1 2 3|4 5 6 7|8 9|    shifted    |0 1|2 3 4 5|6 7 8 9|
+    """
+    H, G = q.size(1), k.size(1)
+    half = H // 2
+    if half % (H // G):  # the border cuts a key head's group of query heads
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    cut = half * k.size(1) // H
+    straight = attend_groups(q[:, :half], k[:, :cut], v[:, :cut], g, 0, scale, config) if half else q[:, :0]
+    shifted = attend_groups(q[:, half:], k[:, cut:], v[:, cut:], g, g - g // 2, scale, config)
+    return torch.cat([straight, shifted], dim=1)
+
+
+def attend_groups(q: Tensor, k: Tensor, v: Tensor, g: int, first: int, scale: float, config: Config) -> Tensor:
+    """Causal attention within the tokens 0 .. first - 1, then within every g tokens, then within what is left."""
+    n = max(0, q.size(2) - first) // g
+    outputs = []
+    for start, groups, size in ((0, 1, first), (first, n, g), (first + n * g, 1, q.size(2) - first - n * g)):
+        if groups * size <= 0:
+            continue
+        cut = [x[:, :, start : start + groups * size].unflatten(2, (groups, -1)) for x in (q, k, v)]
+        q_, k_, v_ = (x.transpose(1, 2).flatten(0, 1) for x in cut)  # (B * groups, heads, size, D)
+        block = QueryBlock(slice(0, size), [Range(slice(0, size), {0: None}, causal=True)])
+        y = attend_block([q_], k_, v_, block, scale, config)
+        outputs.append(y.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3))  # (B, heads, groups * size, D)
+    return torch.cat(outputs, dim=2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every query sees the keys up to its own: (B, H, T, D) x (B, G, T, D) -> (B, H, T, D)."""
+    gqa = q.size(1) != k.size(1)
+    if q.device.type != "cuda" or q.size(2) < LONG_CALL or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+
+
+class MergedAttention(torch.autograd.Function):
+    """Attention over several ranges of keys, each by a fused kernel, merged by the log-sum-exps of their scores.
+
+    With lse_r of range r and lse of all, o = sum of exp(lse_r - lse) o_r. A kernel's backward makes its probabilities
+    as exp(score - lse); given lse and output of the whole softmax, it gives the exact gradients of its range.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, blocks: "list[QueryBlock]", scale: float, k: Tensor, v: Tensor, *queries: Tensor) -> Tensor:
+        out, lses = torch.empty_like(queries[0]), []
+        for block in blocks:
+            parts = [fused_attention(*met.cut(queries, k, v, block), scale) for met in block.ranges]
+            out[:, :, block.queries], lse = merge(parts)
+            lses.append(lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        ctx.save_for_backward(out, k, v, *queries, *lses)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, k, v, *rest = ctx.saved_tensors
+        queries, lses = rest[: -len(ctx.blocks)], rest[-len(ctx.blocks) :]
+        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v, *queries)]
+        for block, lse in zip(ctx.blocks, lses, strict=True):
+            rows = block.queries
+            for met in block.ranges:
+                part = next(iter(met.seen))
+                cut = met.cut(queries, k, v, block)
+                dq, dk, dv = fused_backward(grad[:, :, rows], out[:, :, rows], lse, *cut, ctx.scale)
+                sums[0][:, :, met.keys] += dk
+                sums[1][:, :, met.keys] += dv
+                sums[2 + part][:, :, rows] += dq
+        return None, None, *(total.to(t.dtype) for total, t in zip(sums, (k, v, *queries), strict=True))
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One attention from outputs (B, H, T, D) over disjoint keys and their log-sum-exps (B, H, T)."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = functools.reduce(torch.logaddexp, [lse for _, lse in parts])  # (B, H, T)
+    out = sum(o * (lse_r - lse).exp().unsqueeze(-1) for o, lse_r in parts)
+    return out.to(parts[0][0].dtype), lse
+
+
+def fused_kernel(q: Tensor) -> str | None:
+    """The kernel that gives the log-sum-exp with its output, None where there is none."""
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.size(-1) % 8 or q.size(-1) > 256:
+        return None
+    hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return "cudnn" if hopper and q.size(-1) <= 128 and q.size(2) >= LONG_CALL else "flash"  # cuDNN plans each new shape
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, T, D) and log-sum-exp (B, H, T) of q (B, H, T, D) over k, v (B, G, L, D)."""
+    aten, kernel = torch.ops.aten, fused_kernel(q)
+    if kernel == "cpu":
+        mask = additive(mask, q)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return out, lse
+    if kernel == "cudnn":
+        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+        return out, lse.view(out.shape[:3])
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+
+
+def fused_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given the output and the log-sum-exp of the softmax that they are a part of."""
+    aten, kernel = torch.ops.aten, fused_kernel(q)
+    if kernel == "cpu":
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=additive(mask, q), scale=scale)
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of the dropout that there is not
+    if kernel == "cudnn":
+        lse, T, L = lse.contiguous().unsqueeze(-1), q.size(2), k.size(2)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse, seed, seed, None, None, None, T, L, 0.0, causal, scale=scale
+        )
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, seed, seed, scale=scale
+    )
+
+
+def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A mask (1 or B, 1, T, L) of bool as numbers to add to scores, (B, H, T, L)."""
+    if mask is None:
+        return None
+    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    return hidden.expand(q.size(0), q.size(1), -1, -1)
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output (B, H, T, D) and log-sum-exp (B, H, T) of few keys, in plain steps that autograd goes back through."""
+    (B, H, T, D), G = q.shape, k.size(1)
+    scores = (q.reshape(B, G, -1, D) @ k.mT * scale).float().view(B, G, H // G, T, -1)
+    scores = hide(scores, mask)
+    lse = scores.logsumexp(dim=-1)  # (B, G, R, T)
+    out = (scores - lse.unsqueeze(-1)).exp().to(v.dtype).flatten(2, 3) @ v  # (B, G, R * T, D)
+    return out.view(B, H, T, D), lse.view(B, H, T)
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float) -> tuple[Tensor, Tensor]:
+    """FlexAttention's output (B, H, T, D) and log-sum-exp (B, H, T). On a CPU it is not compiled: right, but slow."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    cuda, options = q.device.type == "cuda", None
+    if cuda and q.size(-1) <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0):
+        options = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 3, "fwd_USE_TMA": True}
+    flex = compiled_flex() if cuda and not torch.compiler.is_compiling() else flex_attention
+    y, aux = flex(
+        q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.size(1) != k.size(1), kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return y, aux.lse
+
+
+def window_block_mask(T: int, L: int, window: int, device: torch.device) -> Any:
+    """FlexAttention's block mask for T queries whose own keys are the last T of L, and which see `window` keys each.
+
+    It is made of the window's borders, block by block: nothing of T x L is built.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    offset = torch.tensor(L - T, device=device)  # a tensor: another offset needs no other code
+    start = torch.arange(0, T, FLEX_BLOCK, device=device) + offset  # where each block's first query has its own key ...
+    stop = (start + FLEX_BLOCK).clamp(max=L) - 1  # ... and its last
+    block = torch.arange(-(-L // FLEX_BLOCK), device=device)
+    seen_by_one = ((start - window + 1).clamp(min=0) // FLEX_BLOCK, stop // FLEX_BLOCK)  # first and last block
+    seen_by_all = (-(-(stop - window + 1).clamp(min=0) // FLEX_BLOCK), (start + 1) // FLEX_BLOCK - 1)
+    near, whole = ((block >= first[:, None]) & (block <= last[:, None]) for first, last in (seen_by_one, seen_by_all))
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:  # how many of each row, and which, in front
+        order = torch.sort(~chosen, dim=-1, stable=True).indices
+        return chosen.sum(-1)[None, None].to(torch.int32), order[None, None].to(torch.int32)
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q + offset) & (q + offset - k < window)
+
+    lists = (*listed(near & ~whole), *listed(whole))
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(T, L))
+
+
 # ------------------------------------------------------------------------------------ what a call shares between layers
 
 
 class Call(NamedTuple):
-    rope: list[tuple[Tensor, Tensor]]  # cos and sin, (1 or B, 1, T, rope_n_elem), one pair per base
     plans: "dict[str, Plan]"  # variant -> plan
+    turns: "dict[str, Turns]"  # variant -> RoPE
+
+
+class Turns(NamedTuple):
+    """How the layers of one variant turn queries and keys: cos and sin, (1 or B, 1, T, rope_n_elem) each."""
+
+    queries: list[tuple[Tensor, Tensor]]  # one pair for every part of the variant
+    keys: tuple[Tensor, Tensor]
+    when_met: bool = False  # True: keys are cached as they are, and all that a call meets are turned
+    temperature: Tensor | float | None = None  # (1 or B, 1, T, 1): what queries are multiplied by
 
 
 class Plan(NamedTuple):
     """How the layers of one variant treat one call."""
 
     blocks: "list[QueryBlock]"
+    k_pos: Tensor  # (1 or B, L): the positions of the keys that queries meet
     write: "Write | None" = None  # where the call's keys go; None: there is no cache
-    read: Tensor | slice | None = None  # the slots that queries meet; None: they meet the call's own keys only
+    read: "list[Tensor | slice]" = []  # the slots that queries meet; empty: they meet the call's own keys only
     write_first: bool = False  # True: write, then read `read`. False: read it, put the call's own keys behind, write
+    s2_group: int = 0  # tokens in a group of S2-Attn; 0: not S2-Attn
+
+
+class Range(NamedTuple):
+    """Some keys, and which of them the queries of a block see, in which parts of the variant."""
+
+    keys: slice
+    seen: dict[int, Tensor | None]  # part -> mask (1 or B, 1, T, L) of bool; None: every key is seen ...
+    causal: bool = False  # ... or, if this is set, the lower triangle
+    flex: Any = None  # a BlockMask that says it instead
+
+    def cut(
+        self, queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock"
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+        """Queries, keys, values, mask and causality of a range that one part sees."""
+        ((part, mask),) = self.seen.items()
+        return queries[part][:, :, block.queries], k[:, :, self.keys], v[:, :, self.keys], mask, self.causal
+
+    def mask(self, part: int, scores: Tensor) -> Tensor | None:
+        """A part's mask for scores (..., T, L)."""
+        if not self.causal:
+            return self.seen[part]
+        return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
+
+    def attend_apart(
+        self, queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock", scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, H, T, D) and log-sum-exp (B, H, T) of this range alone, for merge()."""
+        q, k, v, mask, causal = self.cut(queries, k, v, block)
+        if self.flex is not None:
+            return flex_attention_with_lse(q, k, v, self.flex, scale)
+        mask = self.mask(0, q.new_empty(q.size(2), k.size(2))) if causal else mask
+        return attention_with_lse(q, k, v, mask, scale)
 
 
 class QueryBlock(NamedTuple):
-    """Some queries, the keys that they meet, and which of these they see."""
+    """Some queries and the keys that they meet. merged: by fused kernels, one for each range."""
 
     queries: slice
-    keys: slice
-    mask: Tensor | None = None  # (1 or B, 1, R * T, L) bool; None: every key is seen ...
-    causal: bool = False  # ... or, if this is set, the lower triangle
+    ranges: list[Range]
+    merged: bool = False
 
 
 class Span(NamedTuple):
@@ -597,8 +1101,46 @@ class Span(NamedTuple):
     fresh: bool = False  # every row is 0 .. T - 1: nothing cached matters
 
 
+class Layout(NamedTuple):
+    """Where the keys of a call lie: sinks apart, if any, then a key for each position, in order, to the call's last."""
+
+    first: int  # the position of the first query
+    index: int  # ... and where its own key lies
+    sinks: int = 0  # keys 0 .. sinks - 1 are those of the positions 0 .. sinks - 1
+    exact: bool = True  # False: `first` is made up and rows differ; only differences of positions count
+
+    def keys(self, lo: int, hi: int) -> slice:
+        """Where the keys of the positions lo .. hi - 1 lie."""
+        if hi <= self.sinks:
+            return slice(lo, hi)
+        shift = self.index - self.first
+        return slice(max(self.sinks, lo + shift), hi + shift)
+
+
+class Engine(NamedTuple):
+    """What the kernels at hand can do."""
+
+    kind: str  # "cpu", "cuda", ...
+    merge: bool = False  # give log-sum-exps, so that ranges can be merged
+    flex: bool = False  # FlexAttention
+
+
 QUERY_BLOCK = {"cpu": 128, "cuda": 512}  # queries in one masked block; on 2 CPU cores 64 to 256 take the same time
 SCORE_ELEMENTS = 2**27  # bound on rows * heads * queries * keys of one block: what it may put into memory
+LONG_CALL = 1024  # tokens from which on kernels are worth their start: cuDNN plans every new shape, Flex compiles
+FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's mask
+
+
+def pick_engine(config: Config, device: torch.device, dtype: torch.dtype, T: int) -> Engine:
+    """What attention_backend allows and the device has for a call of T tokens."""
+    kind, choice = device.type, config.attention_backend
+    if T == 1 or choice == "sdpa" or config.attention_logit_softcapping is not None:
+        return Engine(kind)
+    if kind == "cuda":
+        half = dtype in (torch.float16, torch.bfloat16) and config.head_size % 8 == 0 and config.head_size <= 256
+        long = half and T >= LONG_CALL
+        return Engine(kind, half and not torch.compiler.is_compiling(), choice == "flex" or (choice == "auto" and long))
+    return Engine(kind, kind == "cpu" and not torch.compiler.is_compiling(), choice == "flex")
 
 
 def find_span(pos: Tensor, maxp1: int | None) -> Span:
@@ -617,7 +1159,7 @@ def find_span(pos: Tensor, maxp1: int | None) -> Span:
 
 
 def build_plan(
-    variant: str, config: Config, pos: Tensor, span: Span, window: int | None, slot_map: "SlotMap | None"
+    variant: str, config: Config, pos: Tensor, span: Span, engine: Engine, slot_map: "SlotMap | None" = None
 ) -> Plan:
     """Decide for one variant what this call's queries, at pos (1 or B, T), meet.
 
@@ -625,57 +1167,140 @@ def build_plan(
     a layer without a window write first and meet the cache; a long call to a layer with a window meets the last
     window - 1 cached keys and its own, and only then writes, since its keys may replace those that its first rows see.
     """
-    T = pos.size(1)
+    row, T = VARIANTS[variant], pos.size(1)
+    window = row.window(config)
     if slot_map is None or span.fresh:
-        blocks = split_queries(variant, config, pos, pos, window, span, offset=0)
-        return Plan(blocks, None if slot_map is None else slot_map.write(pos, span))
+        blocks = split_queries(Meeting(row, config, pos, pos, span, Layout(0, 0), engine))
+        return Plan(blocks, pos, None if slot_map is None else slot_map.write(pos, span))
     if span.last is not None and window is not None:
         slot_map.check_kept(pos[:, :1], window)
     if window is None or T <= 1 + slot_map.lookahead:
         write = slot_map.write(pos, span)
-        read, offset = slot_map.view(T, span, window)
-        blocks = split_queries(variant, config, pos, slot_map.pos[:, read], window, span, offset)
-        return Plan(blocks, write, read, write_first=True)
-    read, old_pos = slot_map.recent(pos, span, window - 1)
+        read, layout = slot_map.view(T, span, window)
+        k_pos = slot_map.pos[:, read]
+        blocks = split_queries(Meeting(row, config, pos, k_pos, span, layout, engine))
+        return Plan(blocks, k_pos, write, [read], write_first=True)
+    read, old_pos, layout = slot_map.recent(pos, span, window - 1)
     write = slot_map.write(pos, span)
     k_pos = torch.cat([old_pos, pos.expand(old_pos.size(0), T)], dim=1)
-    offset = old_pos.size(1) if span.contiguous else None
-    return Plan(split_queries(variant, config, pos, k_pos, window, span, offset), write, read)
+    return Plan(split_queries(Meeting(row, config, pos, k_pos, span, layout, engine)), k_pos, write, read)
 
 
-def split_queries(
-    variant: str,
-    config: Config,
-    q_pos: Tensor,
-    k_pos: Tensor,
-    window: int | None,
-    span: Span,
-    offset: int | None,
-) -> list[QueryBlock]:
-    """Cut the queries at q_pos (1 or B, T) into blocks, and name for each the keys, of k_pos (1 or B, L), in its reach.
+# ------------------------------------------------------------------------------------ which query meets which key, cut
+#
+# The queries of a call are cut into blocks, and each block meets only the keys that the reach of its parts names: T * S
+# under a window. How large a block is, and how its masks are said, depends on the kernels at hand:
+#   masked   blocks of QUERY_BLOCK, their masks made from positions; any call, any device
+#   merged   blocks as large as they can be, each range of keys a rectangle that is seen whole or a causal triangle
+#   flex     one block, and a BlockMask for the window
 
-    offset: the index, among the keys, of the first query's own key, where keys and queries go in step; a block then
-    meets only the keys from its first query's window up to its own last: O(T * S) in all. None: every block meets all.
-    """
-    T, L = q_pos.size(1), k_pos.size(1)
-    if span.fresh and (window is None or T <= window) and config.attention_logit_softcapping is None:
-        return [QueryBlock(slice(0, T), slice(0, L), causal=True)]
-    rows = max(q_pos.size(0), k_pos.size(0)) * config.n_head
-    reach = L if window is None else min(L, window + QUERY_BLOCK["cuda"])
-    size = max(1, min(QUERY_BLOCK.get(q_pos.device.type, QUERY_BLOCK["cuda"]), SCORE_ELEMENTS // (rows * reach)))
+
+class Meeting(NamedTuple):
+    """The queries and keys of one call to one variant."""
+
+    variant: Variant
+    config: Config
+    q_pos: Tensor  # (1 or B, T)
+    k_pos: Tensor  # (1 or B, L)
+    span: Span
+    layout: Layout | None  # None: any key may lie anywhere
+    engine: Engine
+
+    @property
+    def exact(self) -> bool:
+        """The keys' positions are known on the host, and the parts say how far they reach."""
+        return self.layout is not None and self.layout.exact and all(p.reach is not None for p in self.variant.parts)
+
+    @property
+    def comparable(self) -> bool:
+        """Masks can be looked at without making a GPU wait in a decode step, or a compiler give up."""
+        if self.span.last is None or torch.compiler.is_compiling():
+            return False
+        return self.q_pos.size(1) > 1 or self.engine.kind == "cpu"
+
+
+def split_queries(m: Meeting) -> list[QueryBlock]:
+    """Cut the queries into blocks, and name for each the keys in its reach and which of them it sees."""
+    T, parts = m.q_pos.size(1), m.variant.parts
+    joined = m.exact and len(parts) == 1 and m.span.fresh and m.config.attention_logit_softcapping is None
+    if joined and parts[0].mask(T - 1, 0, m.config):
+        return [QueryBlock(slice(0, T), [Range(slice(0, T), {0: None}, causal=True)])]
+    window = m.variant.window(m.config)
+    flex = m.engine.flex and m.exact and window is not None
+    merge = m.engine.merge and m.exact and not flex
+    merge = merge and (len(parts) > 1 if m.engine.kind == "cpu" else window is None and T >= QUERY_BLOCK["cpu"])
+    size = T if flex or (merge and window is None) else masked_block_size(m)
+    shared: dict[int, Tensor | None] = {}
     blocks: list[QueryBlock] = []
-    shared: Tensor | None = None
-    for start in reversed(range(0, T, size)):  # the block with the most keys first
-        stop, lo, hi = min(start + size, T), 0, L
-        if offset is not None:
-            lo, hi = max(0, offset + start - (window or L) + 1), offset + stop
-        mask = visible(variant, q_pos[:, start:stop], k_pos[:, lo:hi], config)[:, None]  # (1 or B, 1, T, L)
-        if T > 1:  # one query broadcasts over R by itself
-            mask = mask.repeat(1, 1, config.n_head // config.n_query_groups, 1)
-        if span.last is not None and not torch.compiler.is_compiling() and (T > 1 or mask.device.type == "cpu"):
-            mask = shared = share_mask(mask, shared)
-        blocks.append(QueryBlock(slice(start, stop), slice(lo, hi), mask))
+    for start, stop in reversed(cut_at(T, size, m)):  # the block with the most keys first
+        if m.layout is None:
+            ranges = [Range(slice(0, m.k_pos.size(1)), all_parts(m, start, stop, shared))]
+        else:
+            ranges = [r for n in range(len(parts)) for r in part_ranges(m, n, start, stop, merge, flex, shared)]
+        blocks.append(QueryBlock(slice(start, stop), ranges, merge))
     return blocks[::-1]
+
+
+def masked_block_size(m: Meeting) -> int:
+    """How many queries may meet all keys in their reach at once under a mask."""
+    window, L = m.variant.window(m.config), m.k_pos.size(1)
+    reach = L if window is None or m.layout is None else min(L, window + QUERY_BLOCK["cuda"])
+    parts = len(m.variant.parts) if m.layout is None else 1
+    rows = max(m.q_pos.size(0), m.k_pos.size(0)) * m.config.n_head * parts
+    return max(1, min(QUERY_BLOCK.get(m.engine.kind, QUERY_BLOCK["cuda"]), SCORE_ELEMENTS // (rows * reach)))
+
+
+def cut_at(T: int, size: int, m: Meeting) -> list[tuple[int, int]]:
+    """Blocks of queries, start and stop: of `size` at most, none across an edge of the variant."""
+    first = m.layout.first if m.exact else 0
+    edges = [edge - first for edge in m.variant.edges(first, first + T, m.config)] if m.exact else []
+    blocks, start = [], 0
+    for edge in [*edges, T]:
+        blocks += [(a, min(a + size, edge)) for a in range(start, edge, size)]
+        start = edge
+    return blocks
+
+
+def all_parts(m: Meeting, start: int, stop: int, shared: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
+    """Every part's mask over all keys."""
+    q_pos = m.q_pos[:, start:stop]
+    masks = {n: visible(part, q_pos, m.k_pos, m.config)[:, None] for n, part in enumerate(m.variant.parts)}
+    if len(masks) > 1 or not m.comparable:
+        return masks
+    shared[0] = share_mask(masks[0], shared.get(0))
+    return {0: shared[0]}
+
+
+def part_ranges(
+    m: Meeting, n: int, start: int, stop: int, merge: bool, flex: bool, shared: dict[int, Tensor | None]
+) -> list[Range]:
+    """The keys that the queries start .. stop - 1 meet in part n: none, one range, or two: older keys and their own."""
+    part, window = m.variant.parts[n], m.variant.window(m.config)
+    a, b = m.layout.first + start, m.layout.first + stop  # the queries' positions
+    lo, hi = part.reach(a, b, m.config) if m.exact else (a - window + 1 if window else 0, b)
+    if m.exact:
+        lo = max(0, lo)
+    if lo >= hi:
+        return []
+    if flex and hi == b and part.position is own_position:
+        keys = m.layout.keys(lo, hi)
+        block_mask = window_block_mask(stop - start, keys.stop - keys.start, window, m.q_pos.device)
+        return [Range(keys, {n: None}, flex=block_mask)]
+    if merge and hi == b and (lo == a or sees_all(part, a, b, lo, a, m.config)) and part.mask(b - 1, a, m.config):
+        older = [Range(m.layout.keys(lo, a), {n: None})] if lo < a else []
+        return [*older, Range(m.layout.keys(a, b), {n: None}, causal=b - a > 1)]
+    keys = m.layout.keys(lo, hi)
+    if m.exact and sees_all(part, a, b, lo, hi, m.config):
+        return [Range(keys, {n: None})]
+    mask = visible(part, m.q_pos[:, start:stop], m.k_pos[:, keys], m.config)[:, None]  # (1 or B, 1, T, L)
+    if m.comparable:
+        mask = shared[n] = share_mask(mask, shared.get(n))
+    return [Range(keys, {n: mask})]
+
+
+def sees_all(part: Part, a: int, b: int, lo: int, hi: int, config: Config) -> bool:
+    """True if every query at a .. b - 1 sees every key at lo .. hi - 1: by the corners, see Part.reach."""
+    return hi - 1 <= a and bool(part.mask(b - 1, lo, config) and part.mask(a, hi - 1, config))
 
 
 def share_mask(mask: Tensor, shared: Tensor | None) -> Tensor | None:
@@ -710,30 +1335,40 @@ def share_mask(mask: Tensor, shared: Tensor | None) -> Tensor | None:
 class Write(NamedTuple):
     """Where a call's keys and values go."""
 
-    slots: list[Tensor]  # per copy: (T',) for the last T' tokens of every row, or (B, T) where rows differ
-    source: Tensor | None = None  # (B, T) where rows differ: the token that goes to each of the slots
-    any_token: Tensor | None = None  # (B, 1) False for a row of padding alone, which writes nothing
+    slots: list[Tensor]  # per copy: (T',) for tokens of every row, or (B, T) where rows differ
+    tokens: Tensor | slice = slice(None)  # which of the call's tokens, or (B, T) where rows differ: one for every slot
+    any_token: Tensor | None = None  # (B, 1) False for a row of padding alone, which writes nothing; None: rows agree
 
 
 class SlotMap(nn.Module):
-    """Which position each slot holds, (B, copies * M), -1 for an empty one: shared by all layers of one variant."""
+    """Which position each slot holds, -1 for an empty one: shared by all layers of one variant.
 
-    def __init__(self, batch_size: int, n_slots: int, copies: int, lookahead: int, device: torch.device | str) -> None:
+    (B, sinks + copies * M): the sinks' slots come first, each once, and what follows is the cache described above for
+    position - sinks.
+    """
+
+    def __init__(self, batch_size: int, layout: CacheLayout, lookahead: int, device: torch.device | str) -> None:
         super().__init__()
-        self.n_slots, self.copies, self.lookahead = n_slots, copies, lookahead
-        empty = torch.full((batch_size, copies * n_slots), -1, device=device)
+        self.n_slots, self.copies, self.sinks, self.lookahead = *layout, lookahead
+        empty = torch.full((batch_size, self.sinks + self.copies * self.n_slots), -1, device=device)
         self.register_buffer("pos", empty, persistent=False)
 
     def slot(self, pos: Tensor) -> Tensor:
         """The (first) slot of each position. A dense cache does not wrap: a position beyond it is an index error."""
-        return pos if self.copies == 1 else pos % self.n_slots
+        if self.copies == 1:
+            return pos
+        rolled = self.sinks + (pos - self.sinks) % self.n_slots
+        return torch.where(pos < self.sinks, pos, rolled) if self.sinks else rolled
 
     def every_copy(self, slots: Tensor) -> list[Tensor]:
-        return [slots + copy * self.n_slots if copy else slots for copy in range(self.copies)]
+        if self.copies == 1:
+            return [slots]
+        second = slots + self.n_slots
+        return [slots, torch.where(slots < self.sinks, slots, second) if self.sinks else second]
 
     def take_over(self, old: "SlotMap") -> tuple[Tensor, Tensor, list[Tensor]]:
         """Hold the positions that a smaller map holds. Returns what moves: rows, slots there, slots here."""
-        rows, source = (old.pos[:, : old.n_slots] >= 0).nonzero(as_tuple=True)
+        rows, source = (old.pos[:, : old.sinks + old.n_slots] >= 0).nonzero(as_tuple=True)
         pos = old.pos[rows, source]
         targets = self.every_copy(self.slot(pos))
         for slots in targets:
@@ -742,18 +1377,29 @@ class SlotMap(nn.Module):
 
     def write(self, pos: Tensor, span: Span) -> Write:
         """Note that the slots of pos (1 or B, T) hold these positions now; returns where their keys go."""
-        if span.uniform:
-            pos = pos[0, -self.n_slots :]  # of more than M tokens, only the last M stay
-            write = Write(self.every_copy(self.slot(pos)))
+        if span.uniform and (span.first is not None or pos.size(1) <= self.n_slots):
+            tokens = self.kept(pos.size(1), span.first, pos.device)
+            pos = pos[0, tokens]
+            write = Write(self.every_copy(self.slot(pos)), tokens)
             for slots in write.slots:
                 self.pos.index_copy_(1, slots, pos.expand(self.pos.size(0), -1))
             return write
         pos = pos.expand(self.pos.size(0), -1)
         write = self.write_rows(pos)
-        stored = torch.where(write.any_token, pos.gather(1, write.source), self.pos[:, :1])
+        stored = torch.where(write.any_token, pos.gather(1, write.tokens), self.pos[:, :1])
         for slots in write.slots:
             self.pos.scatter_(1, slots, stored)
         return write
+
+    def kept(self, T: int, first: int | None, device: torch.device) -> Tensor | slice:
+        """Which of T tokens from position `first` on stay: the sinks, and of more than M others the last M."""
+        n_sinks = 0 if first is None else max(0, min(T, self.sinks - first))
+        if T - n_sinks <= self.n_slots:
+            return slice(None)
+        if n_sinks == 0:
+            return slice(T - self.n_slots, T)
+        tokens = torch.arange(T, device=device)
+        return torch.cat([tokens[:n_sinks], tokens[T - self.n_slots :]])
 
     def write_rows(self, pos: Tensor) -> Write:
         """Rows at positions of their own, (B, T): padding, and tokens that more than M later ones follow, are not kept.
@@ -764,17 +1410,17 @@ class SlotMap(nn.Module):
         token = pos >= 0
         order = torch.arange(T, device=pos.device).expand_as(pos)
         newest = torch.where(token, order, 0).amax(dim=1, keepdim=True)  # (B, 1)
-        kept = token & (pos > pos.gather(1, newest) - self.n_slots)
-        source = torch.where(kept, order, newest)
+        kept = token & ((pos > pos.gather(1, newest) - self.n_slots) | (pos < self.sinks))
+        tokens = torch.where(kept, order, newest)
         any_token = token.any(dim=1, keepdim=True)
-        slots = torch.where(any_token, self.slot(pos.gather(1, source)), 0)
-        return Write(self.every_copy(slots), source, any_token)
+        slots = torch.where(any_token, self.slot(pos.gather(1, tokens)), 0)
+        return Write(self.every_copy(slots), tokens, any_token)
 
     def check_kept(self, first: Tensor, window: int) -> None:
         """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one replaced."""
         if self.copies == 1 or first.device.type != "cpu":
             return
-        oldest = (first - window + 1).clamp(min=0).expand(self.pos.size(0), 1)
+        oldest = (first - window + 1).clamp(min=self.sinks).expand(self.pos.size(0), 1)
         replaced = (self.pos.gather(1, self.slot(oldest)) > oldest) & (oldest < first)
         if replaced.any():
             raise ValueError(
@@ -782,35 +1428,50 @@ class SlotMap(nn.Module):
                 f"cache takes back {self.lookahead} tokens, more with set_kv_cache(lookahead=...)."
             )
 
-    def view(self, T: int, span: Span, window: int | None) -> tuple[slice, int | None]:
-        """The slots that a call of T tokens, already written, meets, and which of them is its first token's own."""
+    def view(self, T: int, span: Span, window: int | None) -> tuple[slice, Layout | None]:
+        """The slots that a call of T tokens, already written, meets, and how the keys lie there; None: anyhow."""
         if span.last is None or (self.copies == 2 and not span.uniform):
-            return slice(0, self.n_slots), None
+            return slice(0, self.sinks + self.n_slots), None
         if span.first is None or not span.contiguous:
-            return slice(0, min(self.n_slots, max(1, span.last + 1))), None  # one at least, even for padding alone
-        n = span.last + 1 if window is None else min(window - 1 + T, span.last + 1)
-        end = span.last + 1 if self.copies == 1 else span.last % self.n_slots + self.n_slots + 1
-        return slice(end - n, end), n - T
+            return slice(0, max(1, min(self.sinks + self.n_slots, span.last + 1))), None  # one, even for padding alone
+        first, held = span.first, span.last + 1
+        if self.copies == 1 or held <= self.sinks + self.n_slots:  # nothing has wrapped
+            start = 0 if window is None or self.sinks else max(0, first - window + 1)
+            return slice(start, held), Layout(first, first - start)
+        end = self.sinks + (span.last - self.sinks) % self.n_slots + self.n_slots + 1
+        start = 0 if self.sinks else end - min(window - 1 + T, held)
+        return slice(start, end), Layout(first, end - T - start, self.sinks)
 
-    def recent(self, pos: Tensor, span: Span, n: int) -> tuple[slice | Tensor, Tensor]:
-        """The slots of the n positions before the call's first, and these positions (1 or B, n), -1 for a lost one."""
+    def recent(self, pos: Tensor, span: Span, n: int) -> tuple[list[slice | Tensor], Tensor, Layout | None]:
+        """The slots of the sinks and of the n positions before the call's first; the positions (1 or B, L) that they
+        hold, -1 for a lost one; and how these keys, with the call's own behind them, lie."""
         if span.first is not None:  # uniform: they lie in one piece
-            n = min(n, span.first)
-            end = span.first if self.copies == 1 else span.first % self.n_slots + self.n_slots
+            first, sinks = span.first, min(self.sinks, span.first)
+            n = min(n, first - sinks)
+            end = first if self.copies == 1 else self.sinks + (first - self.sinks) % self.n_slots + self.n_slots
             before = pos[:, :1] - n + torch.arange(n, device=pos.device)  # (1, n)
-            read = slice(end - n, end)
+            read = slice(end - n, end) if n else slice(0, 0)
             held = self.pos[:, read]
+            layout = Layout(first, sinks + n, sinks if first > sinks else 0) if span.contiguous else None
         else:
+            sinks = self.sinks
             first = pos[:, :1] if span.contiguous else torch.where(pos >= 0, pos, 2**40).amin(dim=1, keepdim=True)
             before = first - n + torch.arange(n, device=pos.device)  # (1 or B, n)
             most = None if self.copies == 2 else self.n_slots - 1
-            read = self.slot(before.clamp(0, most)).expand(self.pos.size(0), n)
+            read = self.slot(before.clamp(sinks, most)).expand(self.pos.size(0), n)
             held = self.pos.gather(1, read)
-        return read, torch.where(held == before, before, -1)
+            layout = Layout(n, n, exact=False) if span.contiguous and not sinks else None
+        held = torch.where(held == before, before, -1)
+        if not sinks:
+            return [read], held, layout
+        return [slice(0, sinks), read], torch.cat([self.pos[:, :sinks], held], dim=1), layout
 
 
 class KVCache(nn.Module):
-    """The keys, after RoPE, and the values of one layer: (B, G, copies * M, D) each."""
+    """The keys, after RoPE where it does not depend on the text's length, and the values of one layer.
+
+    (B, G, sinks + copies * M, D) each.
+    """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -830,18 +1491,18 @@ class KVCache(nn.Module):
         if plan.write_first:
             write_slots(self.k, k, plan.write)
             write_slots(self.v, v, plan.write)
-            return read_slots(self.k, plan.read).to(k.dtype), read_slots(self.v, plan.read).to(v.dtype)
+            return read_slots(self.k, plan.read[0]).to(k.dtype), read_slots(self.v, plan.read[0]).to(v.dtype)
         met_k, met_v = k, v
-        if plan.read is not None:
-            met_k = torch.cat([read_slots(self.k, plan.read).to(k.dtype), k], dim=2)
-            met_v = torch.cat([read_slots(self.v, plan.read).to(v.dtype), v], dim=2)
+        if plan.read:
+            met_k = torch.cat([*(read_slots(self.k, read).to(k.dtype) for read in plan.read), k], dim=2)
+            met_v = torch.cat([*(read_slots(self.v, read).to(v.dtype) for read in plan.read), v], dim=2)
         write_slots(self.k, k, plan.write)
         write_slots(self.v, v, plan.write)
         return met_k, met_v
 
 
 def read_slots(held: Tensor, slots: slice | Tensor) -> Tensor:
-    """What (B, G, copies * M, D) holds in slots: a view for a slice, a copy for slots (B, n) of each row's own."""
+    """What (B, G, slots, D) holds in some of them: a view for a slice, a copy for slots (B, n) of each row's own."""
     if isinstance(slots, slice):
         return held[:, :, slots]
     rows = torch.arange(held.size(0), device=held.device)[:, None]
@@ -851,12 +1512,12 @@ def read_slots(held: Tensor, slots: slice | Tensor) -> Tensor:
 def write_slots(held: Tensor, new: Tensor, write: Write) -> None:
     """Put what is new (B, G, T, D) into its slots, in every copy. No gradient flows through a cache."""
     new = new.detach().to(held.dtype)
-    if write.source is None:
-        new = new[:, :, -write.slots[0].size(0) :]
+    if write.any_token is None:
+        new = new[:, :, write.tokens]
         for slots in write.slots:
             held.index_copy_(2, slots, new)
         return
-    new = new.gather(2, write.source[:, None, :, None].expand_as(new))
+    new = new.gather(2, write.tokens[:, None, :, None].expand_as(new))
     new = torch.where(write.any_token[:, None, :, None], new, held[:, :, :1])
     for slots in write.slots:
         held.scatter_(2, slots[:, None, :, None].expand_as(new), new)
@@ -877,6 +1538,7 @@ class RoPE(nn.Module):
         device = torch.get_default_device()  # where the weights go; real numbers even in a model of meta tensors
         frequencies = rope_frequencies(config).to("cpu" if device.type == "meta" else device)
         self.register_buffer("inv_freq", frequencies, persistent=False)  # (bases, rope_n_elem / 2)
+        self.attention_factor = rope_attention_factor(config.rope_scaling)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoPE":
         """Follow the model to another device, but never to another dtype: bfloat16 positions are wrong past 256."""
@@ -884,78 +1546,201 @@ class RoPE(nn.Module):
         self.inv_freq = rope_frequencies(self.config).to(self.inv_freq.device)
         return self
 
-    def forward(self, pos: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """cos and sin for positions (1 or B, T): one pair of (1 or B, 1, T, rope_n_elem) for every base."""
-        angles = pos[None, :, None, :, None].float() * self.inv_freq[:, None, None, None, :]
+    def forward(self, pos: Tensor, base: int = 0, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin, (1 or B, 1, T, rope_n_elem) each, for positions (1 or B, T) at one of the bases.
+
+        length: tokens seen so far, (1 or B, 1), which the scalings of LENGTH_SCALINGS go by.
+        """
+        inv_freq = self.inv_freq[base]
+        if length is not None and base == 0:
+            scaling = self.config.rope_scaling
+            inv_freq = LENGTH_SCALINGS[scaling["type"]](self.inv_freq, scaling, length)[:, None, None]  # (1 or B, ...)
+        angles = pos[:, None, :, None].float() * inv_freq
         cos, sin = angles.cos(), angles.sin()
-        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-        return list(zip(cos.unbind(), sin.unbind(), strict=True))
+        if base == 0 and self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of the first rope_n_elem elements of every head of x (B, H, T, D), in float32.
+    """Turn pairs of the first rope_n_elem elements of every head of x (B, H, T, D), in float32 at least.
 
     (a, b) becomes (a cos - b sin, b cos + a sin).
     """
     n = cos.size(-1)
-    head = (x if n == x.size(-1) else x[..., :n]).float()
+    head = x if n == x.size(-1) else x[..., :n]
+    head = head.to(torch.promote_types(x.dtype, torch.float32))
     turned = (head * cos + head.roll(n // 2, dims=-1) * sin).to(x.dtype)  # sin holds the signs of both halves
     return turned if n == x.size(-1) else torch.cat([turned, x[..., n:]], dim=-1)
 
 
-def rope_table_index(config: Config, variant: str) -> int:
+def rope_base_index(config: Config, variant: str) -> int:
     """Which of the rows of rope_frequencies a variant turns by."""
     return 1 if config.rope_local_base_freq is not None and VARIANTS[variant].window(config) else 0
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled, then those of the local base."""
-    bases = (
-        [config.rope_base] if config.rope_local_base_freq is None else [config.rope_base, config.rope_local_base_freq]
-    )
+    """Angles per position, float32 (rows, rope_n_elem / 2): rope_base's, scaled; the local base's, if there is one; and
+    LongRoPE's for long texts."""
     exponents = torch.arange(0, config.rope_n_elem, 2, device="cpu", dtype=torch.float32) / max(1, config.rope_n_elem)
-    frequencies = [1.0 / base**exponents for base in bases]
-    if config.rope_scaling is not None:
-        frequencies[0] = ROPE_SCALINGS[config.rope_scaling["type"]](frequencies[0], config.rope_scaling)
-    return torch.stack(frequencies)
+    plain, scaling = 1.0 / config.rope_base**exponents, config.rope_scaling or {"type": None}
+    local = [] if config.rope_local_base_freq is None else [1.0 / config.rope_local_base_freq**exponents]
+    if scaling["type"] == "longrope":
+        short, long = (plain / torch.tensor(scaling[key], device="cpu", dtype=torch.float32) for key in LONGROPE_LISTS)
+        return torch.stack([short, *local, long])
+    scale = ROPE_SCALINGS.get(scaling["type"], keep)
+    return torch.stack([scale(plain, scaling, config), *local])
 
 
-def scale_linear(inv_freq: Tensor, scaling: dict) -> Tensor:
-    """Position interpolation (Chen et al. 2023, arXiv 2306.15595)."""
-    return inv_freq / scaling["factor"]
+# Scalings of RoPE for texts longer than those a model was trained on, with its frequencies f. A factor of 1 is the
+# identity for each of them.
 
 
-def scale_llama3(inv_freq: Tensor, scaling: dict) -> Tensor:
+def scale_linear(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    """Position interpolation (Chen et al. 2023, arXiv 2306.15595): position / factor."""
+    return f / scaling["factor"]
+
+
+def scale_ntk(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    """Neural tangent kernel scaling (bloc97, 2023): base * factor^(D / (D - 2)); the shortest wave stays as it is."""
+    return f * scaling["factor"] ** -ntk_exponents(f)
+
+
+def ntk_exponents(f: Tensor) -> Tensor:
+    """How the factor by which the lowest frequency is divided spreads over all: 0 for the highest, 1 for the lowest."""
+    return torch.arange(f.size(-1), device=f.device, dtype=torch.float32) / (f.size(-1) - 1)
+
+
+def scale_yarn(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): waves that turn often are kept, slow ones stretched, between blended.
+
+    The blend is linear in the index of the dimension, as the reference's and transformers', not in the number of turns.
+    """
+    n, trained = 2 * f.size(-1), scaling["original_max_position_embeddings"]
+
+    def index_of(
+        turns: float,
+    ) -> float:  # the (real-valued) index of the wave that turns so often in the trained length
+        return n * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    low, high = index_of(scaling.get("beta_fast", 32)), index_of(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, n - 1)
+    index = torch.arange(f.size(-1), device=f.device, dtype=torch.float32)
+    stretched = ((index - low) / (high - low or 0.001)).clamp(0, 1)
+    return stretched * f / scaling["factor"] + (1 - stretched) * f
+
+
+def scale_llama3(f: Tensor, scaling: dict, config: Config) -> Tensor:
     """Llama 3.1: long waves are stretched by the factor, short ones kept, those between blended."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # within the trained length
+    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)  # within the trained length
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * inv_freq + (1 - kept) * inv_freq / factor
+    return kept * f + (1 - kept) * f / factor
 
 
-ROPE_SCALINGS: dict[str, Callable[[Tensor, dict], Tensor]] = {"linear": scale_linear, "llama3": scale_llama3}
-ROPE_SCALING_KEYS = {
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+def keep(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    return f
+
+
+def scale_dynamic(inv_freq: Tensor, scaling: dict, length: Tensor) -> Tensor:
+    """Dynamic NTK (emozilla, 2023) for texts of `length` (1 or B, 1) tokens so far: (1 or B, rope_n_elem / 2)."""
+    stretch = (length / scaling["original_max_position_embeddings"]).clamp(min=1.0)
+    factor = scaling["factor"] * stretch - (scaling["factor"] - 1)
+    return inv_freq[0] * factor ** -ntk_exponents(inv_freq)
+
+
+def scale_longrope(inv_freq: Tensor, scaling: dict, length: Tensor) -> Tensor:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a searched factor per frequency, others once a text is long."""
+    return torch.where(length > scaling["original_max_position_embeddings"], inv_freq[-1], inv_freq[0])
+
+
+ROPE_SCALINGS: dict[str, Callable[[Tensor, dict, Config], Tensor]] = {
+    "linear": scale_linear,
+    "ntk": scale_ntk,
+    "dynamic": keep,
+    "yarn": scale_yarn,
+    "llama3": scale_llama3,
+    "longrope": keep,
+}
+# Those whose frequencies change as a text grows. Keys are then cached before RoPE and turned when they are met.
+LENGTH_SCALINGS: dict[str, Callable[[Tensor, dict, Tensor], Tensor]] = {
+    "dynamic": scale_dynamic,
+    "longrope": scale_longrope,
+}
+LONGROPE_LISTS = ("short_factor", "long_factor")
+TRAINED_LENGTH = "original_max_position_embeddings"
+ROPE_SCALING_KEYS: dict[str, tuple[set[str], set[str]]] = {  # needed, welcome
+    "linear": ({"factor"}, set()),
+    "ntk": ({"factor"}, set()),
+    "dynamic": ({"factor", TRAINED_LENGTH}, set()),
+    "yarn": (
+        {"factor", TRAINED_LENGTH},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", TRAINED_LENGTH}, set()),
+    "longrope": ({*LONGROPE_LISTS, TRAINED_LENGTH}, {"factor", "attention_factor"}),
 }
 
 
-def check_rope_scaling(scaling: dict | None) -> None:
+def rope_attention_factor(scaling: dict | None) -> float:
+    """What YaRN and LongRoPE multiply queries and keys with, by way of cos and sin."""
+    if scaling is None or scaling["type"] not in ("yarn", "longrope"):
+        return 1.0
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    factor = scaling.get("factor", 1.0)
+    if factor <= 1:
+        return 1.0
+    if scaling["type"] == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(scaling[TRAINED_LENGTH]))
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        above, below = (0.1 * scaling[key] * math.log(factor) + 1 for key in ("mscale", "mscale_all_dim"))
+        return above / below
+    return 0.1 * math.log(factor) + 1
+
+
+def with_trained_length(scaling: dict | None, trained: int) -> dict | None:
+    """A scaling that needs the trained length and does not say it, with it; others as they are."""
+    needed = ROPE_SCALING_KEYS.get(scaling.get("type") if scaling else None, (set(), set()))[0]
+    return {**scaling, TRAINED_LENGTH: trained} if TRAINED_LENGTH in needed - set(scaling or ()) else scaling
+
+
+def check_rope_scaling(config: Config) -> None:
+    scaling = config.rope_scaling
     if scaling is None:
         return
     if scaling.get("type") not in ROPE_SCALINGS:
         raise ValueError(f"rope_scaling type {scaling.get('type')!r} is none of {', '.join(ROPE_SCALINGS)}.")
-    needed = ROPE_SCALING_KEYS[scaling["type"]]
-    if set(scaling) != needed | {"type"}:
+    kind, given = scaling["type"], set(scaling) - {"type"}
+    needed, welcome = ROPE_SCALING_KEYS[kind]
+    if not needed <= given <= needed | welcome:
+        also = f", and may have {', '.join(sorted(welcome))}" if welcome else ""
         raise ValueError(
-            f"rope_scaling of type {scaling['type']!r} takes exactly {', '.join(sorted(needed))}; "
-            f"given: {', '.join(sorted(set(scaling) - {'type'})) or 'none'}."
+            f"rope_scaling of type {kind!r} needs {', '.join(sorted(needed))}{also}; "
+            f"given: {', '.join(sorted(given)) or 'nothing'}."
         )
-    for key in needed:
-        if type(scaling[key]) not in (int, float) or not 0 < scaling[key] < 1e9:
+    for key in given - {"truncate"}:
+        values = scaling[key] if key in LONGROPE_LISTS else [scaling[key]]
+        if not isinstance(values, list) or any(type(v) not in (int, float) or not 0 < v < 1e9 for v in values):
             raise ValueError(f"rope_scaling {key}={scaling[key]!r} does not fit: it must be a positive number.")
-    if scaling["type"] == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        if key in LONGROPE_LISTS and len(values) != config.rope_n_elem // 2:
+            raise ValueError(
+                f"rope_scaling {key} has {len(values)} numbers and RoPE {config.rope_n_elem // 2} frequencies: "
+                "it must have one for each."
+            )
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ValueError("rope_scaling high_freq_factor must be greater than low_freq_factor.")
+    if kind in ("ntk", "dynamic") and config.rope_n_elem < 4:
+        raise ValueError(f"rope_scaling of type {kind!r} needs at least 4 elements of a head that RoPE turns.")
+    if kind == "yarn" and config.rope_base <= 1 or kind == "longrope" and scaling[TRAINED_LENGTH] <= 1:
+        raise ValueError(f"rope_scaling of type {kind!r} needs rope_base and the trained length to be more than 1.")
+    if kind in LENGTH_SCALINGS and not all(v in ("full", "sliding") for v in config.layer_variants):
+        raise ValueError(
+            f"rope_scaling of type {kind!r} depends on the text's length and attention={config.attention!r} on "
+            "positions of its own: use the type linear, ntk, yarn or llama3."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- MLP, norms

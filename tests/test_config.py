@@ -82,7 +82,7 @@ def test_a_choice_that_does_not_exist_is_refused_with_the_choices(field):
         ({"rolling_kv_cache": 1}, "must be of type bool"),
         ({"n_layer": True}, "must be of type int"),
         ({"rope_scaling": {"type": "magic"}}, "'magic' is none of"),
-        ({"rope_scaling": {"type": "linear"}}, "takes exactly factor"),
+        ({"rope_scaling": {"type": "linear"}}, "needs factor"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "positive number"),
     ],
 )

@@ -31,6 +31,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+ROPE = {"rope_theta": 10000.0}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}
+YARN_ALL = YARN | {"beta_fast": 16, "beta_slow": 2, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False}
 GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
@@ -40,6 +43,8 @@ CASES = {
     "llama, biases and tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama, llama3 scaling": ("Llama", {"rope_parameters": LLAMA3}),
     "llama, linear scaling": ("Llama", {"rope_parameters": LINEAR}),
+    "llama, yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama, yarn, all options": ("Llama", {"rope_parameters": YARN_ALL}),
     "mistral": ("Mistral", {"sliding_window": WINDOW}),
     "mistral, no window": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),

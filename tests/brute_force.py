@@ -1,0 +1,110 @@
+"""A GPT in the plainest way: attention pair by pair, in float64, as the definitions of the methods have it.
+
+Nothing of lit_swa's attention, masks, caches or RoPE is used, only the weights.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Meet = Callable[[int, int, int], tuple[float, float] | None]
+
+
+def meet_full(i: int, j: int, head: int) -> tuple[float, float] | None:
+    return (i, j) if j <= i else None
+
+
+def meet_sliding(S: int) -> Meet:
+    return lambda i, j, head: (i, j) if i - S < j <= i else None
+
+
+def meet_streaming(S: int, n_sinks: int) -> Meet:
+    """Positions are counted in the cache: the sinks, then the last S tokens."""
+
+    def meet(i: int, j: int, head: int) -> tuple[float, float] | None:
+        cache = [p for p in range(i + 1) if p < n_sinks or i - p < S]
+        return (cache.index(i), cache.index(j)) if j in cache else None
+
+    return meet
+
+
+def meet_dual_chunk(s: int, w: int) -> Meet:
+    def meet(i: int, j: int, head: int) -> tuple[float, float] | None:
+        if j > i:
+            return None
+        chunks_between = i // s - j // s
+        if chunks_between == 0:
+            return i % s, j % s
+        return (min(i % s + s, s + w) if chunks_between == 1 else s + w), j % s
+
+    return meet
+
+
+def meet_shifted_groups(g: int, n_head: int) -> Meet:
+    def meet(i: int, j: int, head: int) -> tuple[float, float] | None:
+        shift = g // 2 if head >= n_head // 2 else 0
+        return (i, j) if j <= i and (i + shift) // g == (j + shift) // g else None
+
+    return meet
+
+
+def turned(x: Tensor, position: float, config, scale: float, base: float) -> Tensor:
+    """x (D,) turned by RoPE to a position that is divided by scale."""
+    n = config.rope_n_elem
+    out = x.clone()
+    for i in range(n // 2):
+        angle = position / scale * base ** (-2 * i / n)
+        a, b = x[i], x[i + n // 2]
+        out[i], out[i + n // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, meet: Meet, config, scale: float, base: float, factor: Callable[[int], float]
+) -> Tensor:
+    """Softmax weights (H, T, T) of q (H, T, D) on k (G, T, D)."""
+    H, T, D = q.shape
+    R = H // k.size(0)
+    places: dict[tuple[str, int, int, float], Tensor] = {}
+
+    def at(kind: str, x: Tensor, head: int, token: int, position: float) -> Tensor:
+        key = (kind, head, token, position)
+        if key not in places:
+            places[key] = turned(x[head, token], position, config, scale, base)
+        return places[key]
+
+    scores = torch.full((H, T, T), -math.inf, dtype=torch.float64)
+    for h in range(H):
+        for i in range(T):
+            for j in range(i + 1):
+                met = meet(i, j, h)
+                if met is not None:
+                    dot = at("q", q, h, i, met[0]) @ at("k", k, h // R, j, met[1])
+                    scores[h, i, j] = dot * factor(i) / math.sqrt(D)
+    return scores.softmax(-1)
+
+
+@torch.no_grad()
+def logits(
+    model, idx: Tensor, meet: Meet, *, scale: float = 1.0, base: float | None = None, factor=lambda i: 1.0
+) -> Tensor:
+    """Logits (T, V) for idx (T,) of a model with RMSNorm, gated MLP and no biases."""
+    config, weights = model.config, {name: p.double() for name, p in model.state_dict().items()}
+    H, G, D, base = config.n_head, config.n_query_groups, config.head_size, base or config.rope_base
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[name]
+
+    x = weights["transformer.wte.weight"][idx]
+    for layer in range(config.n_layer):
+        at = f"transformer.h.{layer}."
+        qkv = norm(x, at + "norm_1.weight") @ weights[at + "attn.qkv.weight"].T
+        q, k, v = qkv.view(len(idx), -1, D).transpose(0, 1).split((H, G, G))
+        y = attention_weights(q, k, meet, config, scale, base, factor) @ v.repeat_interleave(H // G, dim=0)
+        x = x + y.transpose(0, 1).flatten(1) @ weights[at + "attn.proj.weight"].T
+        h = norm(x, at + "norm_2.weight")
+        gate = torch.nn.functional.silu(h @ weights[at + "mlp.fc_1.weight"].T)
+        x = x + (gate * (h @ weights[at + "mlp.fc_2.weight"].T)) @ weights[at + "mlp.proj.weight"].T
+    return norm(x, "transformer.ln_f.weight") @ weights["lm_head.weight"].T
