@@ -1,31 +1,71 @@
-"""What the evaluation scripts share: results that survive an interruption, texts as tokens, perplexity."""
+"""What the evaluation scripts share: texts as tokens, perplexity over windows, several processes, lasting results.
 
+Shapes: B windows read at once, T tokens of a window, V padded_vocab_size. Perplexity is exp of the mean negative log
+likelihood (nll), in nats per token.
+"""
+
+import hashlib
 import json
+import math
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_swa.files import write_json
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_swa.checkpoint import build_model, check_shapes
+from lit_swa.files import LazyTensor, write_json
+from lit_swa.generate import prefill_chunk
+from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, Config
+from lit_swa.texts import read_text
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from lit_swa.tokenizer import Tokenizer
+
+# -------------------------------------------------------------------------------------------------------------- results
 
 
 class Results:
     """The results file of a run, and its finished parts while the run goes on.
 
-    Parts are kept in `<output>.partial`, which a second start with the same arguments goes on from. `finish` writes
-    `output` and removes it. Nothing incomplete ever stands under the name `output`.
+    Parts are kept in `<output>.partial`, which a second start with the same arguments goes on from; a part whose key
+    begins with "_" is a note and not counted. `finish` writes `output` and removes the other. Nothing incomplete ever
+    stands under the name `output`.
     """
 
     def __init__(self, output: Path, arguments: dict[str, Any]) -> None:
-        """arguments: all that the results depend on, as JSON can hold it."""
+        """arguments: all that the results depend on, as JSON can hold it.
+
+        Raises ValueError when `output` is there and is no results file: it would be lost.
+        """
         self.output, self.arguments = Path(output), json.loads(json.dumps(arguments, default=str))
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.parts: dict[str, Any] = {}
         self.saved = time.monotonic()
-        kept = self._read(self.partial)
-        if kept is not None and kept.get("arguments") == self.arguments:
+        there, kept = self._read(self.output), self._read(self.partial)
+        if there is None and self.output.exists():
+            raise ValueError(f"{self.output} is there and holds no results: choose another --output.")
+        if there is not None and there["arguments"] != self.arguments:
+            self._tell(self.output, there["arguments"], "and will be replaced")
+        if kept is not None and kept["arguments"] != self.arguments:
+            self._tell(self.partial, kept["arguments"], "so the run starts anew")
+        elif kept is not None and isinstance(kept.get("parts"), dict):
             self.parts = kept["parts"]
-            print(f"going on from {self.partial}: {len(self.parts)} parts are done", file=sys.stderr)
+            done = sum(not key.startswith("_") for key in self.parts)
+            print(f"going on from {self.partial}: {done} parts are done", file=sys.stderr)
+
+    def _tell(self, path: Path, others: dict[str, Any], consequence: str) -> None:
+        """Say which arguments a file was made with, where they differ from this run's."""
+        names = [name for name in {**self.arguments, **others} if self.arguments.get(name) != others.get(name)]
+        print(f"{path} is of a run with another {', '.join(names)}, {consequence}", file=sys.stderr)
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
@@ -33,17 +73,21 @@ class Results:
             content = json.loads(path.read_text())
         except (OSError, ValueError):
             return None
-        return content if isinstance(content, dict) else None
+        return content if isinstance(content, dict) and isinstance(content.get("arguments"), dict) else None
 
     @property
     def finished(self) -> dict[str, Any] | None:
         """The results of an earlier run with the same arguments, None if there are none."""
         content = self._read(self.output)
-        return content if content is not None and content.get("arguments") == self.arguments else None
+        return content if content is not None and content["arguments"] == self.arguments else None
 
     def add(self, key: str, part: Any, every: float = 5.0) -> None:
         """Keep a finished part; to the disk at most once in so many seconds."""
-        self.parts[key] = part
+        self.add_all({key: part}, every)
+
+    def add_all(self, parts: dict[str, Any], every: float = 5.0) -> None:
+        """Keep parts that belong together: all of them get to the disk, or none."""
+        self.parts.update(parts)
         if time.monotonic() - self.saved >= every:
             self.save()
 
@@ -56,3 +100,337 @@ class Results:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.output, {"arguments": self.arguments} | results)
         self.partial.unlink(missing_ok=True)
+
+
+def weights_identity(checkpoint_dir: Path) -> str:
+    """A hash that changes with the weight files: of their names, sizes and times, since their content takes long."""
+    stats = [(path.name, path.stat()) for path in sorted(Path(checkpoint_dir).glob("lit_model*.safetensors*"))]
+    return hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- the tokens
+
+
+def read_tokens(
+    data: Path | Sequence[Path], checkpoint_dir: Path, vocab_size: int, max_tokens: int | None = None
+) -> np.ndarray:
+    """The tokens of texts or of one token file as one stream, uint16 or uint32, at most max_tokens of them.
+
+    data: a .txt file (UTF-8), several, or a directory of them, each encoded with the checkpoint's tokenizer as it
+        encodes a text (with the special tokens that it adds) and joined in order; or a .bin file, which holds ids of
+        16 bits up to a vocabulary of 65,536 and else of 32 (little-endian, no header) and is memory-mapped.
+    Raises ValueError or OSError in one sentence.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} does not fit: it must be at least 1.")
+    files = find_data(data)
+    if files[0].suffix == ".bin":
+        return open_token_file(files[0], vocab_size)[:max_tokens]
+    from lit_swa.tokenizer import Tokenizer
+
+    tokenizer, parts, n = Tokenizer(checkpoint_dir), [], 0
+    for file in files:
+        parts.append(encode_file(tokenizer, file))
+        n += len(parts[-1])
+        if max_tokens is not None and n >= max_tokens:
+            break
+    return np.concatenate(parts)[:max_tokens]
+
+
+def find_data(data: Path | Sequence[Path]) -> list[Path]:
+    """The files that are meant: one .bin, or .txt files. Raises ValueError or FileNotFoundError."""
+    files: list[Path] = []
+    for path in [data] if isinstance(data, Path) else data:
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file {path}: give a .txt or .bin file, or a directory of .txt files.")
+        files += sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{data} holds no .txt file: give a .txt or .bin file.")
+    for file in files:
+        if file.suffix not in (".txt", ".bin"):
+            raise ValueError(f"{file} is neither a .txt nor a .bin file: texts are .txt, token ids are .bin.")
+        if file.suffix == ".bin" and len(files) > 1:
+            raise ValueError(f"{file} is one of {len(files)} files: give one .bin file alone, or .txt files.")
+    return files
+
+
+def encode_file(tokenizer: "Tokenizer", file: Path) -> np.ndarray:
+    """The ids of a text, in one call of the tokenizer: pieces need not give the same ids."""
+    return np.array(tokenizer.encode(read_text(file)), dtype=np.uint32)
+
+
+def open_token_file(file: Path, vocab_size: int) -> np.ndarray:
+    """The ids in a .bin file, memory-mapped."""
+    kind = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    n_bytes = file.stat().st_size
+    if n_bytes == 0:
+        raise ValueError(f"{file} is empty: give some tokens.")
+    if n_bytes % kind.itemsize:
+        raise ValueError(
+            f"{file} has {n_bytes} bytes, which are no whole number of {8 * kind.itemsize}-bit ids, as a vocabulary "
+            f"of {vocab_size} has them: the file is truncated, or made for another vocabulary."
+        )
+    tokens = np.memmap(file, dtype=kind, mode="r")
+    low_halves, high_halves = tokens[0:4096:2], tokens[1:4096:2]
+    if kind.itemsize == 2 and len(tokens) >= 16 and low_halves.any() and not high_halves.any():
+        raise ValueError(f"{file} holds 32-bit ids, and a vocabulary of {vocab_size} has 16-bit ones: write it anew.")
+    return tokens
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, data: object, piece: int = 2**22) -> str:
+    """A hash of the ids, whichever file they come from. Raises ValueError for one that the vocabulary lacks."""
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), piece):
+        ids = tokens[start : start + piece]
+        if (outside := np.flatnonzero(ids >= vocab_size)).size:
+            raise ValueError(
+                f"{data} has the token id {ids[outside[0]]} at position {start + outside[0]}, and the vocabulary has "
+                f"{vocab_size}: the tokens are another tokenizer's."
+            )
+        digest.update(ids.astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- the windows
+
+
+class Windows(NamedTuple):
+    """Which windows of the stream are read, and which of their tokens are targets, in buckets by position.
+
+    The window at a reads the tokens a .. a + seq_len - 1. Its targets are its tokens at the positions first ..
+    seq_len - 1, each predicted from all before it in the window; the token at position 0 is predicted from nothing and
+    is no target.
+    """
+
+    starts: Sequence[int]
+    seq_len: int
+    first: int
+    bucket: int  # positions in one bucket
+
+    def bucket_of_targets(self) -> np.ndarray:
+        return np.arange(self.first, self.seq_len) // self.bucket
+
+    def batch(self, tokens: np.ndarray, starts: Sequence[int], device: torch.device | str) -> Tensor:
+        """Token ids (B, T) of the windows at `starts`."""
+        rows = np.stack([tokens[a : a + self.seq_len] for a in starts]).astype(np.int64)
+        return torch.from_numpy(rows).to(device)
+
+    def sums(self, nll: Tensor) -> list[list[float]]:
+        """Per window and bucket, the sum of the targets' nll (B, T - first), in float64 and always in one order."""
+        of = self.bucket_of_targets()
+        return [np.bincount(of, weights=row)[of[0] :].tolist() for row in nll.double().cpu().numpy()]
+
+    def summary(self, sums: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """What is reported of windows with these sums. The sums are added exactly, so their order is of no account."""
+        sizes = np.bincount(self.bucket_of_targets())
+        used = range(self.first // self.bucket, len(sizes))
+        tokens = [len(sums) * int(sizes[i]) for i in used]
+        nlls = [math.fsum(window[n] for window in sums) / tokens[n] for n in range(len(tokens))]
+        nll = math.fsum(x for window in sums for x in window) / sum(tokens)
+        names = [f"{i * self.bucket}-{min((i + 1) * self.bucket, self.seq_len) - 1}" for i in used]
+        return {
+            "ppl": perplexity(nll),
+            "nll": nll,
+            "tokens": sum(tokens),
+            "buckets": {name: perplexity(x) for name, x in zip(names, nlls, strict=True)},
+            "bucket_tokens": dict(zip(names, tokens, strict=True)),
+        }
+
+
+def perplexity(nll: float) -> float:
+    return math.exp(min(nll, 709.0))  # beyond, it is no float
+
+
+def full_windows(
+    n_tokens: int, seq_len: int, stride: int, score: str, bucket: int | None = None, data: object = "The text"
+) -> Windows:
+    """Every full window of seq_len tokens, one each `stride`; what is left at the end of the stream is not read.
+
+    score: "all" counts every target of every window, so a token is counted as often as windows overlap: LongLoRA's
+        figure (its eval.py takes the mean loss of windows with labels = inputs, which are seq_len - 1 targets each;
+        that script leaves out the stream's last window and averages batch means, while here every full window and
+        every target counts the same). "last" counts only the last `stride` targets of each window, of the first one
+        too, so no token is counted twice and each has at least seq_len - stride tokens before it.
+    Raises ValueError for arguments that do not fit each other or the text.
+    """
+    check_cut(seq_len, stride, score, bucket)
+    check_text_length(n_tokens, seq_len, data)
+    first = max(1, seq_len - stride) if score == "last" else 1
+    starts = range(0, n_tokens - seq_len + 1, stride)
+    return Windows(starts, seq_len, first, bucket or math.ceil(seq_len / 8))
+
+
+def spread_windows(n_tokens: int, seq_len: int, count: int, bucket: int, data: object = "The text") -> Windows:
+    """So many windows of seq_len tokens, evenly spread over the stream; every target counts. Raises ValueError."""
+    check_at_least(seq_len=(seq_len, 2), windows=(count, 1), bucket=(bucket, 1))
+    check_text_length(n_tokens, seq_len, data)
+    room = n_tokens - seq_len
+    starts = sorted({room * i // max(1, count - 1) for i in range(count)})
+    return Windows(starts, seq_len, 1, bucket)
+
+
+def check_cut(seq_len: int, stride: int, score: str, bucket: int | None) -> None:
+    check_at_least(seq_len=(seq_len, 2), stride=(stride, 1), bucket=(1 if bucket is None else bucket, 1))
+    if score not in ("all", "last"):
+        raise ValueError(f"score={score!r} does not fit: choose all or last.")
+    if stride > seq_len:
+        raise ValueError(
+            f"stride={stride} is more than seq_len={seq_len}: tokens between the windows would be left out; "
+            "give a stride of at most seq_len."
+        )
+
+
+def check_at_least(**limits: tuple[int, int]) -> None:
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise ValueError(f"{name}={value} does not fit: it must be at least {least}.")
+
+
+def check_text_length(n_tokens: int, seq_len: int, data: object) -> None:
+    if n_tokens < seq_len:
+        raise ValueError(
+            f"{data} gives {n_tokens} tokens and a window has {seq_len}: lower --seq_len, or give a longer text."
+        )
+
+
+def check_context(config: Config, seq_len: int) -> None:
+    """Raises ValueError when the model cannot read a window of seq_len tokens."""
+    if seq_len > config.block_size and None in [VARIANTS[v].window(config) for v in config.layer_variants]:
+        raise ValueError(
+            f"seq_len={seq_len} is more than the context of {config.block_size} tokens: lower it, or raise the context "
+            f"with --model.block_size {seq_len} (best with --model.rope_scaling), or give every layer a window with "
+            "--model.attention sliding --model.sliding_window_size S."
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- the nll
+
+PROJECT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}  # logits that exist at once; in float32 and twice, 256 MB and 2 GB
+
+
+@torch.inference_mode()
+def window_nll(model: GPT, idx: Tensor, first: int = 1, chunk_size: int = 0) -> Tensor:
+    """-log p of the tokens at positions first .. T - 1 of each window of idx (B, T): (B, T - first) float32.
+
+    chunk_size: tokens in one call; the windows then go through the model's cache, whose content is lost. 0, or T and
+        more: the whole windows in one call, without a cache. The numbers are the same but for rounding.
+    Logits are made of a piece of the text at a time, and only where a target follows.
+    """
+    (B, T), device = idx.shape, idx.device
+    size = chunk_size if 0 < chunk_size < T else T
+    if size < T:
+        model.set_kv_cache(B, T)
+    rows = max(1, PROJECT_ELEMENTS.get(device.type, 2**27) // (B * model.config.padded_vocab_size))
+    pieces = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        if size == T:
+            x = model.hidden_states(idx)  # (B, T, C)
+        else:
+            pos = torch.arange(start, stop, device=device)
+            x = model.hidden_states(idx[:, start:stop], pos, input_pos_maxp1=stop)
+        last = min(stop, T - 1)  # the window's last token predicts one that is not in it
+        for a in range(max(start, first - 1), last, rows):
+            b = min(a + rows, last)
+            logits = model.project(x[:, a - start : b - start])[..., : model.config.vocab_size]
+            nll = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, a + 1 : b + 1].flatten(), reduction="none")
+            pieces.append(nll.view(B, b - a))
+    return torch.cat(pieces, dim=1)
+
+
+def pick_chunk_size(model: GPT, batch_size: int, seq_len: int) -> int:
+    """The chunk_size for windows of seq_len tokens: 0 where the memory holds their activations whole.
+
+    Also 0 where RoPE's frequencies follow the length read so far, since that is another text when read in chunks.
+    """
+    if (model.config.rope_scaling or {}).get("type") in LENGTH_SCALINGS:
+        return 0
+    most = 4096  # of prefill_chunk; so many rows of it, side by side, take as much memory as one after the other
+    if prefill_chunk(model, batch_size * math.ceil(seq_len / most)) >= min(most, seq_len):
+        return 0
+    return prefill_chunk(model, batch_size)
+
+
+def require_finite(sums: Sequence[Sequence[float]], start: int) -> None:
+    """Raises ValueError for sums of windows, from the one at `start` on, that are not numbers."""
+    if not all(math.isfinite(x) for window in sums for x in window):
+        raise ValueError(
+            f"The window at token {start} has no finite perplexity: the weights are damaged, or too large for "
+            "the dtype (use --dtype float32)."
+        )
+
+
+def with_fields(model: GPT, **fields: Any) -> GPT:
+    """A model with the same weights, not copied, and some fields of its config changed.
+
+    Raises ValueError for fields that do not fit each other or the weights.
+    """
+    config, weight = model.config.override(**fields), model.transformer.wte.weight
+    state = model.state_dict()
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"]
+    check_shapes(config, {name: tuple(t.shape) for name, t in state.items()}, "The checkpoint")
+    tensors = {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
+    return build_model(config, tensors, weight.dtype, weight.device)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+class Ranks:
+    """The processes of one run: which of them this one is, and what they tell each other.
+
+    One process is a run without Lightning. Each method but `leave` is called by all of them at the same point.
+    """
+
+    def __init__(self, device: str, fabric: "Fabric | None" = None) -> None:
+        self.fabric = fabric
+        self.rank, self.count = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+        self.device = str(fabric.device) if fabric else device
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x of every process, (count, ...), on the CPU."""
+        if self.fabric is None:
+            return x[None]
+        x = x.to(self.device)
+        gathered = [torch.empty_like(x) for _ in range(self.count)]
+        torch.distributed.all_gather(gathered, x)
+        return torch.stack(gathered).cpu()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value."""
+        return value if self.fabric is None else self.fabric.broadcast(value)
+
+    def leave(self) -> None:
+        """The process is done."""
+        if self.fabric is not None:
+            torch.distributed.destroy_process_group()
+
+
+def launch_ranks(device: str, devices: int = 1, num_nodes: int = 1) -> Ranks:
+    """Start the other processes, by Lightning Fabric, or join those that torchrun started; one process needs neither.
+
+    Raises ValueError when there are not so many devices, or Lightning is missing.
+    """
+    check_at_least(devices=(devices, 1), num_nodes=(num_nodes, 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        world, per_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        if devices * num_nodes not in (1, world):
+            raise ValueError(
+                f"devices={devices} and num_nodes={num_nodes} do not fit the {world} processes that torchrun started: "
+                "leave them out."
+            )
+        devices, num_nodes = per_node, world // per_node
+    if devices * num_nodes == 1:
+        return Ranks(device)
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} does not fit {devices * num_nodes} processes: use cuda or cpu.")
+    if device == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(f"devices={devices} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
+    try:
+        from lightning.fabric import Fabric
+    except ImportError:
+        raise ValueError("Several processes need Lightning Fabric: pip install lightning.") from None
+    fabric = Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, strategy="ddp")
+    fabric.launch()
+    return Ranks(device, fabric)

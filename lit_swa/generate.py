@@ -282,7 +282,8 @@ def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int
     elements = 4 * config.n_embd + 3 * heads + 3 * config.intermediate_size  # live at once, some of it in float32
     per_token = batch_size * elements * max(weight.element_size(), 4)
     memory = free_memory(weight.device) if memory is None else memory
-    tokens = max(128, min(4096, memory // 4 // per_token))
+    most = 16384 if weight.device.type == "cuda" else 4096
+    tokens = max(128, min(most, memory // 4 // per_token))
     return 2 ** (tokens.bit_length() - 1)
 
 

@@ -1,95 +1,173 @@
-"""Draw who sees whom, and what a rolling cache holds: python scripts/plot_masks.py."""
+"""Draw who sees whom, at which distance, and what a rolling cache holds: python scripts/plot_masks.py."""
 
+import math
+import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
-MISS, SEE, OWN = "#f2f2f2", "#4c78a8", "#f58518"
+if TYPE_CHECKING:
+    from lit_swa import Config
+
+UNSEEN, HELD, NEW = "#F0F0F0", "#BBD7EA", "#E69F00"
+PARTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
+LINES = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00")
+TITLES = {  # of what the fields of a config make
+    "sliding": "sliding, S = {sliding_window_size}",
+    "streaming": "streaming, {n_sink_tokens} sinks, S = {sliding_window_size}",
+    "dual_chunk": "dual_chunk, s = {dual_chunk_size}, w = {dual_chunk_local}",
+}
+
+
+class Grid(NamedTuple):
+    """What is drawn of one mask; a pair that does not meet is 0 in `part` and NaN in `distance`."""
+
+    title: str
+    names: list[str]  # of the parts
+    part: list[list[int]]  # [query][key], from 1
+    distance: list[list[float]]  # [query][key]
 
 
 def main(
-    output: Path = Path("tutorials/results/masks.png"), tokens: int = 20, window: int = 6, cache_window: int = 4
+    output_dir: Path = Path("tutorials/results"),
+    tokens: int = 16,
+    window: int = 5,
+    sinks: int = 2,
+    chunk: int = 5,
+    local: int = 3,
+    group: int = 4,
+    cache_window: int = 4,
 ) -> None:
-    """Write a picture of every variant's mask, made by the mask functions themselves, and of a real cache's slots.
+    """Write masks.png, distances.png and rope_scalings.png, and beside each a .json that holds what was drawn.
+
+    Everything comes from the model's own functions: masks and distances of every variant, the groups of S2-Attn from
+    the attention of a model in training mode, a cache's slots from a model that is fed, the frequencies of RoPE.
 
     Args:
-        output: The picture; a .json beside it holds what was drawn.
+        output_dir: The directory that the files go to.
         tokens: Queries and keys in each mask.
-        window: The sliding window of the masks.
+        window: The sliding_window_size of the masks.
+        sinks: The n_sink_tokens of streaming.
+        chunk: The dual_chunk_size.
+        local: The dual_chunk_local.
+        group: The s2_group_size.
         cache_window: The sliding window of the cache, which has twice as many slots.
     """
-    if min(tokens, window, cache_window) < 1 or max(tokens, cache_window) > 100:
-        raise ValueError("tokens, window and cache_window must be between 1 and 100.")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    if min(tokens, cache_window) < 1 or max(tokens, cache_window) > 100:
+        raise ValueError("tokens and cache_window must be between 1 and 100.")
     from lit_swa.files import write_json
-    from lit_swa.model import VARIANTS
+    from lit_swa.plots import save_picture
 
-    masks = {name: mask_of(name, tokens, window) for name in VARIANTS}
-    history = cache_history(cache_window)
-    figure, axes = plt.subplots(
-        1,
-        len(masks) + 1,
-        figsize=(4.2 * len(masks) + 6.5, 4.6),
-        width_ratios=[1] * len(masks) + [1.5],
-        layout="constrained",
-    )
-    for axis, (name, mask) in zip(axes, masks.items(), strict=False):
-        draw_mask(axis, mask)
-        axis.set_title(name + (f", S = {window}" if VARIANTS[name].window(config_of(name, window)) else ""))
-    draw_cache(axes[-1], history, cache_window)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    write_json(
-        output.with_suffix(".json"),
-        {
-            "command": "python scripts/plot_masks.py",
-            "tokens": tokens,
-            "window": window,
-            "cache_window": cache_window,
-            "keys_seen_by_the_last_query": {name: int(sum(mask[-1])) for name, mask in masks.items()},
-            "cache": history,
-        },
-    )
-    print(output)
+    fields = {
+        "sliding_window_size": window,
+        "n_sink_tokens": sinks,
+        "dual_chunk_pretraining_length": chunk + local + 1,
+        "dual_chunk_size": chunk,
+        "dual_chunk_local": local,
+        "s2_group_size": group,
+    }
+    (masks, distances), history, stretches = all_grids(tokens, fields), cache_history(cache_window), rope_stretches()
+    mask_records = {name: mask_record(grid) for name, grid in masks.items()}
+    distance_records = {name: distance_record(grid) for name, grid in distances.items()}
+    sizes = {"tokens": tokens, "fields": fields}
+    for name, draw, content in (
+        (
+            "masks",
+            lambda plt: draw_masks(plt, masks, history),
+            sizes | {"masks": mask_records, "cache_window": cache_window, "cache": history},
+        ),
+        ("distances", lambda plt: draw_distances(plt, distances), sizes | {"distances": distance_records}),
+        ("rope_scalings", lambda plt: draw_stretches(plt, stretches), stretches),
+    ):
+        if save_picture(output_dir / f"{name}.png", draw):
+            print(output_dir / f"{name}.png")
+        write_json(output_dir / f"{name}.json", {"command": "python " + shlex.join(sys.argv)} | content)
 
 
-def config_of(variant: str, window: int):
+# -------------------------------------------------------------------------------------------------- from the model
+
+
+def build_config(variant: str, **fields: Any) -> "Config":
     from lit_swa import Config
 
-    return Config(
-        n_layer=1,
-        n_head=2,
-        n_embd=8,
-        vocab_size=8,
-        attention=variant,
-        sliding_window_size=window,
-        rolling_kv_cache=True,
-    )
+    return Config(n_layer=1, n_head=2, n_embd=8, vocab_size=8, attention=variant, rolling_kv_cache=True, **fields)
 
 
-def mask_of(variant: str, tokens: int, window: int) -> list[list[bool]]:
-    """[query][key], from the function that the model uses."""
+def all_grids(tokens: int, fields: dict[str, Any]) -> tuple[dict[str, Grid], dict[str, Grid]]:
+    """What the picture of the masks and that of the distances show."""
+    from lit_swa.model import VARIANTS
+
+    unwindowed = fields | {"sliding_window_size": None}  # which dual_chunk insists on
+    configs = {name: build_config(name, **unwindowed if name == "dual_chunk" else fields) for name in VARIANTS}
+    grids = {name: grid_of_variant(config, tokens) for name, config in configs.items()}
+    straight, shifted = grids_of_s2(fields["s2_group_size"], tokens)
+    linear = grid_of_variant(build_config("full", rope_scaling={"type": "linear", "factor": 2.0}), tokens)
+    linear = linear._replace(title="full, linear scaling by 2")
+    masks = grids | {"s2 straight": straight, "s2 shifted": shifted}
+    return masks, grids | {"full, linear": linear, "s2 shifted": shifted}
+
+
+def grid_of_variant(config: "Config", tokens: int) -> Grid:
+    """Which part of the variant lets a query meet a key, and at which relative position."""
     import torch
 
-    from lit_swa.model import visible
+    from lit_swa.model import VARIANTS, visible
 
-    pos = torch.arange(tokens)[None]
-    return visible(variant, pos, pos, config_of(variant, window))[0].tolist()
+    row, pos = VARIANTS[config.attention], torch.arange(tokens)[None]
+    part = torch.zeros(tokens, tokens, dtype=torch.long)
+    distance, unit = torch.full((tokens, tokens), math.nan), unit_of_distance(config)
+    for n, p in enumerate(row.parts):
+        seen = visible(p, pos, pos, config)[0]
+        apart = p.position(pos, config)[0, :, None] - row.key_position(pos, config)[0]
+        part[seen], distance[seen] = n + 1, (apart * unit)[seen]
+    title = TITLES.get(config.attention, config.attention).format(**vars(config))
+    names = [p.mask.__name__.replace("_", " ") for p in row.parts]
+    return Grid(title, names, part.tolist(), distance.tolist())
 
 
-def cache_history(window: int) -> list[dict]:
+def grids_of_s2(group: int, tokens: int) -> list[Grid]:
+    """Of a straight and a shifted head, in training mode. All scores are 0 and the values are unit vectors, so that a
+    query's output holds the weight that each key got."""
+    import torch
+
+    from lit_swa import GPT
+    from lit_swa.model import attend
+
+    config = build_config("full", s2_attention=True, s2_group_size=group)
+    full = grid_of_variant(config, tokens)  # S2-Attn turns queries and keys as full attention does
+    plan = GPT(config).train().plan_call(torch.zeros(1, tokens, dtype=torch.long), None, None).plans["full"]
+    q = torch.zeros(1, config.n_head, tokens, config.head_size)
+    v = torch.eye(tokens).expand(1, config.n_head, tokens, tokens)
+    weights = attend([q], q, v, plan, config)[0]  # (H, T, T)
+    grids = []
+    for kind, seen in (("straight", weights[0] > 0), ("shifted", weights[-1] > 0)):
+        distance = torch.tensor(full.distance).where(seen, math.nan)
+        title = f"S2, groups of {group}, {kind} heads"
+        grids.append(Grid(title, ["same group"], seen.long().tolist(), distance.tolist()))
+    return grids
+
+
+def unit_of_distance(config: "Config") -> float:
+    """What RoPE's frequencies, one like the other, are multiplied by: 1 / factor for linear scaling."""
+    from lit_swa.model import rope_frequencies
+
+    plain = rope_frequencies(build_config("full"))
+    ratios = rope_frequencies(config) / plain
+    if not ratios.allclose(ratios[:, :1]):
+        raise ValueError("This scaling changes each frequency by another factor, so no one distance says it.")
+    return float(ratios[0, 0])
+
+
+def cache_history(window: int) -> list[dict[str, Any]]:
     """Feed a model token by token, and after each note the positions in its slots and the slots that the step read."""
     import torch
 
     from lit_swa import GPT
     from lit_swa.model import find_span
 
-    model = GPT(config_of("sliding", window)).eval()
+    model = GPT(build_config("sliding", sliding_window_size=window)).eval()
     model.set_kv_cache(1, 4 * window)
     slot_map, history = model.slot_maps["sliding"], []
     with torch.no_grad():
@@ -101,47 +179,151 @@ def cache_history(window: int) -> list[dict]:
     return history
 
 
-def draw_mask(axis, mask: list[list[bool]]) -> None:
-    from matplotlib.colors import ListedColormap
+def rope_stretches() -> dict[str, Any]:
+    """By how much each scaling divides the frequencies of SmolLM2-135M, beside the waves' lengths in tokens."""
+    import torch
 
-    n = len(mask)
-    colours = [[2 if i == j else int(mask[i][j]) for j in range(n)] for i in range(n)]
-    axis.imshow(colours, cmap=ListedColormap([MISS, SEE, OWN]), vmin=0, vmax=2)
-    axis.set(xlabel="key position", ylabel="query position", xticks=range(0, n, 5), yticks=range(0, n, 5))
+    from lit_swa import Config
+    from lit_swa.model import RoPE, rope_frequencies
+
+    plain = Config.from_name("SmolLM2-135M")
+    trained, f = plain.block_size, rope_frequencies(plain)[0]
+    scalings: dict[str, dict[str, Any]] = {
+        "linear": {"factor": 4.0},
+        "ntk": {"factor": 4.0},
+        "yarn": {"factor": 4.0},
+        "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "dynamic": {"factor": 4.0},
+    }
+    stretch: dict[str, list[float]] = {}
+    for name, options in scalings.items():
+        config = plain.override(rope_scaling={"type": name} | options)
+        scaled, label = rope_frequencies(config)[0], name
+        if name == "dynamic":  # of a text four times as long as the trained length
+            cos, sin = RoPE(config)(torch.tensor([[1]]), 0, torch.tensor([[4 * trained]]))
+            half, label = cos.size(-1) // 2, "dynamic, at 4 times the trained length"
+            scaled = torch.atan2(sin[0, 0, 0, half:], cos[0, 0, 0, :half])  # angles of position 1, all below pi
+        stretch[label] = [round(x, 4) for x in (f / scaled).tolist()]
+    waves = [round(x, 2) for x in (2 * math.pi / f).tolist()]
+    return {"model": plain.name, "trained_length": trained, "factor": 4.0, "wavelengths": waves, "stretch": stretch}
+
+
+def mask_record(grid: Grid) -> dict[str, Any]:
+    """For the JSON. A row for each query, a character for each key."""
+    rows = ["".join(str(n or ".") for n in row) for row in grid.part]
+    return {"title": grid.title, "parts": {str(n): name for n, name in enumerate(grid.names, 1)}, "rows": rows}
+
+
+def distance_record(grid: Grid) -> dict[str, Any]:
+    """For the JSON. A row for each query, a word for each key."""
+    rows = [" ".join("." if math.isnan(d) else f"{d:g}" for d in row) for row in grid.distance]
+    return {"title": grid.title, "greatest": greatest(grid), "rows": rows}
+
+
+def greatest(grid: Grid) -> float:
+    return max(d for row in grid.distance for d in row if not math.isnan(d))
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw_masks(plt: Any, grids: dict[str, Grid], history: list[dict[str, Any]]) -> Any:
+    """Two rows of masks, and the cache on their right."""
+    columns = math.ceil(len(grids) / 2)
+    figure = plt.figure(figsize=(2.75 * columns + 4.4, 6.4), layout="constrained")
+    places = figure.add_gridspec(2, columns + 1, width_ratios=[1] * columns + [1.5])
+    for n, grid in enumerate(grids.values()):
+        draw_mask(figure.add_subplot(places[n // columns, n % columns]), grid, n % columns == 0, n >= columns)
+    draw_cache(figure.add_subplot(places[:, columns]), history)
+    return figure
+
+
+def draw_mask(axis: Any, grid: Grid, first_column: bool, last_row: bool) -> None:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = [PARTS[n % len(PARTS)] for n in range(len(grid.names))]
+    axis.imshow(grid.part, cmap=ListedColormap([UNSEEN, *colours]), vmin=0, vmax=len(colours))
+    frame_grid(axis, grid, first_column, last_row)
+    if len(grid.names) > 1:
+        patches = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, grid.names, strict=True)]
+        axis.legend(handles=patches, loc="upper right", fontsize=9, frameon=False, handlelength=1, borderpad=0)
+
+
+def frame_grid(axis: Any, grid: Grid, first_column: bool, last_row: bool) -> None:
+    n = len(grid.part)
+    axis.set_title(grid.title, fontsize=11)
+    axis.set(xticks=range(0, n, 5), yticks=range(0, n, 5))
+    axis.set_xlabel("key position" if last_row else "")
+    axis.set_ylabel("query position" if first_column else "")
     axis.set_xticks([i - 0.5 for i in range(1, n)], minor=True)
     axis.set_yticks([i - 0.5 for i in range(1, n)], minor=True)
     axis.grid(which="minor", color="white", linewidth=0.8)
     axis.tick_params(which="both", length=0)
 
 
-def draw_cache(axis, history: list[dict], window: int) -> None:
+def draw_cache(axis: Any, history: list[dict[str, Any]]) -> None:
     from matplotlib.patches import Rectangle
 
     n_slots = len(history[0]["slots"])
     for row, step in enumerate(history):
         for slot, position in enumerate(step["slots"]):
-            face = OWN if position == step["position"] else MISS if position < 0 else "#b9cde5"
+            face = NEW if position == step["position"] else UNSEEN if position < 0 else HELD
             axis.add_patch(Rectangle((slot, row), 1, 1, facecolor=face, edgecolor="white"))
-            axis.text(
-                slot + 0.5, row + 0.5, str(position) if position >= 0 else "", ha="center", va="center", fontsize=9
-            )
+            text = str(position) if position >= 0 else ""
+            axis.text(slot + 0.5, row + 0.5, text, ha="center", va="center", fontsize=10)
         start, stop = step["read"]
-        axis.add_patch(
-            Rectangle(
-                (start + 0.04, row + 0.06), stop - start - 0.08, 0.88, fill=False, edgecolor="black", linewidth=1.6
-            )
-        )
+        frame = {"fill": False, "edgecolor": "black", "linewidth": 1.6}
+        axis.add_patch(Rectangle((start + 0.04, row + 0.06), stop - start - 0.08, 0.88, **frame))
     axis.axvline(n_slots / 2, color="black", linestyle=":", linewidth=1)
-    axis.set(
-        xlim=(0, n_slots),
-        ylim=(len(history), 0),
-        xlabel="slot",
-        ylabel="token just fed",
-        title=f"rolling cache, S = {window}: positions in its {n_slots} slots\n(orange: written now; frame: read)",
-    )
+    title = f"rolling cache, S = {n_slots // 2}: positions in its {n_slots} slots\n(orange: written now, frame: read)"
+    axis.set_title(title, fontsize=11)
+    axis.set(xlim=(0, n_slots), ylim=(len(history), 0), xlabel="slot", ylabel="token just fed")
     axis.set_xticks([s + 0.5 for s in range(n_slots)], range(n_slots))
     axis.set_yticks([r + 0.5 for r in range(len(history))], [step["position"] for step in history])
     axis.tick_params(length=0)
+
+
+def draw_distances(plt: Any, grids: dict[str, Grid]) -> Any:
+    """Two rows of grids, coloured by distance on one scale."""
+    columns = math.ceil(len(grids) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.0 * columns + 0.6, 6.6), layout="constrained", squeeze=False)
+    most = max(greatest(grid) for grid in grids.values())
+    for n, grid in enumerate(grids.values()):
+        axis = axes[n // columns, n % columns]
+        image = axis.imshow(grid.distance, cmap="cividis", vmin=0, vmax=max(1, most))
+        grid = grid._replace(title=f"{grid.title}\ngreatest distance {greatest(grid):g}")
+        frame_grid(axis, grid, n % columns == 0, n >= columns)
+        axis.set_facecolor(UNSEEN)
+        if len(grid.part) <= 24:
+            write_numbers(axis, grid, most)
+    for axis in axes.flat[len(grids) :]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=axes, label="query's position minus key's, as RoPE turns them", shrink=0.6)
+    return figure
+
+
+def write_numbers(axis: Any, grid: Grid, most: float) -> None:
+    for i, row in enumerate(grid.distance):
+        for j, d in enumerate(row):
+            if not math.isnan(d) and len(text := f"{d:g}") <= 2:  # halves do not fit
+                colour = "black" if d > 0.55 * most else "white"
+                axis.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+
+
+def draw_stretches(plt: Any, content: dict[str, Any]) -> Any:
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    styles = ("-", "--", "-", "-.", ":")
+    for n, (name, stretch) in enumerate(content["stretch"].items()):
+        axis.plot(content["wavelengths"], stretch, styles[n], color=LINES[n], label=name, linewidth=2)
+    axis.axvline(content["trained_length"], color="grey", linewidth=1)
+    axis.text(content["trained_length"] * 1.1, 14, "trained length", color="dimgrey", va="top")
+    axis.set(xscale="log", yscale="log", xlabel="wavelength before scaling, in tokens", ylabel="frequency divided by")
+    axis.set_yticks([1, 2, 4, 8, 13], ["1", "2", "4", "8", "13"])
+    axis.minorticks_off()
+    axis.set_title(f"RoPE scalings by {content['factor']:g}, frequencies of {content['model']}", fontsize=11)
+    axis.legend(frameon=False, loc="upper left")
+    return figure
 
 
 if __name__ == "__main__":

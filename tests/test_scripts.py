@@ -11,7 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import brute_force
 import pytest
+
+from lit_swa.model import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(str(p.relative_to(ROOT)) for folder in ("generate", "scripts") for p in (ROOT / folder).glob("*.py"))
@@ -237,11 +240,34 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_checkpoint):
     assert err.decode().count("prefill") == 2 and b"Traceback" not in err
 
 
-def test_the_plot_is_drawn_from_the_masks(tmp_path, monkeypatch):
-    """Catches: a picture that is drawn by hand and not by the mask functions."""
+def test_the_plots_are_drawn_from_the_model(tmp_path, monkeypatch):
+    """Catches: a picture drawn by hand, and a mask, a group of S2-Attn or a distance that is not the method's."""
     pytest.importorskip("matplotlib")
-    assert run("scripts/plot_masks.py", ["--output", str(tmp_path / "m.png"), "--window", "5"], monkeypatch) == 0
-    content = json.loads((tmp_path / "m.json").read_text())
-    assert content["keys_seen_by_the_last_query"] == {"full": 20, "sliding": 5}
-    assert content["cache"][-1]["slots"] == [8, 9, 6, 7, 8, 9, 6, 7]
-    assert (tmp_path / "m.png").stat().st_size > 5000
+    sizes = ["--tokens", "17", "--window", "5", "--sinks", "3", "--chunk", "4", "--local", "2", "--group", "5"]
+    assert run("scripts/plot_masks.py", ["--output_dir", str(tmp_path), *sizes], monkeypatch) == 0
+    masks, distances, scalings = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("masks", "distances", "rope_scalings")
+    )
+    definitions = {
+        "full": brute_force.meet_full,
+        "sliding": brute_force.meet_sliding(5),
+        "streaming": brute_force.meet_streaming(5, 3),
+        "dual_chunk": brute_force.meet_dual_chunk(4, 2),
+        "full, linear": lambda i, j, head: (i / 2, j / 2) if j <= i else None,
+        "s2 straight": lambda i, j, head: brute_force.meet_shifted_groups(5, 2)(i, j, 0),
+        "s2 shifted": lambda i, j, head: brute_force.meet_shifted_groups(5, 2)(i, j, 1),
+    }
+    for name, meet in definitions.items():
+        met = [[meet(i, j, 0) for j in range(17)] for i in range(17)]
+        words = [["." if m is None else f"{m[0] - m[1]:g}" for m in row] for row in met]
+        if name in distances["distances"]:
+            assert distances["distances"][name]["rows"] == [" ".join(row) for row in words]
+        if name in masks["masks"]:
+            hidden = [[c == "." for c in row] for row in masks["masks"][name]["rows"]]
+            assert hidden == [[w == "." for w in row] for row in words]
+    assert set(VARIANTS) < set(masks["masks"]) and set(VARIANTS) < set(distances["distances"])
+    assert set(definitions) <= set(masks["masks"]) | set(distances["distances"])
+    assert masks["masks"]["dual_chunk"]["rows"][9] == "33332222" + "11" + 7 * "."  # its parts
+    assert masks["cache"][-1]["slots"] == [8, 9, 6, 7, 8, 9, 6, 7] and masks["cache"][-1]["read"] == [2, 6]
+    assert set(scalings["stretch"]["linear"]) == {4.0} and scalings["stretch"]["ntk"][-1] == pytest.approx(4.0)
+    assert all(5000 < (tmp_path / f"{name}.png").stat().st_size for name in ("masks", "distances", "rope_scalings"))

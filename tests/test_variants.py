@@ -204,7 +204,7 @@ def test_gradients_of_merged_kernels_equal_those_of_plain_steps(case):
 def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model):
     """Catches: the test above comparing the plain steps with themselves, and masks where rectangles would do."""
     config, pos = tiny_model(**DUAL, dual_chunk_size=6, dual_chunk_local=3).config, torch.arange(T)[None]
-    plan = build_plan("dual_chunk", config, pos, Span(True, 0, T - 1, True, True), Engine("cpu", merge=True))
+    plan = build_plan("dual_chunk", config, pos, Span(True, 0, T - 1, True, True), Engine("cpu", merge="cpu"))
     assert all(block.merged for block in plan.blocks) and len(plan.blocks) == 5
     assert all(mask is None for block in plan.blocks for met in block.ranges for mask in met.seen.values())
 
@@ -272,12 +272,13 @@ def test_s2_trains(tiny_model):
 
 
 @pytest.mark.parametrize("queries, keys", [(300, 300), (256, 256), (130, 429), (1, 200), (500, 627)])
+@pytest.mark.parametrize("skip", [0, 4, 128])
 @pytest.mark.parametrize("window", [1, 100, 128, 129, 1000])
-def test_the_block_mask_of_a_window_equals_the_dense_one(queries, keys, window):
+def test_the_block_mask_of_a_window_equals_the_dense_one(queries, keys, window, skip):
     """Catches: a block that is left out, or taken whole where the window's border runs through it."""
-    made = window_block_mask(queries, keys, window, torch.device("cpu"))
+    made = window_block_mask(queries, keys, window, skip, torch.device("cpu"))
     q, k = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)[None]
-    seen = (k <= q) & (q - k < window)
+    seen = (k <= q) & (q - k < window) & (k >= skip)
     blocks = made.to_dense()[0, 0].bool()
     n_q, n_k = blocks.shape
     padded = torch.zeros(n_q * 128, n_k * 128, dtype=torch.bool)

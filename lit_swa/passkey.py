@@ -1,0 +1,151 @@
+"""Passkey retrieval: a number is hidden in a long text that says nothing else, and the model is asked for it.
+
+The texts are those of landmark attention (Mohtashami and Jaggi 2023, arXiv 2305.16300), which later papers use as well:
+
+    There is an important info hidden inside ...      the task
+    The grass is green. The sky is blue. ...          filler, or a haystack of the user's
+    The pass key is 4711. Remember it. ...            the needle, at some depth
+    The grass is green. The sky is blue. ...          filler
+    What is the pass key? The pass key is             the question, which the model goes on from
+
+Everything that is random in a trial follows from its seed, length, depth and number, so trials may be run in any order.
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_swa.tokenizer import Tokenizer
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key?"
+ANSWER_BEGINS = " The pass key is"  # for a model that completes text; in a chat template it answers in its own words
+LARGEST_KEY = 49_999
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One question: `number` of those that ask at this length and depth."""
+
+    length: int  # tokens of the prompt and of the room for the answer
+    depth: float | None  # the share of the filler that stands before the needle; None: another one in every trial
+    number: int
+
+    @property
+    def key(self) -> str:
+        """A name for the trial, such as "1024/0.5000/3"."""
+        return f"{self.length}/{'random' if self.depth is None else f'{self.depth:.4f}'}/{self.number}"
+
+
+def plan_trials(lengths: Sequence[int], depths: Sequence[float | None], trials: int) -> list[Trial]:
+    """All trials, the shortest first."""
+    return [Trial(length, depth, i) for length in lengths for depth in depths for i in range(trials)]
+
+
+def spread_depths(n: int) -> list[float]:
+    """n depths from the beginning (0) to the end (1) in equal steps; the middle if there is only one."""
+    return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
+
+
+def build_prompt(
+    trial: Trial, tokenizer: Tokenizer, seed: int, room: int, haystack: Sequence[str] = (), chat: bool = False
+) -> tuple[list[int], int, float]:
+    """(ids of the prompt, the pass key, the depth): as long as the trial's length allows, with `room` tokens to spare.
+
+    haystack: a text in words (split_words) instead of the filler; each trial begins to read it somewhere else.
+    chat: the prompt is a user's turn in the model's chat template.
+    Raises ValueError when the length has no room for the needle and the question, or the haystack is too short.
+    """
+    chance = random.Random(f"{seed}/{trial.key}")
+    passkey = chance.randint(1, LARGEST_KEY)
+    depth = chance.random() if trial.depth is None else trial.depth
+    words = list(haystack) or split_words(FILLER)
+    most = len(haystack) or trial.length  # no text of words has more of them than tokens
+    start = chance.randrange(len(words)) if haystack else 0
+
+    def encode(n: int) -> list[int]:
+        """The prompt with n words of filler."""
+        before = round(depth * n)
+        parts = (
+            take_words(words, start, before),
+            NEEDLE.format(key=passkey),
+            take_words(words, start + before, n - before),
+        )
+        text = "\n".join([TASK, *(part for part in parts if part), QUESTION])
+        if chat:
+            return tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        return tokenizer.encode(text + ANSWER_BEGINS)
+
+    budget = trial.length - room
+    n = largest_fitting(lambda n: len(encode(n)), budget, most)
+    if n < 0:
+        raise ValueError(
+            f"A length of {trial.length} tokens is too short: the task, the pass key and the question take "
+            f"{len(encode(0))} and the answer {room}."
+        )
+    if haystack and n == most:
+        raise ValueError(
+            f"The haystack has {most} words, too few for a length of {trial.length} tokens: give a longer text or "
+            "shorter lengths."
+        )
+    return encode(n), passkey, depth
+
+
+def split_words(text: str) -> list[str]:
+    """The words, each with the white space behind it; a long run without any, as in Chinese, is cut."""
+    return re.findall(r"\S{1,16}\s*", text)
+
+
+def take_words(words: Sequence[str], start: int, n: int) -> str:
+    """n words from the start-th on; after the last comes the first."""
+    return "".join(words[(start + i) % len(words)] for i in range(n)).strip()
+
+
+def largest_fitting(size: Callable[[int], int], budget: int, most: int) -> int:
+    """An n in 0 .. most with size(n) <= budget < size(n + 1), found in a few looks; most, or -1 if even 0 is too much.
+
+    It starts from size being a straight line and narrows both ends down, so that size need not grow at every step.
+    """
+    at_zero = size(0)
+    if at_zero > budget:
+        return -1
+    fits, too_many, n, per_step = 0, most + 1, min(most, budget), 1.0
+    while too_many - fits > 1:
+        n = min(max(n, fits + 1), too_many - 1)
+        now = size(n)
+        fits, too_many = (n, too_many) if now <= budget else (fits, n)
+        per_step = max((now - at_zero) / n, 1e-3)
+        n += round((budget - now) / per_step)
+    return fits
+
+
+def find_answer(text: str) -> int | None:
+    """The first run of digits in what a model wrote."""
+    found = re.search(r"\d+", text)
+    return int(found.group()) if found else None
+
+
+def is_answered(text: str) -> bool:
+    """True once nothing that is added can change the answer: its digits have ended."""
+    return re.search(r"\d+\D", text) is not None
+
+
+def accuracy_rows(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """{"length", "depth", "trials", "accuracy"} for each pair of them in the trials: dicts with length, cell and right.
+
+    A trial's cell is the depth that was asked for, None for a random one.
+    """
+    cells: dict[tuple, list[bool]] = {}
+    for part in parts:
+        cells.setdefault((part["length"], part["cell"]), []).append(part["right"])
+    return [
+        {"length": length, "depth": depth, "trials": len(right), "accuracy": sum(right) / len(right)}
+        for (length, depth), right in cells.items()
+    ]

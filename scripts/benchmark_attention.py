@@ -1,0 +1,314 @@
+"""Measure attention over text length, method by method, beside its peers: python scripts/benchmark_attention.py."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+def main(
+    device: str = "auto",
+    dtype: str = "auto",
+    lengths: list[int] | None = None,
+    n_head: int | None = None,
+    n_query_groups: int | None = None,
+    head_size: int | None = None,
+    window: int | None = None,
+    n_sink_tokens: int = 4,
+    trained_length: int = 8192,
+    s2_group_ratio: float = 0.25,
+    backend: str = "auto",
+    methods: list[str] | None = None,
+    backward: bool = True,
+    repeats: int = 5,
+    max_seconds: float = 60.0,
+    output: Path = Path("tutorials/results/benchmark_attention.json"),
+) -> None:
+    """Print milliseconds and memory of one layer's attention, from projected queries, keys and values to its output.
+
+    All methods of one length take turns, `repeats` times, and medians are given. Masks are made before, as a model
+    makes them once for all layers. By default Mistral-7B's heads on a GPU and SmolLM2-135M's on a CPU.
+
+    Args:
+        device: auto, cpu or cuda.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        lengths: Tokens of the text. By default 8192, 32768, 65536 and 131072 on a GPU, 1024 to 8192 on a CPU.
+        n_head: Query heads.
+        n_query_groups: Key and value heads.
+        head_size: Elements of a head.
+        window: The sliding and the streaming window. By default 4096 on a GPU and 512 on a CPU.
+        n_sink_tokens: Sinks of streaming.
+        trained_length: The length that dual-chunk attention keeps distances within.
+        s2_group_ratio: A group's share of the text in S2-Attn.
+        backend: The attention_backend of ours.
+        methods: Names of methods to measure; by default all that the device has. An unknown name lists them.
+        backward: Measure the gradients too.
+        repeats: Timings of which the median is taken.
+        max_seconds: A method whose first call takes longer is not measured at greater lengths.
+        output: Where the JSON goes; a picture is drawn beside it.
+    """
+    import torch
+
+    from lit_swa.files import write_json
+    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+
+    device = pick_device(device)
+    cuda = device.startswith("cuda")
+    shape = (n_head or (32 if cuda else 9), n_query_groups or (8 if cuda else 3), head_size or (128 if cuda else 64))
+    settings = {
+        "n_head": shape[0], "n_query_groups": shape[1], "head_size": shape[2], "dtype": pick_dtype(dtype, device),
+        "window": window or (4096 if cuda else 512), "n_sink_tokens": n_sink_tokens, "trained_length": trained_length,
+        "s2_group_ratio": s2_group_ratio, "backend": backend, "repeats": repeats,
+    }  # fmt: skip
+    lengths = lengths or ([8192, 32768, 65536, 131072] if cuda else [1024, 2048, 4096, 8192])
+    if min(lengths) < 2 or repeats < 1:
+        raise ValueError("lengths must be at least 2 and repeats at least 1.")
+    rows: list[dict] = []
+    slow: set[str] = set()
+    for T in lengths:
+        torch.manual_seed(0)
+        for row in measure_length(T, device, settings, methods, backward, slow, max_seconds):
+            rows.append(row)
+            report(row)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = "python " + " ".join(sys.argv).partition(" --output")[0]
+    write_json(output, {"command": command, "machine": describe_machine(device), "settings": settings, "rows": rows})
+    draw(rows, settings, describe_machine(device), output.with_suffix(".png"))
+    print(f"written to {output} and {output.with_suffix('.png')}", file=sys.stderr)
+
+
+def measure_length(
+    T: int, device: str, settings: dict, chosen: list[str] | None, backward: bool, slow: set[str], max_seconds: float
+) -> list[dict]:
+    """One row for every method at T tokens."""
+    import torch
+
+    inputs = make_inputs(T, device, settings)
+    ways = ours(T, device, settings, inputs) | peers(T, device, settings, inputs)
+    unknown = set(chosen or ()) - set(ways)
+    if unknown and not any(name in slow for name in unknown):
+        raise ValueError(f"There is no method {sorted(unknown)[0]!r} here: choose from {', '.join(ways)}.")
+    ways = {name: way for name, way in ways.items() if (not chosen or name in chosen) and name not in slow}
+    grad = torch.randn_like(inputs[0])
+    rows = []
+    for name, way in list(ways.items()):
+        row = {"T": T, "method": name} | first_calls(way, inputs, grad, device, backward)
+        rows.append(row)
+        if "error" in row:
+            del ways[name]
+        elif row["first_s"] > max_seconds:
+            slow.add(name)
+    for direction in ("forward", "forward_backward") if backward else ("forward",):
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(settings["repeats"]):
+            for name, way in ways.items():
+                times[name].append(timed(way, inputs, grad if direction == "forward_backward" else None, device))
+        for row in rows:
+            if row["method"] in ways:
+                row[f"{direction}_ms"] = sorted(times[row["method"]])[settings["repeats"] // 2]
+    return rows
+
+
+def make_inputs(T: int, device: str, settings: dict) -> list:
+    """q (1, H, T, D), k and v (1, G, T, D), laid out as a projection leaves them: a token's heads side by side."""
+    import torch
+
+    heads = (settings["n_head"], settings["n_query_groups"], settings["n_query_groups"])
+    dtype = getattr(torch, settings["dtype"])
+    made = [torch.randn(1, T, h, settings["head_size"], device=device, dtype=dtype).transpose(1, 2) for h in heads]
+    return [x.requires_grad_() for x in made]
+
+
+def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callable]:
+    """lit_swa's variants; those with RoPE turn queries and keys first, dual-chunk attention the queries three times."""
+    import torch
+
+    from lit_swa import Config
+    from lit_swa.model import VARIANTS, Plan, RoPE, Span, Turns, apply_rope, attend, build_plan, fused, pick_engine
+
+    window = {"sliding_window_size": settings["window"], "n_sink_tokens": settings["n_sink_tokens"]}
+    fields = {
+        "full": {},
+        f"sliding {settings['window']}": {"attention": "sliding"} | window,
+        f"streaming {settings['n_sink_tokens']} + {settings['window']}": {"attention": "streaming"} | window,
+        "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": settings["trained_length"]},
+        "S2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
+    }
+    q, k, v = inputs
+    pos = torch.arange(T, device=device)[None]
+    ways: dict[str, Callable] = {}
+    for name, extra in fields.items():
+        config = Config(
+            n_layer=1, n_head=settings["n_head"], n_query_groups=settings["n_query_groups"], block_size=T,
+            head_size=settings["head_size"], n_embd=64, attention_backend=settings["backend"], **extra,
+        )  # fmt: skip
+        variant, rope = config.attention, RoPE(config).to(device)
+        row = VARIANTS[variant]
+        if config.s2_attention:
+            plan = Plan([], pos, s2_group=config.s2_group(T))
+        else:
+            engine = pick_engine(config, pos.device, q.dtype, T, cached=False)
+            plan = build_plan(variant, config, pos, Span(True, 0, T - 1, True, True), engine)
+        turns = Turns([rope(p.position(pos, config)) for p in row.parts], rope(row.key_position(pos, config)))
+
+        def plain(plan: Plan = plan, config: Config = config, parts: int = len(row.parts)) -> torch.Tensor:
+            return attend([q] * parts, k, v, plan, config)
+
+        def with_rope(plan: Plan = plan, config: Config = config, turns: Turns = turns) -> torch.Tensor:
+            queries = [fused(apply_rope, q, *turn) for turn in turns.queries]
+            return attend(queries, fused(apply_rope, k, *turns.keys), v, plan, config)
+
+        ways[name] = plain
+        if name in ("full", "dual chunk"):
+            ways[name + ", with RoPE"] = with_rope
+    return ways
+
+
+def peers(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callable]:
+    """What others do: torch's kernels for full causal attention, a window as a dense mask, LongLoRA's S2-Attn."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = inputs
+    R, W = settings["n_head"] // settings["n_query_groups"], settings["window"]
+
+    def causal(backend: SDPBackend | None) -> Callable:
+        def way() -> torch.Tensor:
+            if backend is None:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        return way
+
+    ways = {"torch SDPA causal": causal(None)}
+    if device.startswith("cuda"):
+        kinds = {"cuDNN causal": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2 causal": SDPBackend.FLASH_ATTENTION}
+        ways = {name: causal(kind) for name, kind in kinds.items()}
+    if T <= 8192:  # T * T of it
+        i = torch.arange(T, device=device)
+        mask = (i[:, None] >= i) & (i[:, None] - i < W)
+
+        def dense() -> torch.Tensor:
+            expanded = (x.repeat_interleave(R, dim=1) for x in (k, v))
+            return F.scaled_dot_product_attention(q, *expanded, attn_mask=mask)
+
+        ways[f"window {W} as a dense mask"] = dense
+    groups = round(1 / settings["s2_group_ratio"])
+    if T % (2 * groups) == 0:
+
+        def roll_and_flash() -> torch.Tensor:
+            """As LongLoRA does it: half of the heads rolled by half a group, all groups in one batch."""
+            g, half = T // groups, settings["n_head"] // 2
+            shifted = (q, k.repeat_interleave(R, dim=1), v.repeat_interleave(R, dim=1))
+            shifted = (torch.cat([x[:, :half], x[:, half:].roll(-g // 2, dims=2)], dim=1) for x in shifted)
+            cut = (x.unflatten(2, (groups, g)).transpose(1, 2).flatten(0, 1) for x in shifted)
+            y = F.scaled_dot_product_attention(*cut, is_causal=True)
+            y = y.unflatten(0, (1, groups)).transpose(1, 2).flatten(2, 3)
+            return torch.cat([y[:, :half], y[:, half:].roll(g // 2, dims=2)], dim=1)
+
+        ways["LongLoRA's S2 (roll + flash)"] = roll_and_flash
+    return ways
+
+
+def first_calls(way: Callable, inputs: list, grad, device: str, backward: bool) -> dict:
+    """Seconds of the first call, in which kernels are compiled or planned, and the peak memory of the second."""
+    import torch
+
+    cuda = device.startswith("cuda")
+    try:
+        started = time.perf_counter()
+        timed(way, inputs, grad if backward else None, device)
+        row = {"first_s": time.perf_counter() - started}
+        timed(way, inputs, None, device)  # planned apart where no gradient is wanted
+        if cuda:
+            for key, g in (("forward_GB", None), ("forward_backward_GB", grad)):
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                if g is None or backward:
+                    timed(way, inputs, g, device)
+                    row[key] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        return row
+    except (RuntimeError, torch.cuda.OutOfMemoryError) as e:
+        torch.cuda.empty_cache() if cuda else None
+        return {"error": " ".join(str(e).split())[:200]}
+
+
+def timed(way: Callable, inputs: list, grad, device: str) -> float:
+    """Milliseconds of one call, with its gradients if a gradient of the output is given."""
+    import torch
+
+    cuda = device.startswith("cuda")
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if cuda else (None, None)
+    started = time.perf_counter()
+    if cuda:
+        start.record()
+    if grad is None:
+        with torch.no_grad():
+            way()
+    else:
+        way().backward(grad)
+        for x in inputs:
+            x.grad = None
+    if not cuda:
+        return (time.perf_counter() - started) * 1e3
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def report(row: dict) -> None:
+    """One line for a person."""
+    if "error" in row:
+        print(f"T {row['T']:7d}  {row['method']:32s} {row['error'][:80]}", flush=True)
+        return
+    parts = [f"forward {row['forward_ms']:9.2f} ms"]
+    if "forward_backward_ms" in row:
+        parts.append(f"with backward {row['forward_backward_ms']:9.2f} ms")
+    if "forward_GB" in row:
+        parts.append(f"memory {row['forward_GB']:.2f} / {row.get('forward_backward_GB', 0):.2f} GB")
+    print(f"T {row['T']:7d}  {row['method']:32s} {'  '.join(parts)}  first {row['first_s']:.1f} s", flush=True)
+
+
+def draw(rows: list[dict], settings: dict, machine: str, path: Path) -> None:
+    """Time and memory over the text's length, one line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "forward_ms": "forward, ms",
+        "forward_backward_ms": "forward and backward, ms",
+        "forward_backward_GB": "memory of forward and backward, GB",
+    }
+    panels = {key: label for key, label in panels.items() if any(key in row for row in rows)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 5.2), layout="constrained", squeeze=False)
+    methods = list(dict.fromkeys(row["method"] for row in rows if "RoPE" not in row["method"]))
+    own = [m for m in methods if m.split()[0] in ("full", "sliding", "streaming", "dual", "S2")]
+    colours = plt.get_cmap("tab10").colors
+    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
+        for n, method in enumerate(methods):
+            points = [(row["T"], row[key]) for row in rows if row["method"] == method and key in row]
+            style = "-" if method in own else "--"
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), style, marker="o", markersize=4, color=colours[n % 10], label=method
+                )
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=label)
+        axis.set_xticks(sorted({row["T"] for row in rows}), [f"{T // 1024}k" for T in sorted({r["T"] for r in rows})])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    heads = f"{settings['n_head']} query and {settings['n_query_groups']} key heads of {settings['head_size']}"
+    figure.suptitle(f"one layer's attention, {heads}, {settings['dtype']}, batch 1 | {machine}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)

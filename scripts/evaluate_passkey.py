@@ -1,0 +1,228 @@
+"""Hide a number in a long text and ask for it: python scripts/evaluate_passkey.py --lengths '[1024,2048,4096]'."""
+
+import hashlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+def main(
+    checkpoint_dir: Path | None = None,
+    task: Literal["passkey", "needle"] = "passkey",
+    lengths: list[int] | None = None,
+    depths: int | None = None,
+    trials: int = 10,
+    haystack: Path | None = None,
+    max_new_tokens: int = 16,
+    use_chat_template: bool = False,
+    seed: int = 1234,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: Path = Path("out/passkey.json"),
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Print how often the model finds a number in texts of several lengths, and draw it; answers are greedy.
+
+    A run that was interrupted goes on where it stopped when it is started again with the same arguments; a run that is
+    complete prints its table again.
+
+    Args:
+        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        task: passkey hides each number at another depth, drawn at random; needle asks at every one of --depths.
+        lengths: Tokens of the prompt together with the room for its answer. By default 1024, 2048 and 4096.
+        depths: With the task needle, how many depths from the text's beginning to its end. By default 16.
+        trials: Numbers to ask for at every length (and depth).
+        haystack: A text file to hide the number in, such as a book. By default a few short sentences, repeated.
+        max_new_tokens: Room for the answer; it ends as soon as its digits do.
+        use_chat_template: Ask within the model's chat template, which an instruct model is used to.
+        seed: The same seed gives the same numbers at the same places.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        output: Where the results go, as JSON; the picture is beside it, as .png.
+        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.block_size 16384 to read beyond
+            the trained context.
+    """
+    from lit_swa.checkpoint import check_checkpoint_dir
+    from lit_swa.download import download_checkpoint
+    from lit_swa.evaluate import Results, weights_identity
+    from lit_swa.passkey import accuracy_rows, plan_trials, spread_depths
+    from lit_swa.plots import save_picture
+    from lit_swa.texts import read_text
+    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    lengths = sorted(set([1024, 2048, 4096] if lengths is None else lengths))
+    depths = check_arguments(task, lengths, depths, trials, max_new_tokens, output)
+    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    check_checkpoint_dir(checkpoint_dir)
+    text = "" if haystack is None else read_text(haystack)
+    hidden_in = haystack and {"file": str(haystack), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    arguments = {
+        "checkpoint_dir": str(checkpoint_dir), "task": task, "lengths": lengths, "depths": depths, "trials": trials,
+        "haystack": hidden_in, "max_new_tokens": max_new_tokens, "use_chat_template": use_chat_template, "seed": seed,
+        "device": device, "dtype": dtype, "model": model or {}, "weights": weights_identity(checkpoint_dir),
+    }  # fmt: skip
+    results = Results(output, arguments)
+    content = results.finished
+    if content is not None:
+        print(f"{output} is complete: this is what it says", file=sys.stderr)
+    else:
+        plan = plan_trials(lengths, [None] if task == "passkey" else spread_depths(depths), trials)
+        ask_all(plan, results, text)
+        parts = [results.parts[trial.key] for trial in plan]
+        content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+        content |= {"accuracy": accuracy_rows(parts), "trials": parts}
+        results.finish(content)
+    save_picture(output.with_suffix(".png"), lambda plt: draw(plt, content["accuracy"], content["trials"]))
+    print("\n".join(table_of(content["accuracy"])))
+    print(f"results: {output}, picture: {output.with_suffix('.png')}", file=sys.stderr)
+
+
+def check_arguments(
+    task: str, lengths: list[int], depths: int | None, trials: int, max_new_tokens: int, output: Path
+) -> int | None:
+    """The number of depths. Raises ValueError for what does not fit, before a model is loaded."""
+    if not lengths:
+        raise ValueError("There is no length to try: give some with --lengths '[1024,2048]'.")
+    if task == "passkey" and depths is not None:
+        raise ValueError(f"depths={depths} has no effect with the task passkey: add --task needle.")
+    depths = 16 if depths is None and task == "needle" else depths
+    limits = (
+        ("lengths", min(lengths), 1),
+        ("depths", depths, 1),
+        ("trials", trials, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+    )
+    for name, value, least in limits:
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} does not fit: it must be at least {least}.")
+    if output.suffix == ".png":
+        raise ValueError(f"output={output} is where the picture would go: give a name that ends in .json.")
+    return depths
+
+
+def ask_all(plan: list, results, text: str) -> None:
+    """Ask what has no answer in results.parts yet. Ctrl-C keeps what was answered and ends the program."""
+    from lit_swa.checkpoint import load_model
+    from lit_swa.generate import pack_for_cpu
+    from lit_swa.passkey import split_words
+    from lit_swa.tokenizer import Tokenizer
+    from lit_swa.utils import ProgressLine, interruptible
+
+    a, words = results.arguments, split_words(text)
+    tokenizer = Tokenizer(a["checkpoint_dir"])
+    check_prompts(plan, tokenizer, a, words)
+    gpt = load_model(a["checkpoint_dir"], dtype=a["dtype"], device=a["device"], **a["model"])
+    check_context(gpt, plan[-1].length)
+    pack_for_cpu(gpt)
+    gpt.set_kv_cache(1, plan[-1].length)  # the largest at once, so that memory fails now or never
+    done = sum(trial.length for trial in plan if trial.key in results.parts)
+    right = sum(part["right"] for part in results.parts.values())
+    line = ProgressLine(sum(trial.length for trial in plan), "tokens", done=done)
+    try:
+        with interruptible() as interrupted:
+            for trial in plan:
+                if trial.key in results.parts:
+                    continue
+                part = ask(gpt, tokenizer, trial, a, words, interrupted)
+                if interrupted():
+                    raise KeyboardInterrupt
+                results.add(trial.key, part)
+                done, right = done + trial.length, right + part["right"]
+                line.show(done, f"right {right} of {len(results.parts)}")
+    except KeyboardInterrupt:
+        print(f"{len(results.parts)} of {len(plan)} trials are kept: the same command goes on", file=sys.stderr)
+        raise
+    finally:
+        results.save()
+
+
+def check_prompts(plan: list, tokenizer, a: dict[str, Any], words: list[str]) -> None:
+    """Raises ValueError, before a model is loaded, when a length is too short for the question or the haystack."""
+    from lit_swa.passkey import build_prompt
+
+    if a["use_chat_template"] and not tokenizer.has_chat_template:
+        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
+    for trial in (plan[0], plan[-1]):
+        build_prompt(trial, tokenizer, a["seed"], a["max_new_tokens"], words, a["use_chat_template"])
+
+
+def check_context(gpt, longest: int) -> None:
+    """Raises ValueError for a length that the model cannot take."""
+    from lit_swa.generate import rolls
+
+    context = gpt.config.block_size
+    if longest > context and not rolls(gpt):
+        raise ValueError(
+            f"A length of {longest} tokens is more than the context of {context}: take shorter --lengths, raise it "
+            "with --model.block_size, or give every layer a window with --model.attention sliding "
+            "--model.sliding_window_size S --model.rolling_kv_cache true."
+        )
+
+
+def ask(gpt, tokenizer, trial, a: dict[str, Any], words: list[str], interrupted) -> dict[str, Any]:
+    """One trial: the prompt, a few greedy tokens, the first number in them."""
+    from lit_swa.generate import generate
+    from lit_swa.passkey import build_prompt, find_answer, is_answered
+
+    room = a["max_new_tokens"]
+    ids, passkey, depth = build_prompt(trial, tokenizer, a["seed"], room, words, a["use_chat_template"])
+    answer, new = "", []
+    for token in generate(gpt, ids, room, stop_tokens=tokenizer.eos_ids, should_stop=interrupted):
+        new.append(token)
+        answer = tokenizer.decode(new)
+        if is_answered(answer):
+            break
+    return {
+        "length": trial.length, "cell": trial.depth, "trial": trial.number, "depth": depth, "prompt_tokens": len(ids),
+        "expected": passkey, "answer": answer, "right": find_answer(answer) == passkey,
+    }  # fmt: skip
+
+
+def table_of(rows: list[dict[str, Any]]) -> list[str]:
+    """The accuracy in percent as a markdown table: a column for each length, a row for each depth and for all."""
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    depths = list(dict.fromkeys(row["depth"] for row in rows))
+    cells = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
+    lines = [f"| depth | {' | '.join(f'{n} tokens' for n in lengths)} |", "| --- |" + " --- |" * len(lengths)]
+    for depth in depths:
+        name = "random" if depth is None else f"{depth:.0%}"
+        lines.append(f"| {name} | {' | '.join(f'{cells[n, depth]:.0%}' for n in lengths)} |")
+    if len(depths) > 1:
+        means = [sum(cells[n, d] for d in depths) / len(depths) for n in lengths]
+        lines.append(f"| all | {' | '.join(f'{mean:.0%}' for mean in means)} |")
+    return lines
+
+
+def draw(plt, rows: list[dict[str, Any]], trials: list[dict[str, Any]]):
+    """Depth over length: a heat map of the accuracy, or, where each trial has a depth of its own, a point for each."""
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    depths = list(dict.fromkeys(row["depth"] for row in rows))
+    figure, axis = plt.subplots(figsize=(2.5 + 0.7 * len(lengths), 4.6), layout="constrained")
+    if depths == [None]:
+        for right, marker, colour in ((True, "o", "#2a9d5c"), (False, "x", "#c8373a")):
+            chosen = [t for t in trials if t["right"] == right]
+            x, y = [lengths.index(t["length"]) for t in chosen], [t["depth"] for t in chosen]
+            axis.scatter(x, y, marker=marker, color=colour, label="found" if right else "missed")
+        names = [f"{row['length']}\n{row['accuracy']:.0%}" for row in rows]
+        axis.set(xlim=(-0.5, len(lengths) - 0.5), ylim=(1.02, -0.02), xticks=range(len(lengths)), xticklabels=names)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    else:
+        cells = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
+        grid = [[cells[n, depth] for n in lengths] for depth in depths]
+        image = axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        figure.colorbar(image, ax=axis, label="accuracy")
+    axis.set(xlabel="tokens", ylabel="depth of the pass key")
+    return figure
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)

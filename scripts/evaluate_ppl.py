@@ -1,0 +1,212 @@
+"""Perplexity of a text over windows: python scripts/evaluate_ppl.py --data book.txt --seq_len 4096 --score last."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+def main(
+    data: list[Path] | Path,
+    checkpoint_dir: Path | None = None,
+    seq_len: int = 2048,
+    stride: int | None = None,
+    score: Literal["all", "last"] = "all",
+    max_tokens: int | None = None,
+    bucket: int | None = None,
+    batch_size: int = 1,
+    chunk_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    seed: int = 1234,
+    output: Path = Path("out/evaluate_ppl.json"),
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Print the perplexity of a text, read in windows, overall and by position in the window; all of it goes to a JSON.
+
+    The text is one stream of tokens. Each full window of seq_len tokens, one every `stride`, is read on its own; what
+    is left at the end of the stream is not. A window's first token is predicted from nothing and never counts.
+    Interrupted, the run goes on where it was when the same command is given again.
+
+    Args:
+        data: A .txt file (UTF-8), a list of them or a directory of them, or a .bin file of token ids: uint16 for a
+            vocabulary of up to 65,536, else uint32.
+        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        seq_len: Tokens in a window.
+        stride: Tokens from one window's begin to the next one's. By default seq_len.
+        score: all counts every token of every window but its first, so overlapping windows count a token several times
+            (LongLoRA's figure); last counts only the last `stride` tokens of each window, so each has a long context.
+        max_tokens: Read no more of the stream than this.
+        bucket: Positions in one of the buckets for which perplexity is given. By default an eighth of seq_len.
+        batch_size: Windows that are read at once.
+        chunk_size: Feed a window in calls of so many tokens through the KV cache, which takes less memory; 0 feeds it
+            in one call. The result is the same but for rounding (and but for the RoPE scalings dynamic and longrope,
+            which follow the length read so far). By default what fits the free memory.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        devices: Processes, each with a GPU of its own (or on the CPU) and a share of the windows. Needs lightning.
+        num_nodes: Machines that take part, each with so many devices.
+        seed: Of torch's random numbers. Nothing here draws any, unless a changed model does.
+        output: Where the JSON goes.
+        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
+            --model.sliding_window_size 1024.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from lit_swa import evaluate
+    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.download import download_checkpoint
+    from lit_swa.utils import pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    check_dtype(dtype, device)
+    stride = seq_len if stride is None else stride
+    evaluate.check_cut(seq_len, stride, score, bucket)
+    evaluate.check_at_least(batch_size=(batch_size, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
+    evaluate.check_at_least(chunk_size=(chunk_size or 0, 0))
+    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    check_checkpoint_dir(checkpoint_dir, tokenizer=False)
+    config = load_config(checkpoint_dir).override(**model or {})
+    evaluate.check_context(config, seq_len)
+    tokens = evaluate.read_tokens(data, checkpoint_dir, config.vocab_size, max_tokens)
+    windows = evaluate.full_windows(len(tokens), seq_len, stride, score, bucket, name_of(data))
+    arguments = {
+        "checkpoint_dir": checkpoint_dir,
+        "data": data,
+        "seq_len": seq_len,
+        "stride": stride,
+        "score": score,
+        "max_tokens": max_tokens,
+        "bucket": windows.bucket,
+        "batch_size": batch_size,
+        "chunk_size": chunk_size,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "model": asdict(config),
+        "data_tokens": len(tokens),
+        "data_sha256": evaluate.check_tokens(tokens, config.vocab_size, name_of(data)),
+        "weights": evaluate.weights_identity(checkpoint_dir),
+    }
+    torch.manual_seed(seed)
+    ranks = evaluate.launch_ranks(device, devices, num_nodes)
+    results = evaluate.Results(output, arguments) if ranks.rank == 0 else None
+    finished = ranks.broadcast(results.finished if results else None)
+    if finished is None:
+        finished = run(ranks, results, arguments, model or {}, tokens, windows)
+    elif ranks.rank == 0:
+        print(f"{output} holds the result of these arguments already", file=sys.stderr)
+    if ranks.rank == 0:
+        report(finished)
+    ranks.leave()
+
+
+def name_of(data: list[Path] | Path) -> str:
+    return str(data) if isinstance(data, Path) else f"{data[0]} and {len(data) - 1} more" if data[1:] else str(*data)
+
+
+def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], tokens, windows) -> dict[str, Any] | None:
+    """Load the model, read what is left to read, write the results; None on all ranks but 0."""
+    import shlex
+
+    from lit_swa.checkpoint import load_model
+    from lit_swa.evaluate import pick_chunk_size
+    from lit_swa.generate import pack_for_cpu
+    from lit_swa.utils import describe_machine, memory_in_use
+
+    if results:
+        results.save()  # what would fail after hours, a full or forbidden disk, fails now
+    gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], ranks.device, **overrides)
+    pack_for_cpu(gpt)
+    batch_size, chunk_size = arguments["batch_size"], arguments["chunk_size"]
+    if chunk_size is None:  # a resumed run takes the size it had, or its numbers would be rounded in another way
+        picked = pick_chunk_size(gpt, batch_size, windows.seq_len)
+        chunk_size = ranks.broadcast(results.parts.setdefault("_chunk_size", picked) if results else None)
+    read_windows(ranks, results, gpt, tokens, windows, batch_size, chunk_size)
+    if results is None:
+        return None
+    sums = [window for a in windows.starts[::batch_size] for window in results.parts[str(a)]]
+    seconds = results.parts["_seconds"]
+    result = {
+        "command": "python " + shlex.join(sys.argv),
+        "machine": describe_machine(ranks.device),
+        "processes": ranks.count,
+        "score": arguments["score"],
+        **windows.summary(sums),
+        "windows": len(windows.starts),
+        "chunk_size": chunk_size,
+        "seconds": seconds,
+        "tokens_per_second": len(windows.starts) * windows.seq_len / seconds,  # tokens that were read
+        "peak_memory": memory_in_use(),
+    }
+    results.finish(result)
+    return {"arguments": results.arguments} | result
+
+
+def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_size: int) -> None:
+    """Deal the batches of windows that are not done yet out to the ranks; results.parts[first start] = their sums.
+
+    All ranks do one batch each, then tell each other. So they stop together, and rank 0 keeps whole batches.
+    """
+    import time
+
+    import torch
+
+    from lit_swa.evaluate import perplexity, require_finite, window_nll
+    from lit_swa.utils import ProgressLine, interruptible
+
+    batches = {str(a): windows.starts[i : i + batch_size] for i, a in enumerate(windows.starts) if i % batch_size == 0}
+    todo = ranks.broadcast([key for key in batches if key not in results.parts] if results else None)
+    n_targets, n_buckets = windows.seq_len - windows.first, len(set(windows.bucket_of_targets()))
+    kept = [window for key in batches if results and key in results.parts for window in results.parts[key]]
+    n_done, n_windows, nll_sum = len(kept), len(windows.starts), sum(map(sum, kept))
+    progress = ProgressLine(n_windows * windows.seq_len, "perplexity", done=n_done * windows.seq_len)
+    with interruptible() as interrupted:
+        for i in range(0, len(todo), ranks.count):
+            started = time.perf_counter()
+            sums = torch.zeros(batch_size, n_buckets, dtype=torch.float64)
+            if i + ranks.rank < len(todo):
+                starts = batches[todo[i + ranks.rank]]
+                nll = window_nll(gpt, windows.batch(tokens, starts, ranks.device), windows.first, chunk_size)
+                sums[: len(starts)] = torch.tensor(windows.sums(nll), dtype=torch.float64)
+            gathered, stop = ranks.gather(sums), ranks.gather(torch.tensor(interrupted())).any()
+            round_ = {key: part[: len(batches[key])].tolist() for key, part in zip(todo[i:], gathered, strict=False)}
+            for key, part in round_.items():
+                require_finite(part, int(key))
+            if results is not None:
+                seconds = results.parts.get("_seconds", 0.0) + time.perf_counter() - started
+                results.add_all(round_ | {"_seconds": seconds})
+                n_done += sum(map(len, round_.values()))
+                nll_sum += sum(sum(map(sum, part)) for part in round_.values())
+                progress.show(n_done * windows.seq_len, f"ppl {perplexity(nll_sum / (n_done * n_targets)):.3f}")
+            if stop and i + ranks.count < len(todo):
+                if results is not None:
+                    results.save()
+                    print(f"{n_done} of {n_windows} windows are kept: the same command goes on", file=sys.stderr)
+                raise KeyboardInterrupt
+
+
+def report(result: dict[str, Any]) -> None:
+    """The answer on stdout."""
+    a = result["arguments"]
+    print(
+        f"perplexity {result['ppl']:.4f} (nll {result['nll']:.5f}) of {result['tokens']} tokens | score {a['score']} | "
+        f"{result['windows']} windows of {a['seq_len']} every {a['stride']}"
+    )
+    for positions, ppl in result["buckets"].items():
+        print(f"  at {positions:>15}  {ppl:12.4f}")
+    print(
+        f"{result['seconds']:.1f} s, {result['tokens_per_second']:.1f} tok/s, {result['peak_memory']}", file=sys.stderr
+    )
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)

@@ -1,0 +1,374 @@
+"""Read a long text through a small cache: scripts/evaluate_streaming.py --data FILE.txt, or talk: --chat FILE.jsonl."""
+
+import hashlib
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+ATTENTION_FIELDS = ("attention", "sliding_window_size", "n_sink_tokens", "rolling_kv_cache")
+
+
+def main(
+    data: Path | None = None,
+    chat: Path | None = None,
+    checkpoint_dir: Path | None = None,
+    cache_size: int = 512,
+    sinks: list[int] | None = None,
+    own_attention: bool | None = None,
+    max_tokens: int | None = None,
+    chunk_size: int | None = None,
+    bucket_size: int | None = None,
+    max_gen: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: Path = Path("out/streaming.json"),
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Compare caches on one long text, token by token: perplexity, milliseconds per token, bytes. Or hold a long chat.
+
+    A cache of N keys with n sinks keeps the text's first n tokens and the N - n latest ones, as in StreamingLLM
+    (Xiao et al. 2023, arXiv 2309.17453); with 0 sinks it is a sliding window of N. Its size is constant and the text
+    may have any length. With --chat, questions are asked one after the other in one conversation whose cache is never
+    emptied: answers go to stdout, statistics to stderr.
+
+    Args:
+        data: A text to read: .txt (UTF-8), or .bin with token ids.
+        chat: A file of questions, a JSON line each, such as {"question_id": 1, "turns": ["first", "second"]}.
+        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        cache_size: Keys that a layer keeps in all, sinks and latest tokens together.
+        sinks: Numbers of sinks to compare, as '[0,1,4]'. By default 0 and 4, and for a chat 4.
+        own_attention: Run the model's own attention too (full, for most models), which stops at its context. By default
+            it is run on a text, and not for a chat.
+        max_tokens: Tokens of the text to read; 0 reads all of it. By default 16384.
+        chunk_size: Tokens fed in one call. By default 1, as in decoding; more is faster and gives the same perplexity.
+        bucket_size: Positions in one point of the picture. By default 512.
+        max_gen: The longest answer of a chat, in tokens. By default 256.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        output: Where the results go, as JSON; the picture of a text's run is beside it, as .png.
+        model: Any field of the model's config, as --model.FIELD VALUE. Those of attention count for own_attention only.
+    """
+    from lit_swa.checkpoint import check_checkpoint_dir
+    from lit_swa.download import download_checkpoint
+    from lit_swa.evaluate import Results, weights_identity
+    from lit_swa.plots import save_picture
+    from lit_swa.texts import read_questions
+    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    given = {"max_tokens": max_tokens, "chunk_size": chunk_size, "bucket_size": bucket_size, "max_gen": max_gen}
+    settings = check_settings(data, chat, given, output)
+    questions = [] if chat is None else read_questions(chat)
+    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    check_checkpoint_dir(checkpoint_dir)
+    tokens, digest = ([], digest_of(questions)) if data is None else read_text(data, checkpoint_dir, settings)
+    methods = plan_methods(checkpoint_dir, sinks, cache_size, own_attention, model or {}, chat is not None)
+    arguments = {
+        "checkpoint_dir": str(checkpoint_dir), "data": data and str(data), "chat": chat and str(chat),
+        "sha256": digest, "methods": methods, "device": device, "dtype": dtype,
+        "weights": weights_identity(checkpoint_dir),
+    }  # fmt: skip
+    results = Results(output, arguments | settings)
+    finished = results.finished
+    if finished is None:
+        content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+        content |= run_chat(results, questions) if data is None else run_text(results, tokens)
+        results.finish(content)
+    else:
+        print(f"{output} is complete: this is what it says", file=sys.stderr)
+        content = finished
+        for part in content.get("answers", []):
+            print_answer(part)
+    if data is not None:
+        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, content["methods"]))
+        print("\n".join(table_of(content["methods"])))
+    print(f"results: {output}", file=sys.stderr)
+
+
+def check_settings(data: Path | None, chat: Path | None, given: dict[str, int | None], output: Path) -> dict[str, int]:
+    """The settings of a text or of a chat, with their defaults. Raises ValueError for one that does not fit."""
+    if (data is None) == (chat is None):
+        raise ValueError("Give a text with --data FILE.txt, or questions with --chat FILE.jsonl: one of the two.")
+    if output.suffix == ".png":
+        raise ValueError(f"output={output} is where the picture would go: give a name that ends in .json.")
+    defaults = {"max_gen": 256} if data is None else {"max_tokens": 16384, "chunk_size": 1, "bucket_size": 512}
+    for name, value in given.items():
+        if value is not None and name not in defaults:
+            raise ValueError(f"{name}={value} has no effect with --{'chat' if data is None else 'data'}: leave it out.")
+        if value is not None and value < (0 if name == "max_tokens" else 1):
+            raise ValueError(f"{name}={value} does not fit: it must be at least {0 if name == 'max_tokens' else 1}.")
+    return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+
+
+def plan_methods(
+    checkpoint_dir: Path, sinks: list[int] | None, cache_size: int, own: bool | None, fields: dict[str, Any], chat: bool
+) -> list[dict[str, Any]]:
+    """{"name", "model"} for each cache to run, "model" being config fields. Raises ValueError for one that won't do."""
+    from lit_swa.checkpoint import load_config
+
+    own = not chat if own is None else own
+    sinks = ([] if own else [4]) if sinks is None and chat else [0, 4] if sinks is None else sinks
+    shared = {name: value for name, value in fields.items() if name not in ATTENTION_FIELDS}
+    if not own and (unused := [name for name in ATTENTION_FIELDS if name in fields]):
+        raise ValueError(
+            f"model.{unused[0]}={fields[unused[0]]} has no effect on the caches of --sinks, which set it themselves: "
+            "add --own_attention true."
+        )
+    methods = []
+    for n in dict.fromkeys(sinks):
+        if not 0 <= n < cache_size:
+            raise ValueError(f"sinks={n} does not fit: it must be at least 0 and less than cache_size={cache_size}.")
+        attention = {"attention": "sliding"} if n == 0 else {"attention": "streaming", "n_sink_tokens": n}
+        attention |= {"sliding_window_size": cache_size - n, "rolling_kv_cache": True}
+        name = f"{n} sink{'s' if n > 1 else ''} + {cache_size - n}" if n else f"window {cache_size}"
+        methods.append({"name": name, "model": shared | attention})
+    if own:
+        name = load_config(checkpoint_dir).override(**fields).attention
+        methods.append({"name": name, "model": fields})
+    if not methods or (chat and len(methods) > 1):
+        raise ValueError(
+            f"There are {len(methods)} caches to run: give {'one' if chat else 'some'} with --sinks '[4]'."
+        )
+    for method in methods:
+        load_config(checkpoint_dir).override(**method["model"])  # what is wrong is said now and not after an hour
+    return methods
+
+
+def digest_of(questions: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(repr(questions).encode()).hexdigest()
+
+
+def load(results, method: dict[str, Any]):
+    """The model with one method's cache."""
+    from lit_swa.checkpoint import load_model
+    from lit_swa.generate import pack_for_cpu
+
+    a = results.arguments
+    gpt = load_model(a["checkpoint_dir"], dtype=a["dtype"], device=a["device"], **method["model"])
+    pack_for_cpu(gpt)
+    return gpt
+
+
+# ---------------------------------------------------------------------------------------------------------- a long text
+
+
+def read_text(data: Path, checkpoint_dir: Path, settings: dict[str, int]):
+    """(the tokens to read, one more to predict; a hash of them). Raises ValueError or OSError."""
+    from lit_swa.checkpoint import load_config
+    from lit_swa.evaluate import check_tokens, read_tokens
+
+    vocab_size = load_config(checkpoint_dir).vocab_size
+    tokens = read_tokens(
+        data, checkpoint_dir, vocab_size, settings["max_tokens"] + 1 if settings["max_tokens"] else None
+    )
+    if len(tokens) < 2:
+        raise ValueError(f"{data} is a text of one token: there is nothing to predict, give a longer one.")
+    return tokens, check_tokens(tokens, vocab_size, data)
+
+
+def run_text(results, tokens) -> dict[str, Any]:
+    """Read the text with every method. Ctrl-C keeps those that are done; the one that it stops begins anew."""
+    from lit_swa.generate import rolls
+    from lit_swa.utils import ProgressLine, interruptible
+
+    a, total = results.arguments, len(tokens) - 1
+    to_read = [m for m in a["methods"] if m["name"] not in results.parts]
+    for method in to_read:
+        gpt = load(results, method)
+        n = total if rolls(gpt) else min(total, gpt.config.block_size)
+        if n < total:
+            print(f"{method['name']}: stops at its context, {n} of {total} tokens", file=sys.stderr)
+        line = ProgressLine(n, method["name"])
+        with interruptible() as interrupted:
+            buckets = read(gpt, tokens[: n + 1], a["chunk_size"], a["bucket_size"], line, interrupted)
+        if interrupted():
+            results.save()
+            print(
+                f"{len(results.parts)} of {len(a['methods'])} caches are kept: the same command goes on "
+                f"with {method['name']}, from the beginning of the text",
+                file=sys.stderr,
+            )
+            raise KeyboardInterrupt
+        results.add(
+            method["name"], method | summary(buckets) | {"cache_bytes": gpt.kv_cache_bytes(), "buckets": buckets}
+        )
+        results.save()
+        del gpt  # before the next one comes
+    return {"text_tokens": total, "methods": [results.parts[m["name"]] for m in a["methods"]]}
+
+
+def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[str, float]]:
+    """Feed all tokens but the last, `chunk` at a time, and predict each one's next: a mean per bucket of positions."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from lit_swa.generate import wait_for
+
+    device, n, vocabulary = gpt.transformer.wte.weight.device, len(tokens) - 1, gpt.config.vocab_size
+    text, buckets, seen = torch.tensor(tokens.tolist(), device=device), [], 0.0
+    gpt.set_kv_cache(1, n)
+    with torch.inference_mode():
+        gpt(
+            text[None, :1], torch.zeros(1, dtype=torch.long, device=device)
+        )  # what only the first call does is not timed
+        gpt.reset_kv_cache()
+        for start in range(0, n, bucket):
+            stop, total, started = min(start + bucket, n), torch.zeros((), device=device), time.perf_counter()
+            for at in range(start, stop, chunk):
+                end = min(at + chunk, stop)
+                logits = gpt(text[None, at:end], torch.arange(at, end, device=device), input_pos_maxp1=end)
+                total += cross_entropy(logits[0, :, :vocabulary].float(), text[at + 1 : end + 1], reduction="sum")
+                if interrupted():
+                    return buckets
+                if end < stop:
+                    line.show(end, f"ppl {math.exp(seen / start):.2f}" if start else "")
+            wait_for(device)
+            ms = 1e3 * (time.perf_counter() - started) / (stop - start)
+            nll = float(total) / (stop - start)
+            if not math.isfinite(nll):
+                raise ValueError(f"From token {start} on the logits are no numbers: use --dtype float32.")
+            seen += float(total)
+            buckets.append({"start": start, "stop": stop, "nll": nll, "ppl": math.exp(nll), "ms_per_token": ms})
+            line.show(stop, f"ppl {math.exp(seen / stop):.2f}")
+    return buckets
+
+
+def summary(buckets: list[dict[str, float]]) -> dict[str, float]:
+    """The whole of some buckets."""
+    tokens = [b["stop"] - b["start"] for b in buckets]
+    nll = sum(n * b["nll"] for n, b in zip(tokens, buckets, strict=True)) / sum(tokens)
+    ms = sum(n * b["ms_per_token"] for n, b in zip(tokens, buckets, strict=True)) / sum(tokens)
+    return {"tokens": sum(tokens), "nll": nll, "ppl": math.exp(nll), "ms_per_token": ms}
+
+
+def table_of(methods: list[dict[str, Any]]) -> list[str]:
+    """A markdown table, a row for each method. Where one stopped early, also the perplexity of what all have read."""
+    names = ["cache", "tokens", "ppl", "ms/token, first", "ms/token, last", "cache MB"]
+    common = max(set.intersection(*({b["stop"] for b in m["buckets"]} for m in methods)), default=0)
+    if common and len({m["tokens"] for m in methods}) > 1:
+        names.insert(2, f"ppl of the first {common}")
+    lines = [f"| {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) - 1)]
+    for m in methods:
+        cells = [m["name"], str(m["tokens"]), f"{m['ppl']:.2f}"]
+        if len(names) == 7:
+            cells.insert(2, f"{summary([b for b in m['buckets'] if b['stop'] <= common])['ppl']:.2f}")
+        cells += [f"{m['buckets'][i]['ms_per_token']:.1f}" for i in (0, -1)] + [f"{m['cache_bytes'] / 1e6:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def draw(plt, methods: list[dict[str, Any]]):
+    """Log-perplexity and milliseconds per token over position."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for m in methods:
+        middle = [(b["start"] + b["stop"]) / 2 for b in m["buckets"]]
+        for axis, key in zip(axes, ("nll", "ms_per_token"), strict=True):
+            axis.plot(middle, [b[key] for b in m["buckets"]], label=m["name"], marker="." if len(middle) < 40 else "")
+    axes[0].set(xlabel="position", ylabel="log-perplexity")
+    axes[1].set(xlabel="position", ylabel="ms per token", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------- a long chat
+
+
+def run_chat(results, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ask all questions in one conversation. Ctrl-C keeps what was answered; a next start reads that and goes on."""
+    from lit_swa.generate import rolls
+    from lit_swa.tokenizer import Tokenizer
+    from lit_swa.utils import interruptible
+
+    a = results.arguments
+    tokenizer = Tokenizer(a["checkpoint_dir"])
+    if not tokenizer.has_chat_template:
+        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: take an instruct model.")
+    gpt = load(results, a["methods"][0])
+    context = gpt.config.block_size
+    gpt.set_kv_cache(1, 2**31 if rolls(gpt) else min(1024, context))  # a window is all that a rolling cache holds
+    ids, cached, stopped = [], [], None  # the conversation, and what of it is in the cache
+    for i, question in enumerate(questions):
+        part = results.parts.get(str(i))
+        turn = next_turn(tokenizer, question["question"], first=i == 0) if part is None else part["ids"]
+        if part is None and not rolls(gpt) and len(ids) + len(turn) > context:
+            stopped = f"the context of {context} tokens is full after {i} of {len(questions)} questions"
+            print(f"{stopped}: a cache of --sinks goes on for ever", file=sys.stderr)
+            break
+        ids += turn
+        if part is not None:
+            print_answer(part)
+            continue
+        with interruptible() as interrupted:
+            part = answer(gpt, tokenizer, question, ids, cached, a["max_gen"], interrupted)
+        if interrupted():
+            results.save()
+            print(f"\n{len(results.parts)} answers are kept: the same command goes on", file=sys.stderr)
+            raise KeyboardInterrupt
+        results.add(str(i), part | {"ids": turn + part["ids"]})
+    parts = [results.parts[str(i)] for i in range(len(questions)) if str(i) in results.parts]
+    answers = [{key: value for key, value in part.items() if key != "ids"} for part in parts]
+    return {"answers": answers, "tokens": len(ids), "stopped": stopped}
+
+
+def next_turn(tokenizer, question: str, first: bool) -> list[int]:
+    """The tokens that a question adds to a conversation, up to where the answer begins.
+
+    All before stays as it is in the cache, so only what the template puts behind an answer is made: it is found by
+    rendering a conversation that consists of a stand-in answer and the new question. However long the real one has
+    become, this costs the same.
+    """
+    ask = {"role": "user", "content": question}
+    if first:
+        return tokenizer.apply_chat_template([ask])
+    stand_in = "(the-answer-before)"
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": stand_in}, ask]
+    return tokenizer.encode(tokenizer.render_chat(turns).partition(stand_in)[2], bos=False)
+
+
+def answer(gpt, tokenizer, question: dict, ids: list[int], cached: list[int], max_gen: int, interrupted) -> dict:
+    """Answer greedily, print as it comes; the answer's tokens are added to ids."""
+    from lit_swa.generate import Stats, generate
+    from lit_swa.tokenizer import StreamDecoder
+
+    stats, decoder, new, pieces = Stats(), StreamDecoder(tokenizer), [], []
+    print(heading(question), flush=True)
+    tokens = generate(
+        gpt, ids, max_gen, stop_tokens=tokenizer.eos_ids, cached_ids=cached, should_stop=interrupted, stats=stats
+    )
+    for token in tokens:
+        new.append(token)
+        pieces.append(decoder.push(token))
+        print(pieces[-1], end="", flush=True)
+    pieces.append(decoder.flush())
+    print(pieces[-1], end="\n\n", flush=True)
+    ids += new
+    seconds = stats.first_token_seconds + stats.decode_seconds
+    part = question | {"answer": "".join(pieces), "tokens_so_far": len(ids), "new_tokens": len(new)}
+    part |= {"ms_per_token": 1e3 * stats.decode_seconds / max(1, stats.decode_steps), "seconds": seconds}
+    part |= {"cache_bytes": gpt.kv_cache_bytes(), "ids": new}
+    print(
+        f"{len(ids)} tokens so far | {len(new)} new | {part['ms_per_token']:.1f} ms/token | "
+        f"cache {part['cache_bytes'] / 1e6:.1f} MB",
+        file=sys.stderr,
+    )
+    return part
+
+
+def heading(question: dict[str, Any]) -> str:
+    return f"[{question['question_id']}, turn {question['turn']}] {question['question']}"
+
+
+def print_answer(part: dict[str, Any]) -> None:
+    print(heading(part), part["answer"], sep="\n", end="\n\n")
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
