@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa.model import GPT, VARIANTS, CacheLayout
+from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, CacheLayout
 
 if TYPE_CHECKING:
     from lit_swa.tokenizer import StreamDecoder, Tokenizer
@@ -51,8 +51,9 @@ def describe_window(model: GPT) -> str:
     if n == 0:
         return f"none (context {model.config.block_size})"
     kind = " rolling" if rolls(model) or model.config.rolling_kv_cache else ""
+    sinks = f" behind {model.config.n_sink_tokens} sinks" if "streaming" in model.config.layer_variants else ""
     part = "" if n == len(windows) else f" in {n} of {len(windows)} layers"
-    return f"{model.config.sliding_window_size}{kind}{part}"
+    return f"{model.config.sliding_window_size}{kind}{sinks}{part}"
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -259,6 +260,8 @@ def prefill(
     """Feed the tokens of ids that are not in the cache; logits (1, 1, V) of the last, or None if stopped on the way."""
     device, logits = model.transformer.wte.weight.device, None
     size = prefill_chunk(model, batch_size=1)
+    if (model.config.rope_scaling or {}).get("type") in LENGTH_SCALINGS:
+        size = len(ids)  # what a token is depends on how long the text is when it is read: not on memory then
     while len(cached) < len(ids):
         if should_stop():
             return None

@@ -11,15 +11,17 @@ Notation, used in every shape comment:
 
     who sees whom, T = 8 (row: query, column: key)
 
-    full            sliding, S = 3
-    x . . . . . . .     x . . . . . . .
-    x x . . . . . .     x x . . . . . .
-    x x x . . . . .     x x x . . . . .
-    x x x x . . . .     . x x x . . . .
-    x x x x x . . .     . . x x x . . .
-    x x x x x x . .     . . . x x x . .
-    x x x x x x x .     . . . . x x x .
-    x x x x x x x x     . . . . . x x x
+    full               sliding, S = 3     streaming, S = 3   dual_chunk, s = 3  S2, g = 4          ... half the heads
+    x . . . . . . .    x . . . . . . .    o . . . . . . .    x . . . . . . .    x . . . . . . .    x . . . . . . .
+    x x . . . . . .    x x . . . . . .    o x . . . . . .    x x . . . . . .    x x . . . . . .    x x . . . . . .
+    x x x . . . . .    x x x . . . . .    o x x . . . . .    x x x . . . . .    x x x . . . . .    . . x . . . . .
+    x x x x . . . .    . x x x . . . .    o x x x . . . .    + + + x . . . .    x x x x . . . .    . . x x . . . .
+    x x x x x . . .    . . x x x . . .    o . x x x . . .    + + + x x . . .    . . . . x . . .    . . x x x . . .
+    x x x x x x . .    . . . x x x . .    o . . x x x . .    + + + x x x . .    . . . . x x . .    . . x x x x . .
+    x x x x x x x .    . . . . x x x .    o . . . x x x .    - - - + + + x .    . . . . x x x .    . . . . . . x .
+    x x x x x x x x    . . . . . x x x    o . . . . x x x    - - - + + + x x    . . . . x x x x    . . . . . . x x
+
+    o  a sink (here 1), from a position beside it   + -  from a position in the next chunk, at the greatest distance
 
 Positions rule everything. A token's position is its place in its sequence; masks, RoPE and cache slots are functions of
 positions, so that any split of a sequence into calls gives the same logits as one call. A negative position marks
@@ -159,13 +161,12 @@ class Config:
             if values.get("dual_chunk_pretraining_length") is None and "dual_chunk" in str(overrides.get("attention")):
                 overrides.setdefault("dual_chunk_pretraining_length", values["block_size"])
         config = cls(**values | overrides)
-        windowed = any(VARIANTS[v].window(config) for v in config.layer_variants)
-        for name in ("sliding_window_size", "rolling_kv_cache", "rope_local_base_freq", "n_sink_tokens"):
-            if overrides.get(name) and not windowed:
-                raise ValueError(
-                    f"{name}={overrides[name]} has no effect with attention={config.attention!r}: "
-                    "also set attention to 'sliding' or to a pattern that contains it."
-                )
+        for name, value in overrides.items():
+            default = cls.__dataclass_fields__[name].default
+            if name in EFFECTIVE_WITH and value is not None and value is not False and value != default:
+                EFFECTIVE_WITH[name](name, value, config)
+        if {"s2_group_size", "s2_group_ratio"} <= set(overrides):
+            raise ValueError("s2_group_size and s2_group_ratio are two ways to say it: set one.")
         return config
 
     def override(self, **overrides: Any) -> "Config":
@@ -222,6 +223,39 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
     "attention_scores_scalar": (1, 2**31),
     "attention_logit_softcapping": (1e-3, 1e6),
     "final_logit_softcapping": (1e-3, 1e6),
+}
+
+
+def needs_variant(*variants: str) -> Callable[[str, Any, Config], None]:
+    """A check that a field, set to a value, meets one of these variants in a config."""
+
+    def check(name: str, value: Any, config: Config) -> None:
+        if not set(variants) & set(config.layer_variants):
+            raise ValueError(
+                f"{name}={value} has no effect with attention={config.attention!r}: also set attention to "
+                f"{' or '.join(map(repr, variants))}, or to a pattern that contains it."
+            )
+
+    return check
+
+
+def needs_s2(name: str, value: Any, config: Config) -> None:
+    if not config.s2_attention:
+        raise ValueError(f"{name}={value} has no effect without s2_attention: also set s2_attention to true.")
+
+
+EFFECTIVE_WITH: dict[str, Callable[[str, Any, Config], None]] = {  # what an override of a field needs beside it
+    "sliding_window_size": needs_variant("sliding", "streaming"),
+    "rolling_kv_cache": needs_variant("sliding", "streaming"),
+    "rope_local_base_freq": needs_variant("sliding", "streaming"),
+    "n_sink_tokens": needs_variant("streaming"),
+    "dual_chunk_pretraining_length": needs_variant("dual_chunk"),
+    "dual_chunk_size": needs_variant("dual_chunk"),
+    "dual_chunk_local": needs_variant("dual_chunk"),
+    "dual_chunk_temperature": needs_variant("dual_chunk"),
+    "dual_chunk_temperature_slope": needs_variant("dual_chunk"),
+    "s2_group_ratio": needs_s2,
+    "s2_group_size": needs_s2,
 }
 
 
@@ -385,7 +419,7 @@ class GPT(nn.Module):
         self.check_span(B, T, pos, span, cached)
         pos = pos.view(-1, T)  # (1, T): the same for every row, or (B, T)
         config, dtype = self.config, self.transformer.wte.weight.dtype
-        if torch.is_autocast_enabled(device.type):
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         plans, turns = {}, {}
         for name in dict.fromkeys(config.layer_variants):
@@ -700,6 +734,7 @@ class Part(NamedTuple):
     mask: Callable[[Tensor, Tensor, Config], Tensor]  # (query positions, key positions) -> bool
     reach: Callable[[int, int, Config], tuple[int, int]] | None = None
     position: Callable[[Tensor, Config], Tensor] = own_position  # where a query is turned to
+    band: bool = False  # the mask is the variant's window within the reach: a kernel that takes a window may do it
 
 
 class Variant(NamedTuple):
@@ -723,11 +758,11 @@ class Variant(NamedTuple):
 VARIANTS: dict[str, Variant] = {
     "full": Variant((Part(full, lambda a, b, c: (0, b)),)),
     "sliding": Variant(
-        (Part(sliding, lambda a, b, c: (a - c.sliding_window_size + 1, b)),), sliding_window, window_cache
+        (Part(sliding, lambda a, b, c: (a - c.sliding_window_size + 1, b), band=True),), sliding_window, window_cache
     ),
     "streaming": Variant(
         (
-            Part(recent, lambda a, b, c: (max(c.n_sink_tokens, a - c.sliding_window_size + 1), b)),
+            Part(recent, lambda a, b, c: (max(c.n_sink_tokens, a - c.sliding_window_size + 1), b), band=True),
             Part(sinks, lambda a, b, c: (0, min(b, c.n_sink_tokens)), beside_sinks),
         ),
         sliding_window,
@@ -859,7 +894,7 @@ def attend_groups(q: Tensor, k: Tensor, v: Tensor, g: int, first: int, scale: fl
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
     """Every query sees the keys up to its own: (B, H, T, D) x (B, G, T, D) -> (B, H, T, D)."""
     gqa, long = q.size(1) != k.size(1), q.device.type == "cuda" and q.size(2) >= LONG_CALL
-    if backend == "flash" and long:
+    if backend == "flash" and long and q.dtype != torch.float32:
         return flash_attention(q, k, v, None, scale)
     if backend == "sdpa" or not long or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
@@ -1189,7 +1224,7 @@ def pick_engine(config: Config, device: torch.device, dtype: torch.dtype, T: int
         return Engine(kind, None, flex)
     hopper = torch.cuda.get_device_capability(device) >= (9, 0) and D <= 128
     merge = "cudnn" if hopper and T >= LONG_CALL and choice != "flash" else "flash"  # cuDNN plans every new shape
-    if choice in ("flex", "flash"):
+    if choice in ("flex", "flash") and T >= FLEX_BLOCK:
         return Engine(kind, merge if plain else None, choice)
     if T < LONG_CALL:
         return Engine(kind, merge if plain else None)
@@ -1306,7 +1341,8 @@ def cut_between(edges: list[int], size: int) -> list[tuple[int, int]]:
 
 def whole_queries(m: Meeting) -> int:
     """How many of the queries, from the first on, go in one block to a kernel that takes a window by itself."""
-    if m.engine.window is None or (m.engine.window == "flash" and len(m.variant.parts) > 1):
+    parts = m.variant.parts
+    if m.engine.window is None or not any(p.band for p in parts) or (m.engine.window == "flash" and len(parts) > 1):
         return 0  # torch's flash kernel gives no log-sum-exp to merge sinks by
     return m.q_pos.size(1) // m.engine.whole * m.engine.whole
 
@@ -1316,14 +1352,13 @@ def whole_ranges(m: Meeting, n: int, stop: int, shared: dict[int, Tensor | None]
     part, window = m.variant.parts[n], m.variant.window(m.config)
     a, b = m.layout.first, m.layout.first + stop
     lo, hi = part.reach(a, b, m.config)
-    if hi != b or part.position is not own_position:
+    if not part.band:
         return part_ranges(m, n, 0, stop, None, shared)
     keys = m.layout.keys(max(0, lo), hi)
     if m.engine.window == "flash":
         return [Range(keys, {n: None}, window=window)]
     more = min(keys.start, -(keys.stop - keys.start) % FLEX_BLOCK)  # whole blocks need no check of where keys end
-    L, last = keys.stop - keys.start + more, m.q_pos.device
-    block_mask = window_block_mask(stop, L, window, more, last)
+    block_mask = window_block_mask(stop, keys.stop - keys.start + more, window, more, m.q_pos.device)
     return [Range(slice(keys.start - more, keys.stop), {n: None}, flex=block_mask)]
 
 
@@ -1783,18 +1818,20 @@ def check_rope_scaling(config: Config) -> None:
     if scaling is None:
         return
     if scaling.get("type") not in ROPE_SCALINGS:
-        raise ValueError(f"rope_scaling type {scaling.get('type')!r} is none of {', '.join(ROPE_SCALINGS)}.")
+        given = f"type {scaling['type']!r} is none of" if "type" in scaling else "needs a type, one of"
+        raise ValueError(f"rope_scaling {given} {', '.join(ROPE_SCALINGS)}.")
     kind, given = scaling["type"], set(scaling) - {"type"}
     needed, welcome = ROPE_SCALING_KEYS[kind]
-    if not needed <= given <= needed | welcome:
-        also = f", and may have {', '.join(sorted(welcome))}" if welcome else ""
-        raise ValueError(
-            f"rope_scaling of type {kind!r} needs {', '.join(sorted(needed))}{also}; "
-            f"given: {', '.join(sorted(given)) or 'nothing'}."
-        )
+    if needed - given:
+        raise ValueError(f"rope_scaling of type {kind!r} needs {', '.join(sorted(needed - given))}.")
+    if given - needed - welcome:
+        unknown, known = ", ".join(sorted(given - needed - welcome)), ", ".join(sorted(needed | welcome))
+        raise ValueError(f"rope_scaling of type {kind!r} has no {unknown}: it takes {known}.")
     for key in given - {"truncate"}:
         values = scaling[key] if key in LONGROPE_LISTS else [scaling[key]]
-        if not isinstance(values, list) or any(type(v) not in (int, float) or not 0 < v < 1e9 for v in values):
+        if not isinstance(values, list):
+            raise ValueError(f"rope_scaling {key}={values!r} does not fit: it must be a list of numbers.")
+        if any(type(v) not in (int, float) or not 0 < v < 1e9 for v in values):
             raise ValueError(f"rope_scaling {key}={scaling[key]!r} does not fit: it must be a positive number.")
         if key in LONGROPE_LISTS and len(values) != config.rope_n_elem // 2:
             raise ValueError(

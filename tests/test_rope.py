@@ -183,10 +183,11 @@ def test_ntk_cannot_be_exported():
 @pytest.mark.parametrize(
     "scaling, message",
     [
-        ({"type": "yarn"}, "needs factor, original_max_position_embeddings, and may have attention_factor"),
-        ({"type": "ntk", "factor": 2.0, "beta_fast": 3}, "needs factor"),
+        ({"type": "yarn"}, "needs factor"),
+        ({"type": "ntk", "factor": 2.0, "beta_fast": 3}, "has no beta_fast: it takes factor"),
         ({"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}, "must have one for each"),
-        ({"type": "longrope", "short_factor": 1.0, "long_factor": [1.0] * 4}, "positive number"),
+        ({"type": "longrope", "short_factor": 1.0, "long_factor": [1.0] * 4}, "a list of numbers"),
+        ({"rope_type": "linear", "factor": 2.0}, "needs a type, one of linear"),
         ({"type": "dynamic", "factor": math.nan}, "positive number"),
         ({"type": "su"}, "none of linear, ntk, dynamic, yarn, llama3, longrope"),
     ],

@@ -342,6 +342,28 @@ def test_an_override_keeps_the_trained_length():
     assert dual.override(block_size=131072).chunk_trained == 8192
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"n_sink_tokens": 8}, "also set attention to 'streaming'"),
+        ({"n_sink_tokens": 0}, "also set attention to 'streaming'"),
+        ({"dual_chunk_size": 512}, "also set attention to 'dual_chunk'"),
+        ({"s2_group_size": 64}, "also set s2_attention to true"),
+        ({"s2_attention": True, "s2_group_size": 64, "s2_group_ratio": 0.5}, "set one"),
+    ],
+)
+def test_overrides_that_would_do_nothing_are_refused(fields, message):
+    """Catches: a flag that is accepted and not used."""
+    with pytest.raises(ValueError, match=message):
+        tiny_config().override(**fields)
+
+
+def test_a_model_without_memory_can_be_planned():
+    """Catches: a look at positions or at autocast that a meta tensor has no answer to."""
+    idx = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    assert GPT(tiny_config()).to("meta")(idx).shape == (1, 8, 97)
+
+
 def test_every_variant_is_covered_here():
     """Catches: a new row of VARIANTS that nobody compares with brute force."""
     assert set(VARIANTS) - {"full"} <= {fields["attention"] for fields, _ in CASES.values()}
