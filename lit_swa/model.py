@@ -1080,7 +1080,7 @@ def window_block_mask(T: int, L: int, window: int, skip: int, device: torch.devi
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    offset, first_key = torch.tensor([L - T, skip], device=device)  # tensors: other numbers need no other code
+    offset = L - T
     start = torch.arange(0, T, FLEX_BLOCK, device=device) + offset  # where each block's first query has its own key ...
     stop = (start + FLEX_BLOCK).clamp(max=L) - 1  # ... and its last
     block = torch.arange(-(-L // FLEX_BLOCK), device=device)
@@ -1093,7 +1093,7 @@ def window_block_mask(T: int, L: int, window: int, skip: int, device: torch.devi
         return chosen.sum(-1)[None, None].to(torch.int32), order[None, None].to(torch.int32)
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q + offset) & (q + offset - k < window) & (k >= first_key)
+        return (k <= q + offset) & (q + offset - k < window) & (k >= skip)
 
     lists = (*listed(near & ~whole), *listed(whole))
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=FLEX_BLOCK, mask_mod=seen, seq_lengths=(T, L))
