@@ -816,9 +816,9 @@ def attend_block(
     first = block.ranges[0]
     if len(block.ranges) > 1 or len(first.seen) > 1 or config.attention_logit_softcapping is not None:
         return attend_ranges(queries, k, v, block, scale, config)
-    q, k, v, mask, causal = first.cut(queries, k, v, block)
+    q, k, v, mask = first.cut(queries, k, v, block)
     (B, H, T, D), G = q.shape, k.size(1)
-    if causal:
+    if first.causal:
         return causal_attention(q, k, v, scale, config.attention_backend)
     if first.window is not None:
         return flash_attention(q, k, v, first.window, scale)
@@ -941,7 +941,7 @@ class MergedAttention(torch.autograd.Function):
     def forward(ctx: Any, blocks: "list[QueryBlock]", scale: float, k: Tensor, v: Tensor, *queries: Tensor) -> Tensor:
         out, lses = torch.empty_like(queries[0]), []
         for block in blocks:
-            parts = [fused_attention(block.merged, scale, *met.cut(queries, k, v, block)) for met in block.ranges]
+            parts = [fused_range(block.merged, scale, met, *met.cut(queries, k, v, block)) for met in block.ranges]
             out[:, :, block.queries], lse = parts[0] if len(parts) == 1 else fused(merge, *parts)
             lses.append(lse)
         ctx.blocks, ctx.scale = blocks, scale
@@ -959,7 +959,7 @@ class MergedAttention(torch.autograd.Function):
                 part = next(iter(met.seen))
                 cut = met.cut(queries, k, v, block)
                 done = (grad[:, :, rows], out[:, :, rows], lse)
-                dq, dk, dv = fused_backward(block.merged, ctx.scale, *done, *cut)
+                dq, dk, dv = fused_range_backward(block.merged, ctx.scale, met, *done, *cut)
                 sums[0][:, :, met.keys] += dk
                 sums[1][:, :, met.keys] += dv
                 sums[2 + part][:, :, rows] += dq
@@ -973,6 +973,41 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return out.to(parts[0][0].dtype), lse
 
 
+def fused_range(
+    kernel: str, scale: float, met: "Range", q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, T, D) and log-sum-exp (B, H, T) of one range.
+
+    A window's corner, turned by half a circle, is a causal triangle: the last query first, the last key first.
+    """
+    if not met.corner:
+        return fused_attention(kernel, scale, q, k, v, mask, met.causal)
+    turned = (x.flip(2) for x in (q[:, :, : k.size(2)], k, v))
+    out, lse = fused_attention(kernel, scale, *turned, None, True)
+    return F.pad(out.flip(2), (0, 0, 0, 1)), F.pad(lse.flip(2), (0, 1), value=-math.inf)
+
+
+def fused_range_backward(
+    kernel: str,
+    scale: float,
+    met: "Range",
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one range's queries, keys and values, from the output and log-sum-exp of all."""
+    if not met.corner:
+        return fused_backward(kernel, scale, grad, out, lse, q, k, v, mask, met.causal)
+    n = k.size(2)
+    turned = (x.flip(2) for x in (grad[:, :, :n], out[:, :, :n], lse[:, :, :n], q[:, :, :n], k, v))
+    dq, dk, dv = fused_backward(kernel, scale, *turned, None, True)
+    return F.pad(dq.flip(2), (0, 0, 0, 1)), dk.flip(2), dv.flip(2)
+
+
 def fused_attention(
     kernel: str, scale: float, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -981,6 +1016,7 @@ def fused_attention(
     kernel: cpu, cudnn or flash; only the first of them takes a mask.
     """
     aten = torch.ops.aten
+    kernel = kernel_for(kernel, q, k)
     if kernel == "cpu":
         mask = additive(mask, q)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
@@ -1005,6 +1041,7 @@ def fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given the output and the log-sum-exp of the softmax that they are a part of."""
     aten = torch.ops.aten
+    kernel = kernel_for(kernel, q, k)
     if kernel == "cpu":
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=additive(mask, q), scale=scale)
@@ -1017,6 +1054,11 @@ def fused_backward(
     return aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, seed, seed, scale=scale
     )
+
+
+def kernel_for(kernel: str, q: Tensor, k: Tensor) -> str:
+    """cuDNN is for much at once; a few sinks are not worth its plan."""
+    return "flash" if kernel == "cudnn" and min(q.size(2), k.size(2)) < FLEX_BLOCK else kernel
 
 
 def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -1133,15 +1175,16 @@ class Range(NamedTuple):
     keys: slice
     seen: dict[int, Tensor | None]  # part -> mask (1 or B, 1, T, L) of bool; None: every key is seen ...
     causal: bool = False  # ... or, if this is set, the lower triangle
+    corner: bool = False  # ... or this: query x sees the keys from x on, and the last query, one more than keys, none
     flex: Any = None  # a BlockMask that says it instead
     window: int | None = None  # or a window, for the flash kernel
 
     def cut(
         self, queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock"
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
-        """Queries, keys, values, mask and causality of a range that one part sees."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys, values and mask of a range that one part sees."""
         ((part, mask),) = self.seen.items()
-        return queries[part][:, :, block.queries], k[:, :, self.keys], v[:, :, self.keys], mask, self.causal
+        return queries[part][:, :, block.queries], k[:, :, self.keys], v[:, :, self.keys], mask
 
     def mask(self, part: int, scores: Tensor) -> Tensor | None:
         """A part's mask for scores (..., T, L)."""
@@ -1153,10 +1196,10 @@ class Range(NamedTuple):
         self, queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock", scale: float
     ) -> tuple[Tensor, Tensor]:
         """Output (B, H, T, D) and log-sum-exp (B, H, T) of this range alone, for merge()."""
-        q, k, v, mask, causal = self.cut(queries, k, v, block)
+        q, k, v, mask = self.cut(queries, k, v, block)
         if self.flex is not None:
             return flex_attention_with_lse(q, k, v, self.flex, scale)
-        mask = self.mask(0, q.new_empty(q.size(2), k.size(2))) if causal else mask
+        mask = self.mask(0, q.new_empty(q.size(2), k.size(2))) if self.causal else mask
         return fused(attention_with_lse, q, k, v, mask, scale)
 
 
@@ -1201,6 +1244,7 @@ class Engine(NamedTuple):
     merge: str | None = None  # the fused kernel whose log-sum-exps let ranges be merged: cpu, cudnn, flash
     window: str | None = None  # what takes a window by itself: flex, flash
     whole: int = 1  # ... in multiples of so many queries
+    corners: bool = False  # windows are merged too, as triangles
 
 
 QUERY_BLOCK = {"cpu": 128, "cuda": 512}  # queries in one masked block; on 2 CPU cores 64 to 256 take the same time
@@ -1230,7 +1274,8 @@ def pick_engine(config: Config, device: torch.device, dtype: torch.dtype, T: int
         return Engine(kind, merge if plain else None)
     # Flex is the faster and compiles every new shape: a prompt's odd length is not worth that.
     compiles = has_triton() and (not cached or T >= 8 * LONG_CALL)
-    return Engine(kind, merge if plain else None, *(("flex", LONG_CALL) if compiles else ("flash", 1)))
+    corners = plain and hopper and (config.sliding_window_size or 0) >= LONG_CALL
+    return Engine(kind, merge if plain else None, *(("flex", LONG_CALL) if compiles else ("flash", 1)), corners)
 
 
 def find_span(pos: Tensor, maxp1: int | None) -> Span:
@@ -1281,7 +1326,8 @@ def build_plan(
 # The queries of a call are cut into blocks, and each block meets only the keys that the reach of its parts names: T * S
 # under a window. How large a block is, and how its masks are said, depends on the kernels at hand:
 #   masked   blocks of QUERY_BLOCK, their masks made from positions; any call, any device
-#   merged   blocks as large as they can be, each range of keys a rectangle that is seen whole or a causal triangle
+#   merged   blocks as large as they can be, each range of keys a rectangle that is seen whole or a causal triangle; a
+#            block of a window's length meets its own keys in such a triangle, and those before in one that is turned
 #   whole    one block, and a kernel that takes the window by itself
 
 
@@ -1315,11 +1361,12 @@ def split_queries(m: Meeting) -> list[QueryBlock]:
     joined = m.exact and len(parts) == 1 and m.span.fresh and m.config.attention_logit_softcapping is None
     if joined and parts[0].mask(T - 1, 0, m.config):
         return [QueryBlock(slice(0, T), [Range(slice(0, T), {0: None}, causal=True)])]
-    n_whole = whole_queries(m) if m.exact and windowed else 0
+    corners = windowed and m.engine.corners and m.exact and any(p.band for p in parts)
+    n_whole = whole_queries(m) if m.exact and windowed and not corners else 0
     merges = len(parts) > 1 if m.engine.kind == "cpu" else not windowed and T >= QUERY_BLOCK["cpu"]
-    merge = m.engine.merge if m.exact and merges and not n_whole else None
-    size = T if merge and not windowed else masked_block_size(m)
-    edges = [e - m.layout.first for e in m.variant.edges(m.layout.first, m.layout.first + T, m.config)] if merge else []
+    merge = m.engine.merge if m.exact and (merges or corners) and not n_whole else None
+    size = T if merge and (corners or not windowed) else masked_block_size(m)
+    edges = block_edges(m, corners) if merge else []
     shared: dict[int, Tensor | None] = {}
     blocks: list[QueryBlock] = []
     for start, stop in reversed(cut_between([n_whole, *edges, T], size)):  # the block with the most keys first
@@ -1332,6 +1379,20 @@ def split_queries(m: Meeting) -> list[QueryBlock]:
         ranges = [r for n in range(len(parts)) for r in whole_ranges(m, n, n_whole, shared)]
         blocks.append(QueryBlock(slice(0, n_whole), ranges))
     return blocks[::-1]
+
+
+def block_edges(m: Meeting, corners: bool) -> list[int]:
+    """Where, among the queries, merged blocks end: at the variant's edges, and window by window where corners are cut.
+
+    A block that ends within the first window sees all keys before it; any other is a whole window behind the first key.
+    """
+    first, stop = m.layout.first, m.layout.first + m.q_pos.size(1)
+    edges = set(m.variant.edges(first, stop, m.config))
+    if corners:
+        window, lead = m.variant.window(m.config), max(m.variant.edges(0, stop, m.config), default=0)
+        begin = lead + -(-max(0, first + 1 - lead) // window) * window
+        edges |= set(range(begin, stop, window))
+    return [edge - first for edge in sorted(edges)]
 
 
 def cut_between(edges: list[int], size: int) -> list[tuple[int, int]]:
@@ -1392,9 +1453,12 @@ def part_ranges(
         lo = max(0, lo)
     if lo >= hi:
         return []
-    if merge and hi == b and (lo == a or sees_all(part, a, b, lo, a, m.config)) and part.mask(b - 1, a, m.config):
-        older = [Range(m.layout.keys(lo, a), {n: None})] if lo < a else []
-        return [*older, Range(m.layout.keys(a, b), {n: None}, causal=b - a > 1)]
+    if merge and hi == b and part.mask(b - 1, a, m.config):  # their own keys: a triangle
+        corner = max(lo, b - window) if part.band and m.engine.corners else lo
+        if lo == a or sees_all(part, a, b, corner, a, m.config) or corner == a:
+            older = [Range(m.layout.keys(lo, corner), {n: None}, corner=True)] if lo < corner else []
+            older += [Range(m.layout.keys(corner, a), {n: None})] if corner < a else []
+            return [*older, Range(m.layout.keys(a, b), {n: None}, causal=b - a > 1)]
     keys = m.layout.keys(lo, hi)
     if m.exact and sees_all(part, a, b, lo, hi, m.config):
         return [Range(keys, {n: None})]

@@ -9,7 +9,18 @@ import torch
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
-from lit_swa.model import VARIANTS, Engine, Span, build_plan, window_block_mask
+from lit_swa.model import (
+    VARIANTS,
+    Engine,
+    Layout,
+    Meeting,
+    Plan,
+    Span,
+    attend,
+    build_plan,
+    split_queries,
+    window_block_mask,
+)
 
 T = 30
 DUAL = {"attention": "dual_chunk", "dual_chunk_pretraining_length": 16}
@@ -199,6 +210,33 @@ def test_gradients_of_merged_kernels_equal_those_of_plain_steps(case):
         model(idx).square().mean().backward()
     for (name, a), (_, b) in zip(merged.named_parameters(), plain.named_parameters(), strict=True):
         assert (a.grad - b.grad).abs().max() < 1e-9 * b.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("first", [0, 1, 9, 30])
+@pytest.mark.parametrize("S, n_sinks", [(2, 0), (5, 3), (8, 0), (13, 4)])
+@pytest.mark.parametrize("variant", ["sliding", "streaming"])
+def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first):
+    """Catches: a corner of the window that is off by one, its gradient, or a block that does not end with a window.
+
+    In float64, whole and behind `first` older keys. On a GPU this is how long windows are met.
+    """
+    sinks = {"n_sink_tokens": n_sinks} if variant == "streaming" else {}
+    config = tiny_config(attention=variant, sliding_window_size=S, **sinks)
+    for T in (1, 7, 16, 40):
+        L = first + T
+        queries = [torch.randn(2, 6, T, 8, dtype=torch.float64, requires_grad=True) for _ in VARIANTS[variant].parts]
+        k, v = (torch.randn(2, 2, L, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        pos, results = torch.arange(L)[None], []
+        for engine in (Engine("cpu", "cpu", corners=True), Engine("cpu")):
+            span, layout = Span(True, first, L - 1, contiguous=True, fresh=first == 0), Layout(first, first)
+            blocks = split_queries(Meeting(VARIANTS[variant], config, pos[:, first:], pos, span, layout, engine))
+            y = attend(queries, k, v, Plan(blocks, pos), config)
+            grads = torch.autograd.grad(y.square().sum(), [*queries, k, v], allow_unused=True, materialize_grads=True)
+            results.append((y, *grads))
+            masks = [mask for block in blocks for met in block.ranges for mask in met.seen.values()]
+            assert not engine.corners or T == 1 or all(mask is None for mask in masks)
+        for cut, masked in zip(*results, strict=True):
+            torch.testing.assert_close(cut, masked, rtol=1e-10, atol=1e-10)
 
 
 def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model):

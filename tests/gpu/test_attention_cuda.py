@@ -17,6 +17,8 @@ FIELDS = {
     "full": {},
     "sliding": {"attention": "sliding", "sliding_window_size": 500},
     "rolling": {"attention": "sliding", "sliding_window_size": 500, "rolling_kv_cache": True},
+    "wide": {"attention": "sliding", "sliding_window_size": 1100, "rolling_kv_cache": True},
+    "streaming, wide": {"attention": "streaming", "sliding_window_size": 1100},
     "streaming": {"attention": "streaming", "sliding_window_size": 500},
     "dual_chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 1024},
     "s2": {"s2_attention": True, "s2_group_size": 700},
@@ -74,7 +76,7 @@ def test_any_split_equals_one_call(name, backend):
     assert worst_row(torch.cat(outputs, dim=1), expected) < 0.1
 
 
-@pytest.mark.parametrize("name", ["rolling", "streaming"])
+@pytest.mark.parametrize("name", ["rolling", "wide", "streaming", "streaming, wide"])
 @torch.no_grad()
 def test_a_long_chunk_of_a_prompt_equals_one_call(name):
     """Catches: FlexAttention's block mask behind a cache's old keys, where queries and keys are not in step."""
