@@ -192,8 +192,9 @@ def prepare_cache(model: GPT, ids: list[int], cached: list[int], max_new_tokens:
     context = model.config.block_size
     if not rolls(model) and len(ids) > context:
         raise ValueError(
-            f"The prompt has {len(ids)} tokens and the context {context}: shorten it, or give every layer a "
-            "window with --model.attention sliding --model.sliding_window_size S --model.rolling_kv_cache true."
+            f"The prompt has {len(ids)} tokens and the context {context}: shorten it, go further with "
+            "--model.attention dual_chunk --model.block_size N, or give every layer a window with "
+            "--model.attention streaming --model.sliding_window_size S."
         )
     room = cache_room(model, len(ids) + max_new_tokens)
     keep = common_prefix(cached, ids[:-1])  # the last token is fed in any case: its logits are wanted

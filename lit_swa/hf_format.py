@@ -274,7 +274,10 @@ EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
     ("GPTNeoXForCausalLM", "gpt_neox", _neox),
 ]
 # What a field says about how to run the model, not about what it computes.
-NOT_EXPORTED = ("name", "attention_backend", "rolling_kv_cache", "vocab_size", "padded_vocab_size")
+NOT_EXPORTED = (
+    "name", "attention_backend", "rolling_kv_cache", "vocab_size", "padded_vocab_size", "s2_attention", "s2_group_ratio",
+    "s2_group_size", "n_sink_tokens",
+)  # fmt: skip
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
