@@ -275,9 +275,16 @@ EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
 ]
 # What a field says about how to run the model, not about what it computes.
 NOT_EXPORTED = (
-    "name", "attention_backend", "rolling_kv_cache", "vocab_size", "padded_vocab_size", "s2_attention", "s2_group_ratio",
-    "s2_group_size", "n_sink_tokens",
-)  # fmt: skip
+    "name",
+    "attention_backend",
+    "rolling_kv_cache",
+    "vocab_size",
+    "padded_vocab_size",
+    "s2_attention",
+    "s2_group_ratio",
+    "s2_group_size",
+    "n_sink_tokens",
+)
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:
