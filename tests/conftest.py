@@ -1,11 +1,17 @@
 """Small models and texts that many tests share."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
+if workers := int(
+    os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
+):  # each process of pytest -n with its share of cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests run from a clone, installed or not
 
