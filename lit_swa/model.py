@@ -832,13 +832,13 @@ def attend_ranges(
     queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock", scale: float, config: Config
 ) -> Tensor:
     """attend_block in plain steps: scores of every range, one softmax over them all, the values of every range."""
-    q = torch.stack([q[:, :, block.queries] for q in queries], dim=2)  # (B, H, parts, T, D)
-    (B, H, _, T, D), G = q.shape, k.size(1)
-    q = q.view(B, G, H // G, -1, T, D).transpose(2, 3)  # (B, G, parts, R, T, D)
+    turned = [q[:, :, block.queries] for q in queries]  # (B, H, T, D) each
+    (B, H, T, D), G = turned[0].shape, k.size(1)
     scores = []
     for met in block.ranges:
         parts = list(met.seen)
-        rows = q[:, :, parts].reshape(B, G, -1, D)  # (B, G, parts * R * T, D): the keys are read once
+        rows = [turned[part].reshape(B, G, -1, D) for part in parts]  # (B, G, R * T, D) each
+        rows = rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)  # in one product, so that keys are read once
         s = softcap(rows @ k[:, :, met.keys].mT * scale, config.attention_logit_softcapping)
         s = s.view(B, G, len(parts), H // G, T, -1)
         seen = [hide(s[:, :, n], met.mask(part, s)) for n, part in enumerate(parts)]

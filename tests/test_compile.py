@@ -16,6 +16,14 @@ VARIANTS = {
         "rolling_kv_cache": True,
         "attention_logit_softcapping": 20.0,
     },
+    "streaming": {"attention": "streaming", "sliding_window_size": 8, "n_sink_tokens": 3},
+    "dual chunk": {
+        "attention": "dual_chunk",
+        "dual_chunk_pretraining_length": 16,
+        "dual_chunk_temperature_slope": 0.2,
+    },
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "block_size": 64},
 }
 
 
@@ -67,10 +75,19 @@ def test_a_verify_step_is_captured_once(tiny_model):
     assert not counters["graph_break"]
 
 
-def test_a_whole_sequence_is_one_graph(tiny_model):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention": "sliding,full", "sliding_window_size": 50},
+        {"attention": "streaming", "sliding_window_size": 50},
+        {"attention": "dual_chunk", "dual_chunk_pretraining_length": 64},
+        {"s2_attention": True, "s2_group_size": 48},
+    ],
+)
+def test_a_whole_sequence_is_one_graph(tiny_model, fields):
     """Catches: a mask that is looked at while compiling for training."""
     torch._dynamo.reset()
-    model = tiny_model(attention="sliding,full", sliding_window_size=50)
+    model = tiny_model(**fields).train()
     idx = torch.randint(0, 97, (2, 200))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(idx), model(idx), rtol=1e-4, atol=1e-4)
