@@ -1,5 +1,6 @@
 """Measure attention over text length, method by method, beside its peers: python scripts/benchmark_attention.py."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ def main(
             rows.append(row)
             report(row)
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + " ".join(sys.argv).partition(" --output")[0]
+    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
     write_json(output, {"command": command, "machine": describe_machine(device), "settings": settings, "rows": rows})
     draw(rows, settings, describe_machine(device), output.with_suffix(".png"))
     print(f"written to {output} and {output.with_suffix('.png')}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Measure prefill and decode, beside transformers: python scripts/benchmark_generate.py."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def main(
                 report(rows[-1])
         del weights, ways
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + " ".join(sys.argv).partition(" --output")[0]
+    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
     machine = describe_machine(device)
     write_json(output, {"command": command, "machine": machine, "arguments": arguments, "rows": rows})
     print(f"written to {output}", file=sys.stderr)
