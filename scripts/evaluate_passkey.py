@@ -214,7 +214,7 @@ def draw(plt, rows: list[dict[str, Any]], trials: list[dict[str, Any]]):
     else:
         cells = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
         grid = [[cells[n, depth] for n in lengths] for depth in depths]
-        image = axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(lengths)), lengths)
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         figure.colorbar(image, ax=axis, label="accuracy")
