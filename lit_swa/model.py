@@ -421,7 +421,7 @@ class GPT(nn.Module):
         config, dtype = self.config, self.transformer.wte.weight.dtype
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        plans, turns = {}, {}
+        plans, turns, made = {}, {}, {}
         for name in dict.fromkeys(config.layer_variants):
             slot_map = self.slot_maps[name] if cached else None
             if config.s2_attention and self.training and not cached and config.s2_group(T) < T:
@@ -430,22 +430,21 @@ class GPT(nn.Module):
                 plans[name] = build_plan(
                     name, config, pos, span, pick_engine(config, device, dtype, T, cached), slot_map
                 )
-            turns[name] = self.plan_turns(name, pos, plans[name].k_pos)
+            turns[name] = self.plan_turns(name, pos, plans[name].k_pos, made)
         return Call(plans, turns)
 
-    def plan_turns(self, variant: str, pos: Tensor, k_pos: Tensor) -> "Turns":
-        """By how much queries at pos (1 or B, T) and keys are turned."""
+    def plan_turns(self, variant: str, pos: Tensor, k_pos: Tensor, made: dict) -> "Turns":
+        """By how much queries at pos (1 or B, T) and keys are turned. made: what the call's variants share of it."""
         row, config = VARIANTS[variant], self.config
         base, length = rope_base_index(config, variant), None
         if config.rope_scaling is not None and config.rope_scaling["type"] in LENGTH_SCALINGS and base == 0:
             length = pos.amax(dim=-1, keepdim=True) + 1  # (1 or B, 1)
             return Turns([self.rope(pos, base, length)], self.rope(k_pos, base, length), when_met=True)
-        turns: dict[Callable[[Tensor, Config], Tensor], tuple[Tensor, Tensor]] = {}
         for position in (row.key_position, *(part.position for part in row.parts)):
-            if position not in turns:
-                turns[position] = self.rope(position(pos, config), base)
-        queries = [turns[part.position] for part in row.parts]
-        return Turns(queries, turns[row.key_position], temperature=row.temperature(pos, config))
+            if (base, position) not in made:
+                made[base, position] = self.rope(position(pos, config), base)
+        queries = [made[base, part.position] for part in row.parts]
+        return Turns(queries, made[base, row.key_position], temperature=row.temperature(pos, config))
 
     def check_span(self, B: int, T: int, pos: Tensor, span: "Span", cached: bool) -> None:
         """Refuse, in words, what would silently go wrong. A compiled step knows no positions and is not checked."""
@@ -957,9 +956,8 @@ class MergedAttention(torch.autograd.Function):
             rows = block.queries
             for met in block.ranges:
                 part = next(iter(met.seen))
-                cut = met.cut(queries, k, v, block)
-                done = (grad[:, :, rows], out[:, :, rows], lse)
-                dq, dk, dv = fused_range_backward(block.merged, ctx.scale, met, *done, *cut)
+                done, cut = (grad[:, :, rows], out[:, :, rows], lse), met.cut(queries, k, v, block)
+                dq, dk, dv = fused_range_backward(block.merged, ctx.scale, met, done, cut)
                 sums[0][:, :, met.keys] += dk
                 sums[1][:, :, met.keys] += dv
                 sums[2 + part][:, :, rows] += dq
@@ -988,22 +986,16 @@ def fused_range(
 
 
 def fused_range_backward(
-    kernel: str,
-    scale: float,
-    met: "Range",
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
+    kernel: str, scale: float, met: "Range", done: tuple[Tensor, ...], cut: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one range's queries, keys and values, from the output and log-sum-exp of all."""
+    """Gradients of one range's queries, keys and values.
+
+    done: gradient, output and log-sum-exp of the whole softmax. cut: the range's queries, keys, values and mask.
+    """
     if not met.corner:
-        return fused_backward(kernel, scale, grad, out, lse, q, k, v, mask, met.causal)
-    n = k.size(2)
-    turned = (x.flip(2) for x in (grad[:, :, :n], out[:, :, :n], lse[:, :, :n], q[:, :, :n], k, v))
+        return fused_backward(kernel, scale, *done, *cut, met.causal)
+    q, k, v, _ = cut
+    turned = (x[:, :, : k.size(2)].flip(2) for x in (*done, q, k, v))
     dq, dk, dv = fused_backward(kernel, scale, *turned, None, True)
     return F.pad(dq.flip(2), (0, 0, 0, 1)), dk.flip(2), dv.flip(2)
 
@@ -1300,7 +1292,7 @@ def build_plan(
 
     Three cases: a fresh sequence meets itself; a short call (one token, or a verify step of up to lookahead + 1) and
     a layer without a window write first and meet the cache; a long call to a layer with a window meets the last
-    window - 1 cached keys and its own, and only then writes, since its keys may replace those that its first rows see.
+    window of cached keys and its own, and only then writes, since its keys may replace those that its first rows see.
     """
     row, T = VARIANTS[variant], pos.size(1)
     window = row.window(config)

@@ -56,6 +56,7 @@ def main(
     import torch
 
     from lit_swa.files import write_json
+    from lit_swa.plots import save_picture
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
@@ -79,8 +80,8 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     command = "python " + shlex.join(sys.argv).partition(" --output")[0]
     write_json(output, {"command": command, "machine": describe_machine(device), "settings": settings, "rows": rows})
-    draw(rows, settings, describe_machine(device), output.with_suffix(".png"))
-    print(f"written to {output} and {output.with_suffix('.png')}", file=sys.stderr)
+    save_picture(output.with_suffix(".png"), lambda plt: draw(plt, rows, settings, describe_machine(device)))
+    print(f"written to {output}", file=sys.stderr)
 
 
 def measure_length(
@@ -284,13 +285,8 @@ def report(row: dict) -> None:
     print(f"T {row['T']:7d}  {row['method']:32s} {'  '.join(parts)}  first {row['first_s']:.1f} s", flush=True)
 
 
-def draw(rows: list[dict], settings: dict, machine: str, path: Path) -> None:
+def draw(plt, rows: list[dict], settings: dict, machine: str):
     """Time and memory over the text's length, one line a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = {
         "forward_ms": "forward, ms",
         "forward_backward_ms": "forward and backward, ms",
@@ -316,7 +312,7 @@ def draw(rows: list[dict], settings: dict, machine: str, path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     heads = f"{settings['n_head']} query and {settings['n_query_groups']} key heads of {settings['head_size']}"
     figure.suptitle(f"one layer's attention, {heads}, {settings['dtype']}, batch 1 | {machine}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":

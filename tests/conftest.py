@@ -1,6 +1,7 @@
 """Small models and texts that many tests share."""
 
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,3 +72,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     randomize(model)
     save_checkpoint(model, config, directory)
     return directory
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Run a script in this process, as `python script arguments` would: (exit code, stdout, stderr)."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(Path(__file__).resolve().parents[1] / script), run_name="__main__")
+        except SystemExit as e:
+            code = e.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import runpy
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ SCRIPT = "scripts/compare_context.py"
 
 
 @pytest.fixture
-def compare(monkeypatch, capsys, tiny_checkpoint, tmp_path):
+def compare(monkeypatch, run_script, tiny_checkpoint, tmp_path):
     """Run the script in this process, on 300 tokens of a model whose trained length is said to be 64."""
     np.random.default_rng(3).integers(0, 300, 300).astype("<u2").tofile(tmp_path / "ids.bin")
 
@@ -31,14 +29,7 @@ def compare(monkeypatch, capsys, tiny_checkpoint, tmp_path):
         monkeypatch.setattr(plots, "save_picture", pictures if picture else lambda path, draw: False)
         fixed = ["--checkpoint_dir", tiny_checkpoint, "--data", tmp_path / "ids.bin", "--trained_length", 64]
         fixed += ["--lengths", "[32, 128]", "--last", 16, "--bucket", 32, "--output", tmp_path / "c.json"]
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, [*fixed, *arguments])])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-        except SystemExit as e:
-            code = e.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        return run_script(SCRIPT, *fixed, *arguments)
 
     return run
 

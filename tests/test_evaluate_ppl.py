@@ -1,5 +1,6 @@
 """Perplexity over windows: equal to the plainest computation; whole, in pieces, resumed, or in two processes."""
 
+import functools
 import itertools
 import json
 import math
@@ -24,20 +25,9 @@ SCRIPT = "scripts/evaluate_ppl.py"
 
 
 @pytest.fixture
-def ppl(monkeypatch, capsys):
+def ppl(run_script):
     """Run the script in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-        except SystemExit as e:
-            code = e.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
+    return functools.partial(run_script, SCRIPT)
 
 
 @pytest.fixture(scope="module")
