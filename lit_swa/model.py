@@ -746,13 +746,6 @@ class Variant(NamedTuple):
     )
     temperature: Callable[[Tensor, Config], Tensor | float | None] = no_temperature  # what queries are multiplied by
 
-    def mask(self, q: Tensor, k: Tensor, c: Config) -> Tensor:
-        """Who sees whom, in any part."""
-        seen = self.parts[0].mask(q, k, c)
-        for part in self.parts[1:]:
-            seen = seen | part.mask(q, k, c)
-        return seen
-
 
 VARIANTS: dict[str, Variant] = {
     "full": Variant((Part(full, lambda a, b, c: (0, b)),)),

@@ -51,6 +51,7 @@ PATTERNS = {
     "rolling": {"attention": "sliding", "rolling_kv_cache": True},
     "mixed": {"attention": "sliding,full"},
     "mixed rolling": {"attention": "sliding,full", "rolling_kv_cache": True},
+    "a base for each kind": {"attention": "full,sliding", "rope_local_base_freq": 500.0},
     "capped rolling": {"attention": "sliding,full", "rolling_kv_cache": True, "attention_logit_softcapping": 5.0},
 }
 
