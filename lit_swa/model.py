@@ -419,7 +419,7 @@ class GPT(nn.Module):
         self.check_span(B, T, pos, span, cached)
         pos = pos.view(-1, T)  # (1, T): the same for every row, or (B, T)
         config, dtype = self.config, self.transformer.wte.weight.dtype
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         plans, turns, made = {}, {}, {}
         for name in dict.fromkeys(config.layer_variants):
@@ -934,8 +934,8 @@ class MergedAttention(torch.autograd.Function):
         out, lses = torch.empty_like(queries[0]), []
         for block in blocks:
             parts = [fused_range(block.merged, scale, met, *met.cut(queries, k, v, block)) for met in block.ranges]
-            out[:, :, block.queries], lse = parts[0] if len(parts) == 1 else fused(merge, *parts)
-            lses.append(lse)
+            rows = out[:, :, block.queries].unflatten(2, (block.folds, -1)).transpose(1, 2)  # as fold(), still a view
+            lses.append(fused(merge_into, rows, tuple(met.corner for met in block.ranges), *parts))
         ctx.blocks, ctx.scale = blocks, scale
         ctx.save_for_backward(out, k, v, *queries, *lses)
         return out
@@ -944,17 +944,22 @@ class MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, k, v, *rest = ctx.saved_tensors
         queries, lses = rest[: -len(ctx.blocks)], rest[-len(ctx.blocks) :]
-        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v, *queries)]
+        wide = torch.promote_types(k.dtype, torch.float32)
+        dkv, dqs = [torch.zeros_like(t, dtype=wide) for t in (k, v)], [torch.zeros_like(q) for q in queries]
         for block, lse in zip(ctx.blocks, lses, strict=True):
-            rows = block.queries
+            rows, n = block.queries, block.folds
+            done = fold(grad[:, :, rows], n), fold(out[:, :, rows], n), lse
+            sums: dict[int, Tensor] = {}  # part -> gradient of this block's queries
             for met in block.ranges:
                 part = next(iter(met.seen))
-                done, cut = (grad[:, :, rows], out[:, :, rows], lse), met.cut(queries, k, v, block)
-                dq, dk, dv = fused_range_backward(block.merged, ctx.scale, met, done, cut)
-                sums[0][:, :, met.keys] += dk
-                sums[1][:, :, met.keys] += dv
-                sums[2 + part][:, :, rows] += dq
-        return None, None, *(total.to(t.dtype) for total, t in zip(sums, (k, v, *queries), strict=True))
+                dq, *new = fused_range_backward(block.merged, ctx.scale, met, done, met.cut(queries, k, v, block))
+                for total, d in zip(dkv, new, strict=True):
+                    total = met.folded(total, block)
+                    total += d.unflatten(0, (-1, n)).sum_to_size(total.shape)
+                sums[part] = sums[part] + dq if part in sums else dq.to(wide)
+            for part, dq in sums.items():
+                dqs[part][:, :, rows] = unfold(dq, n)
+        return None, None, *(total.to(k.dtype) for total in dkv), *dqs
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -964,18 +969,47 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return out.to(parts[0][0].dtype), lse
 
 
+def merge_into(rows: Tensor, turned: tuple[bool, ...], *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """merge(), written to a block's rows (B, folds, H, T, D) of the output; the log-sum-exp (B * folds, H, T).
+
+    A part that is turned is a corner's: the last query first, and of the very last nothing.
+    """
+    upright = []
+    for is_turned, (out, lse) in zip(turned, parts, strict=True):
+        if is_turned:
+            out, lse = F.pad(out.flip(2), (0, 0, 0, 1)), F.pad(lse.flip(2), (0, 1), value=-math.inf)
+        upright.append((out, lse))
+    out, lse = upright[0] if len(parts) == 1 else merge(*upright)
+    rows.copy_(out.unflatten(0, (rows.size(0), -1)))
+    return lse
+
+
+def turn(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The last token first, in (B, H, T, ...)."""
+    return tuple(x.flip(2) for x in tensors)
+
+
+def fold(x: Tensor, n: int) -> Tensor:
+    """(B, H, n * T, ...) -> (B * n, H, T, ...): runs of T tokens as rows of a batch. No copy is made if B is 1."""
+    return x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def unfold(x: Tensor, n: int) -> Tensor:
+    """(B * n, H, T, ...) -> (B, H, n * T, ...)."""
+    return x.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
+
+
 def fused_range(
     kernel: str, scale: float, met: "Range", q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, T, D) and log-sum-exp (B, H, T) of one range.
 
-    A window's corner, turned by half a circle, is a causal triangle: the last query first, the last key first.
+    A window's corner, turned by half a circle, is a causal triangle: the last query first, the last key first. Its
+    output is left like this, for merge_into().
     """
     if not met.corner:
         return fused_attention(kernel, scale, q, k, v, mask, met.causal)
-    turned = (x.flip(2) for x in (q[:, :, : k.size(2)], k, v))
-    out, lse = fused_attention(kernel, scale, *turned, None, True)
-    return F.pad(out.flip(2), (0, 0, 0, 1)), F.pad(lse.flip(2), (0, 1), value=-math.inf)
+    return fused_attention(kernel, scale, *fused(turn, q[:, :, : k.size(2)], k, v), None, True)
 
 
 def fused_range_backward(
@@ -988,7 +1022,7 @@ def fused_range_backward(
     if not met.corner:
         return fused_backward(kernel, scale, *done, *cut, met.causal)
     q, k, v, _ = cut
-    turned = (x[:, :, : k.size(2)].flip(2) for x in (*done, q, k, v))
+    turned = fused(turn, *(x[:, :, : k.size(2)] for x in (*done, q)), k, v)
     dq, dk, dv = fused_backward(kernel, scale, *turned, None, True)
     return F.pad(dq.flip(2), (0, 0, 0, 1)), dk.flip(2), dv.flip(2)
 
@@ -1071,10 +1105,13 @@ def compiled(function: Callable[..., Any], dynamic: bool | None = None) -> Calla
 
 def fused(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments), as one kernel where it would be many passes over much of a GPU's memory."""
-    first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+    first = next(x for a in arguments for x in (a if isinstance(a, tuple) else (a,)) if isinstance(x, Tensor))
     if first.device.type != "cuda" or first.numel() < FUSED_ELEMENTS or torch.compiler.is_compiling():
         return function(*arguments)
-    return (compiled(function) if has_triton() else function)(*arguments)
+    if not has_triton():
+        return function(*arguments)
+    with torch._dynamo.config.patch(recompile_limit=64):  # for layouts, numbers of ranges, with and without gradients
+        return compiled(function)(*arguments)
 
 
 @functools.cache
@@ -1163,13 +1200,25 @@ class Range(NamedTuple):
     corner: bool = False  # ... or this: query x sees the keys from x on, and the last query, one more than keys, none
     flex: Any = None  # a BlockMask that says it instead
     window: int | None = None  # or a window, for the flash kernel
+    still: bool = False  # the same keys for every fold of the block
 
     def cut(
         self, queries: list[Tensor], k: Tensor, v: Tensor, block: "QueryBlock"
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and mask of a range that one part sees."""
         ((part, mask),) = self.seen.items()
-        return queries[part][:, :, block.queries], k[:, :, self.keys], v[:, :, self.keys], mask
+        if block.folds == 1:
+            return queries[part][:, :, block.queries], k[:, :, self.keys], v[:, :, self.keys], mask
+        k, v = (self.folded(x, block).expand(-1, block.folds, -1, -1, -1).flatten(0, 1) for x in (k, v))
+        return fold(queries[part][:, :, block.queries], block.folds), k, v, mask
+
+    def folded(self, x: Tensor, block: "QueryBlock") -> Tensor:
+        """What each fold of the block meets of x (B, G, L, D), as a view (B, 1 or folds, G, keys, D) of it."""
+        if block.folds == 1 or self.still:
+            return x[:, :, self.keys].unsqueeze(1)
+        rows = slice(self.keys.start, self.keys.start + block.queries.stop - block.queries.start)
+        runs = x[:, :, rows].unflatten(2, (block.folds, -1)).transpose(1, 2)
+        return runs[:, :, :, : self.keys.stop - self.keys.start]
 
     def mask(self, part: int, scores: Tensor) -> Tensor | None:
         """A part's mask for scores (..., T, L)."""
@@ -1189,11 +1238,16 @@ class Range(NamedTuple):
 
 
 class QueryBlock(NamedTuple):
-    """Some queries and the keys that they meet. merged: each range by this fused kernel, see MergedAttention."""
+    """Some queries and the keys that they meet.
+
+    Several windows that are alike, one after the other, are a block of so many folds: rows of one batch to the kernel.
+    Their ranges are those of the first, and move on with each.
+    """
 
     queries: slice
     ranges: list[Range]
-    merged: str | None = None
+    merged: str | None = None  # each range by this fused kernel, see MergedAttention
+    folds: int = 1
 
 
 class Span(NamedTuple):
@@ -1234,6 +1288,7 @@ class Engine(NamedTuple):
 
 QUERY_BLOCK = {"cpu": 128, "cuda": 512}  # queries in one masked block; on 2 CPU cores 64 to 256 take the same time
 SCORE_ELEMENTS = 2**27  # bound on rows * heads * queries * keys of one block: what it may put into memory
+FOLDS = 8  # windows side by side in one call of a kernel: more would only take memory
 LONG_CALL = 1024  # tokens from which on a kernel is worth its start
 FUSED_ELEMENTS = 2**22  # of a tensor whose passes through a GPU's memory are worth a compiled kernel
 FLEX_BLOCK = 128  # queries and keys in a block of FlexAttention's mask
@@ -1350,16 +1405,20 @@ def split_queries(m: Meeting) -> list[QueryBlock]:
     n_whole = whole_queries(m) if m.exact and windowed and not corners else 0
     merges = len(parts) > 1 if m.engine.kind == "cpu" else not windowed and T >= QUERY_BLOCK["cpu"]
     merge = m.engine.merge if m.exact and (merges or corners) and not n_whole else None
-    size = T if merge and (corners or not windowed) else masked_block_size(m)
+    size = T if merge and not windowed else masked_block_size(m)
+    alike = m.variant.window(m.config) if merge and corners else size  # merged blocks hold several windows
+    size = FOLDS * alike if merge and corners else size
     edges = block_edges(m, corners) if merge else []
     shared: dict[int, Tensor | None] = {}
     blocks: list[QueryBlock] = []
     for start, stop in reversed(cut_between([n_whole, *edges, T], size)):  # the block with the most keys first
+        folds = max(1, (stop - start) // alike)
         if m.layout is None:
             ranges = [Range(slice(0, m.k_pos.size(1)), all_parts(m, start, stop, shared))]
         else:
-            ranges = [r for n in range(len(parts)) for r in part_ranges(m, n, start, stop, merge, shared)]
-        blocks.append(QueryBlock(slice(start, stop), ranges, merge))
+            end = start + (stop - start) // folds
+            ranges = [r for n in range(len(parts)) for r in part_ranges(m, n, start, end, merge, shared)]
+        blocks.append(QueryBlock(slice(start, stop), ranges, merge, folds))
     if n_whole:
         ranges = [r for n in range(len(parts)) for r in whole_ranges(m, n, n_whole, shared)]
         blocks.append(QueryBlock(slice(0, n_whole), ranges))
@@ -1367,16 +1426,17 @@ def split_queries(m: Meeting) -> list[QueryBlock]:
 
 
 def block_edges(m: Meeting, corners: bool) -> list[int]:
-    """Where, among the queries, merged blocks end: at the variant's edges, and window by window where corners are cut.
+    """Where, among the queries, merged blocks end: at the variant's edges and, where corners are cut, at windows.
 
-    A block that ends within the first window sees all keys before it; any other is a whole window behind the first key.
+    Windows are counted from the first key that is in one. A query of the first sees all keys before it; the others are
+    alike but for the call's first and last, of which a part may be missing.
     """
     first, stop = m.layout.first, m.layout.first + m.q_pos.size(1)
     edges = set(m.variant.edges(first, stop, m.config))
     if corners:
         window, lead = m.variant.window(m.config), max(m.variant.edges(0, stop, m.config), default=0)
-        begin = lead + -(-max(0, first + 1 - lead) // window) * window
-        edges |= set(range(begin, stop, window))
+        begin = lead + max(1, -(-(first - lead) // window)) * window
+        edges |= {x for x in (begin, stop - (stop - begin) % window) if begin <= x < stop}
     return [edge - first for edge in sorted(edges)]
 
 
@@ -1446,7 +1506,7 @@ def part_ranges(
             return [*older, Range(m.layout.keys(a, b), {n: None}, causal=b - a > 1)]
     keys = m.layout.keys(lo, hi)
     if m.exact and sees_all(part, a, b, lo, hi, m.config):
-        return [Range(keys, {n: None})]
+        return [Range(keys, {n: None}, still=not part.band)]
     mask = visible(part, m.q_pos[:, start:stop], m.k_pos[:, keys], m.config)[:, None]  # (1 or B, 1, T, L)
     if m.comparable:
         mask = shared[n] = share_mask(mask, shared.get(n))

@@ -72,15 +72,16 @@ def main(
         raise ValueError("lengths must be at least 2 and repeats at least 1.")
     rows: list[dict] = []
     slow: set[str] = set()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine(device)
+    result = {"command": "python " + shlex.join(sys.argv).partition(" --output")[0], "machine": machine}
     for T in lengths:
         torch.manual_seed(0)
         for row in measure_length(T, device, settings, methods, backward, slow, max_seconds):
             rows.append(row)
             report(row)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
-    write_json(output, {"command": command, "machine": describe_machine(device), "settings": settings, "rows": rows})
-    save_picture(output.with_suffix(".png"), lambda plt: draw(plt, rows, settings, describe_machine(device)))
+        write_json(output, result | {"settings": settings, "rows": rows})  # a length that is done is kept
+        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, rows, settings, machine))
     print(f"written to {output}", file=sys.stderr)
 
 

@@ -10,6 +10,7 @@ from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
 from lit_swa.model import (
+    FOLDS,
     VARIANTS,
     Engine,
     Layout,
@@ -213,7 +214,7 @@ def test_gradients_of_merged_kernels_equal_those_of_plain_steps(case):
 
 
 @pytest.mark.parametrize("first", [0, 1, 9, 30])
-@pytest.mark.parametrize("S, n_sinks", [(2, 0), (5, 3), (8, 0), (13, 4)])
+@pytest.mark.parametrize("S, n_sinks", [(2, 0), (2, 1), (5, 3), (8, 0), (13, 4)])
 @pytest.mark.parametrize("variant", ["sliding", "streaming"])
 def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first):
     """Catches: a corner of the window that is off by one, its gradient, or a block that does not end with a window.
@@ -222,6 +223,7 @@ def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first
     """
     sinks = {"n_sink_tokens": n_sinks} if variant == "streaming" else {}
     config = tiny_config(attention=variant, sliding_window_size=S, **sinks)
+    most_folds = 0
     for T in (1, 7, 16, 40):
         L = first + T
         queries = [torch.randn(2, 6, T, 8, dtype=torch.float64, requires_grad=True) for _ in VARIANTS[variant].parts]
@@ -235,8 +237,10 @@ def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first
             results.append((y, *grads))
             masks = [mask for block in blocks for met in block.ranges for mask in met.seen.values()]
             assert not engine.corners or T == 1 or all(mask is None for mask in masks)
+            most_folds = max(most_folds, *(block.folds for block in blocks))
         for cut, masked in zip(*results, strict=True):
             torch.testing.assert_close(cut, masked, rtol=1e-10, atol=1e-10)
+    assert most_folds == FOLDS if S == 2 else most_folds > 1 or S == 13  # several windows in one call of the kernel
 
 
 def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model):
