@@ -33,7 +33,7 @@ import difflib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------- Config
 
@@ -338,6 +339,15 @@ def check_dual_chunk(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------------------------- GPT
 
 
+IGNORED = -100  # a target that is none
+LOSS_ELEMENTS = 2**25, 2**28  # logits that exist at once in a loss, on a CPU and on a GPU
+
+
+def trained_rows(targets: Tensor) -> Tensor:
+    """Which of the tokens of targets (B, T), flattened, have one. Asked before a GPU has work: it waits here."""
+    return (targets.flatten() != IGNORED).nonzero()[:, 0]
+
+
 class GPT(nn.Module):
     """A decoder-only transformer.
 
@@ -374,6 +384,8 @@ class GPT(nn.Module):
         *,
         input_pos_maxp1: int | None = None,
         logits_to_keep: int = 0,
+        documents: Sequence[int] | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the token that follows each of idx (B, T), int64.
 
@@ -382,16 +394,28 @@ class GPT(nn.Module):
         input_pos_maxp1: the greatest position + 1, if the caller knows it: spares the GPU unneeded slots of a dense
             cache in an eager decode step. A compiled step does without, or it would recompile as the position grows.
         logits_to_keep: k > 0 computes logits for the last k tokens only, (B, k, V); 0 for all.
+        documents: the lengths, T in all, of texts that lie one behind the other in each row. Positions begin anew in
+            each and none sees another, as if each were read alone. Without a cache only.
+        targets: (B, T) int64, what follows each token, or IGNORED. The result is then no logits but the sum of
+            -log p(target), a float32 scalar, made without logits of all tokens at once.
         Raises ValueError when the tokens do not fit the context or the cache.
         """
-        x = self.hidden_states(idx, input_pos, input_pos_maxp1=input_pos_maxp1)
+        rows = None if targets is None else trained_rows(targets)
+        x = self.hidden_states(idx, input_pos, input_pos_maxp1=input_pos_maxp1, documents=documents)
+        if rows is not None:
+            return self.sum_nll(x.flatten(0, 1)[rows], targets.flatten()[rows])
         return self.project(x[:, -logits_to_keep:])  # [-0:] is all
 
     def hidden_states(
-        self, idx: Tensor, input_pos: Tensor | None = None, *, input_pos_maxp1: int | None = None
+        self,
+        idx: Tensor,
+        input_pos: Tensor | None = None,
+        *,
+        input_pos_maxp1: int | None = None,
+        documents: Sequence[int] | None = None,
     ) -> Tensor:
         """What `project` makes logits of, (B, T, C): a long text's logits need not exist all at once."""
-        call = self.plan_call(idx, input_pos, input_pos_maxp1)
+        call = self.plan_call(idx, input_pos, input_pos_maxp1, documents)
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)  # rounded to x's dtype, as Gemma was trained
@@ -403,10 +427,34 @@ class GPT(nn.Module):
         """Logits (B, T, V) of hidden states (B, T, C)."""
         return softcap(self.lm_head(self.transformer.ln_f(x)), self.config.final_logit_softcapping)
 
-    def plan_call(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> "Call":
+    def sum_nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Sum of -log p(target) over hidden states x (N, C) and targets (N,), in float32.
+
+        Logits of LOSS_ELEMENTS at most exist at once. If that is not all of them, they are made again in the backward.
+        """
+
+        def piece(x: Tensor, targets: Tensor) -> Tensor:
+            logits = self.project(x)[:, : self.config.vocab_size]  # rows of padding are no tokens
+            return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+        size = max(1, LOSS_ELEMENTS[x.device.type == "cuda"] // self.config.padded_vocab_size)
+        if x.size(0) <= size:
+            return piece(x, targets)
+        pieces = zip(x.split(size), targets.split(size), strict=True)
+        return torch.stack([checkpoint(piece, *p, use_reentrant=False) for p in pieces]).sum()
+
+    def plan_call(
+        self,
+        idx: Tensor,
+        input_pos: Tensor | None,
+        maxp1: int | None = None,
+        documents: Sequence[int] | None = None,
+    ) -> "Call":
         """Everything that the layers of one call share, per variant: RoPE's turns, and which query meets which key."""
         (B, T), device = idx.shape, idx.device
         cached = input_pos is not None
+        if documents is not None:
+            return self.plan_documents(idx, cached, [int(n) for n in documents])
         if cached and not self.slot_maps:
             raise ValueError("input_pos needs a cache: call model.set_kv_cache(batch_size, max_seq_length) first.")
         pos = input_pos if cached else torch.arange(T, device=device)
@@ -432,6 +480,23 @@ class GPT(nn.Module):
                 )
             turns[name] = self.plan_turns(name, pos, plans[name].k_pos, made)
         return Call(plans, turns)
+
+    def plan_documents(self, idx: Tensor, cached: bool, lengths: list[int]) -> "Call":
+        """The call of several texts in a row: that of each length made once, and set side by side."""
+        if cached or sum(lengths) != idx.size(1) or min(lengths, default=0) < 1:
+            raise ValueError(
+                f"documents={lengths[:8]} do not fit {idx.size(1)} tokens{' in a cache' * cached}: give the length of "
+                "each text of the row, and no input_pos."
+            )
+        if len(lengths) == 1:
+            return self.plan_call(idx, None)
+        calls = {n: self.plan_call(idx[:, :n], None) for n in dict.fromkeys(lengths)}
+        texts = [calls[n] for n in lengths]
+        plans = {}
+        for name in texts[0].plans:
+            own = [(n, call.plans[name]) for n, call in zip(lengths, texts, strict=True)]
+            plans[name] = Plan([], torch.cat([plan.k_pos for _, plan in own], dim=1), documents=own)
+        return Call(plans, {name: join_turns([call.turns[name] for call in texts]) for name in texts[0].turns})
 
     def plan_turns(self, variant: str, pos: Tensor, k_pos: Tensor, made: dict) -> "Turns":
         """By how much queries at pos (1 or B, T) and keys are turned. made: what the call's variants share of it."""
@@ -570,6 +635,13 @@ class Block(nn.Module):
         return attended + self.post_mlp_norm(self.mlp(self.norm_2(mlp_input)))
 
 
+class Meet(nn.Module):
+    """attend() as a module, so that what is injected into a model can see queries and output, and add to it."""
+
+    def forward(self, queries: list[Tensor], k: Tensor, v: Tensor, plan: "Plan", config: Config) -> Tensor:
+        return attend(queries, k, v, plan, config)
+
+
 class CausalSelfAttention(nn.Module):
     """Project, turn by RoPE, meet the keys as the layer's variant says, project back."""
 
@@ -580,6 +652,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
         self.norm_q = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.norm_k = build_norm(config, D) if config.norm_qk else nn.Identity()
+        self.meet = Meet()
         self.variant = config.layer_variants[layer]
         self.kv_cache: KVCache | None = None
         self.config = config
@@ -598,7 +671,7 @@ class CausalSelfAttention(nn.Module):
         if plan.write is not None:
             k, v = self.kv_cache.exchange(k, v, plan)  # (B, G, L, D)
         k = fused(apply_rope, k, *turns.keys) if turns.when_met else k
-        y = attend(queries, k, v, plan, self.config)  # (B, H, T, D)
+        y = self.meet(queries, k, v, plan, self.config)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -790,6 +863,11 @@ def visible(part: Part, q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
 def attend(queries: list[Tensor], k: Tensor, v: Tensor, plan: "Plan", config: Config) -> Tensor:
     """Softmax attention of the queries, (B, H, T, D) turned once for each part, over k and v (B, G, L, D)."""
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
+    if plan.documents:
+        lengths = [n for n, _ in plan.documents]
+        texts = zip(*(x.split(lengths, dim=2) for x in (k, v, *queries)), strict=True)  # (B, H or G, n, D) each
+        met = zip(texts, plan.documents, strict=True)
+        return torch.cat([attend(q, k, v, own, config) for (k, v, *q), (_, own) in met], dim=2)
     if plan.s2_group:
         return attend_shifted_groups(queries[0], k, v, plan.s2_group, scale, config)
     if plan.blocks[0].merged:
@@ -1189,6 +1267,22 @@ class Plan(NamedTuple):
     read: "list[Tensor | slice]" = []  # the slots that queries meet; empty: they meet the call's own keys only
     write_first: bool = False  # True: write, then read `read`. False: read it, put the call's own keys behind, write
     s2_group: int = 0  # tokens in a group of S2-Attn; 0: not S2-Attn
+    documents: "list[tuple[int, Plan]]" = []  # the lengths of texts in a row and how each meets itself; empty: one text
+
+
+def join_turns(texts: list[Turns]) -> Turns:
+    """The turns of several texts, one behind the other."""
+    queries = [join_pairs(pairs) for pairs in zip(*(t.queries for t in texts), strict=True)]
+    temperature = texts[0].temperature
+    if isinstance(temperature, Tensor):
+        temperature = torch.cat([t.temperature for t in texts], dim=2)
+    return Turns(queries, join_pairs([t.keys for t in texts]), texts[0].when_met, temperature)
+
+
+def join_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of pieces of a row, joined."""
+    cos, sin = zip(*pairs, strict=True)
+    return torch.cat(cos, dim=2), torch.cat(sin, dim=2)
 
 
 class Range(NamedTuple):
