@@ -40,6 +40,7 @@ from lit_swa.hf_format import config_to_hf, empty_model, expected_shapes, requir
 from lit_swa.model import GPT, Config, RoPE
 
 CONFIG_FILE, STEM = "lit_config.json", "lit_model"
+ADAPTER_FILE = "lit_adapter.json"  # beside an adapter, it says where the base checkpoint is: see peft_format.py
 MAX_SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is enough
 COPIED_FILES = (
@@ -61,10 +62,17 @@ COPIED_FILES = (
 def check_checkpoint_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> None:
     """Return if the directory can be loaded. Raises an error that names what is there, what is missing and what to do.
 
-    The weight files' headers are read, so a truncated file is noticed; their numbers are not.
+    The weight files' headers are read, so a truncated file is noticed; their numbers are not. A directory with an
+    adapter needs its base checkpoint too.
     """
     directory = Path(checkpoint_dir)
     require_directory(directory)
+    if is_adapter_dir(directory):
+        from lit_swa.peft_format import check_adapter_dir
+
+        if tokenizer and not has_tokenizer(directory):
+            raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the base checkpoint's there.")
+        return check_adapter_dir(directory)
     names, has_index = [CONFIG_FILE], (directory / index_name(STEM)).exists()
     if not has_index:
         names.append(f"{STEM}.safetensors")
@@ -82,6 +90,17 @@ def check_checkpoint_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> 
         raise FileNotFoundError(
             f"{error} {' and '.join(there)} {_is_or_are(there)} there; convert or download the checkpoint again."
         ) from None
+
+
+def is_adapter_dir(checkpoint_dir: str | Path) -> bool:
+    """True for a directory that holds an adapter and no weights of its own."""
+    directory = Path(checkpoint_dir)
+    weights = (f"{STEM}.safetensors", index_name(STEM))
+    return (directory / ADAPTER_FILE).exists() and not any((directory / name).exists() for name in weights)
+
+
+def has_tokenizer(checkpoint_dir: str | Path) -> bool:
+    return any((Path(checkpoint_dir) / name).exists() for name in TOKENIZER_FILES)
 
 
 def require_directory(directory: Path) -> None:
@@ -134,6 +153,8 @@ def _build_config(build: Callable[[dict[str, Any]], Config], values: dict[str, A
 def open_weights(checkpoint_dir: str | Path) -> dict[str, LazyTensor]:
     """The stored weights by lit name, each read when its load() is called. Raises FileNotFoundError or ValueError."""
     directory = Path(checkpoint_dir)
+    if is_adapter_dir(directory):
+        raise ValueError(f"{directory} is an adapter: make a checkpoint of it with scripts/merge_lora.py first.")
     if (directory / index_name(STEM)).exists():
         return open_shards(directory, index_name(STEM))
     return open_safetensors(find_inside(directory, f"{STEM}.safetensors"))
@@ -143,10 +164,15 @@ def load_model(
     checkpoint_dir: str | Path,
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
+    *,
+    merge: bool = True,
     **config_overrides: Any,
 ) -> GPT:
     """The model of a checkpoint directory, in eval mode, its weights in `dtype` on `device`.
 
+    A directory with an adapter gives the base model with the adapter in it.
+
+    merge: fold an adapter into the weights, for speed; otherwise it stays beside them, as in training.
     config_overrides: fields of Config that replace those of lit_config.json.
     Weights are mapped from the file and cast one by one: the peak is one copy of the model (and one more tensor). A
     model whose stored dtype is asked for, on the CPU, keeps using the file's pages.
@@ -156,6 +182,10 @@ def load_model(
     directory = Path(checkpoint_dir)
     dtype, device = check_dtype(dtype, device)
     check_checkpoint_dir(directory, tokenizer=False)
+    if is_adapter_dir(directory):
+        from lit_swa.peft_format import load_adapted
+
+        return load_adapted(directory, dtype, device, merge=merge, **config_overrides)
     config = load_config(directory).override(**config_overrides)
     tensors = open_weights(directory)
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, directory)

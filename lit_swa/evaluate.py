@@ -104,7 +104,9 @@ class Results:
 
 def weights_identity(checkpoint_dir: Path) -> str:
     """A hash that changes with the weight files: of their names, sizes and times, since their content takes long."""
-    stats = [(path.name, path.stat()) for path in sorted(Path(checkpoint_dir).glob("lit_model*.safetensors*"))]
+    patterns = ("lit_model*.safetensors*", "adapter_model.safetensors", "lit_adapter.json")
+    paths = sorted(path for pattern in patterns for path in Path(checkpoint_dir).glob(pattern))
+    stats = [(path.name, path.stat()) for path in paths]
     return hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()
 
 

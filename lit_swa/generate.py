@@ -398,9 +398,11 @@ def pack_for_cpu(model: GPT) -> int:
 
 
 def replace_linears(model: GPT, replacement: Callable[[nn.Linear], nn.Module]) -> int:
-    """Put replacement(linear) in the place of every nn.Linear; returns how many."""
+    """Put replacement(linear) in the place of every nn.Linear; returns how many. One with a hook (LoRA) stays."""
     named = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    linears = [(parent, name, child) for parent, name, child in named if type(child) is nn.Linear]
+    linears = [
+        (parent, name, child) for parent, name, child in named if type(child) is nn.Linear and not child._forward_hooks
+    ]
     for parent, name, linear in linears:
         setattr(parent, name, replacement(linear))
     return len(linears)

@@ -1,0 +1,319 @@
+"""LLaMA-Adapter: learned prompts that the layers attend to through a gate, put into a built GPT.
+
+Version 1 (Zhang et al. 2023, arXiv 2303.16199): in the upper layers every query also meets a few learned tokens in a
+softmax of its own, and what it finds there, times a gate, is added to the attention's output. Version 2 (Gao et al.
+2023, arXiv 2304.15010) also gives each linear layer of the blocks a bias and a scale, and trains the norms. The gates
+and biases start at 0 and the scales at 1, so that a model computes what it did.
+
+Nothing is replaced: a layer gets a child `adapter` and a forward hook, and its own weights, which may be quantised,
+keep their names. Version 2's bias and scale can be folded into the weights (fold_scale_and_bias). The prompts cannot:
+what they add depends on the query through a softmax, which no weight of the base can express. So there is no merge,
+and a model with an adapter is run with it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_swa.checkpoint import ADAPTER_FILE, CONFIG_FILE, copy_tokenizer
+from lit_swa.files import (
+    LazyTensor,
+    directory_lock,
+    find_inside,
+    open_safetensors,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_safetensors,
+)
+from lit_swa.model import GPT, CausalSelfAttention, RMSNorm, softcap
+
+WEIGHTS_FILE = "lit_adapter.safetensors"
+KINDS = {"adapter_v1": 1, "adapter_v2": 2}  # what lit_adapter.json calls the versions
+
+
+@dataclass
+class AdapterConfig:
+    """What is put into a model. Raises ValueError for values that do not fit."""
+
+    version: int = 1  # 1: prompts; 2: also a bias and a scale for each linear layer of the blocks, and trained norms
+    prompt_length: int = 10  # P, learned tokens in a layer
+    start_layer: int = 2  # the first layer that has a prompt, counted from 0
+
+    def __post_init__(self) -> None:
+        if type(self.version) is not int or self.version not in KINDS.values():
+            raise ValueError(f"version={self.version!r} does not fit: choose from 1, 2.")
+        for name, least, most in (("prompt_length", 1, 4096), ("start_layer", 0, 4096)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name}={value!r} does not fit: it must be a whole number from {least} to {most}.")
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind, version in KINDS.items() if version == self.version)
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+
+class GatedPrompt(nn.Module):
+    """A layer's learned tokens, the prompt (P, C), and a gate for each head (H,).
+
+    As in the authors' code each head has its gate, and tanh(gate) multiplies. (PEFT's AdaptionPrompt has one number for
+    all heads and no tanh: its gate g is ours at atanh(g).) A prompt gets no gradient as long as the gates are 0.
+    """
+
+    def __init__(self, attn: CausalSelfAttention, prompt_length: int) -> None:
+        super().__init__()
+        device, config = attn.proj.weight.device, attn.config
+        self.prompt = nn.Parameter(torch.randn(prompt_length, config.n_embd, device=device, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(config.n_head, device=device, dtype=torch.float32))
+        self.layer = (attn,)  # in a tuple, so that it is no submodule; its projection may be quantised or replaced
+
+    def forward(self, q: Tensor) -> Tensor:
+        """What queries (B, H, T, D), turned by RoPE, find in the prompt: (B, H, T, D), times the gates."""
+        (attn,) = self.layer
+        config, (B, H, T, D), P = attn.config, q.shape, len(self.prompt)
+        G = config.n_query_groups
+        qkv = attn.qkv(self.prompt.to(q.dtype)[None])[0].view(P, H + 2 * G, D).transpose(0, 1)  # (H + 2G, P, D)
+        _, k, v = qkv.split((H, G, G))
+        k, v = attn.norm_k(k).to(q.dtype), v.to(q.dtype)  # (G, P, D): without RoPE, at no position
+        scale = (config.attention_scores_scalar or config.head_size) ** -0.5
+        rows = q.reshape(B, G, -1, D)  # (B, H, T, D) -> (B, G, R * T, D)
+        scores = softcap(rows @ k.mT * scale, config.attention_logit_softcapping)  # (B, G, R * T, P)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        found = (F.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ v).view(B, H, T, D)
+        return self.gate.tanh().to(q.dtype).view(H, 1, 1) * found
+
+
+class ScaleAndBias(nn.Module):
+    """(y + bias) * scale for the output y (..., out) of a linear layer; bias and scale are (out,)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        size, device = linear.out_features, linear.weight.device
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones(size, device=device, dtype=torch.float32))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return (y + self.bias.to(y.dtype)) * self.scale.to(y.dtype)
+
+
+# The forward hooks are functions of the module, so that a copied model uses its own adapters.
+
+
+def add_prompt_output(meet: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    queries = inputs[0]  # one for each part of the variant: the first are those at their nearest positions
+    return output + meet.adapter(queries[0]).to(output.dtype)
+
+
+def scale_output(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return linear.adapter(output)
+
+
+# ------------------------------------------------------------------------------------------------------------ injection
+
+
+def add_adapter(model: GPT, config: AdapterConfig) -> list[str]:
+    """Put an adapter into a built model, freeze all else, and return the names of the changed modules.
+
+    The new parameters are float32 on the weights' devices. The norms that version 2 trains keep their dtype.
+    Raises ValueError when the model has no layer at start_layer, or something put into it already.
+    """
+    targets = adapter_targets(model, config)
+    model.requires_grad_(False)
+    for module in targets.values():
+        if isinstance(module, CausalSelfAttention):
+            put(module.meet, GatedPrompt(module, config.prompt_length), add_prompt_output)
+        elif isinstance(module, nn.Linear):
+            put(module, ScaleAndBias(module), scale_output)
+        else:
+            module.requires_grad_(True)
+    return [f"{name}.meet" if isinstance(module, CausalSelfAttention) else name for name, module in targets.items()]
+
+
+def put(module: nn.Module, adapter: nn.Module, hook: Any) -> None:
+    module.adapter = adapter.train(module.training)
+    module.register_forward_hook(hook)
+
+
+def adapter_targets(model: GPT, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The attention layers that get a prompt; for version 2 also the blocks' linear layers and all norms. By name."""
+    if any(isinstance(getattr(module, name, None), nn.Module) for module in model.modules() for name in INJECTED):
+        raise ValueError("The model has an adapter or a LoRA already: load it anew, or merge the LoRA first.")
+    n_layer = len(model.transformer.h)
+    if config.start_layer >= n_layer:
+        raise ValueError(
+            f"start_layer={config.start_layer} leaves no layer for a prompt: the model's are 0 to {n_layer - 1}."
+        )
+    targets: dict[str, nn.Module] = {}
+    for i, block in enumerate(model.transformer.h):
+        if i >= config.start_layer:
+            targets[f"transformer.h.{i}.attn"] = block.attn
+        if config.version == 2:
+            inside = {f"transformer.h.{i}.{name}": module for name, module in block.named_modules()}
+            targets |= {name: m for name, m in inside.items() if isinstance(m, (nn.Linear, *NORMS))}
+    return targets | ({"transformer.ln_f": model.transformer.ln_f} if config.version == 2 else {})
+
+
+INJECTED = ("adapter", "lora")  # the children that are put into modules
+NORMS = (RMSNorm, nn.LayerNorm)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, (GatedPrompt, ScaleAndBias)) for module in model.modules())
+
+
+def adapter_state(model: GPT) -> dict[str, Tensor]:
+    """What an adapter's training changes, by the parameter's name in the model: its own parameters, and in version 2
+    the norms. The tensors are those of the model, not copies. Raises ValueError when the model has no adapter."""
+    if not has_adapter(model):
+        raise ValueError("The model has no adapter: add_adapter gives it one.")
+    modules = dict(model.named_modules())
+    chosen = (GatedPrompt, ScaleAndBias)
+    if any(isinstance(module, ScaleAndBias) for module in modules.values()):
+        chosen += NORMS
+    return {
+        f"{name}.{key}": parameter.detach()
+        for name, module in modules.items()
+        if isinstance(module, chosen)
+        for key, parameter in module.named_parameters(recurse=False)
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- folding
+
+
+@torch.no_grad()
+def fold_scale_and_bias(model: GPT) -> int:
+    """Fold version 2's biases and scales into the weights: (W x + c + b) * s becomes (s W) x + (c + b) s, computed in
+    float32 and rounded once. Returns how many layers there were.
+
+    The layers get biases, and model.config says so. The prompts stay beside the weights, as an adapter of version 1.
+    Raises ValueError when there is nothing to fold, or a layer is quantised; the model is then unchanged.
+    """
+    changed = [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "adapter", None), ScaleAndBias)]
+    if not changed:
+        raise ValueError("The model has no adapter of version 2: there is nothing to fold.")
+    for name, linear in changed:
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{name} is quantised, and a scale cannot be folded into it: load the base in full.")
+    for _, linear in changed:
+        weight, wide, own = linear.weight, torch.promote_types(linear.weight.dtype, torch.float32), linear.adapter
+        bias = own.bias if linear.bias is None else own.bias + linear.bias
+        folded = {"weight": weight.to(wide) * own.scale[:, None], "bias": bias * own.scale}
+        for key, values in folded.items():
+            setattr(linear, key, nn.Parameter(values.to(weight.dtype), requires_grad=weight.requires_grad))
+        for key in [key for key, hook in linear._forward_hooks.items() if hook is scale_output]:
+            del linear._forward_hooks[key]
+        del linear.adapter
+    model.config.attn_bias = model.config.attn_proj_bias = model.config.mlp_bias = True
+    return len(changed)
+
+
+# ------------------------------------------------------------------------------------------------------ saving, reading
+
+
+def save_adapter(
+    model: GPT, directory: str | Path, config: AdapterConfig, base_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Write lit_adapter.safetensors, lit_config.json and, last, lit_adapter.json; returns the fields of the latter.
+
+    base_dir: the base checkpoint, whose place and identity are noted and whose tokenizer's files are copied; None: the
+        directory is then of use to load_adapter only, into a model that was loaded otherwise.
+    Each file is replaced whole. Raises ValueError when the model has no adapter, or another than the config says, and
+    OSError when the disk is full.
+    """
+    directory, state = Path(directory), adapter_state(model)
+    check_state(state, expected_state(model, config), "The model")
+    content = {CONFIG_FILE: asdict(model.config), ADAPTER_FILE: {"kind": config.kind, "adapter": asdict(config)}}
+    if base_dir is not None:
+        from lit_swa.peft_format import relative_path, weights_identity
+
+        base_dir = Path(base_dir)
+        content[ADAPTER_FILE]["base_checkpoint_dir"] = relative_path(base_dir, directory)
+        content[ADAPTER_FILE]["base_identity"] = weights_identity(base_dir)
+    lazy = {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
+    with directory_lock(directory):
+        remove_leftovers(directory)
+        if not all((directory / name).exists() and read_json(directory / name) == c for name, c in content.items()):
+            (directory / ADAPTER_FILE).unlink(missing_ok=True)  # it stands for the weights beside it
+        if base_dir is not None:
+            copy_tokenizer(base_dir, directory)
+        write_safetensors(directory / WEIGHTS_FILE, lazy)
+        for name, values in content.items():
+            write_json(directory / name, values)
+    return content[ADAPTER_FILE]
+
+
+@torch.no_grad()
+def load_adapter(model: GPT, directory: str | Path) -> AdapterConfig:
+    """Give a built model the adapter of a directory, as add_adapter and training left it. Returns its config.
+
+    The model is unchanged unless all of it fits. Raises FileNotFoundError or ValueError in one sentence.
+    """
+    directory = Path(directory)
+    config, tensors = read_adapter_config(directory), open_safetensors(find_inside(directory, WEIGHTS_FILE))
+    adapter_targets(model, config)  # which has no adapter yet
+    check_state(tensors, expected_state(model, config), directory / WEIGHTS_FILE)
+    loaded = {name: tensor.load() for name, tensor in tensors.items()}
+    add_adapter(model, config)
+    for name, tensor in loaded.items():
+        model.get_parameter(name).copy_(tensor)
+    return config
+
+
+def read_adapter_config(directory: str | Path) -> AdapterConfig:
+    """The config in a directory's lit_adapter.json. Raises FileNotFoundError or ValueError."""
+    path = find_inside(Path(directory), ADAPTER_FILE)
+    content = read_json(path)
+    kind, fields = content.get("kind"), content.get("adapter")
+    if kind not in KINDS:
+        raise ValueError(f"{path} is of the kind {str(kind)[:40]!r}, which is none of {', '.join(KINDS)}.")
+    known = set(AdapterConfig.__dataclass_fields__)
+    if not isinstance(fields, dict) or set(fields) != known:
+        raise ValueError(f"{path} is damaged: its adapter must have {', '.join(sorted(known))}, and nothing else.")
+    try:
+        config = AdapterConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe an adapter: {str(error)[:300]}") from None
+    if config.kind != kind:
+        raise ValueError(f"{path} is damaged: it is of the kind {kind!r} and its version is {config.version}.")
+    return config
+
+
+def expected_state(model: GPT, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what adapter_state holds for this config, whether the adapter is there yet or not."""
+    return dict(_expected(model, config))
+
+
+def _expected(model: GPT, config: AdapterConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for i in range(config.start_layer, len(model.transformer.h)):
+        yield f"transformer.h.{i}.attn.meet.adapter.prompt", (config.prompt_length, model.config.n_embd)
+        yield f"transformer.h.{i}.attn.meet.adapter.gate", (model.config.n_head,)
+    for name, module in model.named_modules() if config.version == 2 else ():
+        if isinstance(module, nn.Linear) and name.startswith("transformer.h."):
+            yield from ((f"{name}.adapter.{key}", (module.out_features,)) for key in ("bias", "scale"))
+        elif isinstance(module, NORMS):
+            yield from ((f"{name}.{key}", tuple(p.shape)) for key, p in module.named_parameters(recurse=False))
+
+
+def check_state(tensors: dict[str, Any], expected: dict[str, tuple[int, ...]], where: object) -> None:
+    """Raises ValueError unless these tensors have exactly the expected names and shapes, and are real numbers."""
+    remedy = "the adapter was made for another model or with other settings."
+    if missing := [name for name in expected if name not in tensors]:
+        raise ValueError(f"{where} has no {missing[0]}, which its config asks for: {remedy}")
+    if more := [name for name in tensors if name not in expected]:
+        raise ValueError(f"{where} has {more[0][:120]}, which its config has no place for: {remedy}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            given = list(tensors[name].shape)
+            raise ValueError(f"{where} has {name} as {given} and the model asks for {list(shape)}: {remedy}")
+        if not tensors[name].dtype.is_floating_point:
+            raise ValueError(f"{where} has {name} as {tensors[name].dtype}: it must be of floating point.")

@@ -1,0 +1,136 @@
+"""The arguments that every finetuning script has, with what they mean: each script's --help shows them."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class Training:
+    """What is trained on which data, for how long, and where the results go.
+
+    Args:
+        data: A .json, .jsonl or .csv file of instructions or chats; .txt or .bin files to extend the context with; what
+            prepare_instruct.py or prepare_text.py wrote; or the name of a preset, such as alpaca or dolly.
+        checkpoint_dir: The model to start from. By default SmolLM2-135M-Instruct, which is downloaded once.
+        out_dir: Where the run goes: steps to resume from, metrics.csv, and at the end final/, which generate/base.py
+            loads. By default out/ and the script's name.
+        validation_data: A file of its own to validate on. By default a part of the data is held out.
+        validation_fraction: The part of the data that is held out; 0 for none.
+        preset: Fields and prompt of a known data set, for a local copy of it.
+        prompt_style: How instructions become a prompt: chat (the model's own template), alpaca, llama2, ...
+        mask_prompt: Train the answers only.
+        max_seq_length: Tokens of a text, which are cut there. By default those of the longest, at most the context.
+        pack: Put several short texts into one row of max_seq_length tokens; none sees another.
+        limit: Read so many examples of the data only.
+        epochs: How often the data is read.
+        max_steps: So many optimiser steps instead.
+        batch_size: Rows (or texts, without --pack) of one optimiser step, over all devices.
+        micro_batch_size: Rows that one device reads at once; the rest of a step's gradients are accumulated.
+        learning_rate: After the warmup. By default what suits the method.
+        lr_schedule: cosine falls to a tenth; plateau halves the rate when the validation loss stops falling.
+        warmup_steps: Steps in which the rate rises.
+        weight_decay: Of AdamW, for matrices.
+        beta2: Of AdamW; beta1 is 0.9.
+        grad_clip: Greatest norm of a step's gradient; 0 for no limit.
+        precision: 32-true; bf16-true (frozen weights and products in bfloat16, trained weights in float32); bf16-mixed
+            (autocast). By default bf16-true on a GPU that has it and 32-true elsewhere.
+        device: auto, cpu or cuda.
+        devices: Processes, each with a device of its own. torchrun and SLURM are understood too.
+        num_nodes: Machines.
+        strategy: ddp, or fsdp to share the weights out.
+        recompute: How many layers make their activations again in the backward instead of keeping them: auto (as many
+            as memory demands), all, none or a number.
+        eval_interval: Steps between validations. By default ten in the run.
+        early_stop: Stop after so many validations without a better loss; 0 for never.
+        sample: Show what the model answers at each validation, to the first prompt that is validated on.
+        save_interval: Steps between saves. By default ten in the run.
+        keep_last: Saved steps that are kept.
+        log_interval: Steps between lines of metrics.csv and of the log.
+        tensorboard: Write TensorBoard's files too, to out_dir/tensorboard.
+        resume: auto goes on with the run in out_dir, never refuses an out_dir that holds one, restart deletes it.
+        dry_run: Stop before the first step: show three samples, try the longest row, validation, saving and loading,
+            and tell the memory and disk that the run will need.
+        seed: Of the order of the data, dropout and new weights.
+        model: Any field of the model's config, as --model.FIELD VALUE.
+    """
+
+    data: str
+    checkpoint_dir: Path | None = None
+    out_dir: Path | None = None
+    validation_data: str | None = None
+    validation_fraction: float = 0.05
+    preset: str | None = None
+    prompt_style: str | None = None
+    mask_prompt: bool = True
+    max_seq_length: int | None = None
+    pack: bool = True
+    limit: int | None = None
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    micro_batch_size: int = 1
+    learning_rate: float | None = None
+    lr_schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    precision: Literal["auto", "32-true", "bf16-true", "bf16-mixed"] = "auto"
+    device: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    recompute: str | int = "auto"
+    eval_interval: int | None = None
+    early_stop: int = 0
+    sample: bool = True
+    save_interval: int | None = None
+    keep_last: int = 1
+    log_interval: int = 1
+    tensorboard: bool = False
+    resume: Literal["auto", "never", "restart"] = "never"
+    dry_run: bool = False
+    seed: int = 1234
+    model: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name}={value} does not fit: it must lie between {least} and {most}.")
+        if self.epochs <= 0 or self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError("epochs and learning_rate must be greater than 0.")
+        if isinstance(self.recompute, str) and self.recompute.isdigit():
+            self.recompute = int(self.recompute)
+        if isinstance(self.recompute, str) and self.recompute not in ("auto", "all", "none"):
+            raise ValueError(f"recompute={self.recompute!r} does not fit: choose auto, all, none or a number.")
+
+    def as_json(self) -> dict[str, Any]:
+        """The arguments as JSON has them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+RANGES: dict[str, tuple[float, float]] = {
+    "validation_fraction": (0.0, 0.9),
+    "max_seq_length": (2, 2**31),
+    "limit": (1, 2**31),
+    "epochs": (0.0, 1e6),
+    "max_steps": (1, 2**31),
+    "batch_size": (1, 2**20),
+    "micro_batch_size": (1, 2**20),
+    "learning_rate": (0.0, 10.0),
+    "warmup_steps": (0, 2**31),
+    "weight_decay": (0.0, 10.0),
+    "beta2": (0.0, math.nextafter(1.0, 0.0)),
+    "grad_clip": (0.0, 1e9),
+    "devices": (1, 4096),
+    "num_nodes": (1, 4096),
+    "eval_interval": (1, 2**31),
+    "early_stop": (0, 2**31),
+    "save_interval": (1, 2**31),
+    "keep_last": (1, 1000),
+    "log_interval": (1, 2**31),
+    "seed": (0, 2**31),
+}

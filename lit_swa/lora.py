@@ -1,0 +1,282 @@
+"""LoRA and DoRA: small trainable matrices beside frozen weights, put into a built GPT and folded back into it.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685): y = W x + s B A x, with A (r, in), B (out, r) and s = alpha / r, or
+alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732). DoRA (Liu et al. 2024, arXiv 2402.09353)
+gives each row of W + s B A a trained length of its own. Nothing is replaced: the linear layer gets a child `lora` and a
+forward hook, its own weight keeps its name, and it may be quantised.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_swa.hf_format import hf_module_names
+from lit_swa.model import GPT, Config
+
+QKV, ALL = re.compile(r"\.attn\.qkv$"), "all"
+TARGETS: dict[str, tuple[re.Pattern, str]] = {  # target -> the names of its linear layers, and which of their rows
+    "q": (QKV, "q"),
+    "k": (QKV, "k"),
+    "v": (QKV, "v"),
+    "o": (re.compile(r"\.attn\.proj$"), ALL),
+    "mlp": (re.compile(r"\.mlp\.(.+\.)?(fc_1|fc_2|fc|proj)$"), ALL),
+    "head": (re.compile(r"^lm_head$"), ALL),
+}
+EXTRA_TRAINABLE = ("embed", "norm")  # what LongLoRA trains in full (Chen et al. 2023, arXiv 2309.12307)
+
+
+@dataclass
+class LoRAConfig:
+    """What is trained, and how. Raises ValueError for values that do not fit."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o")  # of TARGETS
+    extra_trainable: tuple[str, ...] = ()  # of EXTRA_TRAINABLE: trained in full
+    rslora: bool = False
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.r) is not int or not 1 <= self.r <= 2**16:
+            raise ValueError(f"r={self.r!r} does not fit: the rank must be a whole number between 1 and {2**16}.")
+        for name, value, most in (("alpha", self.alpha, 1e9), ("dropout", self.dropout, 0.999)):
+            if type(value) not in (int, float) or not 0 <= value <= most:  # NaN fails every comparison
+                raise ValueError(f"{name}={value!r} does not fit: it must be a number between 0 and {most:g}.")
+        for name, choices in (("targets", TARGETS), ("extra_trainable", EXTRA_TRAINABLE)):
+            given = getattr(self, name)
+            given = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
+            given = tuple(dict.fromkeys(entry.strip() for entry in given))
+            if unknown := [entry for entry in given if entry not in choices]:
+                raise ValueError(f"{name} has no {unknown[0]!r}: choose from {', '.join(choices)}.")
+            setattr(self, name, given)
+        if not self.targets:
+            raise ValueError(f"targets is empty: name some of {', '.join(TARGETS)}.")
+
+    def scaling(self, r: int | None = None, alpha: float | None = None) -> float:
+        """s of a part with this rank and alpha, or with the config's own."""
+        r, alpha = r or self.r, self.alpha if alpha is None else alpha
+        return alpha / math.sqrt(r) if self.rslora else alpha / r
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+
+class LoRAPart(nn.Module):
+    """A (r, in) and B (stop - start, r) for the rows start .. stop of one weight; for DoRA the rows' lengths too."""
+
+    def __init__(self, in_features: int, start: int, stop: int, r: int, scaling: float, device: torch.device) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=torch.float32))
+        self.B = nn.Parameter(torch.zeros(stop - start, r, device=device, dtype=torch.float32))
+        self.register_parameter("magnitude", None)  # (stop - start,), DoRA's m
+        self.start, self.stop, self.scaling = start, stop, scaling
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def delta(self) -> Tensor:
+        """s B A, (stop - start, in)"""
+        return self.scaling * (self.B @ self.A)
+
+    def row_lengths(self, weight: Tensor) -> Tensor:
+        """The lengths of the rows of W + s B A, for W (out, in): a constant to the gradient (DoRA, section 4.3)."""
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            rows = weight[self.start : self.stop]
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            return torch.linalg.vector_norm(rows + self.delta(), dim=1)
+
+
+class LoRA(nn.Module):
+    """All parts of one linear layer, joined into one small product in the forward pass."""
+
+    def __init__(self, out_features: int, dropout: float) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict()  # name of the rows ("q", "k", "v", or "all") -> LoRAPart
+        self.out_features, self.dropout = out_features, dropout
+
+    def forward(self, x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
+        """What the changed layer gives for x (..., in) whose own output is y (..., out)."""
+        parts = sorted(self.parts.values(), key=lambda part: part.start)
+        dropped = F.dropout(x, self.dropout, self.training)
+        A = torch.cat([part.A for part in parts]).to(x.dtype)  # (sum r, in)
+        B = self.by_rows([part.B * part.scaling for part in parts], parts, torch.block_diag).to(x.dtype)  # (out, sum r)
+        h = dropped.flatten(0, -2) @ A.T  # (..., in) -> (N, sum r)
+        if all(part.magnitude is None for part in parts):
+            return torch.addmm(y.flatten(0, -2).to(h.dtype), h, B.T).view_as(y)
+        weight = dense_weight(linear)
+        ratios = [part.magnitude / part.row_lengths(weight) for part in parts]
+        ratio = self.by_rows(ratios, parts, lambda *rows: torch.cat(rows))  # (out,), float32
+        drops = self.training and self.dropout > 0
+        plain = F.linear(dropped, weight.to(x.dtype)) if drops else y if linear.bias is None else y - linear.bias
+        changed = torch.addmm(plain.flatten(0, -2).to(h.dtype), h, B.T).view_as(y) * ratio
+        rest = y - plain if drops else linear.bias  # what DoRA leaves as it is
+        return (changed if rest is None else changed + rest).to(y.dtype)
+
+    def by_rows(self, values: list[Tensor], parts: list[LoRAPart], join: Callable[..., Tensor]) -> Tensor:
+        """The parts' values (rows,) or (rows, r) in the order of the weight's rows; rows of no part get ones or ()."""
+        at, pieces = 0, []
+        for value, part in zip(values, parts, strict=True):
+            gap = (part.start - at,) if value.dim() == 1 else (part.start - at, 0)
+            pieces += [value.new_ones(gap), value] if part.start > at else [value]
+            at = part.stop
+        gap = (self.out_features - at,) if values[0].dim() == 1 else (self.out_features - at, 0)
+        pieces += [values[0].new_ones(gap)] if self.out_features > at else []
+        return pieces[0] if len(pieces) == 1 else join(*pieces)
+
+
+def add_lora_output(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The forward hook: a function of the module, so that a copied layer uses its own LoRA."""
+    return linear.lora(inputs[0], output, linear)
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """W (out, in) of a linear layer: its parameter, or the numbers that a quantised one stands for, in float32."""
+    if linear.weight.is_floating_point() and getattr(linear.weight, "quant_state", None) is None:
+        return linear.weight
+    from lit_swa.quantize import dequantize
+
+    return dequantize(linear)
+
+
+# ------------------------------------------------------------------------------------------------------------ injection
+
+
+def add_lora(model: GPT, config: LoRAConfig) -> list[str]:
+    """Put LoRA into a built model, freeze all else but `extra_trainable`, and return the names of the changed layers.
+
+    A starts as uniform noise and B as zeros, so that the model computes what it did.
+    Raises ValueError, with the names that there are, when a target matches no layer.
+    """
+    if lora_linears(model):
+        raise ValueError("The model has a LoRA already: merge_lora folds it into the weights.")
+    chosen = [(name, target) for target in config.targets for name in matching_linears(model, target)]
+    model.requires_grad_(False)
+    for name, target in chosen:
+        add_part(model, name, TARGETS[target][1], config)
+    for name in extra_modules(model, config.extra_trainable):
+        model.get_submodule(name).requires_grad_(True)
+    return list(dict.fromkeys(name for name, _ in chosen))
+
+
+def matching_linears(model: GPT, target: str) -> list[str]:
+    """The names of the linear layers that a target means. Raises ValueError when there is none."""
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    found = [name for name in linears if TARGETS[target][0].search(name)]
+    if not found:
+        there = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in linears}) or ["none"]
+        raise ValueError(f"No trainable layer matches the target {target!r}: the linear layers are {', '.join(there)}.")
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or a quantised layer with the same sizes."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(type(size) is int for size in sizes) and hasattr(module, "weight")
+
+
+def part_rows(part: str, out_features: int, config: Config) -> tuple[int, int]:
+    """The rows start, stop of a layer's weight that a part is for: attn.qkv holds queries, keys and values."""
+    q, kv = config.n_head * config.head_size, config.n_query_groups * config.head_size
+    return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), ALL: (0, out_features)}[part]
+
+
+def add_part(
+    model: GPT, name: str, part: str, config: LoRAConfig, r: int | None = None, scaling: float | None = None
+) -> LoRAPart:
+    """Give the layer `name` a part for some of its rows; r and scaling are the config's unless given."""
+    linear = model.get_submodule(name)
+    if not hasattr(linear, "lora"):
+        linear.lora = LoRA(linear.out_features, config.dropout).train(linear.training)
+        linear.register_forward_hook(add_lora_output)
+    start, stop = part_rows(part, linear.out_features, model.config)
+    scaling = config.scaling() if scaling is None else scaling
+    new = LoRAPart(linear.in_features, start, stop, r or config.r, scaling, linear.weight.device)
+    if config.dora:
+        with torch.no_grad():
+            rows = dense_weight(linear)[start:stop].float()
+            new.magnitude = nn.Parameter(torch.linalg.vector_norm(rows, dim=1))
+    linear.lora.parts[part] = new.train(linear.training)
+    return new
+
+
+def extra_modules(model: GPT, kinds: tuple[str, ...]) -> list[str]:
+    """The modules that LongLoRA's rule trains in full: those with "embed" or "norm" in their Hugging Face name.
+
+    "embed" is transformer.wte, and lm_head where it is tied to it or, in GPT-NeoX, called embed_out.
+    """
+    table, found = hf_module_names(model.config), []
+    for name, module in model.named_modules():
+        hf_names = table.get(re.sub(r"\.h\.\d+\.", ".h.{i}.", name), ())
+        if hasattr(module, "weight") and any(kind in hf_name.split(".")[-1] for kind in kinds for hf_name in hf_names):
+            found.append(name)
+    return found
+
+
+def lora_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that have a LoRA, by name."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "lora", None), LoRA)]
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """The parameters that an optimiser is to be given, by name."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+# -------------------------------------------------------------------------------------------------------------- merging
+
+
+@torch.no_grad()
+def merge_lora(model: GPT, dtype: torch.dtype | None = None) -> int:
+    """Fold every LoRA into its layer's weight, in float32 and rounded once; returns how many layers there were.
+
+    A quantised layer becomes a dense nn.Linear in `dtype` (by default that of the embedding). A tied lm_head that has a
+    LoRA gets a weight of its own.
+    """
+    changed = lora_linears(model)
+    for name, linear in changed:
+        weight = merged_weight(linear)
+        quantised = type(linear) is not nn.Linear
+        own_dtype = (dtype or model.transformer.wte.weight.dtype) if quantised else linear.weight.dtype
+        trainable = linear.weight.requires_grad
+        remove_lora(linear)
+        if quantised:
+            linear = dense_linear(linear)
+            model.set_submodule(name, linear)
+        linear.weight = nn.Parameter(weight.to(own_dtype), requires_grad=trainable)
+        if linear.bias is not None:
+            linear.bias.data = linear.bias.data.to(own_dtype)
+        if name == "lm_head":
+            model.config.tie_embeddings = False
+    return len(changed)
+
+
+def merged_weight(linear: nn.Module) -> Tensor:
+    """W + s B A, for DoRA with its rows' lengths set to m, (out, in), in float32 at least."""
+    weight = dense_weight(linear).detach()
+    merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for part in linear.lora.parts.values():
+        rows = merged[part.start : part.stop]  # a view
+        ratio = None if part.magnitude is None else (part.magnitude / part.row_lengths(weight))[:, None]
+        rows += part.delta()
+        if ratio is not None:
+            rows *= ratio
+    return merged
+
+
+def dense_linear(quantised: nn.Module) -> nn.Linear:
+    """An nn.Linear of the same sizes with the same bias, its weight yet to be given."""
+    linear = nn.Linear(quantised.in_features, quantised.out_features, bias=False, device="meta")
+    linear.bias = quantised.bias if quantised.bias is None else nn.Parameter(quantised.bias.data, requires_grad=False)
+    return linear.train(quantised.training)
+
+
+def remove_lora(linear: nn.Module) -> None:
+    """Take a layer's LoRA away: what it computed before is what it computes again."""
+    for key in [key for key, hook in linear._forward_hooks.items() if hook is add_lora_output]:
+        del linear._forward_hooks[key]
+    del linear.lora

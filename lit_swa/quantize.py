@@ -1,0 +1,237 @@
+"""Frozen weights in 4 or 8 bits, by bitsandbytes: QLoRA (Dettmers et al. 2023, arXiv 2305.14314) and int8.
+
+Only the linear layers of the blocks change; embeddings, lm_head and norms stay as they are. A weight is made dense for
+a product, and once more for the gradient of the layer's input, and is never kept: y = x W^T with W = dequantize(layer),
+rounded to the compute dtype, in training and evaluation, for prompts and for single tokens alike. So a quantised model
+gives the same logits however a text is split into calls, and gradients reach what was put beside the weights.
+"""
+
+import copy
+import functools
+import logging
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_swa.model import GPT
+
+
+class Mode(NamedTuple):
+    quant_type: str | None  # of 4 bits; None: 8 bits
+    double: bool = False  # the blocks' scales are quantised as well
+
+
+MODES = {  # what a weight takes, in bits: 4 and a float32 scale for each 64, or a byte for each 64; 8
+    "nf4": Mode("nf4"),
+    "nf4-dq": Mode("nf4", double=True),
+    "fp4": Mode("fp4"),
+    "fp4-dq": Mode("fp4", double=True),
+    "int8": Mode(None),
+}
+BLOCK = 64  # numbers of a weight that share a scale in 4 bits
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_request(mode: str, compute_dtype: torch.dtype = torch.float32) -> None:
+    """Raises ValueError unless mode and dtype are ones that are there, and bitsandbytes is too."""
+    if mode not in MODES:
+        raise ValueError(f"There is no way to quantise called {mode!r}: choose from {', '.join(MODES)}.")
+    if compute_dtype not in COMPUTE_DTYPES:
+        choices = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPES)
+        raise ValueError(f"Quantised layers do not compute in {compute_dtype}: choose from {choices}.")
+    import_bitsandbytes()
+
+
+def quantize_linears(model: GPT, mode: str, compute_dtype: torch.dtype = torch.bfloat16) -> int:
+    """Replace the linear layers of a model's blocks by quantised ones, in place; returns how many.
+
+    One layer at a time exists twice. The layers are frozen, biases too, and stay on their devices. LoRA and adapters
+    are put in after this.
+    Raises ValueError for an unknown mode or dtype, when bitsandbytes is missing, and when a layer cannot be quantised;
+    the model is then unchanged.
+    """
+    check_request(mode, compute_dtype)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in names if name.startswith("transformer.h.")]
+    if not names:
+        raise ValueError("The model's blocks have no linear layers that could be quantised.")
+    for name in names:
+        linear = model.get_submodule(name)
+        check_linear(linear, mode, linear.weight.device, name)
+    del linear  # each layer goes as soon as it is replaced
+    for name in names:
+        model.set_submodule(name, quantize_linear(model.get_submodule(name), mode, compute_dtype))
+    return len(names)
+
+
+@torch.no_grad()
+def quantize_linear(
+    linear: nn.Linear,
+    mode: str,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """A frozen, quantised layer that does what `linear` (out, in) does; the layer itself stays as it is.
+
+    compute_dtype: what products are made in. Inputs are cast to it, and outputs to the input's dtype.
+    device: where the result lies, and is computed; None: where the weight is.
+    Raises ValueError as quantize_linears does.
+    """
+    check_request(mode, compute_dtype)
+    device, bitsandbytes = torch.device(device or linear.weight.device), import_bitsandbytes()
+    check_linear(linear, mode, device)
+    weight = linear.weight.detach().to(device=device, dtype=torch.float32).contiguous()
+    make = _int8 if MODES[mode].quant_type is None else _four_bit
+    quantized = make(bitsandbytes, weight, MODES[mode], compute_dtype)
+    if linear.bias is not None:
+        quantized.bias = nn.Parameter(linear.bias.detach().to(device, copy=True), requires_grad=False)
+    return quantized.train(linear.training)
+
+
+def check_linear(linear: nn.Module, mode: str, device: torch.device, name: str = "The layer") -> None:
+    """Raises ValueError for what cannot be quantised."""
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{name} is a {type(linear).__name__}, no plain linear layer: it may be quantised already.")
+    if linear._forward_hooks or next(linear.children(), None) is not None:
+        raise ValueError(f"{name} has something put into it (LoRA or an adapter): quantise before that.")
+    if linear.weight.is_meta:
+        raise ValueError(f"{name} has no numbers yet: load its weight before it is quantised.")
+    if MODES[mode].quant_type is not None and device.type == "cpu" and linear.in_features % BLOCK:
+        # bitsandbytes 0.50 quantises blocks of the flattened weight; on a CPU it reads them back as blocks of rows
+        raise ValueError(
+            f"{name} has {linear.in_features} inputs, and 4 bits on a CPU need a multiple of {BLOCK}: use int8."
+        )
+
+
+@functools.cache
+def import_bitsandbytes() -> ModuleType:
+    """bitsandbytes, without what it logs while it looks for optional packages. Raises ValueError when it is missing."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(
+            "Quantised weights need bitsandbytes, which is not installed: pip install bitsandbytes."
+        ) from None
+    finally:
+        logger.setLevel(level)
+    return bitsandbytes
+
+
+# --------------------------------------------------------------------------------------------------------------- 4 bits
+
+
+def _four_bit(bitsandbytes: ModuleType, weight: Tensor, mode: Mode, compute_dtype: torch.dtype) -> nn.Module:
+    """bitsandbytes' Linear4bit, without a bias."""
+    kind = {"compress_statistics": mode.double, "quant_type": mode.quant_type}
+    options = kind | {"compute_dtype": compute_dtype, "bias": False, "device": "meta"}
+    linear = bitsandbytes.nn.Linear4bit(weight.size(1), weight.size(0), **options)
+    linear.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **kind).to(weight.device)
+    linear.weight.quant_state.dtype = compute_dtype  # what the backward makes of it; it was quantised from float32
+    # On CPUs with AVX512-BF16 the first call in eval mode would pack the weight anew, for products in bfloat16 whatever
+    # the compute dtype; it then has no gradient any more, and only some sizes fit.
+    linear.support_avx512bf16_for_cpu = False
+    return linear
+
+
+# --------------------------------------------------------------------------------------------------------------- 8 bits
+
+
+class Int8Product(torch.autograd.Function):
+    """x (..., in) times W^T for a W (out, in) in 8 bits, which is dense only for as long as a product takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, _dense_rows(weight, scale, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return grad @ _dense_rows(weight, scale, grad.dtype), None, None
+
+
+def _dense_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that int8 rows (out, in) stand for, whose largest are `scale` (out,)."""
+    return weight.to(dtype).mul_((scale / 127)[:, None])
+
+
+@functools.cache
+def _linear_8bit(bitsandbytes: ModuleType) -> type[nn.Module]:
+    """A class: Linear8bitLt that keeps to the activations it is given.
+
+    bitsandbytes' own forward rounds them to 8 bits too (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339): on a GPU
+    always, on a CPU in eval mode only, where training and evaluation would then disagree.
+    """
+
+    class Linear8bit(bitsandbytes.nn.Linear8bitLt):
+        compute_dtype = torch.float32
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = Int8Product.apply(x.to(self.compute_dtype), self.weight.data, self.weight.SCB)
+            return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+
+        def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+            super()._apply(fn, recurse)
+            self.weight.SCB = self.weight.SCB.to(self.weight.device)
+            return self
+
+    return Linear8bit
+
+
+def _int8(bitsandbytes: ModuleType, weight: Tensor, mode: Mode, compute_dtype: torch.dtype) -> nn.Module:
+    """Linear8bit, without a bias: each row times 127 / its largest absolute value, rounded."""
+    options = {"bias": False, "has_fp16_weights": False, "device": "meta"}
+    linear = _linear_8bit(bitsandbytes)(weight.size(1), weight.size(0), **options)
+    scale = weight.abs().amax(dim=1)
+    rows = (weight * (127 / scale.clamp(min=torch.finfo(torch.float32).tiny))[:, None]).round().to(torch.int8)
+    linear.weight = bitsandbytes.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, SCB=scale)
+    linear.compute_dtype = compute_dtype
+    return linear
+
+
+# ------------------------------------------------------------------------------------------------------------ and back
+
+
+@torch.no_grad()
+def dequantize(linear: nn.Module) -> Tensor:
+    """The weight (out, in) of a linear layer, plain or quantised, as a new float32 tensor on its device.
+
+    Raises ValueError for a layer whose weight is kept in a way that is not known here.
+    """
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        state = copy.copy(state)
+        state.dtype = torch.float32
+        return import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
+    scale = getattr(weight, "SCB", None)
+    scale = getattr(getattr(linear, "state", None), "SCB", None) if scale is None else scale
+    if weight.dtype == torch.int8 and scale is not None:
+        return _dense_rows(weight.data, scale.to(weight.device, torch.float32), torch.float32)
+    if not weight.is_floating_point():
+        raise ValueError(f"A {type(linear).__name__} keeps its weight as {weight.dtype}, which cannot be read here.")
+    return weight.detach().to(torch.float32, copy=True)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """True when a layer of the model keeps its weight in 4 or 8 bits."""
+    return any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in model.modules())
+
+
+def weight_bytes(linear: nn.Module) -> int:
+    """Bytes that a linear layer's weight takes, with the scales that belong to it and without the bias."""
+    weight, state = linear.weight, getattr(linear.weight, "quant_state", None)
+    held = [weight.data]
+    if state is not None:
+        held.append(state.absmax)
+        held += [] if state.state2 is None else [state.state2.absmax]
+    elif getattr(weight, "SCB", None) is not None:
+        held.append(weight.SCB)
+    return sum(t.numel() * t.element_size() for t in held)

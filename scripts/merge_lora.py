@@ -1,0 +1,49 @@
+"""Fold a LoRA adapter into its base model's weights."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, installed or not
+
+
+def main(
+    checkpoint_dir: Path,
+    base_checkpoint_dir: Path | None = None,
+    output_dir: Path | None = None,
+    dtype: str = "auto",
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Write a whole checkpoint, which needs neither the adapter nor the base any more.
+
+    The adapter may be one that finetuning wrote (with QLoRA too: it is folded into the weights that were not
+    quantised), PEFT's, or a LongLoRA release with its trainable_params.bin.
+
+    Args:
+        checkpoint_dir: The directory with the adapter.
+        base_checkpoint_dir: The base checkpoint. By default the one that the adapter was trained on.
+        output_dir: Where the checkpoint goes. By default the folder "merged" in checkpoint_dir.
+        dtype: float32, bfloat16 or float16; auto is that of the base's weights.
+        model: Any field of the model's config, as --model.FIELD VALUE, for adapters that come without lit_config.json,
+            such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor": 8}'.
+    """
+    from lit_swa.checkpoint import check_dtype, save_checkpoint
+    from lit_swa.peft_format import find_base, load_adapted, tokenizer_source
+
+    output_dir = output_dir or checkpoint_dir / "merged"
+    chosen, device = check_dtype("float32" if dtype == "auto" else dtype, "cpu")
+    base = base_checkpoint_dir or find_base(checkpoint_dir)[0]
+    for directory in (checkpoint_dir, base):
+        if directory.resolve() == output_dir.resolve():
+            raise ValueError(f"{output_dir} is one of the two that are merged: choose another output_dir.")
+    gpt = load_adapted(
+        checkpoint_dir, None if dtype == "auto" else chosen, device, base_dir=base_checkpoint_dir, **(model or {})
+    )
+    save_checkpoint(gpt, gpt.config, output_dir, source_dir=tokenizer_source(checkpoint_dir, base))
+    print(output_dir)
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)

@@ -1,0 +1,444 @@
+"""The finetuning scripts on a tiny model: what a run saves, how it goes on, and that its loss is the one it should be."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_swa.arguments import Training
+from lit_swa.checkpoint import load_model
+from lit_swa.data import Example
+from lit_swa.files import open_safetensors
+from lit_swa.lora import LoRAConfig, add_lora
+from lit_swa.model import IGNORED
+from lit_swa.train import (
+    Feed,
+    Progress,
+    build_optimizer,
+    gradient_norm,
+    join_examples,
+    learning_rate,
+    recompute_blocks,
+    require_finite,
+    train_in_float32,
+)
+
+pytest.importorskip("lightning")
+WORDS = "the quick brown fox jumps over lazy dog and sleeps".split()
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory) -> Path:
+    """Forty short instructions of several lengths."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(40):
+        words = rng.choice(WORDS, size=int(rng.integers(1, 12))).tolist()
+        made.append({"instruction": f"Say {len(words)}", "input": "", "output": " ".join(words) + f" {i}"})
+    path = tmp_path_factory.mktemp("data") / "data.json"
+    path.write_text(json.dumps(made))
+    return path
+
+
+@pytest.fixture
+def train(run_script, tiny_checkpoint, data_file, tmp_path):
+    """Run a finetuning script in tmp_path/NAME: (directory, exit code, stdout, stderr)."""
+
+    def run(script: str = "lora", name: str = "run", code: int = 0, **arguments):
+        arguments = {"checkpoint_dir": tiny_checkpoint, "data": data_file, "sample": "false"} | arguments
+        flags = [x for key, value in arguments.items() for x in (f"--{key}", value)]
+        rc, out, err = run_script(f"finetune/{script}.py", "--out_dir", tmp_path / name, *flags)
+        assert rc == code, err
+        return tmp_path / name, out, err
+
+    return run
+
+
+def metrics(directory: Path) -> list[dict[str, str]]:
+    with open(directory / "metrics.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def losses(directory: Path) -> list[tuple[str, str, str]]:
+    return [(row["step"], row["loss"], row["val_loss"]) for row in metrics(directory)]
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.load() for name, tensor in open_safetensors(path).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize("pack", ["true", "false"])
+@pytest.mark.parametrize("script, arguments", [("lora", {"dropout": 0.1}), ("full", {})])
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, script, arguments, pack, micro_batch_size):
+    """Catches: moments, the order of the data, dropout or the rate that begin anew; bitwise, across an epoch's border."""
+    arguments = arguments | {
+        "pack": pack,
+        "micro_batch_size": micro_batch_size,
+        "batch_size": 4,
+        "max_steps": 12,
+        "save_interval": 1,
+        "keep_last": 100,
+        "eval_interval": 5,
+        "warmup_steps": 3,
+        "max_seq_length": 96,
+    }
+    whole, _, _ = train(script, "whole", **arguments)
+    expected, state = losses(whole), stored(whole / "step-000012" / "state.safetensors")
+    for step in (1, 6, 10):
+        killed = whole.with_name(f"killed-{step}")
+        shutil.copytree(whole, killed)
+        for path in [*killed.glob("step-*"), killed / "final"]:
+            if path.name != f"step-{step:06d}":
+                shutil.rmtree(path)
+        train(script, killed.name, resume="auto", **arguments)
+        assert losses(killed) == expected
+        resumed = stored(killed / "step-000012" / "state.safetensors")
+        assert all(torch.equal(resumed[name], state[name]) for name in state) and len(resumed) == len(state)
+
+
+def test_a_directory_with_a_run_is_never_overwritten_unasked(train):
+    """Catches: a second start that deletes the first run's steps, and a resume of another run."""
+    arguments = {"max_steps": 2, "batch_size": 4}
+    directory, _, _ = train(**arguments)
+    before = losses(directory)
+    _, _, err = train(code=2, **arguments)
+    assert "--resume auto goes on with it" in err and losses(directory) == before
+    for change, word in (({"limit": 20}, "data"), ({"r": 4}, "method"), ({"learning_rate": 0.1}, "optimiser")):
+        _, _, err = train(code=2, resume="auto", **arguments | change)
+        assert f"another {word}" in err
+    _, _, err = train(code=2, resume="auto", lr_schedule="cosine", **arguments | {"max_steps": 5})
+    assert "another steps" in err  # the cosine would have been another from the first step on
+    assert losses(directory) == before
+    train(resume="restart", **arguments)
+    assert losses(directory) == before
+
+
+def test_more_steps_go_on_where_a_constant_rate_ended(train):
+    """Catches: a finished run that says it is done although more steps are asked for."""
+    arguments = {"lr_schedule": "constant", "batch_size": 4, "eval_interval": 100, "validation_fraction": 0}
+    whole, _, _ = train(name="whole", max_steps=5, **arguments)
+    train(name="parts", max_steps=3, **arguments)
+    parts, _, _ = train(name="parts", max_steps=5, resume="auto", **arguments)
+    assert losses(parts) == losses(whole)
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_a_run_that_goes_on(tiny_checkpoint, data_file, tmp_path):
+    """Catches: a half-written step taken for whole. Killed at many moments, each save boundary among them."""
+    root = Path(__file__).resolve().parents[1]
+
+    def command(name: str, *more: str) -> list[str]:
+        return [
+            sys.executable, str(root / "finetune/lora.py"), "--checkpoint_dir", str(tiny_checkpoint), "--data",
+            str(data_file), "--out_dir", str(tmp_path / name), "--max_steps", "40", "--save_interval", "1",
+            "--batch_size", "4", "--eval_interval", "7", "--sample", "false", "--dropout", "0.1", *more,
+        ]  # fmt: skip
+
+    subprocess.run(command("whole"), check=True, capture_output=True, timeout=300)
+    rng = np.random.default_rng(1)
+    for _ in range(12):
+        process = subprocess.Popen(command("killed", "--resume", "auto"), stderr=subprocess.PIPE, text=True)
+        try:
+            _, err = process.communicate(timeout=float(rng.uniform(4, 12)))
+            assert process.returncode == 0, err
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        for step in (tmp_path / "killed").glob("step-*"):
+            load_model(step)
+    subprocess.run(command("killed", "--resume", "auto"), check=True, capture_output=True, timeout=300)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens(train):
+    """Catches: a mean of means over micro-batches, which weighs a short answer's tokens more."""
+    arguments = {"max_steps": 3, "batch_size": 8, "pack": "false", "warmup_steps": 0}
+    runs = [metrics(train(name=f"m{m}", micro_batch_size=m, **arguments)[0]) for m in (1, 3, 8)]
+    for rows in zip(*runs, strict=True):
+        for key in ("loss", "grad_norm", "val_loss"):
+            values = [float(row[key]) for row in rows if row[key]]
+            assert values == pytest.approx([values[0]] * len(values), rel=1e-5) if values else True
+
+
+def test_the_step_equals_one_written_out(train, tiny_checkpoint, tmp_path):
+    """Catches: targets shifted wrongly, texts that see each other, a gradient that is not of the mean loss."""
+    directory, _, _ = train(max_steps=1, batch_size=6, warmup_steps=0, validation_fraction=0, learning_rate=1e-3,
+                            weight_decay=0.0)  # fmt: skip
+    from lit_swa.data import load_dataset
+    from lit_swa.tokenizer import Tokenizer
+
+    args = Training(data="x", batch_size=6)
+    run = json.loads((directory / "final" / "run.json").read_text())
+    data = load_dataset(run["arguments"]["data"], Tokenizer(tiny_checkpoint), max_seq_length=512)
+    feed = Feed(data, args, run["identity"]["order"][3])
+    torch.manual_seed(args.seed)
+    model = load_model(tiny_checkpoint).train()
+    add_lora(model, LoRAConfig())
+    nll, count = 0.0, 0
+    for row in feed.rows_of(0):
+        for i in feed.rows[row]:
+            ids = torch.from_numpy(data[i].ids.astype(np.int64))[None]
+            labels = torch.from_numpy(data[i].labels.astype(np.int64))
+            logits = model(ids)[0, :-1, : model.config.vocab_size]
+            nll = nll + F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum")
+            count += int((labels != IGNORED).sum())
+    (nll / count).backward()
+    row = metrics(directory)[0]
+    assert float(row["loss"]) == pytest.approx((nll / count).item(), rel=1e-5)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert float(row["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_recomputing_layers_changes_no_gradient(tiny_model, n):
+    """Catches: dropout drawn anew in the backward, a layer that is left out."""
+    model = tiny_model().train()
+    add_lora(model, LoRAConfig(dropout=0.3, targets=("q", "k", "v", "o", "mlp")))
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_()
+    idx, grads = torch.randint(0, 97, (1, 20)), []
+    for k in (0, n):
+        recompute_blocks(model, k)
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(idx, targets=idx, documents=[12, 8]).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_trained_weights_stay_in_float32_in_a_bfloat16_model(tiny_model):
+    """Catches: an update of 1e-4 that bfloat16 rounds away, products that run in float32."""
+    model = tiny_model().to(torch.bfloat16)
+    add_lora(model, LoRAConfig(extra_trainable=("embed", "norm")))
+    assert train_in_float32(model, torch.bfloat16) == 1 + 2 * model.config.n_layer + 1
+    assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
+    idx = torch.randint(0, 97, (1, 9))
+    assert model(idx).dtype == torch.bfloat16
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(model, Training(data="x"), 1e-5)
+    model(idx, targets=idx).backward()
+    optimizer.step()
+    moved = [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
+    assert len(moved) > len(before) / 2 and "transformer.wte.weight" in moved
+
+
+def test_full_finetuning_in_bfloat16_equals_rounded_weights(tiny_model):
+    """Catches: a layer whose float32 weight is used as it is, or whose gradient is lost by the rounding."""
+    model = tiny_model(attn_bias=True)
+    rounded = tiny_model(attn_bias=True)
+    rounded.load_state_dict({name: t.bfloat16().float() for name, t in model.state_dict().items()})
+    rounded = rounded.to(torch.bfloat16)
+    for m in (model, rounded):
+        m.requires_grad_(True)
+    assert train_in_float32(model, torch.bfloat16) > 10
+    idx = torch.randint(0, 97, (1, 12))
+    for m in (model, rounded):
+        m(idx, targets=idx).backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), rounded.named_parameters(), strict=True):
+        difference = (a.grad - b.grad.float()).norm() / b.grad.float().norm()
+        assert difference < 0.05, (name, difference)
+
+
+# ---------------------------------------------------------------------------------------------------- order and schedule
+
+
+class Lengths:
+    """A data set of which only the lengths matter."""
+
+    def __init__(self, lengths):
+        self.lengths = np.array(lengths)
+        self.trained = self.lengths - 1
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        ids = np.arange(self.lengths[i], dtype=np.int32)
+        return Example(ids, np.concatenate([[IGNORED], ids[1:]]).astype(np.int32))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_text_is_read_once_an_epoch_whatever_the_number_of_devices(pack, world_size):
+    """Catches: texts lost or read twice at an epoch's end or between devices; an order that is the same every epoch."""
+    rng = np.random.default_rng(2)
+    feed = Feed(Lengths(rng.integers(2, 60, 53)), Training(data="x", batch_size=5, micro_batch_size=2, pack=pack), 64)
+    orders = []
+    for epoch in range(3):
+        read, order = [], []
+        for step in range(epoch * feed.steps_per_epoch, (epoch + 1) * feed.steps_per_epoch):
+            batches = [b for rank in range(world_size) for b in feed.batches(step, rank, world_size)]
+            own = [b for b in batches if b.weight]
+            assert feed.trained_tokens(step) == sum(int((b.targets != IGNORED).sum()) for b in own)
+            assert feed.tokens(step) == sum(b.idx.numel() for b in own)
+            read += [i for b in own for i in b.examples]
+            order += feed.rows_of(step)
+        assert sorted(read) == list(range(53))
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    assert feed.row_tokens[orders[0][0]] == max(feed.row_tokens)  # the longest comes first
+
+
+def test_join_predicts_within_each_text():
+    """Catches: the last token of a text that predicts the first of the next."""
+    batch = join_examples([Lengths([3])[0], Lengths([2])[0]], [7, 9])
+    assert batch.idx.tolist() == [[0, 1, 2, 0, 1]] and batch.targets.tolist() == [[1, 2, IGNORED, 1, IGNORED]]
+    assert batch.documents == [3, 2] and batch.examples == [7, 9]
+
+
+def test_rates_rise_and_fall():
+    """Catches: a first step without a rate, a cosine that ends elsewhere than at a tenth."""
+    args = Training(data="x", warmup_steps=4)
+    rates = [learning_rate(step, 104, args, 1.0) for step in range(105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[54] == pytest.approx(0.55)
+    assert rates[104] == pytest.approx(0.1) and all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    plateau = Training(data="x", warmup_steps=0, lr_schedule="plateau")
+    progress = Progress()
+    for loss in (3.0, 2.0, 2.5, 2.4, 2.3, 2.2, 1.0):
+        progress.note_validation(loss)
+    assert learning_rate(9, 10, plateau, 1.0, progress.scale) == 0.25 and progress.best == 1.0
+
+
+def test_loraplus_gives_b_its_own_rate(tiny_model):
+    """Catches: a ratio that A gets too, or that the warmup forgets."""
+    from lit_swa.train import set_rate
+
+    model = tiny_model()
+    add_lora(model, LoRAConfig(extra_trainable=("norm",)))
+    optimizer = build_optimizer(model, Training(data="x", weight_decay=0.1), 1e-3, b_ratio=16.0)
+    set_rate(optimizer, 1e-3)
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert rate[id(p)] == pytest.approx(1.6e-2 if name.endswith(".B") else 1e-3)
+            assert decay[id(p)] == (0.1 if p.dim() > 1 else 0.0)
+
+
+# --------------------------------------------------------------------------------------------------- results and faults
+
+
+@pytest.mark.parametrize("script", ["lora", "full"])
+def test_what_a_run_saves_is_what_it_trained(train, script, run_script, tiny_checkpoint):
+    """Catches: a final directory that the next command cannot load, or that lacks the last step; a loss that stays."""
+    directory, _, err = train(script, max_steps=30, batch_size=8, learning_rate=5e-3, eval_interval=30, epochs=10)
+    rows = metrics(directory)
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 0.3
+    assert (directory / "final" / "run.json").exists() and "trained:" in err
+    rc, out, err = run_script("generate/base.py", "--checkpoint_dir", directory / "final", "--prompt", "the quick",
+                              "--max_new_tokens", 5)  # fmt: skip
+    assert rc == 0 and out.startswith("the quick"), err
+    idx = torch.arange(9)[None]
+    assert not torch.allclose(load_model(directory / "final")(idx), load_model(tiny_checkpoint)(idx), atol=1e-2)
+
+
+def test_a_dry_run_tells_what_is_needed_and_leaves_nothing(train):
+    """Catches: a rehearsal that is left out, or whose files stay."""
+    directory, out, err = train(dry_run="true")
+    assert "weights are trained" in err and "The disk needs" in err and err.count("--- example") == 3 and out == ""
+    assert [p for p in directory.rglob("*") if p.is_file() and p.name != ".lit_swa.lock"] == []
+
+
+def test_what_would_fail_later_fails_before_the_first_step(train, monkeypatch):
+    """Catches: a save, a load or a validation that is tried after hours for the first time."""
+    from lit_swa import train as train_module
+
+    for name in ("validate", "try_loading"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, name, lambda *a, **k: (_ for _ in ()).throw(ValueError("it would fail")))
+            directory, _, err = train(name=name, code=2)
+            assert "it would fail" in err and not list(directory.glob("step-*")) + list(directory.glob("*.csv"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(train, tiny_checkpoint, tmp_path):
+    """Catches: hours of training on NaN, and a last good step overwritten by it."""
+    from types import SimpleNamespace
+
+    run = SimpleNamespace(out_dir=tmp_path)
+    batch = join_examples([Lengths([3])[0], Lengths([2])[0]], [7, 9])
+    for loss, norm, what in ((float("nan"), 1.0, "loss"), (1.0, float("inf"), "gradient")):
+        with pytest.raises(ValueError, match=f"The {what} of step 4 is .* examples 7, 9 .*nothing was saved yet"):
+            require_finite(run, 3, loss, norm, [batch])
+    require_finite(run, 3, 1.0, 1.0, [batch])
+    directory, _, err = train("full", code=2, learning_rate=10.0, grad_clip=0, max_steps=60, warmup_steps=0,
+                              save_interval=1, batch_size=2)  # fmt: skip
+    assert "of the data" in err and "is untouched" in err
+    last = sorted(directory.glob("step-*"))[-1]
+    assert all(torch.isfinite(t).all() for t in stored(last / "state.safetensors").values())
+
+
+def test_older_steps_go_only_when_a_newer_one_is_whole(train):
+    """Catches: more or fewer kept than asked for."""
+    for keep in (1, 3):
+        directory, _, _ = train(name=f"keep{keep}", max_steps=5, save_interval=1, keep_last=keep, batch_size=4)
+        assert [p.name for p in sorted(directory.glob("step-*"))] == [f"step-{i:06d}" for i in range(6 - keep, 6)]
+
+
+def test_gradients_are_clipped_to_the_norm(tiny_model):
+    """Catches: a norm of the clipped gradient, or no clipping."""
+    model = tiny_model()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    count = sum(p.numel() for p in model.parameters())
+    assert gradient_norm(model, 0) == pytest.approx(count**0.5) == gradient_norm(model, 1.0)
+    assert gradient_norm(model, 0) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ({"data": "missing.json"}, "missing.json"),
+        ({"targets": "q,z"}, "choose from q, k, v"),
+        ({"epochs": 0}, "greater than 0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"recompute": "some"}, "choose auto, all, none"),
+        ({"max_seq_length": 4096}, "context of 512"),
+        ({"model.nope": 3}, "nope"),
+        ({"prompt_style": "nope"}, "alpaca"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(train, arguments, word):
+    """Catches: a traceback."""
+    directory, _, err = train(code=2, **arguments)
+    assert word in err and err.startswith("error: ") and err.count("\n") == 1 and not (directory / "final").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("script", ["lora", "full"])
+def test_two_processes_make_the_losses_of_one(train, script, tiny_checkpoint, data_file, tmp_path):
+    """Catches: gradients averaged by batch instead of by token, texts read twice, processes that drift apart."""
+    arguments = {"max_steps": 4, "batch_size": 7, "micro_batch_size": 2, "eval_interval": 2, "learning_rate": 1e-3}
+    one, _, _ = train(script, "one", **arguments)
+    root = Path(__file__).resolve().parents[1]
+    flags = [x for key, value in arguments.items() for x in (f"--{key}", str(value))]
+    command = [
+        sys.executable, str(root / f"finetune/{script}.py"), "--checkpoint_dir", str(tiny_checkpoint), "--data",
+        str(data_file), "--out_dir", str(tmp_path / "two"), "--sample", "false", "--device", "cpu", "--devices", "2",
+        *flags,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+        for key in ("loss", "grad_norm", "val_loss"):
+            assert (not a[key] and not b[key]) or float(a[key]) == pytest.approx(float(b[key]), rel=1e-4), (a, b)
+    a, b = (stored(d / "step-000004" / "state.safetensors") for d in (one, tmp_path / "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
