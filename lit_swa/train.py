@@ -54,6 +54,7 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
 
     try:
         from lightning.fabric import Fabric
+        from lightning.fabric.strategies import DDPStrategy
     except ImportError:
         raise ValueError("Finetuning needs Lightning Fabric: pip install lightning.") from None
     device = pick_device(args.device)
@@ -65,7 +66,12 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
         raise ValueError(f"devices={args.devices} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
     devices = [int(device.split(":")[1])] if ":" in device and args.devices == 1 else args.devices
     several = args.devices * args.num_nodes > 1
-    strategy = fsdp_strategy(args) if args.strategy == "fsdp" else "ddp" if several else "auto"
+    if args.strategy == "fsdp":
+        strategy = fsdp_strategy(args)
+    else:
+        strategy = (
+            DDPStrategy(broadcast_buffers=False) if several else "auto"
+        )  # the only buffers are RoPE's frequencies
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
@@ -246,11 +252,12 @@ def validation_batches(dataset: Dataset, tokens: int) -> Iterator[Batch]:
 def validate(fabric: "Fabric", model: nn.Module, dataset: Dataset, tokens: int) -> float:
     """Mean of -log p over all trained tokens of the data set, the same on every device. Dropout is off meanwhile."""
     model.eval()
+    read = model if sharded(fabric) else unwrapped(model)  # each device its own batches: nothing to wait for
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
     for n, batch in enumerate(validation_batches(dataset, tokens)):
         if n % fabric.world_size == fabric.global_rank or sharded(fabric):  # a sharded model runs on all at once
             batch = batch.to(fabric.device)
-            total += model(batch.idx, targets=batch.targets, documents=batch.documents).double()
+            total += read(batch.idx, targets=batch.targets, documents=batch.documents).double()
     model.train()
     if fabric.world_size > 1 and not sharded(fabric):
         total = fabric.all_reduce(total, reduce_op="sum")

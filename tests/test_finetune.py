@@ -1,4 +1,4 @@
-"""The finetuning scripts on a tiny model: what a run saves, how it goes on, and that its loss is the one it should be."""
+"""The finetuning scripts on a tiny model: what a run saves, how it goes on, and that its loss is right."""
 
 import csv
 import json
@@ -74,14 +74,14 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.load() for name, tensor in open_safetensors(path).items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ resuming
+# ------------------------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 @pytest.mark.parametrize("pack", ["true", "false"])
 @pytest.mark.parametrize("script, arguments", [("lora", {"dropout": 0.1}), ("full", {})])
 def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, script, arguments, pack, micro_batch_size):
-    """Catches: moments, the order of the data, dropout or the rate that begin anew; bitwise, across an epoch's border."""
+    """Catches: moments, order, dropout or rate that begin anew; bitwise, across an epoch's border."""
     arguments = arguments | {
         "pack": pack,
         "micro_batch_size": micro_batch_size,
@@ -255,7 +255,7 @@ def test_full_finetuning_in_bfloat16_equals_rounded_weights(tiny_model):
         assert difference < 0.05, (name, difference)
 
 
-# ---------------------------------------------------------------------------------------------------- order and schedule
+# --------------------------------------------------------------------------------------------------- order and schedule
 
 
 class Lengths:
@@ -419,7 +419,7 @@ def test_bad_arguments_are_refused_in_one_sentence(train, arguments, word):
     assert word in err and err.startswith("error: ") and err.count("\n") == 1 and not (directory / "final").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- several processes
+# ---------------------------------------------------------------------------------------------------- several processes
 
 
 @pytest.mark.parametrize("script", ["lora", "full"])
