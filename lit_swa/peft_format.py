@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_swa import adapter
 from lit_swa.checkpoint import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -613,7 +614,8 @@ def weights_identity(checkpoint_dir: str | Path) -> str:
 
 def find_base(directory: Path) -> tuple[Path, str | None]:
     """The base checkpoint of a trained directory, and the identity that it had. Raises an error with the remedy."""
-    find_adapter_config(directory)
+    if not is_llama_adapter(directory):
+        find_adapter_config(directory)
     path = directory / ADAPTER_FILE
     content = read_json(find_inside(directory, ADAPTER_FILE)) if path.exists() else {}
     base, identity = content.get("base_checkpoint_dir"), content.get("base_identity")
@@ -630,11 +632,21 @@ def find_base(directory: Path) -> tuple[Path, str | None]:
 
 def check_adapter_dir(directory: Path) -> None:
     """Raises an error unless the adapter's files and its base checkpoint are there. No numbers are read."""
-    check_peft_config(read_json(find_adapter_config(directory)), directory / PEFT_CONFIG)
-    if open_tensors(directory, PEFT_STEM)[0] is None:
-        raise FileNotFoundError(f"{directory} is no complete adapter: {PEFT_STEM}.safetensors is missing.")
+    if is_llama_adapter(directory):
+        adapter.read_adapter_config(directory)
+        open_safetensors(find_inside(directory, adapter.WEIGHTS_FILE))
+    else:
+        check_peft_config(read_json(find_adapter_config(directory)), directory / PEFT_CONFIG)
+        if open_tensors(directory, PEFT_STEM)[0] is None:
+            raise FileNotFoundError(f"{directory} is no complete adapter: {PEFT_STEM}.safetensors is missing.")
     load_config(directory)
     check_base(find_base(directory)[0])
+
+
+def is_llama_adapter(directory: Path) -> bool:
+    """True for what lit_swa.adapter saved, False for LoRA, PEFT's own included."""
+    path = directory / ADAPTER_FILE
+    return path.exists() and read_json(path).get("kind") in adapter.KINDS
 
 
 def check_base(base: Path) -> None:
@@ -654,13 +666,18 @@ def load_adapted(
 ) -> GPT:
     """The base model with a directory's adapter, merged into the weights or beside them, in eval mode.
 
+    LLaMA-Adapters always stay beside them.
     dtype: None is that of the base's weights. Merging is done in the wider of both dtypes and rounded once.
     base_dir: the base checkpoint; None: the one that lit_adapter.json names. Without lit_config.json (PEFT's and
         LongLoRA's directories have none) the base's config counts.
     Raises FileNotFoundError or ValueError when something is missing, or base and adapter do not fit.
     """
     directory = Path(directory)
-    find_adapter_config(directory)
+    llama_adapter = is_llama_adapter(directory)
+    if llama_adapter:
+        merge = False
+    else:
+        find_adapter_config(directory)
     base, identity = (Path(base_dir), None) if base_dir is not None else find_base(directory)
     check_base(base)
     if identity is not None and weights_identity(base) != identity:
@@ -676,7 +693,7 @@ def load_adapted(
     stored = next(iter(tensors.values())).dtype
     dtype = dtype or stored
     model = build_model(config, tensors, torch.promote_types(stored, dtype) if merge else dtype, device)
-    load_adapter(model, directory)
+    (adapter.load_adapter if llama_adapter else load_adapter)(model, directory)
     if trained is not base_config:
         if model.config.padded_vocab_size != trained.padded_vocab_size:
             raise ValueError(

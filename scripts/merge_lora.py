@@ -28,8 +28,12 @@ def main(
             such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor": 8}'.
     """
     from lit_swa.checkpoint import check_dtype, save_checkpoint
-    from lit_swa.peft_format import find_base, load_adapted, tokenizer_source
+    from lit_swa.peft_format import find_base, is_llama_adapter, load_adapted, tokenizer_source
 
+    if is_llama_adapter(checkpoint_dir):
+        raise ValueError(
+            f"{checkpoint_dir} is a LLaMA-Adapter, which no weights can express: use the directory as it is."
+        )
     output_dir = output_dir or checkpoint_dir / "merged"
     chosen, device = check_dtype("float32" if dtype == "auto" else dtype, "cpu")
     base = base_checkpoint_dir or find_base(checkpoint_dir)[0]

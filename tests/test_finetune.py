@@ -79,7 +79,9 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 @pytest.mark.parametrize("pack", ["true", "false"])
-@pytest.mark.parametrize("script, arguments", [("lora", {"dropout": 0.1}), ("full", {})])
+@pytest.mark.parametrize(
+    "script, arguments", [("lora", {"dropout": 0.1}), ("full", {}), ("adapter", {"version": 2, "start_layer": 0})]
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, script, arguments, pack, micro_batch_size):
     """Catches: moments, order, dropout or rate that begin anew; bitwise, across an epoch's border."""
     arguments = arguments | {
@@ -334,10 +336,11 @@ def test_loraplus_gives_b_its_own_rate(tiny_model):
 # --------------------------------------------------------------------------------------------------- results and faults
 
 
-@pytest.mark.parametrize("script", ["lora", "full"])
+@pytest.mark.parametrize("script", ["lora", "full", "adapter"])
 def test_what_a_run_saves_is_what_it_trained(train, script, run_script, tiny_checkpoint):
     """Catches: a final directory that the next command cannot load, or that lacks the last step; a loss that stays."""
-    directory, _, err = train(script, max_steps=30, batch_size=8, learning_rate=5e-3, eval_interval=30, epochs=10)
+    own = {"version": 2, "start_layer": 0} if script == "adapter" else {}
+    directory, _, err = train(script, max_steps=30, batch_size=8, learning_rate=5e-3, eval_interval=30, **own)
     rows = metrics(directory)
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 0.3
     assert (directory / "final" / "run.json").exists() and "trained:" in err
@@ -442,3 +445,26 @@ def test_two_processes_make_the_losses_of_one(train, script, tiny_checkpoint, da
     a, b = (stored(d / "step-000004" / "state.safetensors") for d in (one, tmp_path / "two"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_an_adapter_that_cannot_be_merged_says_so(train, run_script):
+    """Catches: a checkpoint without the adapter's effect."""
+    directory, _, _ = train("adapter", max_steps=1, start_layer=0)
+    rc, _, err = run_script("scripts/merge_lora.py", "--checkpoint_dir", directory / "final")
+    assert rc == 2 and "use the directory as it is" in err and not (directory / "final" / "merged").exists()
+
+
+def test_qlora_trains_saves_and_merges(train, run_script, tmp_path, tiny_checkpoint):
+    """Catches: a quantised base that cannot be saved or loaded, an adapter that has no effect on the dense one."""
+    pytest.importorskip("bitsandbytes")
+    directory, _, _ = train(max_steps=12, quantize="int8", learning_rate=5e-3, batch_size=8)
+    rows = metrics(directory)
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
+    rc, out, err = run_script(
+        "scripts/merge_lora.py", "--checkpoint_dir", directory / "final", "--output_dir", tmp_path / "m"
+    )
+    assert rc == 0, err
+    idx = torch.arange(9)[None]
+    merged, unmerged = load_model(tmp_path / "m")(idx), load_model(directory / "final", merge=False)(idx)
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4 * merged.abs().max().item())
+    assert not torch.allclose(merged, load_model(tiny_checkpoint)(idx), atol=1e-2)
