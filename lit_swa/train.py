@@ -665,38 +665,41 @@ def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
 def choose_recompute(run: Run, model: GPT) -> int:
     """Make as many layers as --recompute says forget their activations; returns how many.
 
-    auto: as many as it takes that the longest micro-batch leaves a tenth of the GPU's memory free, found by trying one
-    layer. On a CPU none.
+    auto: as many as it takes that the longest micro-batch leaves a tenth of the GPU's memory free. On a CPU none.
     """
     n, device = model.config.n_layer, run.fabric.device
-    named = {"all": n, "none": 0}
-    wanted = named.get(run.args.recompute, run.args.recompute)
-    if wanted == "auto":
-        wanted = fitting_recompute(run, model) if device.type == "cuda" else 0
-    wanted = min(int(wanted), n)
+    wanted = {"all": n, "none": 0}.get(run.args.recompute, run.args.recompute)
+    if wanted == "auto" and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        wanted = fitting_recompute(model, run.feed.longest().to(device), int(0.9 * total))
+    wanted = 0 if wanted == "auto" else min(int(wanted), n)
     recompute_blocks(model, wanted)
     return wanted
 
 
-def fitting_recompute(run: Run, model: GPT) -> int:
-    """How many layers must recompute. What one keeps is measured; the rest of a step by one that keeps nothing."""
-    device, n = run.fabric.device, model.config.n_layer
-    batch = run.feed.longest().to(device)
+def fitting_recompute(model: GPT, batch: Batch, limit: int) -> int:
+    """How many layers must recompute so that a step on a GPU stays below `limit` bytes.
+
+    What one layer keeps is measured, and the peak of a step in which none keeps anything. The optimiser's moments, of
+    what is trained, are counted too.
+    """
+    device, n = batch.idx.device, model.config.n_layer
     recompute_blocks(model, n)
     torch.cuda.reset_peak_memory_stats(device)
     model(batch.idx, targets=batch.targets, documents=batch.documents).backward()
     model.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_allocated(device)
+    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    peak = torch.cuda.max_memory_allocated(device) + moments
     recompute_blocks(model, n - 1)
-    torch.cuda.reset_peak_memory_stats(device)
-    call = model.plan_call(batch.idx, None, None, batch.documents)
-    x = model.transformer.wte(batch.idx).detach().requires_grad_()
+    with torch.no_grad():
+        call = model.plan_call(batch.idx, None, None, batch.documents)
+        x = model.transformer.wte(batch.idx)
+    x.requires_grad_()
     before = torch.cuda.memory_allocated(device)
     kept = model.transformer.h[n - 1](x, call)
     of_a_layer = torch.cuda.memory_allocated(device) - before
     del kept, call, x
-    free = 0.9 * torch.cuda.get_device_properties(device).total_memory - peak
-    return n - max(0, min(n, int(free / max(1, of_a_layer))))
+    return n - max(0, min(n, (limit - peak) // max(1, of_a_layer)))
 
 
 def rehearse(run: Run, model: nn.Module, save_model: Callable[[Path], None], load: Callable[[Path], None]) -> None:

@@ -1,0 +1,243 @@
+"""Measure a finetuning step beside transformers + PEFT: python scripts/benchmark_finetune.py."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+def main(
+    name: str = "Llama-2-7b",
+    lengths: list[int] | None = None,
+    methods: list[str] | None = None,
+    n_layer: int | None = None,
+    r: int = 8,
+    window: int = 4096,
+    s2_group_ratio: float = 0.25,
+    device: str = "auto",
+    dtype: str = "auto",
+    repeats: int = 5,
+    transformers: bool = True,
+    output: Path = Path("tutorials/results/benchmark_finetune.json"),
+) -> None:
+    """Print tokens per second and memory of LoRA steps on q, k, v and o, batch 1, random weights.
+
+    The methods of one length take turns, `repeats` times, and medians are given: ours with every layer's activations
+    made again in the backward, ours with as many kept as fit the GPU, and with as many as fit what the peer takes; ours
+    with S2-Attn and with a window; and transformers + PEFT with gradient checkpointing.
+
+    Args:
+        name: The model's shape.
+        lengths: Tokens of the text. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
+        methods: Which to measure, of: peft, all, fast, same memory, s2, window. By default the first four, and the rest
+            from 32768 tokens on.
+        n_layer: So many layers instead of the model's.
+        r: LoRA's rank; alpha is twice that.
+        window: Keys of the window.
+        s2_group_ratio: A group's share of the text.
+        device: auto, cpu or cuda.
+        dtype: float32 or bfloat16 for the frozen weights; what is trained is float32.
+        repeats: Timings of which the median is taken.
+        transformers: Measure transformers + PEFT too.
+        output: Where the JSON goes.
+    """
+    import torch
+
+    from lit_swa.files import write_json
+    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    lengths = lengths or ([2048, 8192, 32768] if device.startswith("cuda") else [256])
+    settings = {"name": name, "n_layer": n_layer, "r": r, "window": window, "s2_group_ratio": s2_group_ratio,
+                "dtype": dtype, "repeats": repeats}  # fmt: skip
+    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    result: dict[str, Any] = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": []}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    base = random_model(name, n_layer, device, getattr(torch, dtype))
+    for T in lengths:
+        chosen = methods or ["peft", "all", "fast", "same memory"] + ["s2", "window"] * (T >= 32768)
+        chosen = [m for m in chosen if transformers or m not in ("peft", "same memory")]
+        for row in measure(T, chosen, base, device, settings):
+            result["rows"].append(row)
+            print(describe(row), flush=True)
+        write_json(output, result)
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def random_model(name: str, n_layer: int | None, device: str, dtype: Any) -> Any:
+    """A model of this shape on the device. Its weights are shared by all methods of ours."""
+    import torch
+
+    from lit_swa import GPT, Config
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return GPT(Config.from_name(name, **({"n_layer": n_layer} if n_layer else {})))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each method at T tokens."""
+    import torch
+
+    torch.manual_seed(0)
+    rows: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], None]] = {}
+    for method in chosen:
+        memory = rows.get("peft", {}).get("memory_GB")
+        row: dict[str, Any] = {"T": T, "method": method}
+        try:
+            steps[method], row["recompute"], row["weights_GB"] = build(method, T, base, device, settings, memory)
+            row |= first_steps(steps[method], device, row["weights_GB"])
+        except (RuntimeError, ValueError) as e:
+            row["error"] = " ".join(str(e).split())[:160]
+            steps.pop(method, None)
+            release(device)
+        rows[method] = row
+    times: dict[str, list[float]] = {method: [] for method in steps}
+    for _ in range(settings["repeats"]):
+        for method, step in steps.items():
+            times[method].append(timed(step, device))
+    for method, values in times.items():
+        seconds = sorted(values)[len(values) // 2]
+        rows[method] |= {"step_s": seconds, "tok_s": T / seconds}
+    return list(rows.values())
+
+
+def build(
+    method: str, T: int, base: Any, device: str, settings: dict[str, Any], peer_memory: float | None
+) -> tuple[Callable[[], None], int, float]:
+    """A training step, how many layers recompute in it, and GB of the model's weights."""
+    import torch
+
+    dtype = getattr(torch, settings["dtype"])
+    if method == "peft":
+        return build_peer(T, device, settings, dtype)
+    from lit_swa.arguments import Training
+    from lit_swa.data import Example
+    from lit_swa.evaluate import with_fields
+    from lit_swa.lora import LoRAConfig, add_lora
+    from lit_swa.train import build_optimizer, fitting_recompute, join_examples, recompute_blocks
+
+    fields = {
+        "s2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
+        "window": {"attention": "sliding", "sliding_window_size": settings["window"]},
+    }.get(method, {})
+    model = with_fields(base, block_size=T, **fields).train()
+    weights = sum(p.nbytes for p in model.parameters())
+    add_lora(model, LoRAConfig(r=settings["r"], alpha=2 * settings["r"]))
+    ids = torch.randint(0, model.config.vocab_size, (T,), dtype=torch.int32).numpy()
+    batch = join_examples([Example(ids, ids)], [0]).to(torch.device(device))
+    n = model.config.n_layer if method in ("all", "same memory") else 0
+    if method != "all" and device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory
+        resident = torch.cuda.memory_allocated() - weights
+        limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
+        n = fitting_recompute(model, batch, int(limit))
+    recompute_blocks(model, n)
+    optimizer = build_optimizer(model, Training(data=""), 1e-4)
+
+    def step() -> None:
+        loss = model(batch.idx, targets=batch.targets, documents=batch.documents) / T
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, n, weights / 1e9
+
+
+def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tuple[Callable[[], None], int, float]:
+    """The same with transformers and PEFT, gradient checkpointing in every layer, as their guides have it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lit_swa import Config
+    from lit_swa.hf_format import config_to_hf
+
+    fields = {"n_layer": settings["n_layer"]} if settings["n_layer"] else {}
+    hf = config_to_hf(Config.from_name(settings["name"], block_size=T, **fields))
+    hf.pop("architectures", None)
+    if hf.pop("model_type") != "llama":
+        raise ValueError("The peer is set up for shapes of the Llama family only: add --transformers false.")
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**hf), dtype=dtype)
+    weights = sum(p.nbytes for p in model.parameters())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(model, LoraConfig(r=settings["r"], lora_alpha=2 * settings["r"], target_modules=targets))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, hf["vocab_size"], (1, T), device=device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, hf["num_hidden_layers"], weights / 1e9
+
+
+def first_steps(step: Callable[[], None], device: str, weights_gb: float) -> dict[str, float]:
+    """Seconds of the first step, in which kernels are compiled, and the memory of the second, its own weights included.
+
+    Other models that are in memory are not counted.
+    """
+    import torch
+
+    started = time.perf_counter()
+    step()
+    if not device.startswith("cuda"):
+        return {"first_s": time.perf_counter() - started}
+    torch.cuda.synchronize()
+    row = {"first_s": time.perf_counter() - started}
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return row | {"memory_GB": (torch.cuda.max_memory_allocated() - before) / 1e9 + weights_gb}
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    import torch
+
+    started = time.perf_counter()
+    step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def release(device: str) -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def describe(row: dict[str, Any]) -> str:
+    start = f"T {row['T']:7d}  {row['method']:12s}"
+    if "error" in row:
+        return f"{start} {row['error'][:100]}"
+    memory = f"  {row['memory_GB']:5.1f} GB" if "memory_GB" in row else ""
+    return (
+        f"{start} {row['tok_s']:9.0f} tok/s{memory}  {row['recompute']} layers recompute  first {row['first_s']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
