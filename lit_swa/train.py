@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_swa.arguments import Training
 from lit_swa.data import Dataset, Example, pack
 from lit_swa.files import (
+    LOCK_NAME,
     TEMPORARY,
     LazyTensor,
     directory_lock,
@@ -333,6 +335,7 @@ class Progress:
 def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
     """Every trained weight and, with an optimiser, its moments, whole and on the CPU. All ranks must call it."""
     state: dict[str, Tensor] = {}
+    reshard(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
             state[f"weight.{name}"] = whole(p)
@@ -341,10 +344,39 @@ def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return state
 
 
+def reshard(model: nn.Module) -> None:
+    """After a forward FSDP leaves some weights gathered: share them out again."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def whole(x: Tensor) -> Tensor:
     """x on the CPU, gathered if it is shared out over devices."""
     x = x.detach()
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
+
+
+@contextmanager
+def whole_weights(model: nn.Module, keep: bool) -> Iterator[None]:
+    """Within it, trained weights that are shared out over devices are whole, on the CPU, where `keep` is set.
+
+    All ranks must come here, and none may run the model inside.
+    """
+    shared_out = []
+    reshard(model)
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None and p.requires_grad and hasattr(p, "full_tensor"):
+                full = whole(p)
+                if keep:
+                    shared_out.append((module, name, p))
+                    module._parameters[name] = nn.Parameter(full)
+    try:
+        yield
+    finally:
+        for module, name, p in shared_out:
+            module._parameters[name] = p
 
 
 @torch.no_grad()
@@ -402,25 +434,31 @@ class Saver:
         """out_dir/name; with the state, a run can go on from it. All ranks must call it; the first one writes."""
         out_dir, fabric = self.run.out_dir, self.run.fabric
         path, tensors = out_dir / name, trained_state(self.model, self.optimizer) if state else {}
-        if fabric.is_global_zero:
-            with directory_lock(out_dir):
-                remove_leftovers(out_dir)
-                temporary = out_dir / f".{name}{TEMPORARY}"
-                temporary.mkdir()
-                self.save_model(temporary)
-                if state:
-                    lazy = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
-                    write_safetensors(temporary / STATE_FILE, lazy)
-                    open_safetensors(temporary / STATE_FILE)
-                write_json(temporary / RUN_FILE, self.record(progress))
-                if path.exists():
-                    shutil.rmtree(path)
-                temporary.rename(path)
-                sync_directory(out_dir)
-                for old in saved_steps(out_dir)[: -self.run.args.keep_last]:
-                    shutil.rmtree(old, ignore_errors=True)
+        with whole_weights(self.model, keep=fabric.is_global_zero):
+            if fabric.is_global_zero:
+                self.write(path, tensors, progress)
         fabric.barrier()
         return path
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor], progress: "Progress") -> None:
+        """The directory, under another name until it is whole; older steps go after that."""
+        out_dir, temporary = path.parent, path.parent / f".{path.name}{TEMPORARY}"
+        with directory_lock(out_dir):
+            remove_leftovers(out_dir)
+            temporary.mkdir()
+            self.save_model(temporary)
+            if tensors:
+                lazy = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
+                write_safetensors(temporary / STATE_FILE, lazy)
+                open_safetensors(temporary / STATE_FILE)
+            write_json(temporary / RUN_FILE, self.record(progress))
+            (temporary / LOCK_NAME).unlink(missing_ok=True)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
+            sync_directory(out_dir)
+            for old in saved_steps(out_dir)[: -self.run.args.keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def record(self, progress: "Progress") -> dict[str, Any]:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
@@ -717,7 +755,10 @@ def rehearse(run: Run, model: nn.Module, save_model: Callable[[Path], None], loa
     started = time.perf_counter()
     batch = run.feed.longest().to(fabric.device)
     nll = model(batch.idx, targets=batch.targets, documents=batch.documents)
-    fabric.backward(nll / max(1, int((batch.targets != IGNORED).sum())))
+    loss = nll / int((batch.targets != IGNORED).sum())
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"The loss is {loss.item()} before the first step: the weights or the precision do not fit.")
+    fabric.backward(loss)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without, f"{without[:3]} got no gradient"
@@ -726,21 +767,11 @@ def rehearse(run: Run, model: nn.Module, save_model: Callable[[Path], None], loa
     if run.valid is not None:
         head = min(len(run.valid), 4)
         validate(fabric, model, run.valid.subset(np.arange(head), ""), run.valid_tokens)
-    state = trained_state(model)
+    with whole_weights(unwrapped(model), keep=fabric.is_global_zero):
+        size = try_saving(run, save_model, load) if fabric.is_global_zero else 0
     if fabric.is_global_zero:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with directory_lock(out_dir):
-            trial = out_dir / f".trial{TEMPORARY}"
-            shutil.rmtree(trial, ignore_errors=True)
-            try:
-                trial.mkdir()
-                save_model(trial)
-                load(trial)
-                size = sum(p.stat().st_size for p in trial.rglob("*"))
-            finally:
-                shutil.rmtree(trial, ignore_errors=True)
-        steps = run.args.keep_last + 1  # a new one is whole before the old one goes
-        needed = (steps + 1) * size + steps * 3 * sum(t.nbytes for t in state.values())
+        kept = run.args.keep_last + 1  # a new one is whole before the old one goes
+        needed = (kept + 1) * size + kept * 12 * trained  # weights and two moments in float32
         run.log.say(
             f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} weights are trained. The longest row has "
             f"{batch.idx.numel()} tokens: {seconds:.1f} s, {memory_in_use()} of memory. The disk needs "
@@ -748,6 +779,21 @@ def rehearse(run: Run, model: nn.Module, save_model: Callable[[Path], None], loa
         )
         require_space(out_dir, needed)
     fabric.barrier()
+
+
+def try_saving(run: Run, save_model: Callable[[Path], None], load: Callable[[Path], None]) -> int:
+    """Save, load and delete; returns the bytes that it took."""
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    trial = run.out_dir / f".trial{TEMPORARY}"
+    with directory_lock(run.out_dir):
+        shutil.rmtree(trial, ignore_errors=True)
+        try:
+            trial.mkdir()
+            save_model(trial)
+            load(trial)
+            return sum(p.stat().st_size for p in trial.rglob("*"))
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
 
 
 def seed_step(run: Run, step: int) -> None:

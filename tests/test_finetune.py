@@ -425,26 +425,38 @@ def test_bad_arguments_are_refused_in_one_sentence(train, arguments, word):
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("script", ["lora", "full"])
-def test_two_processes_make_the_losses_of_one(train, script, tiny_checkpoint, data_file, tmp_path):
-    """Catches: gradients averaged by batch instead of by token, texts read twice, processes that drift apart."""
-    arguments = {"max_steps": 4, "batch_size": 7, "micro_batch_size": 2, "eval_interval": 2, "learning_rate": 1e-3}
+@pytest.mark.parametrize("strategy, script", [("ddp", "lora"), ("fsdp", "lora"), ("fsdp", "full")])
+def test_two_processes_make_the_losses_of_one(train, strategy, script, tiny_checkpoint, data_file, tmp_path):
+    """Catches: gradients averaged by batch instead of by token, texts read twice, weights that are saved in part.
+
+    The second run goes on from the first's second step: what one process saved, two load, and the other way round.
+    """
+    arguments = {"max_steps": 4, "batch_size": 7, "micro_batch_size": 2, "eval_interval": 2, "learning_rate": 1e-3,
+                 "save_interval": 2, "keep_last": 2}  # fmt: skip
     one, _, _ = train(script, "one", **arguments)
+    shutil.copytree(one / "step-000002", tmp_path / "two" / "step-000002")
+    shutil.copy(one / "metrics.csv", tmp_path / "two")
     root = Path(__file__).resolve().parents[1]
     flags = [x for key, value in arguments.items() for x in (f"--{key}", str(value))]
     command = [
         sys.executable, str(root / f"finetune/{script}.py"), "--checkpoint_dir", str(tiny_checkpoint), "--data",
         str(data_file), "--out_dir", str(tmp_path / "two"), "--sample", "false", "--device", "cpu", "--devices", "2",
-        *flags,
+        "--strategy", strategy, "--resume", "auto", *flags,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert len(metrics(one)) == len(metrics(tmp_path / "two")) == 5
     for a, b in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         for key in ("loss", "grad_norm", "val_loss"):
             assert (not a[key] and not b[key]) or float(a[key]) == pytest.approx(float(b[key]), rel=1e-4), (a, b)
     a, b = (stored(d / "step-000004" / "state.safetensors") for d in (one, tmp_path / "two"))
+    assert set(a) == set(b)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+    idx = torch.arange(9)[None]
+    torch.testing.assert_close(
+        load_model(one / "final")(idx), load_model(tmp_path / "two" / "final")(idx), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_an_adapter_that_cannot_be_merged_says_so(train, run_script):
