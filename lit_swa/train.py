@@ -519,6 +519,22 @@ def find_run(args: Training, out_dir: Path) -> Path | None:
 # --------------------------------------------------------------------------------------------------------- what is told
 
 
+METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "val_loss")
+
+
+def read_metrics(run: Path) -> dict[str, list[float]]:
+    """The columns of a run's metrics.csv; NaN where there is no value. Raises FileNotFoundError or ValueError."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} holds no metrics.csv: give directories that a finetuning script wrote.")
+    with open(path, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    try:
+        return {name: [float(row[name] or "nan") for row in rows] for name in METRICS}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is damaged: it must have the columns {', '.join(METRICS)}.") from None
+
+
 class Log:
     """metrics.csv, TensorBoard if asked for, and the line on stderr."""
 
@@ -544,7 +560,7 @@ class Log:
     def write(self, step: int, **values: float) -> None:
         if not self.active:
             return
-        names = ["step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "val_loss"]
+        names = METRICS
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(",".join(names) + "\n")

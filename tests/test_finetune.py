@@ -480,3 +480,47 @@ def test_qlora_trains_saves_and_merges(train, run_script, tmp_path, tiny_checkpo
     merged, unmerged = load_model(tmp_path / "m")(idx), load_model(directory / "final", merge=False)(idx)
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4 * merged.abs().max().item())
     assert not torch.allclose(merged, load_model(tiny_checkpoint)(idx), atol=1e-2)
+
+
+def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch):
+    """Catches: an old step deleted before the new one is whole, a part of a step under its final name."""
+    import errno
+
+    from lit_swa import train as train_module
+
+    arguments = {"max_steps": 6, "save_interval": 2, "batch_size": 4}
+    whole, _, _ = train(name="whole", **arguments)
+    write, calls = train_module.write_safetensors, []
+
+    def full_disk(path, tensors):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "write_safetensors", full_disk)
+        directory, _, err = train(code=2, **arguments)
+    assert "No space left" in err and [p.name for p in directory.glob("step-*")] == ["step-000002"]
+    load_model(directory / "step-000002")
+    train(resume="auto", **arguments)
+    assert losses(directory) == losses(whole) and not list(directory.glob(".*tmp"))
+
+
+def test_the_disk_that_a_run_needs_is_checked_before_it(train, monkeypatch):
+    """Catches: hours of training that cannot be saved."""
+    from lit_swa import files
+
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("U", (), {"free": 10**5})())
+    directory, _, err = train("full", code=2)
+    assert "free some space" in err and not (directory / "metrics.csv").exists()
+
+
+def test_losses_are_drawn(train, run_script, tmp_path):
+    """Catches: a picture of nothing, and a directory without losses."""
+    directory, _, _ = train(max_steps=4, batch_size=4)
+    rc, out, err = run_script("scripts/plot_metrics.py", "--runs", f"[{directory}]", "--output", tmp_path / "m.png")
+    assert rc == 0 and (tmp_path / "m.png").stat().st_size > 10_000, err
+    rc, _, err = run_script("scripts/plot_metrics.py", "--runs", f"[{tmp_path}]")
+    assert rc == 2 and "holds no metrics.csv" in err

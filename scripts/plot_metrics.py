@@ -1,0 +1,59 @@
+"""Draw the losses of training runs: python scripts/plot_metrics.py --runs '[out/lora, out/full]'."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+def main(
+    runs: list[Path], x: str = "step", smooth: int = 10, output: Path = Path("out/metrics.png"), log: bool = False
+) -> None:
+    """Draw the training loss, smoothed, and the validation loss of one run or several beside each other.
+
+    Args:
+        runs: Directories with a metrics.csv; the name of each is its label.
+        x: step, tokens or seconds.
+        smooth: Steps of which the training loss is the mean.
+        output: Where the picture goes.
+        log: A logarithmic axis for the loss.
+    """
+    from lit_swa.plots import save_picture
+    from lit_swa.train import read_metrics
+
+    if x not in ("step", "tokens", "seconds"):
+        raise ValueError(f"x={x!r} does not fit: choose from step, tokens, seconds.")
+    if smooth < 1:
+        raise ValueError("smooth must be at least 1.")
+    read = {run.name: read_metrics(run) for run in runs}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(output, lambda plt: draw(plt, read, x, smooth, log))
+    print(output)
+
+
+def draw(plt, runs: dict[str, dict[str, list[float]]], x: str, smooth: int, log: bool):
+    """Training loss on the left, validation loss on the right."""
+    import itertools
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, columns in runs.items():
+        places = list(itertools.accumulate(columns[x])) if x == "seconds" else columns[x]
+        for axis, key in zip(axes, ("loss", "val_loss"), strict=True):
+            points = [(p, y) for p, y in zip(places, columns[key], strict=True) if y == y]  # NaN: not measured there
+            if key == "loss":
+                means = [sum(y for _, y in points[max(0, i - smooth) : i]) / min(i, smooth)
+                         for i in range(1, len(points) + 1)]  # fmt: skip
+                points = [(p, y) for (p, _), y in zip(points, means, strict=True)]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o" if key == "val_loss" else None, label=name)
+    for axis, title in zip(axes, (f"training loss, mean of {smooth} steps", "validation loss"), strict=True):
+        axis.set(xlabel=x, title=title, yscale="log" if log else "linear")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
