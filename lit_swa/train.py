@@ -6,6 +6,7 @@ The loop itself stands in each script. Shapes: N tokens of a micro-batch, all it
 import csv
 import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -37,7 +38,7 @@ from lit_swa.files import (
     write_safetensors,
 )
 from lit_swa.model import GPT, IGNORED, Config, RMSNorm
-from lit_swa.utils import format_seconds, memory_in_use
+from lit_swa.utils import describe_machine, format_seconds, memory_in_use
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -186,6 +187,9 @@ def join_examples(examples: Sequence[Example], numbers: Sequence[int]) -> Batch:
     )
 
 
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # more at once is hardly faster, and takes memory
+
+
 class Feed:
     """Which texts each step reads: a function of the step's number alone, so that a run can go on anywhere.
 
@@ -193,9 +197,10 @@ class Feed:
     first step, so that what does not fit the memory fails at once.
     """
 
-    def __init__(self, dataset: Dataset, args: Training, max_seq_length: int) -> None:
-        self.dataset, self.seed = dataset, args.seed
-        self.batch_size, self.micro_batch_size = args.batch_size, args.micro_batch_size
+    def __init__(self, dataset: Dataset, args: Training, max_seq_length: int, device: str = "cpu") -> None:
+        self.dataset, self.seed, self.batch_size = dataset, args.seed, args.batch_size
+        tokens = MICRO_BATCH_TOKENS.get(device, MICRO_BATCH_TOKENS["cpu"])
+        self.micro_batch_size = args.micro_batch_size or min(args.batch_size, max(1, tokens // max_seq_length))
         packs = args.pack and len(dataset) > 1
         self.rows = pack(dataset.lengths, max_seq_length, args.seed) if packs else [[i] for i in range(len(dataset))]
         self.row_tokens = [int(sum(dataset.lengths[i] for i in row)) for row in self.rows]
@@ -461,9 +466,14 @@ class Saver:
                 shutil.rmtree(old, ignore_errors=True)
 
     def record(self, progress: "Progress") -> dict[str, Any]:
-        versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-        arguments = self.run.args.as_json()
-        return {"arguments": arguments, "identity": self.identity, "progress": asdict(progress), "versions": versions}
+        return {
+            "command": "python " + shlex.join(sys.argv),
+            "machine": describe_machine(str(self.run.fabric.device)),
+            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+            "arguments": self.run.args.as_json(),
+            "identity": self.identity,
+            "progress": asdict(progress),
+        }
 
     def resume(self) -> "Progress":
         """Weights, moments and progress of the run in out_dir, if there is one and --resume says so.
@@ -533,6 +543,12 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
         return {name: [float(row[name] or "nan") for row in rows] for name in METRICS}
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is damaged: it must have the columns {', '.join(METRICS)}.") from None
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """How a run was started, with which versions and on what machine, as its newest directory has it."""
+    found = [path for path in (run / "final", *reversed(saved_steps(run))) if (path / RUN_FILE).is_file()]
+    return {key: read_json(found[0] / RUN_FILE).get(key) for key in ("command", "machine", "versions")} if found else {}
 
 
 class Log:
@@ -644,7 +660,7 @@ class Run:
     @property
     def valid_tokens(self) -> int:
         """Tokens of a validation micro-batch: no more than training reads at once, which is known to fit."""
-        return self.args.micro_batch_size * self.max_seq_length
+        return self.feed.micro_batch_size * self.max_seq_length
 
 
 def prepare(args: Training, method: str, rate: float) -> Run:
@@ -667,7 +683,7 @@ def prepare(args: Training, method: str, rate: float) -> Run:
     train, valid = read_data(args, tokenizer, config)
     longest = max(int(d.lengths.max()) for d in (train, valid) if d is not None)
     max_seq_length = args.max_seq_length or min(longest, config.block_size)
-    feed = Feed(train, args, max_seq_length)
+    feed = Feed(train, args, max_seq_length, fabric.device.type)
     steps = args.max_steps or max(1, round(args.epochs * feed.steps_per_epoch))
     out_dir = args.out_dir or Path("out") / method
     log = Log(out_dir, args, steps, active=fabric.is_global_zero)
@@ -693,7 +709,7 @@ def read_data(args: Training, tokenizer: Any, config: Config) -> tuple[Dataset, 
         return train, load_dataset(args.validation_data, tokenizer, mask_prompt=args.mask_prompt, **how)
     if args.validation_fraction == 0 or len(train) < 2:
         return train, None
-    return split_dataset(train, args.validation_fraction, args.seed)
+    return split_dataset(train, max(1, round(args.validation_fraction * len(train))), args.seed)
 
 
 def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
@@ -834,7 +850,7 @@ def show_sample(run: Run, model: GPT, tokens: int = 40) -> None:
     answer = list(generate(model, prompt, room, stop_tokens=run.tokenizer.eos_ids))
     model.clear_kv_cache()
     model.train()
-    shown = " ".join(run.tokenizer.decode(prompt).split())[-120:]
+    shown = shorten_front(" ".join(run.tokenizer.decode(prompt).split()), 120)
     run.log.say(f"  asked:    {shown}\n  answered: {' '.join(run.tokenizer.decode(answer).split())}")
 
 
@@ -870,6 +886,11 @@ def evaluate_step(run: Run, model: nn.Module, progress: Progress, values: dict[s
     if run.args.sample:
         show_sample(run, unwrapped(model))
     return 0 < run.args.early_stop <= progress.since_best
+
+
+def shorten_front(text: str, most: int) -> str:
+    """The end of a text, from a word's beginning on."""
+    return text if len(text) <= most else "... " + text[-most:].partition(" ")[2]
 
 
 def unwrapped(model: nn.Module) -> GPT:

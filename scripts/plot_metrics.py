@@ -1,5 +1,6 @@
 """Draw the losses of training runs: python scripts/plot_metrics.py --runs '[out/lora, out/full]'."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,11 +16,12 @@ def main(
         runs: Directories with a metrics.csv; the name of each is its label.
         x: step, tokens or seconds.
         smooth: Steps of which the training loss is the mean.
-        output: Where the picture goes.
+        output: Where the picture goes; beside it, as JSON, the figures and the arguments of the runs.
         log: A logarithmic axis for the loss.
     """
+    from lit_swa.files import write_json
     from lit_swa.plots import save_picture
-    from lit_swa.train import read_metrics
+    from lit_swa.train import read_metrics, read_record
 
     if x not in ("step", "tokens", "seconds"):
         raise ValueError(f"x={x!r} does not fit: choose from step, tokens, seconds.")
@@ -28,6 +30,11 @@ def main(
     read = {run.name: read_metrics(run) for run in runs}
     output.parent.mkdir(parents=True, exist_ok=True)
     save_picture(output, lambda plt: draw(plt, read, x, smooth, log))
+    result = {"command": "python " + shlex.join(sys.argv), "runs": {}}
+    for run in runs:
+        metrics = {key: [None if y != y else y for y in values] for key, values in read[run.name].items()}
+        result["runs"][run.name] = {**read_record(run), "metrics": metrics}
+    write_json(output.with_suffix(".json"), result)
     print(output)
 
 

@@ -77,14 +77,18 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
-@pytest.mark.parametrize("pack", ["true", "false"])
+METHODS = {"lora": {"dropout": 0.1}, "full": {}, "adapter": {"version": 2, "start_layer": 0}}
+FAST = [("lora", "true", 1), ("full", "false", 4), ("adapter", "true", 4)]
+ALL = [(script, pack, size) for script in METHODS for pack in ("true", "false") for size in (1, 4)]
+
+
 @pytest.mark.parametrize(
-    "script, arguments", [("lora", {"dropout": 0.1}), ("full", {}), ("adapter", {"version": 2, "start_layer": 0})]
+    "script, pack, micro_batch_size",
+    [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in ALL],
 )
-def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, script, arguments, pack, micro_batch_size):
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, script, pack, micro_batch_size):
     """Catches: moments, order, dropout or rate that begin anew; bitwise, across an epoch's border."""
-    arguments = arguments | {
+    arguments = METHODS[script] | {
         "pack": pack,
         "micro_batch_size": micro_batch_size,
         "batch_size": 4,
@@ -425,7 +429,10 @@ def test_bad_arguments_are_refused_in_one_sentence(train, arguments, word):
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("strategy, script", [("ddp", "lora"), ("fsdp", "lora"), ("fsdp", "full")])
+@pytest.mark.parametrize(
+    "strategy, script",
+    [("ddp", "lora"), ("fsdp", "full"), pytest.param("fsdp", "lora", marks=pytest.mark.slow)],
+)
 def test_two_processes_make_the_losses_of_one(train, strategy, script, tiny_checkpoint, data_file, tmp_path):
     """Catches: gradients averaged by batch instead of by token, texts read twice, weights that are saved in part.
 
@@ -524,3 +531,24 @@ def test_losses_are_drawn(train, run_script, tmp_path):
     assert rc == 0 and (tmp_path / "m.png").stat().st_size > 10_000, err
     rc, _, err = run_script("scripts/plot_metrics.py", "--runs", f"[{tmp_path}]")
     assert rc == 2 and "holds no metrics.csv" in err
+
+
+def test_a_longer_context_is_trained_and_kept(train, run_script, tmp_path):
+    """Catches: a scaling or a context that the next command has forgotten, groups in eval, a row cut elsewhere."""
+    text = tmp_path / "book.txt"
+    text.write_text(" ".join(np.random.default_rng(1).choice(WORDS, 6000)))
+    scaling = {"model.block_size": 1024, "model.rope_scaling": '{"type": "linear", "factor": 2.0}'}
+    directory, _, err = train(data=text, max_seq_length=1024, extra_trainable="embed,norm", max_steps=6, batch_size=2,
+                              learning_rate=3e-3, **scaling, **{"model.s2_attention": "true"})  # fmt: skip
+    rows = metrics(directory)
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
+    model = load_model(directory / "final")
+    assert model.config.block_size == 1024 and model.config.rope_scaling["factor"] == 2.0 and model.config.s2_attention
+    plain = load_model(directory / "final", s2_attention=False)
+    idx = torch.randint(0, 300, (1, 1000))
+    assert torch.equal(model(idx), plain(idx)) and not torch.allclose(model.train()(idx), plain(idx), atol=1e-3)
+    rc, _, err = run_script("scripts/evaluate_ppl.py", "--checkpoint_dir", directory / "final", "--data", text,
+                            "--seq_len", 1024, "--stride", 1024, "--output", tmp_path / "ppl.json")  # fmt: skip
+    assert rc == 0, err
+    got = json.loads((tmp_path / "ppl.json").read_text())["ppl"]
+    assert got < np.exp(float(rows[0]["val_loss"]))
