@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
@@ -22,6 +22,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
+    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
     model: dict[str, Any] | None = None,
 ) -> None:
     """Print the prompt and its completion on stdout; statistics go to stderr.
@@ -41,12 +42,14 @@ def main(
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         compile: Compile the decode step: slow to start, faster after that.
+        quantize: Hold the weights of the blocks in 4 or 8 bits, by bitsandbytes: less memory, not more speed.
         model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
             --model.sliding_window_size 256 --model.rolling_kv_cache true.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.download import download_checkpoint
     from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
+    from lit_swa.quantize import quantize_linears
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype, show_reading
 
@@ -62,6 +65,8 @@ def main(
     tokenizer = Tokenizer(checkpoint_dir)
     ids = tokenizer.encode(prompt)
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
+    if quantize:
+        quantize_linears(gpt, quantize, gpt.transformer.wte.weight.dtype)
     decode = compile_decode(gpt) if compile else None
     if decode is None:
         pack_for_cpu(gpt)

@@ -19,6 +19,7 @@ def main(
     chunk_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1234,
@@ -49,6 +50,7 @@ def main(
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         devices: Processes, each with a GPU of its own (or on the CPU) and a share of the windows. Needs lightning.
         num_nodes: Machines that take part, each with so many devices.
+        quantize: Hold the weights of the blocks in 4 or 8 bits, by bitsandbytes.
         seed: Of torch's random numbers. Nothing here draws any, unless a changed model does.
         output: Where the JSON goes.
         model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
@@ -88,6 +90,7 @@ def main(
         "chunk_size": chunk_size,
         "device": device,
         "dtype": dtype,
+        **({"quantize": quantize} if quantize else {}),
         "seed": seed,
         "model": asdict(config),
         "data_tokens": len(tokens),
@@ -118,11 +121,14 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
     from lit_swa.checkpoint import load_model
     from lit_swa.evaluate import pick_chunk_size
     from lit_swa.generate import pack_for_cpu
+    from lit_swa.quantize import quantize_linears
     from lit_swa.utils import describe_machine, memory_in_use
 
     if results:
         results.save()  # what would fail after hours, a full or forbidden disk, fails now
     gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], ranks.device, **overrides)
+    if "quantize" in arguments:
+        quantize_linears(gpt, arguments["quantize"], gpt.transformer.wte.weight.dtype)
     pack_for_cpu(gpt)
     batch_size, chunk_size = arguments["batch_size"], arguments["chunk_size"]
     if chunk_size is None:  # a resumed run takes the size it had, or its numbers would be rounded in another way
