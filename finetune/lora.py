@@ -1,7 +1,6 @@
 """Finetune with LoRA, on instructions or on long texts: python finetune/lora.py --data FILE.json."""
 
 import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,30 +72,17 @@ def main(
 
     model.train()
     with interruptible() as interrupted:
-        while progress.step < run.steps:
-            started, step = time.perf_counter(), progress.step
-            train.seed_step(run, step)
-            rate = train.learning_rate(step, run.steps, args, run.peak_rate, progress.scale)
-            train.set_rate(optimizer, rate)
-            batches = run.feed.batches(step, fabric.global_rank, fabric.world_size)
-            tokens = run.feed.trained_tokens(step)  # over all devices: the loss is their mean, not that of batches
-            total = torch.zeros(2, device=fabric.device)
+        for batches, tokens in train.steps(run, optimizer, progress, interrupted):  # tokens: trained, of all devices
+            total = torch.zeros((), device=fabric.device)
             for n, batch in enumerate(batches):
-                batch = batch.to(fabric.device)
                 with fabric.no_backward_sync(model, enabled=n + 1 < len(batches)):
                     nll = model(batch.idx, targets=batch.targets, documents=batch.documents) * batch.weight
                     fabric.backward(nll * (fabric.world_size / tokens))  # gradients are averaged over devices
-                total[0] += nll.detach()
-            total[1] += interrupted()
-            nll, stopped = fabric.all_reduce(total, reduce_op="sum").tolist()
-            loss = nll / tokens
-            norm = train.gradient_norm(gpt, args.grad_clip)
-            train.require_finite(run, step, loss, norm, batches)
+                total += nll.detach()
+            values = train.finish_gradients(run, gpt, progress, total, tokens, batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.advance(run.feed.tokens(step), time.perf_counter() - started)
-            values = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
-            if train.finish_step(run, model, saver, progress, values, interrupted=stopped > 0):
+            if train.finish_step(run, model, saver, progress, values):
                 break
     train.conclude(run, saver, progress)
 

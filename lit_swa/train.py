@@ -303,11 +303,6 @@ def learning_rate(step: int, steps: int, args: Training, peak: float, scale: flo
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["ratio"]
-
-
 # -------------------------------------------------------------------------------------------------- saving and resuming
 
 
@@ -434,6 +429,13 @@ class Saver:
         """save_model: writes what the next command loads. method: what it needs to have in common to go on, as JSON."""
         self.run, self.model, self.optimizer, self.save_model = run, model, optimizer, save_model
         self.identity = json.loads(json.dumps(identity_of(run, method)))
+        self.saved = 0  # the last step that was
+
+    def save_step(self, progress: "Progress") -> None:
+        """out_dir/step-N, unless it is there."""
+        if self.saved < progress.step:
+            self.save(f"step-{progress.step:06d}", progress)
+            self.saved = progress.step
 
     def save(self, name: str, progress: "Progress", state: bool = True) -> Path:
         """out_dir/name; with the state, a run can go on from it. All ranks must call it; the first one writes."""
@@ -496,6 +498,7 @@ class Saver:
         restore(self.model, self.optimizer, open_safetensors(path / STATE_FILE), path)
         self.run.log.rewind(progress.step)
         self.run.log.say(f"going on from {path}")
+        self.saved = progress.step
         return progress
 
 
@@ -656,6 +659,7 @@ class Run:
     save_interval: int
     peak_rate: float
     log: Log
+    step_started: float = 0.0  # by time.perf_counter
 
     @property
     def valid_tokens(self) -> int:
@@ -828,10 +832,41 @@ def try_saving(run: Run, save_model: Callable[[Path], None], load: Callable[[Pat
             shutil.rmtree(trial, ignore_errors=True)
 
 
-def seed_step(run: Run, step: int) -> None:
-    """Dropout of a step depends on the step alone, so that a resumed run goes on as if it had not stopped."""
-    mixed = np.random.SeedSequence([run.args.seed, step, run.fabric.global_rank]).generate_state(1)[0]
-    torch.manual_seed(int(mixed))
+def steps(
+    run: Run, optimizer: torch.optim.Optimizer, progress: Progress, interrupted: Callable[[], bool]
+) -> Iterator[tuple[list[Batch], int]]:
+    """The steps that are left: this device's micro-batches, and how many trained tokens there are on all devices.
+
+    Sets the rate. Dropout of a step depends on the step alone, so that a resumed run goes on as if it had not stopped.
+    Ends when any of the processes was interrupted.
+    """
+    fabric, args = run.fabric, run.args
+    while progress.step < run.steps:
+        stop = torch.tensor(float(interrupted()), device=fabric.device)
+        if fabric.all_reduce(stop, reduce_op="sum") > 0:
+            return
+        run.step_started = time.perf_counter()
+        seed = np.random.SeedSequence([args.seed, progress.step, fabric.global_rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        rate = learning_rate(progress.step, run.steps, args, run.peak_rate, progress.scale)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["ratio"]
+        batches = run.feed.batches(progress.step, fabric.global_rank, fabric.world_size)
+        yield [batch.to(fabric.device) for batch in batches], run.feed.trained_tokens(progress.step)
+
+
+def finish_gradients(
+    run: Run, model: GPT, progress: Progress, nll: Tensor, tokens: int, batches: Sequence[Batch]
+) -> dict[str, float]:
+    """Clip the gradients; returns what metrics.csv has of the step: loss, learning_rate, grad_norm.
+
+    nll: the sum over this device's tokens. Raises ValueError when loss or gradient is no number.
+    """
+    loss = run.fabric.all_reduce(nll, reduce_op="sum").item() / tokens
+    norm = gradient_norm(model, run.args.grad_clip)
+    require_finite(run, progress.step, loss, norm, batches)
+    rate = learning_rate(progress.step, run.steps, run.args, run.peak_rate, progress.scale)
+    return {"loss": loss, "learning_rate": rate, "grad_norm": norm}
 
 
 def show_sample(run: Run, model: GPT, tokens: int = 40) -> None:
@@ -854,22 +889,16 @@ def show_sample(run: Run, model: GPT, tokens: int = 40) -> None:
     run.log.say(f"  asked:    {shown}\n  answered: {' '.join(run.tokenizer.decode(answer).split())}")
 
 
-def finish_step(
-    run: Run, model: nn.Module, saver: Saver, progress: Progress, values: dict[str, float], interrupted: bool
-) -> bool:
-    """Log a step, validate and save where it is time; True: the run is to end here.
-
-    values: loss, learning_rate and grad_norm, for metrics.csv.
-    """
-    args, step, last = run.args, progress.step, progress.step == run.steps
-    stop = interrupted or last
-    if step % run.eval_interval == 0 or last:
-        stop = evaluate_step(run, model, progress, values) or stop
-    if step % args.log_interval == 0 or "val_loss" in values:
+def finish_step(run: Run, model: nn.Module, saver: Saver, progress: Progress, values: dict[str, float]) -> bool:
+    """Count and log a step, validate and save where it is time; True: --early_stop has had enough."""
+    progress.advance(run.feed.tokens(progress.step), time.perf_counter() - run.step_started)
+    step, last = progress.step, progress.step == run.steps
+    stop = (step % run.eval_interval == 0 or last) and evaluate_step(run, model, progress, values)
+    if step % run.args.log_interval == 0 or "val_loss" in values:
         run.log.write(step, tokens=progress.tokens, seconds=progress.step_seconds, **values)
     run.log.show(progress, values["loss"])
-    if step % run.save_interval == 0 or stop:
-        saver.save(f"step-{step:06d}", progress)
+    if step % run.save_interval == 0:
+        saver.save_step(progress)
     return stop
 
 
@@ -899,8 +928,10 @@ def unwrapped(model: nn.Module) -> GPT:
 
 
 def conclude(run: Run, saver: Saver, progress: Progress) -> None:
-    """Save out_dir/final, or say how to go on with a run that was interrupted."""
-    if progress.step < run.steps and progress.since_best < max(1, run.args.early_stop):
+    """Save the last step, and out_dir/final; or say how to go on with a run that was interrupted."""
+    saver.save_step(progress)
+    early = 0 < run.args.early_stop <= progress.since_best
+    if progress.step < run.steps and not early:
         run.log.say(f"stopped after step {progress.step} of {run.steps}: --resume auto goes on")
         raise KeyboardInterrupt
     path = saver.save("final", progress, state=False)

@@ -323,13 +323,10 @@ def test_rates_rise_and_fall():
 
 def test_loraplus_gives_b_its_own_rate(tiny_model):
     """Catches: a ratio that A gets too, or that the warmup forgets."""
-    from lit_swa.train import set_rate
-
     model = tiny_model()
     add_lora(model, LoRAConfig(extra_trainable=("norm",)))
     optimizer = build_optimizer(model, Training(data="x", weight_decay=0.1), 1e-3, b_ratio=16.0)
-    set_rate(optimizer, 1e-3)
-    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    rate = {id(p): 1e-3 * g["ratio"] for g in optimizer.param_groups for p in g["params"]}
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -552,3 +549,25 @@ def test_a_longer_context_is_trained_and_kept(train, run_script, tmp_path):
     assert rc == 0, err
     got = json.loads((tmp_path / "ppl.json").read_text())["ppl"]
     assert got < np.exp(float(rows[0]["val_loss"]))
+
+
+def test_ctrl_c_ends_after_the_step_at_hand_and_the_run_goes_on(train, monkeypatch):
+    """Catches: a step that is lost or counted twice, a final model of half a run."""
+    from contextlib import contextmanager
+
+    from lit_swa import utils
+
+    arguments = {"max_steps": 6, "batch_size": 4, "save_interval": 100, "dropout": 0.1}
+    whole, _, _ = train(name="whole", **arguments)
+    asked = []
+
+    @contextmanager
+    def after_three_steps():
+        yield lambda: asked.append(1) or len(asked) > 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "interruptible", after_three_steps)
+        directory, _, err = train(code=130, **arguments)
+    assert "stopped after step 3 of 6: --resume auto goes on" in err and not (directory / "final").exists()
+    train(resume="auto", **arguments)
+    assert losses(directory) == losses(whole) and (directory / "final").exists()
