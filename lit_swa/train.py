@@ -69,12 +69,11 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
         raise ValueError(f"devices={args.devices} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
     devices = [int(device.split(":")[1])] if ":" in device and args.devices == 1 else args.devices
     several = args.devices * args.num_nodes > 1
+    strategy: Any = "auto"
     if args.strategy == "fsdp":
         strategy = fsdp_strategy(args)
-    else:
-        strategy = (
-            DDPStrategy(broadcast_buffers=False) if several else "auto"
-        )  # the only buffers are RoPE's frequencies
+    elif several:
+        strategy = DDPStrategy(broadcast_buffers=False)  # the only buffers are RoPE's frequencies
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
@@ -205,8 +204,15 @@ class Feed:
         self.rows = pack(dataset.lengths, max_seq_length, args.seed) if packs else [[i] for i in range(len(dataset))]
         self.row_tokens = [int(sum(dataset.lengths[i] for i in row)) for row in self.rows]
         self.steps_per_epoch = math.ceil(len(self.rows) / self.batch_size)
+        self.last_order: tuple[int, list[int]] = (-1, [])  # of which epoch
 
     def order(self, epoch: int) -> list[int]:
+        """All rows, as the epoch reads them."""
+        if self.last_order[0] != epoch:
+            self.last_order = epoch, self.new_order(epoch)
+        return self.last_order[1]
+
+    def new_order(self, epoch: int) -> list[int]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)).tolist()
         if epoch == 0:
             longest = order.index(int(np.argmax(self.row_tokens)))
@@ -246,11 +252,13 @@ class Feed:
 def validation_batches(dataset: Dataset, tokens: int) -> Iterator[Batch]:
     """The whole data set in order, in micro-batches of about so many tokens."""
     numbers: list[int] = []
-    for i in range(len(dataset)):
-        if numbers and sum(int(dataset.lengths[n]) for n in (*numbers, i)) > tokens:
+    filled = 0
+    for i, length in enumerate(dataset.lengths.tolist()):
+        if numbers and filled + length > tokens:
             yield join_examples([dataset[n] for n in numbers], numbers)
-            numbers = []
+            numbers, filled = [], 0
         numbers.append(i)
+        filled += length
     if numbers:
         yield join_examples([dataset[n] for n in numbers], numbers)
 
@@ -272,7 +280,10 @@ def validate(fabric: "Fabric", model: nn.Module, dataset: Dataset, tokens: int) 
 
 
 def sharded(fabric: "Fabric") -> bool:
-    return type(fabric.strategy).__name__ == "ModelParallelStrategy"
+    """True if no device holds all weights."""
+    from lightning.fabric.strategies import ModelParallelStrategy
+
+    return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
 # -------------------------------------------------------------------------------------------------------- the optimiser
@@ -579,12 +590,11 @@ class Log:
     def write(self, step: int, **values: float) -> None:
         if not self.active:
             return
-        names = METRICS
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(",".join(names) + "\n")
+            self.path.write_text(",".join(METRICS) + "\n")
         with open(self.path, "a", newline="") as stream:
-            csv.writer(stream).writerow([step, *(repr(values[n]) if n in values else "" for n in names[1:])])
+            csv.writer(stream).writerow([step, *(repr(values[n]) if n in values else "" for n in METRICS[1:])])
         for name, value in values.items():
             if self.board is not None:
                 self.board.add_scalar(name, value, step)
