@@ -1,5 +1,6 @@
 """Talk to a model: python generate/chat.py. The cache is kept between turns, so that only new tokens are read."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -88,7 +89,7 @@ def main(
             answer, stats = "", Stats()
             try:
                 ids = tokenizer.apply_chat_template(messages)
-                with interruptible() as interrupted:
+                with interruptible([signal.SIGINT]) as interrupted:
                     for piece in generate_text(
                         gpt,
                         tokenizer,

@@ -283,6 +283,7 @@ NOT_EXPORTED = (
     "s2_attention",
     "s2_group_ratio",
     "s2_group_size",
+    "s2_shift",
     "n_sink_tokens",
 )
 

@@ -98,6 +98,7 @@ class Config:
     s2_attention: bool = False  # in training mode, attend within groups, half of the heads' shifted by half a group
     s2_group_ratio: float = 0.25  # the group's share of the text
     s2_group_size: int | None = None  # ... or its tokens
+    s2_shift: bool = True  # False: no head's groups are shifted, LongLoRA's "short attention", to compare with
     attention_scores_scalar: int | None = None  # scores are divided by its square root; None: head_size
     attention_logit_softcapping: float | None = None  # c: scores become c * tanh(scores / c)
     attention_backend: str = "auto"
@@ -164,7 +165,7 @@ class Config:
         config = cls(**values | overrides)
         for name, value in overrides.items():
             default = cls.__dataclass_fields__[name].default
-            if name in EFFECTIVE_WITH and value is not None and value is not False and value != default:
+            if name in EFFECTIVE_WITH and value is not None and value != default:
                 EFFECTIVE_WITH[name](name, value, config)
         if {"s2_group_size", "s2_group_ratio"} <= set(overrides):
             raise ValueError("s2_group_size and s2_group_ratio are two ways to say it: set one.")
@@ -257,6 +258,7 @@ EFFECTIVE_WITH: dict[str, Callable[[str, Any, Config], None]] = {  # what an ove
     "dual_chunk_temperature_slope": needs_variant("dual_chunk"),
     "s2_group_ratio": needs_s2,
     "s2_group_size": needs_s2,
+    "s2_shift": needs_s2,
 }
 
 
@@ -937,6 +939,8 @@ def attend_shifted_groups(q: Tensor, k: Tensor, v: Tensor, g: int, scale: float,
     g = 4, T = 10, who is with whom:    |0 1 2 3|4 5 6 7|8 9|    shifted    |0 1|2 3 4 5|6 7 8 9|
     """
     H, G = q.size(1), k.size(1)
+    if not config.s2_shift:
+        return attend_groups(q, k, v, g, 0, scale, config)
     half = H // 2
     if half % (H // G):  # the border cuts a key head's group of query heads
         k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))

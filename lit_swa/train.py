@@ -6,6 +6,7 @@ The loop itself stands in each script. Shapes: N tokens of a micro-batch, all it
 import csv
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -62,6 +63,8 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
         raise ValueError("Finetuning needs Lightning Fabric: pip install lightning.") from None
     device = pick_device(args.device)
     kind = device.split(":")[0]
+    if kind == "cuda":
+        use_whole_memory()
     precision = args.precision
     if precision == "auto":
         precision = "bf16-true" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
@@ -83,6 +86,15 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
     )
     fabric.launch()
     return fabric, torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+def use_whole_memory() -> None:
+    """Let torch's allocator grow its pieces of a GPU's memory, so that none is lost between texts of many lengths.
+
+    To be called before the GPU is first used. PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF, if set, decides instead.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def fsdp_strategy(args: Training) -> Any:
@@ -495,6 +507,7 @@ class Saver:
         """
         path = find_run(self.run.args, self.run.out_dir)
         if path is None:
+            self.run.log.rewind(-1)  # of a run that ended before it saved anything
             return Progress()
         record = read_json(path / RUN_FILE)
         for key, value in self.identity.items():
@@ -579,7 +592,7 @@ class Log:
             self.board = SummaryWriter(str(out_dir / "tensorboard"))
 
     def rewind(self, step: int) -> None:
-        """Forget the lines of steps that a resumed run makes again."""
+        """Forget the lines of the steps after this one, which a resumed run makes again."""
         if self.active and self.path.exists():
             with open(self.path, newline="") as stream:
                 rows = list(csv.reader(stream))

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -58,10 +58,11 @@ def pick_dtype(name: str, device: str) -> str:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C is only noted, and the function that it gives says whether: a step is never cut in two.
+def interruptible(signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C, or a SIGTERM such as SLURM sends before it kills, is only noted, and the function that it gives
+    says whether: a step is never cut in two.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, where signals cannot be caught, it changes nothing.
+    A second one interrupts at once. Outside the main thread, where signals cannot be caught, it changes nothing.
     """
     noted = threading.Event()
 
@@ -73,11 +74,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield noted.is_set
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in signals}
     try:
         yield noted.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_machine(device: str) -> str:

@@ -48,8 +48,10 @@ def main(
     import torch
 
     from lit_swa.files import write_json
+    from lit_swa.train import use_whole_memory
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
+    use_whole_memory()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     lengths = lengths or ([2048, 8192, 32768] if device.startswith("cuda") else [256])

@@ -3,8 +3,10 @@
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,36 @@ def test_more_steps_go_on_where_a_constant_rate_ended(train):
     train(name="parts", max_steps=3, **arguments)
     parts, _, _ = train(name="parts", max_steps=5, resume="auto", **arguments)
     assert losses(parts) == losses(whole)
+
+
+def test_a_sigterm_ends_after_the_step_at_hand(tiny_checkpoint, data_file, tmp_path):
+    """Catches: a cluster's warning that loses the steps since the last save."""
+    root, out_dir = Path(__file__).resolve().parents[1], tmp_path / "run"
+    command = [sys.executable, str(root / "finetune/lora.py"), "--checkpoint_dir", str(tiny_checkpoint), "--data"]
+    command += [str(data_file), "--out_dir", str(out_dir), "--max_steps", "100000", "--save_interval", "100000"]
+    command += ["--eval_interval", "100000", "--sample", "false", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not ((out_dir / "metrics.csv").exists() and len(metrics(out_dir)) > 3):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "--resume auto goes on" in err, err[-500:]
+    assert [path.name for path in out_dir.glob("step-*")] == [f"step-{int(metrics(out_dir)[-1]['step']):06d}"]
+
+
+def test_a_run_that_ended_before_its_first_save_leaves_no_lines(train):
+    """Catches: metrics of a run that nothing is left of, before those of the next."""
+    directory, _, _ = train(max_steps=2, batch_size=4)
+    for path in directory.glob("*0*"):
+        shutil.rmtree(path)
+    shutil.rmtree(directory / "final")
+    train(max_steps=2, batch_size=4)
+    assert [row["step"] for row in metrics(directory)] == ["0", "1", "2"]
 
 
 @pytest.mark.slow
@@ -562,7 +594,7 @@ def test_ctrl_c_ends_after_the_step_at_hand_and_the_run_goes_on(train, monkeypat
     asked = []
 
     @contextmanager
-    def after_three_steps():
+    def after_three_steps(*signals):
         yield lambda: asked.append(1) or len(asked) > 3
 
     with monkeypatch.context() as patch:

@@ -279,6 +279,14 @@ def test_s2_equals_brute_force(tiny_model, heads, g):
 
 
 @torch.no_grad()
+def test_short_attention_is_s2_without_the_shift(tiny_model):
+    """Catches: a head that is shifted though none should be. Brute force with no shift: all heads in the lower half."""
+    model, idx = tiny_model(s2_attention=True, s2_group_size=7, s2_shift=False), torch.randint(0, 97, (1, 24))
+    unshifted = brute_force.meet_shifted_groups(7, 2 * model.config.n_head)
+    assert_close(model.train()(idx)[0], brute_force.logits(model, idx[0], unshifted).float())
+
+
+@torch.no_grad()
 def test_s2_is_full_attention_in_eval_and_for_groups_of_the_whole_text(tiny_model):
     """Catches: groups at inference, and a shift that splits a text which one group holds."""
     model, idx = tiny_model(s2_attention=True, s2_group_size=8), torch.randint(0, 97, (2, 24))
@@ -391,6 +399,7 @@ def test_an_override_keeps_the_trained_length():
         ({"n_sink_tokens": 0}, "also set attention to 'streaming'"),
         ({"dual_chunk_size": 512}, "also set attention to 'dual_chunk'"),
         ({"s2_group_size": 64}, "also set s2_attention to true"),
+        ({"s2_shift": False}, "also set s2_attention to true"),
         ({"s2_attention": True, "s2_group_size": 64, "s2_group_ratio": 0.5}, "set one"),
     ],
 )

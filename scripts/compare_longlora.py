@@ -1,0 +1,227 @@
+"""LongLoRA's comparisons with a model of your own: python scripts/compare_longlora.py --data data/train."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+S2, SHORT = {"s2_attention": True}, {"s2_attention": True, "s2_shift": False}
+METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {  # which weights are trained, and fields of the config
+    "untrained": (None, {}),
+    "full": ("full", {}),
+    "short": ("full", SHORT),
+    "s2": ("full", S2),
+    "s2 lora": ("", S2),
+    "s2 lora+norm": ("norm", S2),
+    "s2 lora+embed": ("embed", S2),
+    "s2 lora+norm+embed": ("embed,norm", S2),
+}
+
+
+def main(
+    data: str,
+    eval_data: list[Path] | Path,
+    checkpoint_dir: Path | None = None,
+    methods: list[str] | None = None,
+    context: int | None = None,
+    lengths: list[int] | None = None,
+    steps: int = 70,
+    batch_size: int = 4,
+    learning_rate: float = 5e-4,
+    warmup_steps: int = 10,
+    r: int = 8,
+    max_eval_tokens: int | None = None,
+    out_dir: Path = Path("out/compare_longlora"),
+    device: str = "auto",
+    seed: int = 1234,
+    output: Path = Path("out/compare_longlora.json"),
+) -> None:
+    """Take a model to a longer context in several ways, and print the perplexities of all; write a JSON and a picture.
+
+    Each way is a run of finetune/full.py or finetune/lora.py with the same data, steps and learning rate.
+
+    full trains every weight with full attention, short with groups that are not shifted, s2 with shifted
+    ones; "s2 lora" trains LoRA's matrices on q, k, v and o, "s2 lora+norm", "s2 lora+embed" and "s2 lora+norm+embed"
+    these weights too; untrained only scales the positions (linear), as all do. Every model is read with full
+    attention. Interrupted, the comparison goes on where it was when the same command is given again.
+
+    Args:
+        data: Texts to train on, as finetune/full.py takes them: a directory of .txt files, or a .bin file.
+        eval_data: Texts to read: .txt files, a directory of them or a .bin file.
+        checkpoint_dir: The model. By default SmolLM2-135M-Instruct, which is downloaded once.
+        methods: Which of the ways. By default all.
+        context: Tokens to train with. By default four times the trained length.
+        lengths: Tokens of the windows that are read. By default the context, its half and its quarter.
+        steps: Optimiser steps of each way.
+        batch_size: Rows of `context` tokens in a step.
+        learning_rate: After the warmup; constant.
+        warmup_steps: Steps in which the rate rises.
+        r: LoRA's rank; alpha is twice that.
+        max_eval_tokens: Read no more of the texts than this.
+        out_dir: Where the runs go, a directory each. All eight take 15 GB for SmolLM2-135M.
+        device: auto, cpu or cuda.
+        seed: Of the order of the data and of new weights.
+        output: Where the JSON goes; the picture lies beside it, as .png.
+    """
+    import math
+    import shlex
+
+    from lit_swa import evaluate
+    from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.download import download_checkpoint
+    from lit_swa.utils import describe_machine, pick_device
+
+    chosen = list(METHODS) if methods is None else methods
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise ValueError(f"There is no method {unknown[0]!r}: choose from {', '.join(METHODS)}.")
+    device = pick_device(device)
+    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    check_checkpoint_dir(checkpoint_dir)
+    config = load_config(checkpoint_dir)
+    context = 4 * config.block_size if context is None else context
+    lengths = [context // 4, context // 2, context] if lengths is None else lengths
+    evaluate.check_at_least(context=(context, 16), steps=(steps, 1), r=(r, 1))
+    if not lengths or max(lengths) > context:
+        raise ValueError(f"lengths={lengths} does not fit: give lengths of at most the context of {context} tokens.")
+    tokens = evaluate.read_tokens(eval_data, checkpoint_dir, config.vocab_size, max_eval_tokens)
+    cuts = {n: evaluate.full_windows(len(tokens), n, n, "all", data=eval_data) for n in dict.fromkeys(lengths)}
+    scaling = {"type": "linear", "factor": float(max(1, math.ceil(context / config.block_size)))}
+    training = {
+        "data": data, "checkpoint_dir": checkpoint_dir, "max_seq_length": context, "max_steps": steps,
+        "batch_size": batch_size, "learning_rate": learning_rate, "warmup_steps": warmup_steps, "device": device,
+        "seed": seed, "lr_schedule": "constant", "validation_fraction": 0.0, "sample": False, "save_interval": steps,
+        "resume": "auto",
+    }  # fmt: skip
+    fields = {"block_size": max(context, config.block_size), "rope_scaling": scaling}
+    arguments = {
+        "methods": chosen, "training": training, "fields": fields, "r": r, "lengths": list(cuts), "out_dir": out_dir,
+        "eval_sha256": evaluate.check_tokens(tokens, config.vocab_size, eval_data),
+        "weights": evaluate.weights_identity(checkpoint_dir),
+    }  # fmt: skip
+    results = evaluate.Results(output, arguments)
+    finished = results.finished
+    if finished is None:
+        results.save()
+        for name in chosen:
+            if name not in results.parts:
+                results.add(name, measure(name, training, fields, r, out_dir, tokens, cuts, device), every=0)
+        rows = [{"method": name} | results.parts[name] for name in chosen]
+        command, machine = "python " + shlex.join(sys.argv), describe_machine(device)
+        results.finish({"command": command, "machine": machine, "rows": rows})
+        finished = {"arguments": results.arguments, "rows": rows}
+    report(finished, output.with_suffix(".png"))
+
+
+def measure(
+    name: str, training: dict[str, Any], fields: dict[str, Any], r: int, out_dir: Path, tokens, cuts, device: str
+) -> dict[str, Any]:
+    """Train in this way, read the texts with what came out: the row of the table."""
+    import statistics
+
+    from lit_swa.checkpoint import load_model
+    from lit_swa.train import read_metrics
+    from lit_swa.utils import pick_dtype
+
+    trained, own = METHODS[name]
+    row: dict[str, Any] = {}
+    directory, overrides = training["checkpoint_dir"], fields
+    if trained is not None:
+        run = out_dir / name.replace(" ", "-")
+        row["memory_GB"] = train(trained, training | {"out_dir": run, "model": fields | own}, r)
+        metrics = read_metrics(run)
+        row["loss"] = metrics["loss"]
+        steps = zip([0.0, *metrics["tokens"]], metrics["tokens"], metrics["seconds"], strict=False)
+        row["tok_s"] = statistics.median((after - before) / s for before, after, s in steps)
+        directory, overrides = run / "final", {}
+    print(f"reading with {name}", file=sys.stderr)
+    model = load_model(directory, pick_dtype("auto", device), device, **overrides)
+    row["ppl"] = {str(n): read(model.eval(), tokens, cut, device) for n, cut in sorted(cuts.items())}
+    del model
+    free_memory()
+    return row
+
+
+def train(trained: str, training: dict[str, Any], r: int) -> float | None:
+    """One run of a finetuning script; on a GPU, the GB that it took."""
+    import torch
+
+    from finetune import full, lora
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    if trained == "full":
+        full.main(**training)
+    else:
+        lora.main(r=r, alpha=2 * r, extra_trainable=trained or None, **training)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    free_memory()
+    return peak
+
+
+def free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def read(model, tokens, cut, device: str) -> float:
+    """Perplexity of all windows."""
+    from lit_swa.evaluate import pick_chunk_size, require_finite, window_nll
+
+    chunk_size, sums = pick_chunk_size(model, 1, cut.seq_len), []
+    for start in cut.starts:
+        sums += cut.sums(window_nll(model, cut.batch(tokens, [start], device), cut.first, chunk_size))
+        require_finite(sums[-1:], start)
+    return cut.summary(sums)["ppl"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the answer
+
+
+def report(result: dict[str, Any], picture: Path) -> None:
+    """The table on stdout, and the picture."""
+    from lit_swa.plots import save_picture
+
+    lengths = [str(n) for n in sorted(result["arguments"]["lengths"])]
+    print("| | " + " | ".join(lengths) + " | tokens / s | GB |\n| --- |" + " ---: |" * (len(lengths) + 2))
+    for row in result["rows"]:
+        cells = [f"{row['ppl'][n]:.2f}" for n in lengths]
+        cells.append(f"{row['tok_s']:,.0f}" if "tok_s" in row else "")
+        cells.append(f"{row['memory_GB']:.1f}" if row.get("memory_GB") else "")
+        print(f"| {row['method']} | " + " | ".join(cells) + " |")
+    save_picture(picture, lambda plt: draw(plt, result, lengths))
+
+
+def draw(plt, result: dict[str, Any], lengths: list[str]):
+    """Training loss on the left, perplexity by length on the right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    mean: Callable[[list[float]], float] = lambda values: sum(values) / len(values)  # noqa: E731
+    for n, row in enumerate(result["rows"]):
+        style = {"color": f"C{n}", "label": row["method"]}
+        if "loss" in row:
+            loss = row["loss"]
+            left.plot(
+                range(1, len(loss) + 1), [mean(loss[max(0, i - 5) : i]) for i in range(1, len(loss) + 1)], **style
+            )
+        right.plot(lengths, [row["ppl"][n] for n in lengths], marker="o", **style)
+    left.set(xlabel="step", title="training loss, mean of 5 steps", yscale="log")
+    right.set(xlabel="tokens of the window", title="perplexity of the validation texts", yscale="log")
+    for axis in (left, right):
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axis.grid(which="both", alpha=0.25)
+    right.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)

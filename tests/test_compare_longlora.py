@@ -1,0 +1,94 @@
+"""scripts/compare_longlora.py on a tiny model: what each way trains, what is read afterwards, how it goes on."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_swa.checkpoint import load_config, load_model
+from lit_swa.evaluate import window_nll
+
+pytest.importorskip("lightning")
+METHODS = ["untrained", "full", "short", "s2", "s2 lora", "s2 lora+norm", "s2 lora+embed", "s2 lora+norm+embed"]
+
+
+@pytest.fixture
+def compare(run_script, tiny_checkpoint, tmp_path):
+    """Run the script in this process on random tokens, from a context of 512 to 1024: (exit code, stdout, stderr)."""
+    rng = np.random.default_rng(3)
+    for name, n in (("train", 6000), ("eval", 2200)):
+        rng.integers(0, 300, n).astype("<u2").tofile(tmp_path / f"{name}.bin")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        fixed = ["--checkpoint_dir", tiny_checkpoint, "--data", tmp_path / "train.bin", "--eval_data"]
+        fixed += [tmp_path / "eval.bin", "--context", 1024, "--out_dir", tmp_path / "runs", "--steps", 2]
+        fixed += ["--batch_size", 2, "--warmup_steps", 0, "--output", tmp_path / "c.json"]
+        return run_script("scripts/compare_longlora.py", *fixed, *arguments)
+
+    return run
+
+
+def changed(base: Path, run: Path) -> set[str]:
+    """Which kinds of weights a run moved."""
+    before, after = load_model(base).state_dict(), load_model(run).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {"embed": "wte", "norm": "norm", "attn": "attn", "mlp": "mlp"}
+    return {kind for kind, part in kinds.items() if any(part in name for name in moved)}
+
+
+def test_each_way_trains_what_it_says_and_is_read_in_full(compare, tiny_checkpoint, tmp_path):
+    """Catches: a way that trains another's weights, groups that are left in the saved config or not used at all, a
+    perplexity of another model, text or length, a second start that trains again."""
+    code, out, err = compare()
+    assert code == 0, err
+    rows = {row["method"]: row for row in json.loads((tmp_path / "c.json").read_text())["rows"]}
+    assert list(rows) == METHODS and all(f"| {name} |" in out for name in METHODS)
+    lora = {"attn"}
+    expected = {"full": {"attn", "mlp", "embed", "norm"}, "s2-lora": lora, "s2-lora+norm": lora | {"norm"}}
+    expected |= {"s2-lora+embed": lora | {"embed"}, "s2-lora+norm+embed": lora | {"norm", "embed"}}
+    for name, kinds in expected.items():
+        assert changed(tiny_checkpoint, tmp_path / "runs" / name / "final") == kinds, name
+    for name in ("full", "short", "s2"):
+        config = load_config(tmp_path / "runs" / name / "final")
+        assert (config.s2_attention, config.s2_shift) == (name != "full", name != "short")
+        assert config.block_size == 1024 and config.rope_scaling["factor"] == 2.0
+    assert len({rows[name]["loss"][0] for name in ("full", "short", "s2")}) == 3  # three kinds of attention
+    ids = torch.from_numpy(np.fromfile(tmp_path / "eval.bin", dtype="<u2").astype(np.int64))
+    plain = load_model(tmp_path / "runs" / "s2" / "final", s2_attention=False)
+    nll = torch.stack([window_nll(plain, ids[None, a : a + 512]) for a in (0, 512, 1024, 1536)])
+    assert rows["s2"]["ppl"]["512"] == pytest.approx(math.exp(nll.double().mean()), rel=1e-4)
+    assert rows["untrained"]["ppl"].keys() == {"256", "512", "1024"} and "loss" not in rows["untrained"]
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    assert compare()[1] == out and not (tmp_path / "runs").exists()
+
+
+def test_a_comparison_goes_on(compare, tmp_path, monkeypatch):
+    """Catches: finished ways that are trained again after one that failed."""
+    from finetune import lora
+
+    methods = ("--methods", "[full, s2 lora]")
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "main", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert compare(*methods)[0] == 130
+    assert not (tmp_path / "c.json").exists()
+    (tmp_path / "runs" / "full").rename(tmp_path / "gone")
+    assert compare(*methods)[0] == 0 and not (tmp_path / "runs" / "full").exists()
+    assert [row["method"] for row in json.loads((tmp_path / "c.json").read_text())["rows"]] == ["full", "s2 lora"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--methods", "[s3]"], "There is no method 's3': choose from untrained"),
+        (["--lengths", "[2048]"], "at most the context of 1024"),
+        (["--context", 8], "context=8 does not fit"),
+        (["--max_eval_tokens", 500], "lower --seq_len"),
+    ],
+)
+def test_bad_arguments_are_told_in_a_sentence(compare, arguments, words):
+    """Catches: a remedy that is missing."""
+    code, _, err = compare(*arguments)
+    assert code == 2 and words in err and "Traceback" not in err
