@@ -46,11 +46,16 @@ def check_request(mode: str, compute_dtype: torch.dtype = torch.float32) -> None
     import_bitsandbytes()
 
 
-def quantize_linears(model: GPT, mode: str, compute_dtype: torch.dtype = torch.bfloat16) -> int:
+def quantize_linears(
+    model: GPT,
+    mode: str,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+) -> int:
     """Replace the linear layers of a model's blocks by quantised ones, in place; returns how many.
 
-    One layer at a time exists twice. The layers are frozen, biases too, and stay on their devices. LoRA and adapters
-    are put in after this.
+    One layer at a time exists twice. The layers are frozen, biases too. LoRA and adapters are put in after this.
+    device: where they go, one after the other, so that a dense model need not fit there; None: they stay.
     Raises ValueError for an unknown mode or dtype, when bitsandbytes is missing, and when a layer cannot be quantised;
     the model is then unchanged.
     """
@@ -61,10 +66,10 @@ def quantize_linears(model: GPT, mode: str, compute_dtype: torch.dtype = torch.b
         raise ValueError("The model's blocks have no linear layers that could be quantised.")
     for name in names:
         linear = model.get_submodule(name)
-        check_linear(linear, mode, linear.weight.device, name)
+        check_linear(linear, mode, torch.device(device or linear.weight.device), name)
     del linear  # each layer goes as soon as it is replaced
     for name in names:
-        model.set_submodule(name, quantize_linear(model.get_submodule(name), mode, compute_dtype))
+        model.set_submodule(name, quantize_linear(model.get_submodule(name), mode, compute_dtype, device))
     return len(names)
 
 

@@ -5,6 +5,7 @@ The loop itself stands in each script. Shapes: N tokens of a micro-batch, all it
 
 import csv
 import json
+import logging
 import math
 import os
 import shlex
@@ -61,6 +62,7 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
         from lightning.fabric.strategies import DDPStrategy
     except ImportError:
         raise ValueError("Finetuning needs Lightning Fabric: pip install lightning.") from None
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # no hints to trade precision for speed
     device = pick_device(args.device)
     kind = device.split(":")[0]
     if kind == "cuda":
@@ -976,7 +978,7 @@ def load_base(run: Run, quantize: str | None = None) -> GPT:
     if quantize:
         from lit_swa.quantize import quantize_linears
 
-        quantize_linears(model, quantize, run.dtype)
+        quantize_linears(model, quantize, run.dtype, device)
         model.to(device)
     return model.train()
 

@@ -200,7 +200,7 @@ def report(result: dict[str, Any], picture: Path) -> None:
 
 
 def draw(plt, result: dict[str, Any], lengths: list[str]):
-    """Training loss on the left, perplexity by length on the right."""
+    """Training loss on the left, perplexity by length on the right. The untrained model lies far above it."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     mean: Callable[[list[float]], float] = lambda values: sum(values) / len(values)  # noqa: E731
     for n, row in enumerate(result["rows"]):
@@ -210,14 +210,15 @@ def draw(plt, result: dict[str, Any], lengths: list[str]):
             left.plot(
                 range(1, len(loss) + 1), [mean(loss[max(0, i - 5) : i]) for i in range(1, len(loss) + 1)], **style
             )
-        right.plot(lengths, [row["ppl"][n] for n in lengths], marker="o", **style)
+        if "loss" in row:
+            right.plot(lengths, [row["ppl"][n] for n in lengths], marker="o", **style)
     left.set(xlabel="step", title="training loss, mean of 5 steps", yscale="log")
     right.set(xlabel="tokens of the window", title="perplexity of the validation texts", yscale="log")
     for axis in (left, right):
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axis.grid(which="both", alpha=0.25)
-    right.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
