@@ -49,7 +49,6 @@ def main(
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.download import download_checkpoint
     from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
-    from lit_swa.quantize import quantize_linears
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype, show_reading
 
@@ -64,9 +63,7 @@ def main(
     check_checkpoint_dir(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     ids = tokenizer.encode(prompt)
-    gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
-    if quantize:
-        quantize_linears(gpt, quantize, gpt.transformer.wte.weight.dtype)
+    gpt = load_model(checkpoint_dir, dtype=dtype, device=device, quantize=quantize, **(model or {}))
     decode = compile_decode(gpt) if compile else None
     if decode is None:
         pack_for_cpu(gpt)

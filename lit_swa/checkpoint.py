@@ -166,6 +166,7 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     merge: bool = True,
+    quantize: str | None = None,
     **config_overrides: Any,
 ) -> GPT:
     """The model of a checkpoint directory, in eval mode, its weights in `dtype` on `device`.
@@ -173,6 +174,8 @@ def load_model(
     A directory with an adapter gives the base model with the adapter in it.
 
     merge: fold an adapter into the weights, for speed; otherwise it stays beside them, as in training.
+    quantize: hold the weights of the blocks in 4 or 8 bits, a mode of lit_swa.quantize. They are quantised on their way
+        to the device, one after the other, and an adapter stays beside them, as QLoRA trains it.
     config_overrides: fields of Config that replace those of lit_config.json.
     Weights are mapped from the file and cast one by one: the peak is one copy of the model (and one more tensor). A
     model whose stored dtype is asked for, on the CPU, keeps using the file's pages.
@@ -185,15 +188,33 @@ def load_model(
     if is_adapter_dir(directory):
         from lit_swa.peft_format import load_adapted
 
-        return load_adapted(directory, dtype, device, merge=merge, **config_overrides)
+        return load_adapted(
+            directory, dtype, device, merge=merge and not quantize, quantize=quantize, **config_overrides
+        )
     config = load_config(directory).override(**config_overrides)
     tensors = open_weights(directory)
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, directory)
-    return build_model(config, tensors, dtype, device)
+    return build_model(config, tensors, dtype, device, quantize)
 
 
-def build_model(config: Config, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> GPT:
-    """A GPT made of these weights. It is built without memory, then given them one at a time."""
+def build_model(
+    config: Config,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+) -> GPT:
+    """A GPT made of these weights. It is built without memory, then given them one at a time.
+
+    quantize: a mode of lit_swa.quantize for its blocks; the dense weights then stay on the CPU.
+    """
+    if quantize is not None:
+        from lit_swa.quantize import check_request, quantize_linears
+
+        check_request(quantize, dtype)
+        model = build_model(config, tensors, dtype, torch.device("cpu"))
+        quantize_linears(model, quantize, dtype, device)
+        return model.to(device)
     model = empty_model(config)
     model.rope = RoPE(config)  # its frequencies are computed, not stored
     model.rope.to(device)

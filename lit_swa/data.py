@@ -1077,6 +1077,21 @@ def check_dataset(dataset: Dataset, tokenizer: Tokenizer) -> None:
     )
 
 
+def unheard_end(dataset: Dataset, tokenizer: Tokenizer, n: int = 100) -> str:
+    """A sentence if, of the first n examples, none trains a token that generation stops at; else nothing."""
+    if dataset.info["kind"] != "instruction" or not tokenizer.eos_ids:
+        return ""
+    trained = np.unique(np.concatenate([dataset[i].labels for i in range(min(n, len(dataset)))]))
+    ends = [i for i in dataset.info["end_ids"] if i in trained]
+    if not ends or np.isin(trained, tokenizer.eos_ids).any():
+        return ""
+    others = ", ".join(repr(tokenizer.id_to_token(i)) for i in tokenizer.eos_ids)
+    return (
+        f"note: answers end with {tokenizer.id_to_token(ends[0])!r}, and generation stops at {others} only: add "
+        f"{ends[0]} to eos_token_id in the model's generation_config.json."
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ the hub
 
 HUB_SECONDS = 10.0  # for the hub's answer to a question

@@ -56,6 +56,7 @@ from lit_swa.lora import (
     part_rows,
 )
 from lit_swa.model import GPT, Config
+from lit_swa.quantize import round_linears
 
 PEFT_CONFIG, PEFT_STEM, LONGLORA_STEM = "adapter_config.json", "adapter_model", "trainable_params"
 FUSED = "fused"  # the queries, keys and values of GPT-NeoX, which has one A and one B for them
@@ -662,12 +663,15 @@ def load_adapted(
     *,
     merge: bool = True,
     base_dir: str | Path | None = None,
+    quantize: str | None = None,
     **config_overrides: Any,
 ) -> GPT:
     """The base model with a directory's adapter, merged into the weights or beside them, in eval mode.
 
     LLaMA-Adapters always stay beside them.
     dtype: None is that of the base's weights. Merging is done in the wider of both dtypes and rounded once.
+    quantize: hold the base's blocks in this mode of lit_swa.quantize or, where the adapter is merged, round their
+        weights as it does: QLoRA was trained beside these numbers.
     base_dir: the base checkpoint; None: the one that lit_adapter.json names. Without lit_config.json (PEFT's and
         LongLoRA's directories have none) the base's config counts.
     Raises FileNotFoundError or ValueError when something is missing, or base and adapter do not fit.
@@ -692,7 +696,12 @@ def load_adapted(
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, base)
     stored = next(iter(tensors.values())).dtype
     dtype = dtype or stored
-    model = build_model(config, tensors, torch.promote_types(stored, dtype) if merge else dtype, device)
+    if merge:
+        model = build_model(config, tensors, torch.promote_types(stored, dtype), device)
+        if quantize:
+            round_linears(model, quantize)
+    else:
+        model = build_model(config, tensors, dtype, device, quantize)
     (adapter.load_adapter if llama_adapter else load_adapter)(model, directory)
     if trained is not base_config:
         if model.config.padded_vocab_size != trained.padded_vocab_size:

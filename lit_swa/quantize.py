@@ -60,17 +60,24 @@ def quantize_linears(
     the model is then unchanged.
     """
     check_request(mode, compute_dtype)
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = [name for name in names if name.startswith("transformer.h.")]
-    if not names:
-        raise ValueError("The model's blocks have no linear layers that could be quantised.")
-    for name in names:
-        linear = model.get_submodule(name)
+    linears = block_linears(model)
+    for name, linear in linears.items():
         check_linear(linear, mode, torch.device(device or linear.weight.device), name)
-    del linear  # each layer goes as soon as it is replaced
-    for name in names:
-        model.set_submodule(name, quantize_linear(model.get_submodule(name), mode, compute_dtype, device))
-    return len(names)
+    count = len(linears)
+    del linear
+    while linears:  # each layer goes as soon as it is replaced
+        name, linear = linears.popitem()
+        model.set_submodule(name, quantize_linear(linear, mode, compute_dtype, device))
+    return count
+
+
+def block_linears(model: GPT) -> dict[str, nn.Module]:
+    """The linear layers of the blocks, by name. Raises ValueError if there are none."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: linear for name, linear in linears.items() if name.startswith("transformer.h.")}
+    if not linears:
+        raise ValueError("The model's blocks have no linear layers that could be quantised.")
+    return linears
 
 
 @torch.no_grad()
@@ -202,6 +209,18 @@ def _int8(bitsandbytes: ModuleType, weight: Tensor, mode: Mode, compute_dtype: t
 
 
 # ------------------------------------------------------------------------------------------------------------ and back
+
+
+def round_linears(model: GPT, mode: str) -> int:
+    """Give the linear layers of a model's blocks the numbers that they would have if quantised, and leave them dense;
+    returns how many. Raises ValueError as quantize_linears does."""
+    check_request(mode)
+    linears = block_linears(model)
+    for name, linear in linears.items():
+        check_linear(linear, mode, linear.weight.device, name)
+    for linear in linears.values():
+        linear.weight.data = dequantize(quantize_linear(linear, mode)).to(linear.weight.dtype)
+    return len(linears)
 
 
 @torch.no_grad()

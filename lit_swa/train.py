@@ -698,6 +698,7 @@ def prepare(args: Training, method: str, rate: float) -> Run:
     Raises ValueError or OSError for what does not fit, before any weight is read.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.data import unheard_end
     from lit_swa.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
 
@@ -717,6 +718,8 @@ def prepare(args: Training, method: str, rate: float) -> Run:
     out_dir = args.out_dir or Path("out") / method
     log = Log(out_dir, args, steps, active=fabric.is_global_zero)
     log.say(train.report + ("" if valid is None else f" {len(valid)} more are held out for validation."))
+    if note := unheard_end(train, tokenizer):
+        log.say(note)
     tenth = max(1, math.ceil(steps / 10))
     return Run(
         args, fabric, dtype, checkpoint_dir, out_dir, config, tokenizer, train, valid, feed, max_seq_length, steps,
@@ -973,14 +976,8 @@ def load_base(run: Run, quantize: str | None = None) -> GPT:
     """
     from lit_swa.checkpoint import load_model
 
-    device = run.fabric.device
-    model = load_model(run.checkpoint_dir, run.dtype, "cpu" if quantize else device, **(run.args.model or {}))
-    if quantize:
-        from lit_swa.quantize import quantize_linears
-
-        quantize_linears(model, quantize, run.dtype, device)
-        model.to(device)
-    return model.train()
+    fields = run.args.model or {}
+    return load_model(run.checkpoint_dir, run.dtype, run.fabric.device, quantize=quantize, **fields).train()
 
 
 def full_weights(run: Run, model: GPT) -> dict[str, Tensor]:

@@ -121,14 +121,12 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
     from lit_swa.checkpoint import load_model
     from lit_swa.evaluate import pick_chunk_size
     from lit_swa.generate import pack_for_cpu
-    from lit_swa.quantize import quantize_linears
     from lit_swa.utils import describe_machine, memory_in_use
 
     if results:
         results.save()  # what would fail after hours, a full or forbidden disk, fails now
-    gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], ranks.device, **overrides)
-    if "quantize" in arguments:
-        quantize_linears(gpt, arguments["quantize"], gpt.transformer.wte.weight.dtype)
+    quantize = arguments.get("quantize")
+    gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], ranks.device, quantize=quantize, **overrides)
     pack_for_cpu(gpt)
     batch_size, chunk_size = arguments["batch_size"], arguments["chunk_size"]
     if chunk_size is None:  # a resumed run takes the size it had, or its numbers would be rounded in another way

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, installed or not
 
@@ -12,18 +12,20 @@ def main(
     base_checkpoint_dir: Path | None = None,
     output_dir: Path | None = None,
     dtype: str = "auto",
+    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
     model: dict[str, Any] | None = None,
 ) -> None:
     """Write a whole checkpoint, which needs neither the adapter nor the base any more.
 
-    The adapter may be one that finetuning wrote (with QLoRA too: it is folded into the weights that were not
-    quantised), PEFT's, or a LongLoRA release with its trainable_params.bin.
+    The adapter may be one that finetuning wrote, PEFT's, or a LongLoRA release with its trainable_params.bin.
 
     Args:
         checkpoint_dir: The directory with the adapter.
         base_checkpoint_dir: The base checkpoint. By default the one that the adapter was trained on.
         output_dir: Where the checkpoint goes. By default the folder "merged" in checkpoint_dir.
         dtype: float32, bfloat16 or float16; auto is that of the base's weights.
+        quantize: Merge into the base's weights as this mode rounds them, which QLoRA was trained beside, instead of the
+            exact ones. The result is dense, and computes what the run validated.
         model: Any field of the model's config, as --model.FIELD VALUE, for adapters that come without lit_config.json,
             such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor": 8}'.
     """
@@ -41,8 +43,9 @@ def main(
         if directory.resolve() == output_dir.resolve():
             raise ValueError(f"{output_dir} is one of the two that are merged: choose another output_dir.")
     gpt = load_adapted(
-        checkpoint_dir, None if dtype == "auto" else chosen, device, base_dir=base_checkpoint_dir, **(model or {})
-    )
+        checkpoint_dir, None if dtype == "auto" else chosen, device, base_dir=base_checkpoint_dir, quantize=quantize,
+        **(model or {})
+    )  # fmt: skip
     save_checkpoint(gpt, gpt.config, output_dir, source_dir=tokenizer_source(checkpoint_dir, base))
     print(output_dir)
 

@@ -518,6 +518,29 @@ def test_qlora_trains_saves_and_merges(train, run_script, tmp_path, tiny_checkpo
     assert not torch.allclose(merged, load_model(tiny_checkpoint)(idx), atol=1e-2)
 
 
+def test_qlora_is_loaded_and_merged_as_it_was_trained(train, run_script, tmp_path, tiny_checkpoint, data_file):
+    """Catches: what a run validated and what its result computes that are two models, where that was asked for."""
+    pytest.importorskip("bitsandbytes")
+    directory, _, _ = train(max_steps=8, quantize="int8", learning_rate=5e-3, validation_data=data_file)
+    validated = float(metrics(directory)[-1]["val_loss"])
+
+    def loss(checkpoint, quantize=None) -> float:
+        _, rows, _ = train(name="read", checkpoint_dir=checkpoint, max_steps=1, learning_rate=1e-12, resume="restart",
+                           validation_data=data_file, **({"quantize": quantize} if quantize else {}))  # fmt: skip
+        return float(metrics(tmp_path / "read")[0]["val_loss"])
+
+    for name, flags in (("exact", []), ("rounded", ["--quantize", "int8"])):
+        rc, _, err = run_script("scripts/merge_lora.py", "--checkpoint_dir", directory / "final", "--dtype", "float32",
+                                "--output_dir", tmp_path / name, *flags)  # fmt: skip
+        assert rc == 0, err
+    assert loss(tmp_path / "rounded") == pytest.approx(validated, rel=1e-5)
+    assert loss(tmp_path / "exact") != pytest.approx(validated, rel=1e-5)
+    idx = torch.arange(9)[None]
+    as_trained = load_model(directory / "final", quantize="int8")
+    assert any(".lora" in name for name, _ in as_trained.named_modules())
+    torch.testing.assert_close(as_trained(idx), load_model(tmp_path / "rounded")(idx), rtol=1e-4, atol=1e-4)
+
+
 def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch):
     """Catches: an old step deleted before the new one is whole, a part of a step under its final name."""
     import errno
@@ -551,6 +574,17 @@ def test_the_disk_that_a_run_needs_is_checked_before_it(train, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("U", (), {"free": 10**5})())
     directory, _, err = train("full", code=2)
     assert "free some space" in err and not (directory / "metrics.csv").exists()
+
+
+def test_an_end_that_generation_does_not_know_is_told(train, tiny_checkpoint, tmp_path):
+    """Catches: a model that learns to end its answers with a token that nobody stops at, in silence."""
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+    _, _, err = train(name="other", checkpoint_dir=copy, dry_run="true")
+    assert "answers end with '<|im_end|>', and generation stops at '<|endoftext|>' only: add 2 to eos_token_id" in err
+    _, _, err = train(dry_run="true")
+    assert "note:" not in err
 
 
 def test_losses_are_drawn(train, run_script, tmp_path):
