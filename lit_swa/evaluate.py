@@ -7,7 +7,6 @@ likelihood (nll), in nats per token.
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from lit_swa.files import LazyTensor, write_json
 from lit_swa.generate import prefill_chunk
 from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, Config
 from lit_swa.texts import read_text
+from lit_swa.utils import count_processes
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -410,19 +410,12 @@ class Ranks:
 
 
 def launch_ranks(device: str, devices: int = 1, num_nodes: int = 1) -> Ranks:
-    """Start the other processes, by Lightning Fabric, or join those that torchrun started; one process needs neither.
+    """Start the other processes, by Lightning Fabric, or join those that torchrun or srun started; one needs neither.
 
     Raises ValueError when there are not so many devices, or Lightning is missing.
     """
     check_at_least(devices=(devices, 1), num_nodes=(num_nodes, 1))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        world, per_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        if devices * num_nodes not in (1, world):
-            raise ValueError(
-                f"devices={devices} and num_nodes={num_nodes} do not fit the {world} processes that torchrun started: "
-                "leave them out."
-            )
-        devices, num_nodes = per_node, world // per_node
+    devices, num_nodes = count_processes(devices, num_nodes)
     if devices * num_nodes == 1:
         return Ranks(device)
     if device not in ("cpu", "cuda"):

@@ -55,7 +55,7 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
 
     Raises ValueError when Lightning is missing or the machine lacks a device or dtype.
     """
-    from lit_swa.utils import pick_device
+    from lit_swa.utils import count_processes, pick_device
 
     try:
         from lightning.fabric import Fabric
@@ -70,19 +70,19 @@ def start_fabric(args: Training) -> "tuple[Fabric, torch.dtype]":
     precision = args.precision
     if precision == "auto":
         precision = "bf16-true" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
-    if kind == "cuda" and args.devices > torch.cuda.device_count():
-        raise ValueError(f"devices={args.devices} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
-    devices = [int(device.split(":")[1])] if ":" in device and args.devices == 1 else args.devices
-    several = args.devices * args.num_nodes > 1
+    count, num_nodes = count_processes(args.devices, args.num_nodes)
+    if kind == "cuda" and count > torch.cuda.device_count():
+        raise ValueError(f"devices={count} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
+    devices = [int(device.split(":")[1])] if ":" in device and count == 1 else count
     strategy: Any = "auto"
     if args.strategy == "fsdp":
-        strategy = fsdp_strategy(args)
-    elif several:
+        strategy = fsdp_strategy(count * num_nodes)
+    elif count * num_nodes > 1:
         strategy = DDPStrategy(broadcast_buffers=False)  # the only buffers are RoPE's frequencies
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
-        num_nodes=args.num_nodes,
+        num_nodes=num_nodes,
         strategy=strategy,
         precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",  # bf16-true is made by train_in_float32
     )
@@ -99,7 +99,7 @@ def use_whole_memory() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def fsdp_strategy(args: Training) -> Any:
+def fsdp_strategy(world_size: int) -> Any:
     """FSDP2: every block's weights are shared out over all devices and gathered when it is their turn."""
     from lightning.fabric.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
@@ -109,7 +109,7 @@ def fsdp_strategy(args: Training) -> Any:
             fully_shard(block, mesh=mesh["data_parallel"])
         return fully_shard(model, mesh=mesh["data_parallel"])
 
-    return ModelParallelStrategy(shard, data_parallel_size=args.devices * args.num_nodes, tensor_parallel_size=1)
+    return ModelParallelStrategy(shard, data_parallel_size=world_size, tensor_parallel_size=1)
 
 
 def train_in_float32(model: GPT, dtype: torch.dtype) -> int:

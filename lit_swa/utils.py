@@ -48,6 +48,25 @@ def pick_device(name: str) -> str:
     return name
 
 
+def count_processes(devices: int, num_nodes: int) -> tuple[int, int]:
+    """Processes on each machine, and machines: as asked for or, if torchrun or SLURM's srun started this process, as
+    many as they did. Raises ValueError when both are said and do not fit."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        starter, world, per_node = "torchrun", int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+    elif "SLURM_STEP_NUM_TASKS" in env:
+        starter, world = "srun", int(env["SLURM_STEP_NUM_TASKS"])
+        per_node = world // int(env.get("SLURM_STEP_NUM_NODES", "1"))
+    else:
+        return devices, num_nodes
+    if devices * num_nodes not in (1, world):
+        raise ValueError(
+            f"devices={devices} and num_nodes={num_nodes} do not fit the {world} processes that {starter} started: "
+            "leave them out."
+        )
+    return per_node, world // per_node
+
+
 def pick_dtype(name: str, device: str) -> str:
     """The dtype of that name; "auto" is bfloat16 on a GPU that has it and float32 elsewhere."""
     import torch

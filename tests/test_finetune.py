@@ -31,6 +31,7 @@ from lit_swa.train import (
     require_finite,
     train_in_float32,
 )
+from lit_swa.utils import count_processes
 
 pytest.importorskip("lightning")
 WORDS = "the quick brown fox jumps over lazy dog and sleeps".split()
@@ -459,11 +460,17 @@ def test_bad_arguments_are_refused_in_one_sentence(train, arguments, word):
 
 
 @pytest.mark.parametrize(
-    "strategy, script",
-    [("ddp", "lora"), ("fsdp", "full"), pytest.param("fsdp", "lora", marks=pytest.mark.slow)],
+    "strategy, script, launcher",
+    [
+        ("ddp", "lora", "torchrun"),
+        ("fsdp", "full", "devices"),
+        pytest.param("fsdp", "lora", "torchrun", marks=pytest.mark.slow),
+        pytest.param("ddp", "full", "devices", marks=pytest.mark.slow),
+    ],
 )
-def test_two_processes_make_the_losses_of_one(train, strategy, script, tiny_checkpoint, data_file, tmp_path):
-    """Catches: gradients averaged by batch instead of by token, texts read twice, weights that are saved in part.
+def test_two_processes_make_the_losses_of_one(train, strategy, script, launcher, tiny_checkpoint, data_file, tmp_path):
+    """Catches: gradients averaged by batch instead of by token, texts read twice, weights that are saved in part,
+    processes of torchrun that each train alone.
 
     The second run goes on from the first's second step: what one process saved, two load, and the other way round.
     """
@@ -474,10 +481,12 @@ def test_two_processes_make_the_losses_of_one(train, strategy, script, tiny_chec
     shutil.copy(one / "metrics.csv", tmp_path / "two")
     root = Path(__file__).resolve().parents[1]
     flags = [x for key, value in arguments.items() for x in (f"--{key}", str(value))]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541"]
+    flags += ["--devices", "2"] if launcher == "devices" else []
     command = [
-        sys.executable, str(root / f"finetune/{script}.py"), "--checkpoint_dir", str(tiny_checkpoint), "--data",
-        str(data_file), "--out_dir", str(tmp_path / "two"), "--sample", "false", "--device", "cpu", "--devices", "2",
-        "--strategy", strategy, "--resume", "auto", *flags,
+        sys.executable, *(torchrun if launcher == "torchrun" else []), str(root / f"finetune/{script}.py"),
+        "--checkpoint_dir", str(tiny_checkpoint), "--data", str(data_file), "--out_dir", str(tmp_path / "two"),
+        "--sample", "false", "--device", "cpu", "--strategy", strategy, "--resume", "auto", *flags,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -493,6 +502,19 @@ def test_two_processes_make_the_losses_of_one(train, strategy, script, tiny_chec
     torch.testing.assert_close(
         load_model(one / "final")(idx), load_model(tmp_path / "two" / "final")(idx), rtol=1e-3, atol=1e-3
     )
+
+
+def test_processes_that_others_started_are_counted(monkeypatch):
+    """Catches: processes of torchrun or SLURM that take themselves for the only one."""
+    assert count_processes(4, 2) == (4, 2)
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert count_processes(1, 1) == count_processes(4, 2) == (4, 2)
+    with pytest.raises(ValueError, match="the 8 processes that srun started: leave them out"):
+        count_processes(2, 1)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert count_processes(1, 1) == (3, 2)
 
 
 def test_an_adapter_that_cannot_be_merged_says_so(train, run_script):
