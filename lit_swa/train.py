@@ -497,6 +497,7 @@ class Saver:
             "command": "python " + shlex.join(sys.argv),
             "machine": describe_machine(str(self.run.fabric.device)),
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+            "memory": memory_in_use(),
             "arguments": self.run.args.as_json(),
             "identity": self.identity,
             "progress": asdict(progress),

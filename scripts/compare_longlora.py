@@ -118,10 +118,12 @@ def measure(
     name: str, training: dict[str, Any], fields: dict[str, Any], r: int, out_dir: Path, tokens, cuts, device: str
 ) -> dict[str, Any]:
     """Train in this way, read the texts with what came out: the row of the table."""
+    import shlex
     import statistics
 
     from lit_swa.checkpoint import load_model
-    from lit_swa.train import read_metrics
+    from lit_swa.files import read_json
+    from lit_swa.train import RUN_FILE, read_metrics
     from lit_swa.utils import pick_dtype
 
     trained, own = METHODS[name]
@@ -129,36 +131,47 @@ def measure(
     directory, overrides = training["checkpoint_dir"], fields
     if trained is not None:
         run = out_dir / name.replace(" ", "-")
-        row["memory_GB"] = train(trained, training | {"out_dir": run, "model": fields | own}, r)
+        command = training_command(trained, training | {"out_dir": run}, fields | own, r)
+        print(shlex.join(["python", *command]), file=sys.stderr, flush=True)
+        execute(command)
         metrics = read_metrics(run)
-        row["loss"] = metrics["loss"]
+        row = {"command": shlex.join(["python", *command]), "loss": metrics["loss"]}
         steps = zip([0.0, *metrics["tokens"]], metrics["tokens"], metrics["seconds"], strict=False)
         row["tok_s"] = statistics.median((after - before) / s for before, after, s in steps)
+        row["memory"] = read_json(run / "final" / RUN_FILE)["memory"]
         directory, overrides = run / "final", {}
     print(f"reading with {name}", file=sys.stderr)
     model = load_model(directory, pick_dtype("auto", device), device, **overrides)
-    row["ppl"] = {str(n): read(model.eval(), tokens, cut, device) for n, cut in sorted(cuts.items())}
+    row["ppl"] = {str(n): read(model, tokens, cut, device) for n, cut in sorted(cuts.items())}
     del model
     free_memory()
     return row
 
 
-def train(trained: str, training: dict[str, Any], r: int) -> float | None:
-    """One run of a finetuning script; on a GPU, the GB that it took."""
-    import torch
+def training_command(trained: str, training: dict[str, Any], fields: dict[str, Any], r: int) -> list[str]:
+    """A finetuning script and its arguments."""
+    import json
 
-    from finetune import full, lora
+    options = dict(training)
+    if trained != "full":
+        options |= {"r": r, "alpha": 2 * r} | ({"extra_trainable": trained} if trained else {})
+    options |= {f"model.{name}": value for name, value in fields.items()}
+    command = ["finetune/full.py" if trained == "full" else "finetune/lora.py"]
+    for name, value in options.items():
+        command += [f"--{name}", json.dumps(value) if isinstance(value, bool | dict) else str(value)]
+    return command
 
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    if trained == "full":
-        full.main(**training)
-    else:
-        lora.main(r=r, alpha=2 * r, extra_trainable=trained or None, **training)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-    free_memory()
-    return peak
+
+def execute(command: list[str]) -> None:
+    """Run one of the project's scripts. Raises KeyboardInterrupt or, with what it said last, ValueError if it fails."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+    code = subprocess.run([sys.executable, str(root / command[0]), *command[1:]]).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise ValueError(f"{command[0]} failed, as it says above: mend that, and the same command goes on.")
 
 
 def free_memory() -> None:
@@ -190,11 +203,11 @@ def report(result: dict[str, Any], picture: Path) -> None:
     from lit_swa.plots import save_picture
 
     lengths = [str(n) for n in sorted(result["arguments"]["lengths"])]
-    print("| | " + " | ".join(lengths) + " | tokens / s | GB |\n| --- |" + " ---: |" * (len(lengths) + 2))
+    print("| | " + " | ".join(lengths) + " | tokens / s | memory |\n| --- |" + " ---: |" * (len(lengths) + 2))
     for row in result["rows"]:
         cells = [f"{row['ppl'][n]:.2f}" for n in lengths]
         cells.append(f"{row['tok_s']:,.0f}" if "tok_s" in row else "")
-        cells.append(f"{row['memory_GB']:.1f}" if row.get("memory_GB") else "")
+        cells.append(row.get("memory", ""))
         print(f"| {row['method']} | " + " | ".join(cells) + " |")
     save_picture(picture, lambda plt: draw(plt, result, lengths))
 

@@ -2,7 +2,11 @@
 
 import json
 import math
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +19,33 @@ pytest.importorskip("lightning")
 METHODS = ["untrained", "full", "short", "s2", "s2 lora", "s2 lora+norm", "s2 lora+embed", "s2 lora+norm+embed"]
 
 
+RUN = subprocess.run
+
+
+def in_this_process(command: list[str], **options) -> SimpleNamespace:
+    """subprocess.run without another process, which takes seconds to import torch."""
+    if command[0] != sys.executable:
+        return RUN(command, **options)
+    before, code = sys.argv, 0
+    sys.argv = command[1:]
+    try:
+        runpy.run_path(command[1], run_name="__main__")
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = before
+    return SimpleNamespace(returncode=code)
+
+
 @pytest.fixture
-def compare(run_script, tiny_checkpoint, tmp_path):
+def compare(run_script, tiny_checkpoint, tmp_path, monkeypatch):
     """Run the script in this process on random tokens, from a context of 512 to 1024: (exit code, stdout, stderr)."""
     rng = np.random.default_rng(3)
     for name, n in (("train", 6000), ("eval", 2200)):
         rng.integers(0, 300, n).astype("<u2").tofile(tmp_path / f"{name}.bin")
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object, execute=in_this_process) -> tuple[int, str, str]:
+        monkeypatch.setattr(subprocess, "run", execute)
         fixed = ["--checkpoint_dir", tiny_checkpoint, "--data", tmp_path / "train.bin", "--eval_data"]
         fixed += [tmp_path / "eval.bin", "--context", 1024, "--out_dir", tmp_path / "runs", "--steps", 2]
         fixed += ["--batch_size", 2, "--warmup_steps", 0, "--output", tmp_path / "c.json"]
@@ -65,18 +88,29 @@ def test_each_way_trains_what_it_says_and_is_read_in_full(compare, tiny_checkpoi
     assert compare()[1] == out and not (tmp_path / "runs").exists()
 
 
-def test_a_comparison_goes_on(compare, tmp_path, monkeypatch):
-    """Catches: finished ways that are trained again after one that failed."""
-    from finetune import lora
+@pytest.mark.parametrize("code, words", [(130, "interrupted"), (2, "lora.py failed, as it says above")])
+def test_a_comparison_goes_on(compare, tmp_path, code, words):
+    """Catches: finished ways that are trained again after one that failed, a failure that is passed over."""
+
+    def fails_at_lora(command, **options):
+        if "lora.py" in command[1]:
+            return SimpleNamespace(returncode=code)
+        return in_this_process(command, **options)
 
     methods = ("--methods", "[full, s2 lora]")
-    with monkeypatch.context() as patch:
-        patch.setattr(lora, "main", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert compare(*methods)[0] == 130
-    assert not (tmp_path / "c.json").exists()
+    got, _, err = compare(*methods, execute=fails_at_lora)
+    assert got == code and words in err and not (tmp_path / "c.json").exists()
     (tmp_path / "runs" / "full").rename(tmp_path / "gone")
     assert compare(*methods)[0] == 0 and not (tmp_path / "runs" / "full").exists()
     assert [row["method"] for row in json.loads((tmp_path / "c.json").read_text())["rows"]] == ["full", "s2 lora"]
+
+
+def test_a_way_is_a_command_that_anyone_can_type(compare, tmp_path):
+    """Catches: an argument that only this process understands."""
+    code, out, err = compare("--methods", "[s2 lora+norm]", "--steps", 1, execute=RUN)
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert row["command"].startswith("python finetune/lora.py --data ") and row["memory"] in out
 
 
 @pytest.mark.parametrize(
