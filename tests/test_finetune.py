@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from lit_swa.train import (
     recompute_blocks,
     require_finite,
     train_in_float32,
+    use_whole_memory,
 )
 from lit_swa.utils import count_processes
 
@@ -563,19 +565,20 @@ def test_qlora_is_loaded_and_merged_as_it_was_trained(train, run_script, tmp_pat
     torch.testing.assert_close(as_trained(idx), load_model(tmp_path / "rounded")(idx), rtol=1e-4, atol=1e-4)
 
 
-def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch):
+@pytest.mark.parametrize("keep, fails_at", [(1, 1), (1, 2), (2, 3), (3, 3), (4, 6), (5, 4)])
+def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch, keep, fails_at):
     """Catches: an old step deleted before the new one is whole, a part of a step under its final name."""
     import errno
 
     from lit_swa import train as train_module
 
-    arguments = {"max_steps": 6, "save_interval": 2, "batch_size": 4}
+    arguments = {"max_steps": 6, "save_interval": 1, "batch_size": 4, "keep_last": keep}
     whole, _, _ = train(name="whole", **arguments)
     write, calls = train_module.write_safetensors, []
 
     def full_disk(path, tensors):
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) == fails_at:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, tensors)
@@ -583,10 +586,21 @@ def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "write_safetensors", full_disk)
         directory, _, err = train(code=2, **arguments)
-    assert "No space left" in err and [p.name for p in directory.glob("step-*")] == ["step-000002"]
-    load_model(directory / "step-000002")
+    left = [f"step-{n:06d}" for n in range(max(1, fails_at - keep), fails_at)]
+    assert "No space left" in err and sorted(p.name for p in directory.glob("step-*")) == left
+    for name in left:
+        load_model(directory / name)
     train(resume="auto", **arguments)
     assert losses(directory) == losses(whole) and not list(directory.glob(".*tmp"))
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_gpus_memory_grows_in_one_piece_unless_it_is_said_otherwise(monkeypatch, name):
+    """Catches: a choice of the user's that is replaced."""
+    said = {name: "backend:native"} if name else {}
+    monkeypatch.setattr(os, "environ", dict(said))
+    use_whole_memory()
+    assert os.environ == (said or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_the_disk_that_a_run_needs_is_checked_before_it(train, monkeypatch):
