@@ -623,6 +623,24 @@ def test_an_end_that_generation_does_not_know_is_told(train, tiny_checkpoint, tm
     assert "note:" not in err
 
 
+def test_tensorboard_gets_what_the_csv_gets(train):
+    """Catches: values under other steps or names, a file that is never written to the end."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    directory, _, _ = train(max_steps=3, batch_size=4, tensorboard="true")
+    events = accumulator.EventAccumulator(str(directory / "tensorboard")).Reload()
+    for name in ("loss", "learning_rate", "grad_norm", "val_loss"):
+        written = {str(event.step): event.value for event in events.Scalars(name)}
+        expected = {row["step"]: float(row[name]) for row in metrics(directory) if row[name]}
+        assert written == pytest.approx(expected, rel=1e-6) and len(written) >= 3
+
+
+def test_tensorboard_that_is_missing_is_named(train, monkeypatch):
+    """Catches: a traceback, and a run that goes on without what was asked for."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    _, _, err = train(code=2, tensorboard="true")
+    assert err.splitlines()[-1] == "error: --tensorboard needs a package: pip install tensorboard."
+
+
 def test_losses_are_drawn(train, run_script, tmp_path):
     """Catches: a picture of nothing, and a directory without losses."""
     directory, _, _ = train(max_steps=4, batch_size=4)
