@@ -1,11 +1,16 @@
 """Pictures of results. matplotlib is optional: without it there are the numbers, and a hint."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_swa.files import atomic_file
+
+
+def running_mean(values: Sequence[float], n: int) -> list[float]:
+    """The mean of each value and of the n - 1 before it, as far as there are any."""
+    return [sum(values[max(0, i - n) : i]) / min(i, n) for i in range(1, len(values) + 1)]
 
 
 def save_picture(path: Path, draw: Callable[[Any], Any]) -> bool:

@@ -516,7 +516,7 @@ class Saver:
         for key, value in self.identity.items():
             if value != (before := record["identity"].get(key)):
                 raise ValueError(
-                    f"{path} was saved with another {key} ({str(before)[:60]}, now {str(value)[:60]}): use the same "
+                    f"{path} differs in its {key} ({str(before)[:60]}, now {str(value)[:60]}): use the same "
                     "arguments and data as before, or another --out_dir."
                 )
         progress = Progress(**record["progress"])

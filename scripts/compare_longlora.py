@@ -1,7 +1,6 @@
 """LongLoRA's comparisons with a model of your own: python scripts/compare_longlora.py --data data/train."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +213,14 @@ def report(result: dict[str, Any], picture: Path) -> None:
 
 def draw(plt, result: dict[str, Any], lengths: list[str]):
     """Training loss on the left, perplexity by length on the right. The untrained model lies far above it."""
+    from lit_swa.plots import running_mean
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    mean: Callable[[list[float]], float] = lambda values: sum(values) / len(values)  # noqa: E731
     for n, row in enumerate(result["rows"]):
         style = {"color": f"C{n}", "label": row["method"]}
         if "loss" in row:
             loss = row["loss"]
-            left.plot(
-                range(1, len(loss) + 1), [mean(loss[max(0, i - 5) : i]) for i in range(1, len(loss) + 1)], **style
-            )
+            left.plot(range(1, len(loss) + 1), running_mean(loss, 5), **style)
         if "loss" in row:
             right.plot(lengths, [row["ppl"][n] for n in lengths], marker="o", **style)
     left.set(xlabel="step", title="training loss, mean of 5 steps", yscale="log")

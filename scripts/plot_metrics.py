@@ -42,14 +42,15 @@ def draw(plt, runs: dict[str, dict[str, list[float]]], x: str, smooth: int, log:
     """Training loss on the left, validation loss on the right."""
     import itertools
 
+    from lit_swa.plots import running_mean
+
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, columns in runs.items():
         places = list(itertools.accumulate(columns[x])) if x == "seconds" else columns[x]
         for axis, key in zip(axes, ("loss", "val_loss"), strict=True):
             points = [(p, y) for p, y in zip(places, columns[key], strict=True) if y == y]  # NaN: not measured there
             if key == "loss":
-                means = [sum(y for _, y in points[max(0, i - smooth) : i]) / min(i, smooth)
-                         for i in range(1, len(points) + 1)]  # fmt: skip
+                means = running_mean([y for _, y in points], smooth)
                 points = [(p, y) for (p, _), y in zip(points, means, strict=True)]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o" if key == "val_loss" else None, label=name)
