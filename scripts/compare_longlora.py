@@ -217,12 +217,11 @@ def draw(plt, result: dict[str, Any], lengths: list[str]):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for n, row in enumerate(result["rows"]):
-        style = {"color": f"C{n}", "label": row["method"]}
-        if "loss" in row:
-            loss = row["loss"]
-            left.plot(range(1, len(loss) + 1), running_mean(loss, 5), **style)
-        if "loss" in row:
-            right.plot(lengths, [row["ppl"][n] for n in lengths], marker="o", **style)
+        if "loss" not in row:
+            continue
+        style, loss = {"color": f"C{n}", "label": row["method"]}, row["loss"]
+        left.plot(range(1, len(loss) + 1), running_mean(loss, 5), **style)
+        right.plot(lengths, [row["ppl"][n] for n in lengths], marker="o", **style)
     left.set(xlabel="step", title="training loss, mean of 5 steps", yscale="log")
     right.set(xlabel="tokens of the window", title="perplexity of the validation texts", yscale="log")
     for axis in (left, right):
