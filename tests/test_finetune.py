@@ -127,9 +127,9 @@ def test_a_directory_with_a_run_is_never_overwritten_unasked(train):
     assert "--resume auto goes on with it" in err and losses(directory) == before
     for change, word in (({"limit": 20}, "data"), ({"r": 4}, "method"), ({"learning_rate": 0.1}, "optimiser")):
         _, _, err = train(code=2, resume="auto", **arguments | change)
-        assert f"another {word}" in err
+        assert f"differs in its {word}" in err
     _, _, err = train(code=2, resume="auto", lr_schedule="cosine", **arguments | {"max_steps": 5})
-    assert "another steps" in err  # the cosine would have been another from the first step on
+    assert "differs in its steps (2, now 5)" in err  # the cosine would have been another from the first step on
     assert losses(directory) == before
     train(resume="restart", **arguments)
     assert losses(directory) == before
