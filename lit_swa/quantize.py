@@ -73,8 +73,8 @@ def quantize_linears(
 
 def block_linears(model: GPT) -> dict[str, nn.Module]:
     """The linear layers of the blocks, by name. Raises ValueError if there are none."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears = {name: linear for name, linear in linears.items() if name.startswith("transformer.h.")}
+    blocks = model.transformer.h.named_modules(prefix="transformer.h")
+    linears = {name: module for name, module in blocks if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError("The model's blocks have no linear layers that could be quantised.")
     return linears

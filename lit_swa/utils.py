@@ -54,7 +54,7 @@ def count_processes(devices: int, num_nodes: int) -> tuple[int, int]:
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         starter, world, per_node = "torchrun", int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
-    elif "SLURM_STEP_NUM_TASKS" in env:
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # an interactive shell of srun's is one task
         starter, world = "srun", int(env["SLURM_STEP_NUM_TASKS"])
         per_node = world // int(env.get("SLURM_STEP_NUM_NODES", "1"))
     else:

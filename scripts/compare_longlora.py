@@ -7,7 +7,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 S2, SHORT = {"s2_attention": True}, {"s2_attention": True, "s2_shift": False}
-METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {  # which weights are trained, and fields of the config
+# What is trained (None: nothing; "full": all weights; else LoRA and these beside it), and fields of the config.
+METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "untrained": (None, {}),
     "full": ("full", {}),
     "short": ("full", SHORT),
@@ -39,12 +40,11 @@ def main(
 ) -> None:
     """Take a model to a longer context in several ways, and print the perplexities of all; write a JSON and a picture.
 
-    Each way is a run of finetune/full.py or finetune/lora.py with the same data, steps and learning rate.
-
-    full trains every weight with full attention, short with groups that are not shifted, s2 with shifted
-    ones; "s2 lora" trains LoRA's matrices on q, k, v and o, "s2 lora+norm", "s2 lora+embed" and "s2 lora+norm+embed"
-    these weights too; untrained only scales the positions (linear), as all do. Every model is read with full
-    attention. Interrupted, the comparison goes on where it was when the same command is given again.
+    Each way is a run of finetune/full.py or finetune/lora.py with the same data, steps and learning rate: "full" trains
+    every weight with full attention, "short" with groups that are not shifted, "s2" with shifted ones; "s2 lora" trains
+    LoRA's matrices on q, k, v and o, "s2 lora+norm", "s2 lora+embed" and "s2 lora+norm+embed" these weights too;
+    "untrained" only scales the positions (linear), as all do. Every model is read with full attention. Interrupted, the
+    comparison goes on where it was when the same command is given again.
 
     Args:
         data: Texts to train on, as finetune/full.py takes them: a directory of .txt files, or a .bin file.
@@ -59,7 +59,7 @@ def main(
         warmup_steps: Steps in which the rate rises.
         r: LoRA's rank; alpha is twice that.
         max_eval_tokens: Read no more of the texts than this.
-        out_dir: Where the runs go, a directory each. All eight take 15 GB for SmolLM2-135M.
+        out_dir: Where the runs go, a directory each. For SmolLM2-135M all take about 10 GB.
         device: auto, cpu or cuda.
         seed: Of the order of the data and of new weights.
         output: Where the JSON goes; the picture lies beside it, as .png.
@@ -162,11 +162,15 @@ def training_command(trained: str, training: dict[str, Any], fields: dict[str, A
 
 
 def execute(command: list[str]) -> None:
-    """Run one of the project's scripts. Raises KeyboardInterrupt or, with what it said last, ValueError if it fails."""
+    """Run one of the project's scripts. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed."""
+    import signal
     import subprocess
 
+    from lit_swa.utils import interruptible
+
     root = Path(__file__).resolve().parents[1]
-    code = subprocess.run([sys.executable, str(root / command[0]), *command[1:]]).returncode
+    with interruptible([signal.SIGINT]):  # Ctrl-C reaches the script too, which saves its step before it ends
+        code = subprocess.run([sys.executable, str(root / command[0]), *command[1:]]).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:

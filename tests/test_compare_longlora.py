@@ -1,10 +1,14 @@
 """scripts/compare_longlora.py on a tiny model: what each way trains, what is read afterwards, how it goes on."""
 
+import contextlib
 import json
 import math
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +20,7 @@ from lit_swa.checkpoint import load_config, load_model
 from lit_swa.evaluate import window_nll
 
 pytest.importorskip("lightning")
+ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["untrained", "full", "short", "s2", "s2 lora", "s2 lora+norm", "s2 lora+embed", "s2 lora+norm+embed"]
 
 
@@ -111,6 +116,30 @@ def test_a_way_is_a_command_that_anyone_can_type(compare, tmp_path):
     assert code == 0, err
     (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert row["command"].startswith("python finetune/lora.py --data ") and row["memory"] in out
+
+
+def test_ctrl_c_keeps_the_steps_of_the_run_at_hand(tiny_checkpoint, tmp_path):
+    """Catches: a comparison that kills its run while that saves."""
+    np.random.default_rng(3).integers(0, 300, 100_000).astype("<u2").tofile(tmp_path / "ids.bin")
+    command = [sys.executable, str(ROOT / "scripts/compare_longlora.py"), "--checkpoint_dir", str(tiny_checkpoint)]
+    command += ["--data", str(tmp_path / "ids.bin"), "--eval_data", str(tmp_path / "ids.bin"), "--context", "1024"]
+    command += ["--methods", "[s2]", "--steps", "100000", "--batch_size", "48", "--device", "cpu"]
+    command += ["--out_dir", str(tmp_path / "runs"), "--output", str(tmp_path / "c.json")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    lines = tmp_path / "runs" / "s2" / "metrics.csv"
+    try:
+        deadline = time.monotonic() + 120
+        while not (lines.exists() and len(lines.read_text().splitlines()) > 1):  # a step takes a second or two
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the script and to its run
+        _, err = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, err[-500:]
+    last = lines.read_text().splitlines()[-1].split(",")[0]
+    assert [path.name for path in lines.parent.glob("step-*")] == [f"step-{int(last):06d}"]
 
 
 @pytest.mark.parametrize(

@@ -509,6 +509,8 @@ def test_two_processes_make_the_losses_of_one(train, strategy, script, launcher,
 def test_processes_that_others_started_are_counted(monkeypatch):
     """Catches: processes of torchrun or SLURM that take themselves for the only one."""
     assert count_processes(4, 2) == (4, 2)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert count_processes(2, 1) == (2, 1)
     for name, value in {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}.items():
         monkeypatch.setenv(name, value)
     assert count_processes(1, 1) == count_processes(4, 2) == (4, 2)
