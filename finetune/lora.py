@@ -43,8 +43,8 @@ def main(
     import torch
 
     from lit_swa import train
+    from lit_swa.formats.peft import save_adapter
     from lit_swa.lora import LoRAConfig, add_lora
-    from lit_swa.peft_format import save_adapter
     from lit_swa.utils import interruptible
 
     lora = LoRAConfig(r, alpha, dropout, targets, extra_trainable or (), rslora, dora)

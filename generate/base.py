@@ -47,7 +47,7 @@ def main(
             --model.sliding_window_size 256 --model.rolling_kv_cache true.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype, show_reading

@@ -48,7 +48,7 @@ def main(
             --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on for ever.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import interruptible, pick_device, pick_dtype, show_reading
@@ -138,7 +138,7 @@ def read_turn() -> str | None:
 
 def save(messages: list[dict[str, str]], name: str) -> None:
     """Write the conversation as JSON, whole or not at all; a file that is there already is left alone."""
-    from lit_swa.files import write_json
+    from lit_swa.formats.files import write_json
 
     path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json"))
     try:

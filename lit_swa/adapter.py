@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_swa.checkpoint import ADAPTER_FILE, CONFIG_FILE, copy_tokenizer
-from lit_swa.files import (
+from lit_swa.formats.checkpoint import ADAPTER_FILE, CONFIG_FILE, copy_tokenizer
+from lit_swa.formats.files import (
     LazyTensor,
     directory_lock,
     find_inside,
@@ -234,7 +234,7 @@ def save_adapter(
     check_state(state, expected_state(model, config), "The model")
     content = {CONFIG_FILE: asdict(model.config), ADAPTER_FILE: {"kind": config.kind, "adapter": asdict(config)}}
     if base_dir is not None:
-        from lit_swa.peft_format import relative_path, weights_identity
+        from lit_swa.formats.peft import relative_path, weights_identity
 
         base_dir = Path(base_dir)
         content[ADAPTER_FILE]["base_checkpoint_dir"] = relative_path(base_dir, directory)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_swa.files import (
+from lit_swa.formats.files import (
     atomic_file,
     directory_lock,
     find_inside,
@@ -39,8 +39,8 @@ from lit_swa.files import (
     require_space,
     write_json,
 )
+from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 from lit_swa.texts import read_text
-from lit_swa.tokenizer import StreamDecoder, Tokenizer
 
 IGNORED = -100  # a label that is not trained
 
@@ -1152,7 +1152,7 @@ def _download(info: Any, file: Any, directory: Path) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError
 
-    from lit_swa.download import verify_hub_file
+    from lit_swa.formats.download import verify_hub_file
 
     try:
         path = hf_hub_download(info.id, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=directory)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_swa.checkpoint import build_model, check_shapes
-from lit_swa.files import LazyTensor, write_json
+from lit_swa.formats.checkpoint import build_model, check_shapes
+from lit_swa.formats.files import LazyTensor, write_json
 from lit_swa.generate import prefill_chunk
 from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, Config
 from lit_swa.texts import read_text
@@ -28,7 +28,7 @@ from lit_swa.utils import count_processes
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from lit_swa.tokenizer import Tokenizer
+    from lit_swa.formats.tokenizer import Tokenizer
 
 # -------------------------------------------------------------------------------------------------------------- results
 
@@ -128,7 +128,7 @@ def read_tokens(
     files = find_data(data)
     if files[0].suffix == ".bin":
         return open_token_file(files[0], vocab_size)[:max_tokens]
-    from lit_swa.tokenizer import Tokenizer
+    from lit_swa.formats.tokenizer import Tokenizer
 
     tokenizer, parts, n = Tokenizer(checkpoint_dir), [], 0
     for file in files:

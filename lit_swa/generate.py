@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, CacheLayout
 
 if TYPE_CHECKING:
-    from lit_swa.tokenizer import StreamDecoder, Tokenizer
+    from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass
@@ -511,7 +511,7 @@ def generate_text(
     stop: strings that end the text and are not part of it.
     continues: the text goes on from the prompt's, so that a first token " word" keeps its space. False: it is alone.
     """
-    from lit_swa.tokenizer import StreamDecoder
+    from lit_swa.formats.tokenizer import StreamDecoder
 
     decoder = StreamDecoder(tokenizer)
     for token in prompt_ids if continues else ():

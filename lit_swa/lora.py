@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_swa.hf_format import hf_module_names
+from lit_swa.formats.hugging_face import hf_module_names
 from lit_swa.model import GPT, Config
 
 QKV, ALL = re.compile(r"\.attn\.qkv$"), "all"

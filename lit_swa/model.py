@@ -177,8 +177,8 @@ class Config:
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "Config":
-        """A named shape of lit_swa/configs.py. Raises ValueError, with the near names, when there is none."""
-        from lit_swa.configs import CONFIGS
+        """A named shape of lit_swa/families.py. Raises ValueError, with the near names, when there is none."""
+        from lit_swa.families import CONFIGS
 
         if name not in CONFIGS:
             near = difflib.get_close_matches(name, CONFIGS, n=3, cutoff=0.3) or sorted(CONFIGS)
@@ -188,7 +188,7 @@ class Config:
     @classmethod
     def from_hf(cls, path_or_dict: str | Path | dict[str, Any], **overrides: Any) -> "Config":
         """From a Hugging Face config.json (its path, its directory, or its content)."""
-        from lit_swa.configs import config_from_hf
+        from lit_swa.families import config_from_hf
 
         return cls.from_dict(config_from_hf(path_or_dict), **overrides)
 

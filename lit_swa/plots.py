@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_swa.files import atomic_file
+from lit_swa.formats.files import atomic_file
 
 
 def running_mean(values: Sequence[float], n: int) -> list[float]:

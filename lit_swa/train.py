@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_swa.arguments import Training
 from lit_swa.data import Dataset, Example, pack
-from lit_swa.files import (
+from lit_swa.formats.files import (
     LOCK_NAME,
     TEMPORARY,
     LazyTensor,
@@ -698,10 +698,10 @@ def prepare(args: Training, method: str, rate: float) -> Run:
 
     Raises ValueError or OSError for what does not fit, before any weight is read.
     """
-    from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.data import unheard_end
-    from lit_swa.download import download_checkpoint
-    from lit_swa.tokenizer import Tokenizer
+    from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.tokenizer import Tokenizer
 
     fabric, dtype = start_fabric(args)
     checkpoint_dir = args.checkpoint_dir
@@ -813,7 +813,7 @@ def rehearse(run: Run, model: nn.Module, save_model: Callable[[Path], None], loa
     Raises whatever fails, and OSError when the disk has not the room for the run.
     """
     from lit_swa.data import show_examples
-    from lit_swa.files import require_space
+    from lit_swa.formats.files import require_space
 
     fabric, out_dir = run.fabric, run.out_dir
     run.log.say(show_examples(run.train, run.tokenizer))
@@ -975,7 +975,7 @@ def load_base(run: Run, quantize: str | None = None) -> GPT:
 
     quantize: a mode of lit_swa.quantize for the linear layers of the blocks.
     """
-    from lit_swa.checkpoint import load_model
+    from lit_swa.formats.checkpoint import load_model
 
     fields = run.args.model or {}
     return load_model(run.checkpoint_dir, run.dtype, run.fabric.device, quantize=quantize, **fields).train()
@@ -988,7 +988,7 @@ def full_weights(run: Run, model: GPT) -> dict[str, Tensor]:
 
 def try_loading(directory: Path) -> None:
     """Load a trained directory as the next command would; what can be merged into the weights is merged."""
-    from lit_swa.checkpoint import check_checkpoint_dir, load_model
+    from lit_swa.formats.checkpoint import check_checkpoint_dir, load_model
 
     check_checkpoint_dir(directory)
     load_model(directory, torch.float32)

@@ -55,7 +55,7 @@ def main(
     """
     import torch
 
-    from lit_swa.files import write_json
+    from lit_swa.formats.files import write_json
     from lit_swa.plots import save_picture
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 

@@ -47,7 +47,7 @@ def main(
     """
     import torch
 
-    from lit_swa.files import write_json
+    from lit_swa.formats.files import write_json
     from lit_swa.train import use_whole_memory
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
@@ -164,7 +164,7 @@ def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tup
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from lit_swa import Config
-    from lit_swa.hf_format import config_to_hf
+    from lit_swa.formats.hugging_face import config_to_hf
 
     fields = {"n_layer": settings["n_layer"]} if settings["n_layer"] else {}
     hf = config_to_hf(Config.from_name(settings["name"], block_size=T, **fields))

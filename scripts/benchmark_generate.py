@@ -43,7 +43,7 @@ def main(
     """
     import torch
 
-    from lit_swa.files import write_json
+    from lit_swa.formats.files import write_json
     from lit_swa.utils import describe_machine, pick_device
 
     device = pick_device(device)
@@ -80,7 +80,7 @@ def load(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str,
 
     from lit_swa import GPT, Config
     from lit_swa.checkpoint import load_model
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
 
     if name is None:
         return load_model(checkpoint_dir or download_checkpoint(), dtype=dtype, device=device, **overrides)
@@ -115,8 +115,8 @@ def build_transformers(weights, dtype: str, device: str):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lit_swa.files import LazyTensor
-    from lit_swa.hf_format import config_to_hf, to_hf
+    from lit_swa.formats.files import LazyTensor
+    from lit_swa.formats.hugging_face import config_to_hf, to_hf
 
     config = AutoConfig.for_model(**config_to_hf(weights.config))
     state = weights.state_dict()

@@ -67,7 +67,7 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.utils import pick_device, pick_dtype
 
     device = pick_device(device)

@@ -69,7 +69,7 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.utils import describe_machine, pick_device
 
     chosen = list(METHODS) if methods is None else methods
@@ -121,7 +121,7 @@ def measure(
     import statistics
 
     from lit_swa.checkpoint import load_model
-    from lit_swa.files import read_json
+    from lit_swa.formats.files import read_json
     from lit_swa.train import RUN_FILE, read_metrics
     from lit_swa.utils import pick_dtype
 

@@ -21,7 +21,7 @@ def main(
         checkpoint_dir: Where to put it. Default: checkpoints/<organisation>/<name>.
         access_token: For private and gated repositories. Default: the token of the hub's own login, if there is one.
     """
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
 
     print(download_checkpoint(repo_id, checkpoint_dir, access_token))
 

@@ -45,7 +45,7 @@ def main(
         max_mb: The largest file to accept, in MB.
         pause: Seconds between two books, so that the site is not burdened.
     """
-    from lit_swa.files import directory_lock
+    from lit_swa.formats.files import directory_lock
 
     if not ids or min(ids) < 1:
         raise ValueError(f"ids={ids} does not fit: give the numbers of some books, as --ids '[158,36]'.")
@@ -136,7 +136,7 @@ def file_name(title: str) -> str:
 
 def read_kept(directory: Path) -> dict[str, Any]:
     """books.json; empty if there is none. Raises ValueError if it is damaged."""
-    from lit_swa.files import read_json
+    from lit_swa.formats.files import read_json
 
     if not (directory / KEPT).exists():
         return {}
@@ -149,7 +149,7 @@ def read_kept(directory: Path) -> dict[str, Any]:
 
 def keep(number: int, title: str, text: str, url: str, directory: Path, kept: dict[str, Any]) -> dict[str, Any]:
     """Write the book and its entry in books.json. A file that is not this book's is never replaced."""
-    from lit_swa.files import write_json, write_text
+    from lit_swa.formats.files import write_json, write_text
 
     name = f"{file_name(title) or number}.txt"
     path = directory / name

@@ -46,8 +46,8 @@ def main(
             the trained context.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
-    from lit_swa.download import download_checkpoint
     from lit_swa.evaluate import Results, weights_identity
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.passkey import accuracy_rows, plan_trials, spread_depths
     from lit_swa.plots import save_picture
     from lit_swa.texts import read_text

@@ -54,8 +54,8 @@ def main(
         model: Any field of the model's config, as --model.FIELD VALUE. Those of attention count for own_attention only.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
-    from lit_swa.download import download_checkpoint
     from lit_swa.evaluate import Results, weights_identity
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.plots import save_picture
     from lit_swa.texts import read_questions
     from lit_swa.utils import describe_machine, pick_device, pick_dtype

@@ -30,7 +30,7 @@ def main(
             such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor": 8}'.
     """
     from lit_swa.checkpoint import check_dtype, save_checkpoint
-    from lit_swa.peft_format import find_base, is_llama_adapter, load_adapted, tokenizer_source
+    from lit_swa.formats.peft import find_base, is_llama_adapter, load_adapted, tokenizer_source
 
     if is_llama_adapter(checkpoint_dir):
         raise ValueError(

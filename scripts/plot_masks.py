@@ -57,7 +57,7 @@ def main(
     """
     if min(tokens, cache_window) < 1 or max(tokens, cache_window) > 100:
         raise ValueError("tokens and cache_window must be between 1 and 100.")
-    from lit_swa.files import write_json
+    from lit_swa.formats.files import write_json
     from lit_swa.plots import save_picture
 
     fields = {

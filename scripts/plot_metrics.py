@@ -19,7 +19,7 @@ def main(
         output: Where the picture goes; beside it, as JSON, the figures and the arguments of the runs.
         log: A logarithmic axis for the loss.
     """
-    from lit_swa.files import write_json
+    from lit_swa.formats.files import write_json
     from lit_swa.plots import save_picture
     from lit_swa.train import read_metrics, read_record
 

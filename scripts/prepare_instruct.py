@@ -38,7 +38,7 @@ def main(
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.data import check_dataset, load_dataset, save_dataset, show_examples, show_progress
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
 
     if show < 0:

@@ -20,7 +20,7 @@ def main(data: list[Path] | Path, output: Path, checkpoint_dir: Path | None = No
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.data import show_progress, write_token_file
-    from lit_swa.download import download_checkpoint
+    from lit_swa.formats.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
 
     if output.suffix != ".bin":

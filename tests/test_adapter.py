@@ -19,8 +19,8 @@ from lit_swa.adapter import (
     read_adapter_config,
     save_adapter,
 )
-from lit_swa.files import LazyTensor, open_safetensors, write_safetensors
-from lit_swa.hf_format import to_lit
+from lit_swa.formats.files import LazyTensor, open_safetensors, write_safetensors
+from lit_swa.formats.hugging_face import to_lit
 
 # Another order of the sums moves float32 by a few 1e-6 of the logits' scale.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

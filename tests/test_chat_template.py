@@ -17,8 +17,8 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lit_swa import chat_template
-from lit_swa.chat_template import TemplateError, render_template
+from lit_swa.formats import chat_template
+from lit_swa.formats.chat_template import TemplateError, render_template
 from lit_swa.tokenizer import Tokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|eot_id|>", "<end_of_turn>"]

@@ -23,7 +23,7 @@ from lit_swa.checkpoint import (
     open_weights,
     save_checkpoint,
 )
-from lit_swa.files import shard_names
+from lit_swa.formats.files import shard_names
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = dict(

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_config
 
 from lit_swa import GPT, Config
-from lit_swa.configs import CONFIGS
+from lit_swa.families import CONFIGS
 from lit_swa.model import CHOICES, RANGES
 
 

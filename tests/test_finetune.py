@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lit_swa.arguments import Training
 from lit_swa.checkpoint import load_model
 from lit_swa.data import Example
-from lit_swa.files import open_safetensors
+from lit_swa.formats.files import open_safetensors
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.model import IGNORED
 from lit_swa.train import (
@@ -607,7 +607,7 @@ def test_a_gpus_memory_grows_in_one_piece_unless_it_is_said_otherwise(monkeypatc
 
 def test_the_disk_that_a_run_needs_is_checked_before_it(train, monkeypatch):
     """Catches: hours of training that cannot be saved."""
-    from lit_swa import files
+    from lit_swa.formats import files
 
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("U", (), {"free": 10**5})())
     directory, _, err = train("full", code=2)

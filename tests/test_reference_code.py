@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from lit_swa import GPT, Config
-from lit_swa.files import LazyTensor
-from lit_swa.hf_format import to_lit
+from lit_swa.formats.files import LazyTensor
+from lit_swa.formats.hugging_face import to_lit
 
 HERE = Path(__file__).parent / "reference"
 NOTES = json.loads((HERE / "fixtures.json").read_text())

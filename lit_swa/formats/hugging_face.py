@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lit_swa.files import LazyTensor
+from lit_swa.formats.files import LazyTensor
 from lit_swa.model import GPT, TRAINED_LENGTH, Config
 
 # -------------------------------------------------------------------------------------------------------------- weights

