@@ -548,6 +548,57 @@ class GPT(nn.Module):
             return all(VARIANTS[v].cache(self.config, 1, 0).copies == 2 for v in windows)
         return all(m.copies == 2 and m.n_slots - m.lookahead >= windows[v] for v, m in self.slot_maps.items())
 
+    @property
+    def windows(self) -> list[int | None]:
+        """For every layer, how many keys back a query sees, itself included and sinks apart; None: all of them."""
+        return [VARIANTS[v].window(self.config) for v in self.config.layer_variants]
+
+    @property
+    def n_sinks(self) -> int:
+        """How many first tokens stay visible behind a window, in the layers that keep any; 0: none."""
+        return max(layout.sinks for layout in self.layouts(1))
+
+    @property
+    def rolls(self) -> bool:
+        """True if no layer's cache grows with the text, so that a text may have any length."""
+        return None not in self.windows and all(layout.copies == 2 for layout in self.layouts(1))
+
+    @property
+    def depends_on_length(self) -> bool:
+        """True if what a token is depends on how long the text is when it is read (dynamic RoPE scalings)."""
+        return (self.config.rope_scaling or {}).get("type") in LENGTH_SCALINGS
+
+    def layouts(self, tokens: int) -> "list[CacheLayout]":
+        return [VARIANTS[v].cache(self.config, tokens, 0) for v in dict.fromkeys(self.config.layer_variants)]
+
+    def cache_length(self, tokens: int) -> int:
+        """The max_seq_length that a text of so many tokens needs: the context, or a window, is the most that helps."""
+        if not self.rolls:
+            return min(tokens, self.config.block_size)
+        return max(layout.sinks + layout.slots for layout in self.layouts(tokens))
+
+    @property
+    def cache_batch_size(self) -> int:
+        """The sequences that the caches are for; 0: there are no caches."""
+        return next(iter(self.slot_maps.values())).pos.size(0) if self.slot_maps else 0
+
+    @property
+    def lookahead(self) -> int:
+        """The lookahead that set_kv_cache was called with."""
+        return next(iter(self.slot_maps.values())).lookahead if self.slot_maps else 0
+
+    def can_take_back(self, n: int) -> bool:
+        """True if the newest n tokens of the caches can be forgotten, to feed others in their place."""
+        return all(m.copies == 1 or n <= m.lookahead for m in self.slot_maps.values())
+
+    def take_back(self, n: int) -> None:
+        """Forget the newest n tokens. Raises ValueError if a cache cannot."""
+        if not self.can_take_back(n):
+            raise ValueError(
+                f"The caches cannot take back {n} tokens: a rolling cache takes back {self.lookahead}, more with "
+                "set_kv_cache(lookahead=...)."
+            )
+
     def set_kv_cache(
         self,
         batch_size: int,
