@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_swa.linear_formats import OneTokenLinear, pack_for_cpu, replace_linears  # noqa: F401
 from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, CacheLayout
 
 if TYPE_CHECKING:
@@ -352,60 +353,6 @@ def compile_for_one_token(module: nn.Module) -> None:
         return (compiled if x.size(1) == 1 else plain)(x, *arguments)
 
     module.forward = forward
-
-
-class OneTokenLinear(nn.Module):
-    """nn.Linear for compiled inference on a CPU: the product with a single vector is a sum that Inductor vectorises.
-
-    That reads the weights at the memory's speed, where the libraries' products reach a half of it or less.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != x.size(-1) or not torch.compiler.is_compiling():
-            return nn.functional.linear(x, self.weight, self.bias)
-        y = (self.weight.float() * x.reshape(1, -1).float()).sum(dim=-1)
-        y = y if self.bias is None else y + self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-class PackedLinear(nn.Module):
-    """nn.Linear for eager inference on a CPU, its weight in the layout that oneDNN likes best."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_for_cpu(model: GPT) -> int:
-    """Replace every nn.Linear of a model on the CPU by a PackedLinear; returns how many.
-
-    One token at a time, torch's own product reads float32 weights at half the memory's speed on AMD, and bfloat16 ones
-    at a third. The model can then only infer: it is not to be trained, saved or moved. Where oneDNN is missing, and for
-    other dtypes and devices, nothing changes.
-    """
-    weight = model.transformer.wte.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return 0
-    return replace_linears(model, PackedLinear) if torch.backends.mkldnn.is_available() else 0
-
-
-def replace_linears(model: GPT, replacement: Callable[[nn.Linear], nn.Module]) -> int:
-    """Put replacement(linear) in the place of every nn.Linear; returns how many. One with a hook (LoRA) stays."""
-    named = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    linears = [
-        (parent, name, child) for parent, name, child in named if type(child) is nn.Linear and not child._forward_hooks
-    ]
-    for parent, name, linear in linears:
-        setattr(parent, name, replacement(linear))
-    return len(linears)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

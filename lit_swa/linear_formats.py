@@ -1,0 +1,183 @@
+"""How linear layers keep their weights, and what can be asked of any of them.
+
+A plain nn.Linear keeps W (out, in) as a parameter of floating point. Every other format is a module that answers for
+itself, see LinearFormat: a new format is one class, and LoRA, adapters, merging, saving and the counting of bytes work
+with it unchanged. Nothing is registered: a class from outside this project will do.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_swa.model import GPT
+
+ALL = "all"  # the group of all rows; the fused attn.qkv also has the groups q, k and v
+
+
+class LinearFormat(Protocol):
+    """What a linear layer that is not a plain nn.Linear has beside its forward, (..., in) -> (..., out)."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None  # (out,)
+    differentiable: bool  # gradients reach the layer's input, so LoRA or an adapter can be trained beside the weight
+
+    def dense_weight(self) -> Tensor:
+        """The numbers (out, in) that the layer multiplies with, as a new float32 tensor on the layer's device."""
+
+    def weight_bytes(self) -> int:
+        """Bytes that the weight takes, with the scales that belong to it and without the bias."""
+
+
+# ------------------------------------------------------------------------------------------ questions to a linear layer
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for nn.Linear and for a LinearFormat."""
+    return isinstance(module, nn.Linear) or hasattr(module, "dense_weight")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """True when numbers can be merged or folded into the weight: it is a parameter of floating point."""
+    return type(linear) is nn.Linear and linear.weight.is_floating_point()
+
+
+def is_differentiable(linear: nn.Module) -> bool:
+    """True when gradients reach the layer's input, so that LoRA or an adapter can be trained beside its weight."""
+    return is_plain(linear) or getattr(linear, "differentiable", False)
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """W (out, in): the parameter itself of a plain layer, which is not to be changed; of another format the numbers
+    that it stands for, in float32. Raises ValueError for a layer that does not say what its weight is."""
+    if is_plain(linear):
+        return linear.weight
+    if not hasattr(linear, "dense_weight"):
+        dtype = linear.weight.dtype
+        raise ValueError(f"A {type(linear).__name__} keeps its weight as {dtype}, which cannot be read here.")
+    return linear.dense_weight()
+
+
+def weight_bytes(linear: nn.Module) -> int:
+    """Bytes that the layer's weight takes, with the scales that belong to it and without the bias."""
+    return linear.weight_bytes() if hasattr(linear, "weight_bytes") else linear.weight.nbytes
+
+
+def device_of(linear: nn.Module) -> torch.device:
+    """The device that holds the layer's weight."""
+    return next(t.device for tensors in (linear.parameters(False), linear.buffers(False)) for t in tensors)
+
+
+def group_rows(group: str, out_features: int, n_head: int, n_query_groups: int) -> tuple[int, int]:
+    """The rows start, stop of a weight that a group of outputs is made of.
+
+    attn.qkv holds the queries of n_head heads, then the keys and then the values of n_query_groups heads.
+    """
+    if group == ALL:
+        return 0, out_features
+    head_size = out_features // (n_head + 2 * n_query_groups)
+    q, kv = n_head * head_size, n_query_groups * head_size
+    return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[group]
+
+
+# --------------------------------------------------------------------------------------- what is put beside the weights
+
+INJECTED = ("adapter", "lora")  # the names of the children that are put into modules
+
+
+def inject(module: nn.Module, name: str, child: nn.Module, hook: Callable[..., Any]) -> None:
+    """Give a module a child, one of INJECTED, and the forward hook that uses it.
+
+    The hook is a function of the module, so that a copied module uses its own child.
+    """
+    module.add_module(name, child.train(module.training))
+    module.register_forward_hook(hook)
+
+
+def remove_injected(module: nn.Module, name: str, hook: Callable[..., Any]) -> None:
+    """Undo inject: the module computes again what it computed before."""
+    for key in [key for key, given in module._forward_hooks.items() if given is hook]:
+        del module._forward_hooks[key]
+    delattr(module, name)
+
+
+def is_injected(module: nn.Module) -> bool:
+    """True when something stands beside the module's own weight, so that it cannot be replaced by another format."""
+    return bool(module._forward_hooks) or any(isinstance(getattr(module, name, None), nn.Module) for name in INJECTED)
+
+
+# ------------------------------------------------------------------------------------------------ formats for inference
+
+
+class OneTokenLinear(nn.Module):
+    """nn.Linear for compiled inference on a CPU: the product with a single vector is a sum that Inductor vectorises.
+
+    That reads the weights at the memory's speed, where the libraries' products reach a half of it or less.
+    """
+
+    differentiable = False
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != x.size(-1) or not torch.compiler.is_compiling():
+            return nn.functional.linear(x, self.weight, self.bias)
+        y = (self.weight.float() * x.reshape(1, -1).float()).sum(dim=-1)
+        y = y if self.bias is None else y + self.bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def dense_weight(self) -> Tensor:
+        return self.weight.detach().to(torch.float32, copy=True)
+
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear for eager inference on a CPU, its weight in the layout that oneDNN likes best."""
+
+    differentiable = False
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def dense_weight(self) -> Tensor:
+        return self.weight.to_dense().float()
+
+    def weight_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+
+def pack_for_cpu(model: "GPT") -> int:
+    """Replace every nn.Linear of a model on the CPU by a PackedLinear; returns how many.
+
+    One token at a time, torch's own product reads float32 weights at half the memory's speed on AMD, and bfloat16 ones
+    at a third. The model can then only infer: it is not to be trained, saved or moved. Where oneDNN is missing, and for
+    other dtypes and devices, nothing changes.
+    """
+    weight = model.transformer.wte.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return 0
+    return replace_linears(model, PackedLinear) if torch.backends.mkldnn.is_available() else 0
+
+
+def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> int:
+    """Put replacement(linear) in the place of every plain nn.Linear; returns how many. One with a LoRA stays."""
+    named = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    linears = [(parent, name, m) for parent, name, m in named if is_plain(m) and not is_injected(m)]
+    for parent, name, linear in linears:
+        setattr(parent, name, replacement(linear))
+    return len(linears)
