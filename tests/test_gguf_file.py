@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model, open_weights
 from lit_swa.formats import gguf
+from lit_swa.formats.gguf_tokenizer import tokenizer_files
 from lit_swa.formats.hugging_face import to_hf
 
 TEXTS = [
@@ -75,7 +76,7 @@ def assert_same_ids(path: Path, texts: list[str]) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = Tokenizer.from_str(gguf.tokenizer_files(gguf.read_gguf(path))["tokenizer.json"])
+    ours = Tokenizer.from_str(tokenizer_files(gguf.read_gguf(path))["tokenizer.json"])
     for text in texts:
         assert ours.encode(text).ids == theirs(text).input_ids, text
         assert ours.encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False).input_ids, text
@@ -203,7 +204,7 @@ def llama3_factors(theta: float, n: int, factor: float) -> list[float]:
 def test_tokenizer_files_name_the_special_tokens(tmp_path: Path) -> None:
     """Would catch a model that never stops, or a chat without its template."""
     write_tiny_gguf(tmp_path / "tiny.gguf", eot=0)
-    files = gguf.tokenizer_files(gguf.read_gguf(tmp_path / "tiny.gguf"))
+    files = tokenizer_files(gguf.read_gguf(tmp_path / "tiny.gguf"))
     config = json.loads(files["tokenizer_config.json"])
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == (
         "<|im_start|>",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 
 TEXT = (
     "def f(x):\n    return x ** 2  # naïve café\n\nThe year 2024 had 366 days; pi is 3.14159.\n"
@@ -11,8 +12,7 @@ TEXT = (
     '"Quoted" text—with dashes… ÀÉÎõü ß 漢字かな 한국어 العربية עברית 🙂👩\u200d👩\u200d👧\u200d👦🏳️\u200d🌈        '
     "eight blanks, don't we'll I'M\r\n\r\nCRLF\n"
 )
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTERS = [chr(b) for b in BYTES] + [chr(256 + n) for n in range(256 - len(BYTES))]
+LETTERS = sorted(ByteLevel.alphabet())  # the 256 letters that spell bytes
 SHAPE = dict(n_layer=2, n_head=4, n_kv=2, n_embd=64, head_dim=16, n_ff=96)
 
 

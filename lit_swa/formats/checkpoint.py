@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa.formats import gguf
+from lit_swa.formats import gguf, gguf_tokenizer
 from lit_swa.formats.files import (
     LazyTensor,
     copy_file,
@@ -353,7 +353,7 @@ def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[st
         file = gguf.read_gguf(find_inside(directory, names[0]))
         has_config = (directory / "config.json").exists()
         hf = read_json(find_inside(directory, "config.json")) if has_config else gguf.hf_config(file)
-        extra_files = {} if (directory / "tokenizer.json").exists() else gguf.tokenizer_files(file)
+        extra_files = {} if (directory / "tokenizer.json").exists() else gguf_tokenizer.tokenizer_files(file)
         return _build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files
     path = find_inside(directory, "config.json")
     config = _build_config(Config.from_hf, read_json(path), path)
