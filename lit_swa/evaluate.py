@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.data.token_files import check_tokens as check_tokens  # scripts take it from here
+from lit_swa.data.token_files import open_token_file
 from lit_swa.formats.checkpoint import build_model, check_shapes
 from lit_swa.formats.files import LazyTensor, write_json
 from lit_swa.generate import prefill_chunk
@@ -159,38 +161,6 @@ def find_data(data: Path | Sequence[Path]) -> list[Path]:
 def encode_file(tokenizer: "Tokenizer", file: Path) -> np.ndarray:
     """The ids of a text, in one call of the tokenizer: pieces need not give the same ids."""
     return np.array(tokenizer.encode(read_text(file)), dtype=np.uint32)
-
-
-def open_token_file(file: Path, vocab_size: int) -> np.ndarray:
-    """The ids in a .bin file, memory-mapped."""
-    kind = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-    n_bytes = file.stat().st_size
-    if n_bytes == 0:
-        raise ValueError(f"{file} is empty: give some tokens.")
-    if n_bytes % kind.itemsize:
-        raise ValueError(
-            f"{file} has {n_bytes} bytes, which are no whole number of {8 * kind.itemsize}-bit ids, as a vocabulary "
-            f"of {vocab_size} has them: the file is truncated, or made for another vocabulary."
-        )
-    tokens = np.memmap(file, dtype=kind, mode="r")
-    low_halves, high_halves = tokens[0:4096:2], tokens[1:4096:2]
-    if kind.itemsize == 2 and len(tokens) >= 16 and low_halves.any() and not high_halves.any():
-        raise ValueError(f"{file} holds 32-bit ids, and a vocabulary of {vocab_size} has 16-bit ones: write it anew.")
-    return tokens
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int, data: object, piece: int = 2**22) -> str:
-    """A hash of the ids, whichever file they come from. Raises ValueError for one that the vocabulary lacks."""
-    digest = hashlib.sha256()
-    for start in range(0, len(tokens), piece):
-        ids = tokens[start : start + piece]
-        if (outside := np.flatnonzero(ids >= vocab_size)).size:
-            raise ValueError(
-                f"{data} has the token id {ids[outside[0]]} at position {start + outside[0]}, and the vocabulary has "
-                f"{vocab_size}: the tokens are another tokenizer's."
-            )
-        digest.update(ids.astype("<u4").tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------- the windows

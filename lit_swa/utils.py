@@ -1,5 +1,6 @@
 """What every script shares: the command line, errors for people."""
 
+import math
 import os
 import signal
 import sys
@@ -116,37 +117,56 @@ def describe_machine(device: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def print_line(text: str, stays: bool = True) -> None:
+    """Print a line on stderr. On a terminal it replaces a line that does not stay; a log file keeps every line."""
+    terminal = sys.stderr.isatty()
+    end = "\n" if stays or not terminal else ""
+    print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
+
+
 def show_reading(done: int, total: int) -> None:
-    """One line on stderr for a long prompt, if a person is there to see it."""
+    """Show on a terminal how far a long prompt is read, in one line that goes when all is read."""
     if sys.stderr.isatty():
-        end = "\r\033[K" if done == total else ""
-        print(f"\rreading {done} of {total} tokens, {done / total:.0%}{end}", end="", file=sys.stderr, flush=True)
+        print_line("" if done == total else f"reading {done} of {total} tokens, {done / total:.0%}", stays=False)
 
 
 class ProgressLine:
-    """One line on stderr: how far, what the caller says, tokens per second, memory, time to go.
+    """One line on stderr: how much is done, what the caller says, tokens per second, memory, time to go.
 
     On a terminal the line is rewritten; in a log file a new one comes every `interval` seconds.
     """
 
-    def __init__(self, total: int, what: str, *, done: int = 0, interval: float = 30.0) -> None:
-        """total, done: units of work (tokens, say); `done` were there before the start, after a resume."""
+    def __init__(self, total: int | None, what: str, *, done: int = 0, interval: float = 30.0) -> None:
+        """total: units of work (tokens, steps, ...), None where nobody knows. done: units that an earlier run did."""
         self.total, self.what, self.before, self.interval = total, what, done, interval
-        self.started, self.shown = time.perf_counter(), -1e9
+        self.started = time.perf_counter()
+        self.shown = -1e9 if total is not None else self.started
 
-    def show(self, done: int, text: str = "") -> None:
-        """Say that `done` of the total is done; `text` is put in between, such as "ppl 12.3"."""
-        now, terminal = time.perf_counter(), sys.stderr.isatty()
-        if now - self.shown < (0.1 if terminal else self.interval) and done < self.total:
+    def show(self, done: int, text: str = "", *, tokens: int | None = None, seconds: float | None = None) -> None:
+        """Say that `done` units of the total are done. text: put in between, such as "ppl 12.3".
+
+        tokens: what tokens per second counts, by default the units. seconds: how long the work took, by default the
+        time since this object was made.
+        """
+        now, finished = time.perf_counter(), self.total is not None and done >= self.total
+        if now - self.shown < (0.1 if sys.stderr.isatty() else self.interval) and not finished:
             return
         self.shown = now
-        rate = (done - self.before) / max(now - self.started, 1e-9)
-        to_go = (self.total - done) / rate if rate > 0 else float("inf")
-        parts = [f"{self.what} {done}/{self.total} {done / max(1, self.total):.1%}", text, f"{rate:.0f} tok/s"]
-        parts += [memory_in_use(), f"eta {format_seconds(to_go)}"]
-        line = " | ".join(p for p in parts if p)
-        end = "\n" if not terminal or done >= self.total else ""
-        print(f"\r\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
+        units = done - self.before
+        seconds = max(now - self.started if seconds is None else seconds, 1e-9)
+        rate = format_rate((units if tokens is None else tokens) / seconds)
+        if self.total is None:
+            parts = [f"{done} {self.what}", text, rate, memory_in_use()]
+        else:
+            share = f"{done / max(1, self.total):.1%}"
+            eta = format_seconds((self.total - done) * seconds / units if units > 0 else math.inf)
+            parts = [f"{self.what} {done}/{self.total} {share}", text, rate, memory_in_use(), f"eta {eta}"]
+        print_line(" | ".join(part for part in parts if part), stays=finished)
+
+    def clear(self) -> None:
+        """Take the line away, where it would stay in front of what is printed next."""
+        if sys.stderr.isatty():
+            print_line("", stays=False)
 
 
 def memory_in_use() -> str:
@@ -171,3 +191,9 @@ def format_seconds(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def format_rate(tokens_per_second: float) -> str:
+    """850 tok/s, or 40.1k tok/s."""
+    r = tokens_per_second
+    return f"{r / 1e3:.1f}k tok/s" if r >= 1e4 else f"{r:.0f} tok/s"

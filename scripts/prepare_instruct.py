@@ -23,23 +23,24 @@ def main(
 
     Args:
         data: A .json, .jsonl, .csv or .parquet file of instructions or conversations; or the name of a published
-            dataset, fetched from the Hugging Face hub into data/hub: alpaca, alpaca-gpt4, dolly, lima, longform, flan
-            (flan:PATTERN for some of its files), deita, longalpaca.
+            dataset, which is fetched from the Hugging Face hub into data/hub: alpaca, alpaca-gpt4, dolly, lima,
+            longform, flan (flan:PATTERN for some of its files), deita, longalpaca.
         output_dir: The directory to write. A dataset that is there already is replaced.
         checkpoint_dir: The model to train: its tokenizer and chat template are used. By default
             SmolLM2-135M-Instruct, which is downloaded once.
-        max_seq_length: Longer examples are cut; those of which no trained token is left are dropped and counted.
+        max_seq_length: Longer examples are cut to so many tokens. An example that keeps no trained token is dropped.
         prompt_style: chat (the model's own template), alpaca, llama2, longalpaca, chatml, vicuna or plain. By default
             the published dataset's own, else chat where the model has a template, else alpaca.
-        preset: The published dataset whose fields and prompt style a local file has.
+        preset: Read a local file with the fields and the prompt style of this published dataset.
         mask_prompt: Train the answers only. False trains the prompts as well.
-        limit: Read so many examples at most.
+        limit: Read at most so many examples.
         show: How many samples to print.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
-    from lit_swa.data import check_dataset, load_dataset, save_dataset, show_examples, show_progress
+    from lit_swa.data import check_dataset, load_dataset, save_dataset, show_examples
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
+    from lit_swa.utils import ProgressLine
 
     if show < 0:
         raise ValueError(f"show={show} does not fit: it must be at least 0.")
@@ -47,7 +48,7 @@ def main(
         raise ValueError(f"{output_dir} is a file: give a directory to write to.")
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
-    tokenizer = Tokenizer(checkpoint_dir)
+    tokenizer, progress = Tokenizer(checkpoint_dir), ProgressLine(None, "examples")
     dataset = load_dataset(
         data,
         tokenizer,
@@ -56,8 +57,9 @@ def main(
         preset=preset,
         mask_prompt=mask_prompt,
         limit=limit,
-        progress=show_progress("examples"),
+        progress=progress,
     )
+    progress.clear()
     print(dataset.report, file=sys.stderr)
     if show:
         print(show_examples(dataset, tokenizer, show), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Texts as one file of token ids: python scripts/prepare_text.py --data data/books --output data/books.bin."""
+"""Tokenise texts into one file of ids: python scripts/prepare_text.py --data data/books --output data/books.bin."""
 
 import sys
 from pathlib import Path
@@ -19,9 +19,10 @@ def main(data: list[Path] | Path, output: Path, checkpoint_dir: Path | None = No
         checkpoint_dir: The model whose tokenizer is used. By default SmolLM2-135M-Instruct, which is downloaded once.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
-    from lit_swa.data import show_progress, write_token_file
+    from lit_swa.data import write_token_file
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
+    from lit_swa.utils import ProgressLine
 
     if output.suffix != ".bin":
         raise ValueError(f"{output} does not fit: the name of a token file ends in .bin.")
@@ -32,7 +33,9 @@ def main(data: list[Path] | Path, output: Path, checkpoint_dir: Path | None = No
         raise ValueError(f"{data} holds no .txt file: give texts.")
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
-    documents, tokens = write_token_file(files, Tokenizer(checkpoint_dir), output, show_progress("documents"))
+    progress = ProgressLine(None, "documents")
+    documents, tokens = write_token_file(files, Tokenizer(checkpoint_dir), output, progress)
+    progress.clear()
     print(f"{documents} documents, {tokens} tokens, {output.stat().st_size} bytes", file=sys.stderr)
     print(output)
 

@@ -1,0 +1,129 @@
+"""Published datasets on the Hugging Face hub: where they are, what their fields mean, and how to fetch them."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_swa.data.records import Fields
+from lit_swa.formats.files import directory_lock, read_json, require_space, write_json
+
+
+class Preset(NamedTuple):
+    """A published dataset: where it is, what its fields mean, how its prompts are written."""
+
+    repo: str
+    files: tuple[str, ...]  # patterns of the training files
+    fields: Fields
+    prompt_style: str | None  # None: the model's chat template if it has one
+    description: str
+
+
+PRESETS = {
+    "alpaca": Preset(
+        "tatsu-lab/alpaca", ("data/train-*.parquet",), Fields("instruction", "input", "output"), "alpaca",
+        "52,002 instructions, answers by text-davinci-003",
+    ),
+    "alpaca-gpt4": Preset(
+        "vicgalle/alpaca-gpt4", ("data/train-*.parquet",), Fields("instruction", "input", "output"), "alpaca",
+        "Alpaca's instructions, answers by GPT-4",
+    ),
+    "dolly": Preset(
+        "databricks/databricks-dolly-15k", ("databricks-dolly-15k.jsonl",),
+        Fields("instruction", "context", "response"), "alpaca", "15,011 instructions and answers by people",
+    ),
+    "lima": Preset(
+        "GAIR/lima", ("train.jsonl",), Fields(messages="conversations"), None,
+        "1,030 chosen conversations; ask for access on the hub",
+    ),
+    "longform": Preset(
+        "akoksal/LongForm", ("data/train-*.parquet",), Fields("input", "", "output"), "alpaca",
+        "23,652 long texts, each with the instruction that asks for it",
+    ),
+    "flan": Preset(
+        "Muennighoff/flan", ("train/*.jsonl",), Fields("inputs", "", "targets"), "alpaca",
+        "66 tasks in ten wordings each, many GB: choose with flan:PATTERN",
+    ),
+    "deita": Preset(
+        "HuggingFaceH4/deita-10k-v0-sft", ("data/train_sft-*.parquet",), Fields(messages="messages"), None,
+        "about 10,000 conversations chosen for quality",
+    ),
+    "longalpaca": Preset(
+        "Yukang/LongAlpaca-12k", ("LongAlpaca-12k.json",), Fields("instruction", "input", "output"), "longalpaca",
+        "9,000 questions on long texts and 3,000 short instructions",
+    ),
+
+
+}  # fmt: skip
+
+HUB_SECONDS = 10.0  # for the hub's answer to a question
+HUB_DIR = Path("data/hub")
+HUB_INDEX = "files.json"  # selection -> files, written once they are all there
+
+
+def fetch_preset(name: str, selection: str = "", directory: Path | None = None) -> list[Path]:
+    """The files of a preset, downloaded into directory/NAME (by default data/hub/NAME) unless they are there.
+
+    selection: a pattern of file names such as "aeslc*"; "" takes all. Raises OSError in one sentence.
+    """
+    directory = (directory or HUB_DIR) / name
+    with directory_lock(directory):
+        index = read_json(directory / HUB_INDEX) if (directory / HUB_INDEX).exists() else {}
+        known = [directory / file for file in index.get(selection, []) if ".." not in Path(file).parts]
+        if known and all(path.is_file() for path in known):
+            return known
+        info = ask_hub(PRESETS[name].repo)
+        files = select_files(info, PRESETS[name], selection)
+        require_space(directory, sum(file.size or 0 for file in files))
+        for file in files:
+            download(info, file, directory)
+        write_json(directory / HUB_INDEX, {**index, selection: [file.rfilename for file in files]})
+    return [directory / file.rfilename for file in files]
+
+
+def ask_hub(repo: str) -> Any:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        return HfApi().dataset_info(repo, files_metadata=True, timeout=HUB_SECONDS)
+    except GatedRepoError:
+        raise OSError(f"Access to {repo} must be asked for on its page on the Hugging Face hub: {LOG_IN}.") from None
+    except Exception as error:  # the hub's and the network's errors have no base class in common
+        reason = f"{type(error).__name__}: {str(error).strip()[:120]}"
+        raise OSError(
+            f"The Hugging Face hub does not give {repo} ({reason}): check the network, or give a local file with "
+            "preset."
+        ) from None
+
+
+LOG_IN = "then set HF_TOKEN, or log in with hf auth login"
+
+
+def select_files(info: Any, preset: Preset, selection: str) -> list[Any]:
+    files = [f for f in info.siblings or [] if any(fnmatch.fnmatch(f.rfilename, p) for p in preset.files)]
+    chosen = [f for f in files if fnmatch.fnmatch(Path(f.rfilename).name, selection or "*")]
+    if not chosen:
+        names = ", ".join(Path(f.rfilename).name for f in files[:8]) or "none"
+        what = f"called {selection}" if selection else f"like {', '.join(preset.files)}"
+        raise ValueError(f"{preset.repo} has no file {what} (it has {names}): choose others, or give a local file.")
+    return sorted(chosen, key=lambda file: file.rfilename)
+
+
+def download(info: Any, file: Any, directory: Path) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError
+
+    from lit_swa.formats.download import verify_hub_file
+
+    try:
+        path = hf_hub_download(info.id, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=directory)
+    except GatedRepoError:
+        raise OSError(f"Access to {info.id} must be asked for on its page on the Hugging Face hub: {LOG_IN}.") from None
+    except Exception as error:
+        raise OSError(
+            f"The download of {file.rfilename} stopped ({type(error).__name__}: {str(error).strip()[:120]}): run the "
+            "command again, it goes on where it stopped."
+        ) from error
+    verify_hub_file(Path(path), file)

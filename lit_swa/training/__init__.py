@@ -1,0 +1,1 @@
+"""Training: the loop's helpers, saving and resuming, several processes, the rehearsal before step 1."""
