@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lit_swa.model import ROPE_SCALING_KEYS, TRAINED_LENGTH
+from lit_swa.config import ROPE_SCALING_KEYS, TRAINED_LENGTH
 
 # ------------------------------------------------------------------------------------------------------- named shapes
 

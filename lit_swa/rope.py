@@ -1,0 +1,172 @@
+"""Rotary position embedding, and its scalings for texts longer than those that a model was trained on."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+if __package__:
+    from .config import LONGROPE_LISTS, TRAINED_LENGTH, Config
+else:  # copied beside a script of another project
+    from config import LONGROPE_LISTS, TRAINED_LENGTH, Config
+
+
+class RoPE(nn.Module):
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) rotates pairs (x_i, x_{i + n/2}) by position * f_i.
+
+    Angles are made in float32 from the call's own positions, whatever the model's dtype, so no position is too far.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()  # where the weights go; real numbers even in a model of meta tensors
+        frequencies = rope_frequencies(config).to("cpu" if device.type == "meta" else device)
+        self.register_buffer("inv_freq", frequencies, persistent=False)  # (bases, rope_n_elem / 2)
+        self.attention_factor = rope_attention_factor(config.rope_scaling)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoPE":
+        """Follow the model to another device, but never to another dtype: bfloat16 positions are wrong past 256."""
+        super()._apply(fn, recurse)
+        self.inv_freq = rope_frequencies(self.config).to(self.inv_freq.device)
+        return self
+
+    def depends_on_length(self, base: int = 0) -> bool:
+        """True if the angles at this base change as a text grows: keys are then cached before they are rotated."""
+        return base == 0 and (self.config.rope_scaling or {}).get("type") in LENGTH_SCALINGS
+
+    def forward(self, pos: Tensor, base: int = 0, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin, (1 or B, 1, T, rope_n_elem) each, for positions (1 or B, T) at one of the bases.
+
+        length: tokens seen so far, (1 or B, 1), where the angles depend on it.
+        """
+        inv_freq = self.inv_freq[base]
+        if length is not None:
+            scaling = self.config.rope_scaling
+            inv_freq = LENGTH_SCALINGS[scaling["type"]](self.inv_freq, scaling, length)[:, None, None]  # (1 or B, ...)
+        angles = pos[:, None, :, None].float() * inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        if base == 0 and self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of the first rope_n_elem elements of every head of x (B, H, T, D), in float32 at least.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
+    n = cos.size(-1)
+    head = x if n == x.size(-1) else x[..., :n]
+    head = head.to(torch.promote_types(x.dtype, torch.float32))
+    rotated = (head * cos + head.roll(n // 2, dims=-1) * sin).to(x.dtype)  # sin holds the signs of both halves
+    return rotated if n == x.size(-1) else torch.cat([rotated, x[..., n:]], dim=-1)
+
+
+def rope_frequencies(config: Config) -> Tensor:
+    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled; the local base's, if there is one;
+    and LongRoPE's for long texts."""
+    exponents = torch.arange(0, config.rope_n_elem, 2, device="cpu", dtype=torch.float32) / max(1, config.rope_n_elem)
+    plain, scaling = 1.0 / config.rope_base**exponents, config.rope_scaling or {"type": None}
+    local = [] if config.rope_local_base_freq is None else [1.0 / config.rope_local_base_freq**exponents]
+    if scaling["type"] == "longrope":
+        short, long = (plain / torch.tensor(scaling[key], device="cpu", dtype=torch.float32) for key in LONGROPE_LISTS)
+        return torch.stack([short, *local, long])
+    scale = ROPE_SCALINGS.get(scaling["type"], keep)
+    return torch.stack([scale(plain, scaling, config), *local])
+
+
+# Scalings of a model's frequencies f. A factor of 1 is the identity for each of them.
+
+
+def scale_linear(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    """Position interpolation (Chen et al. 2023, arXiv 2306.15595): position / factor."""
+    return f / scaling["factor"]
+
+
+def scale_ntk(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    """Neural tangent kernel scaling (bloc97, 2023): base * factor^(D / (D - 2)); the shortest wave stays as it is."""
+    return f * scaling["factor"] ** -ntk_exponents(f)
+
+
+def ntk_exponents(f: Tensor) -> Tensor:
+    """How the factor by which the lowest frequency is divided spreads over all: 0 for the highest, 1 for the lowest."""
+    return torch.arange(f.size(-1), device=f.device, dtype=torch.float32) / (f.size(-1) - 1)
+
+
+def scale_yarn(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): short waves are kept, long ones stretched, those between blended.
+
+    The blend is linear in the index of the dimension, as in the reference and in transformers; the paper's is linear in
+    the number of rotations.
+    """
+    n, trained = 2 * f.size(-1), scaling[TRAINED_LENGTH]
+
+    def index_of(rotations: float) -> float:
+        """The (real-valued) index of the wave that rotates so often within the trained length."""
+        return n * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    low, high = index_of(scaling.get("beta_fast", 32)), index_of(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, n - 1)
+    index = torch.arange(f.size(-1), device=f.device, dtype=torch.float32)
+    stretched = ((index - low) / (high - low or 0.001)).clamp(0, 1)
+    return stretched * f / scaling["factor"] + (1 - stretched) * f
+
+
+def scale_llama3(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    """Llama 3.1: long waves are stretched by the factor, short ones kept, those between blended."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    rotations = scaling[TRAINED_LENGTH] * f / (2 * math.pi)  # within the trained length
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
+    return kept * f + (1 - kept) * f / factor
+
+
+def keep(f: Tensor, scaling: dict, config: Config) -> Tensor:
+    return f
+
+
+def scale_dynamic(inv_freq: Tensor, scaling: dict, length: Tensor) -> Tensor:
+    """Dynamic NTK (emozilla, 2023) for texts of `length` (1 or B, 1) tokens so far: (1 or B, rope_n_elem / 2)."""
+    stretch = (length / scaling[TRAINED_LENGTH]).clamp(min=1.0)
+    factor = scaling["factor"] * stretch - (scaling["factor"] - 1)
+    return inv_freq[0] * factor ** -ntk_exponents(inv_freq)
+
+
+def scale_longrope(inv_freq: Tensor, scaling: dict, length: Tensor) -> Tensor:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a searched factor per frequency, others once a text is long."""
+    return torch.where(length > scaling[TRAINED_LENGTH], inv_freq[-1], inv_freq[0])
+
+
+ROPE_SCALINGS: dict[str, Callable[[Tensor, dict, Config], Tensor]] = {
+    "linear": scale_linear,
+    "ntk": scale_ntk,
+    "dynamic": keep,
+    "yarn": scale_yarn,
+    "llama3": scale_llama3,
+    "longrope": keep,
+}
+LENGTH_SCALINGS: dict[str, Callable[[Tensor, dict, Tensor], Tensor]] = {  # config.LENGTH_DEPENDENT
+    "dynamic": scale_dynamic,
+    "longrope": scale_longrope,
+}
+
+
+def rope_attention_factor(scaling: dict | None) -> float:
+    """What YaRN and LongRoPE multiply queries and keys with, by way of cos and sin."""
+    if scaling is None or scaling["type"] not in ("yarn", "longrope"):
+        return 1.0
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    factor = scaling.get("factor", 1.0)
+    if factor <= 1:
+        return 1.0
+    if scaling["type"] == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(scaling[TRAINED_LENGTH]))
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        above, below = (0.1 * scaling[key] * math.log(factor) + 1 for key in ("mscale", "mscale_all_dim"))
+        return above / below
+    return 0.1 * math.log(factor) + 1
