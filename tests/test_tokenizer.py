@@ -12,7 +12,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -446,7 +445,7 @@ def test_sentencepiece_takes_added_tokens(tmp_path):
 
 
 def test_sentencepiece_takes_the_flags_of_added_tokens(tmp_path):
-    """Would catch spaces kept or taken against lstrip and rstrip, a marker inside a word, and slow long whitespace."""
+    """Would catch spaces kept or taken against lstrip and rstrip, and a marker found inside a word."""
     flags = {"<l>": {"lstrip": True}, "<r>": {"rstrip": True}, "<w>": {"single_word": True}, "<l><r>": {}}
     added = {str(450 + i): {"content": content, **value} for i, (content, value) in enumerate(flags.items())}
     tokenizer = Tokenizer(make_sentencepiece(tmp_path / "model", added_tokens_decoder=added))
@@ -456,9 +455,14 @@ def test_sentencepiece_takes_the_flags_of_added_tokens(tmp_path):
         assert sum(token_id >= tokenizer.token_to_id("<l>") for token_id in ids) == 1
     whole, inside = (tokenizer.encode(text) for text in ("a <w> b", "a <w>b"))
     assert tokenizer.token_to_id("<w>") in whole and tokenizer.token_to_id("<w>") not in inside
-    start = time.perf_counter()
-    tokenizer.encode("a" + " " * 100_000 + "b")
-    assert time.perf_counter() - start < 2
+
+
+def test_added_tokens_do_not_make_white_space_slow(tmp_path):
+    """Would catch a search for "spaces, then a token" that tries every start: 5 * 10**11 steps, so it never ends."""
+    added = {"450": {"content": "<l>", "lstrip": True, "rstrip": True}}
+    tokenizer = Tokenizer(make_sentencepiece(tmp_path / "model", added_tokens_decoder=added))
+    text = "a" + " " * 10**6 + "b"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -511,12 +515,15 @@ DECODERS = {
     "replace_after_fuse": decoders.Sequence([decoders.Fuse(), decoders.Replace("▁", "_"), decoders.Replace("ab", "c")]),
     "nested": decoders.Sequence([decoders.Sequence([SPACES]), decoders.Sequence([decoders.Fuse()])]),
     "twice": decoders.Sequence([decoders.ByteLevel(), decoders.ByteLevel()]),
+    "makes_bytes": decoders.Sequence([decoders.Replace("a", "<0x41>"), decoders.ByteFallback(), decoders.Fuse()]),
+    "two_strips": decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0), decoders.Strip("a", 1, 0)]),
+    "hides_broken": decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\ufffd", "?")]),
 }
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_stream_equals_decode_for_every_decoder(name, tmp_path):
-    """Would catch a stage that differs from the library's decoder of that name, in any order of tokens."""
+    """Would catch a decoder whose later tokens change earlier text, although its text is given out at once."""
     rust = RustTokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
     rust.add_special_tokens(["<s>"])
     if DECODERS[name] is not None:
@@ -565,20 +572,22 @@ def test_flush_ends_one_sequence_and_begins_the_next(tokenizers):
             assert "".join([*map(decoder.push, part), decoder.flush()]) == tokenizer.decode(part)
 
 
-def test_cost_of_a_token_does_not_grow_with_the_text(tokenizers):
-    """Would catch re-decoding what has been written: 16 times the tokens would take 256 times as long."""
-    for kind in ("byte_level", "llama", "sentencepiece"):
-        tokenizer = tokenizers[kind]
-        ids = tokenizer.encode("a brown fox 12 é 日 ", bos=False) * 1600
-
-        def seconds(count, tokenizer=tokenizer, ids=ids):
-            start = time.perf_counter()
-            for _ in tokenizer.decode_stream(ids[:count]):
-                pass
-            return time.perf_counter() - start
-
-        short, long = (min(seconds(count) for _ in range(3)) for count in (1000, 16000))
-        assert long < 16 * short * 4, kind
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "sentencepiece"])
+@pytest.mark.parametrize("text", ["a brown fox 12 é 日 ", "\ufffd"])
+def test_cost_of_a_token_does_not_grow_with_the_text(kind, text, tokenizers, monkeypatch):
+    """Would catch decoding again what has been written, or everything since bytes stopped being characters."""
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text, bos=False) * 500
+    if text == "\ufffd":  # its first byte again and again: no character ever
+        ids = [tokenizer.encode("😀", bos=False)[-1]] * 4000
+    decode, decoded = tokenizer._backend.decode, []
+    monkeypatch.setattr(
+        tokenizer._backend, "decode", lambda ids, *a, **k: decoded.append(len(ids)) or decode(ids, *a, **k)
+    )
+    pieces = list(tokenizer.decode_stream(ids))
+    monkeypatch.undo()
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert sum(decoded) <= 16 * len(ids)
 
 
 # --- what is wrong is said in one sentence ----------------------------------------------------------------------------
@@ -851,15 +860,16 @@ def try_mutation(directory: Path, seed: int) -> str:
 
 
 def run_mutations(directory: Path, first: int, count: int) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process: a hang in Rust asks no Python code
+    # After a minute of computing the system ends the process: code in Rust would not let a Python handler run.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     Tokenizer(directory).encode("warm up")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = {"loaded": 0, "refused": 0}
     for seed in range(first, first + count):
         print(seed, flush=True)
-        signal.alarm(5)
+        signal.setitimer(signal.ITIMER_PROF, 60)
         outcomes[try_mutation(directory, seed)] += 1
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     print(json.dumps(outcomes | {"grown_mb": grown}))
 
@@ -878,7 +888,7 @@ def assert_mutations_end_well(directory: Path, first: int, count: int) -> None:
 
 
 def test_mutated_files_load_or_are_refused(directories, copy_of):
-    """Would catch a crash, a hang of 5 s, 256 MB of memory, or an error that is not one sentence."""
+    """Would catch a crash, a hang, 256 MB of memory, or an error that is not one sentence."""
     assert_mutations_end_well(copy_of("llama"), 0, 60)
 
 
