@@ -21,16 +21,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_swa.formats.checkpoint import ADAPTER_FILE, CONFIG_FILE, copy_tokenizer
-from lit_swa.formats.files import (
-    LazyTensor,
-    directory_lock,
-    find_inside,
-    open_safetensors,
-    read_json,
-    remove_leftovers,
-    write_json,
-    write_safetensors,
+from lit_swa.checks import check_range
+from lit_swa.formats.adapter_files import adapter_kind, describe_base, write_adapter
+from lit_swa.formats.directory import ADAPTER_FILE, CONFIG_FILE
+from lit_swa.formats.files import as_lazy, find_inside, open_safetensors, read_json
+from lit_swa.linear_formats import (
+    INJECTED,
+    can_train_beside,
+    device_of,
+    inject,
+    is_linear,
+    is_plain,
+    remove_injected,
 )
 from lit_swa.model import GPT, CausalSelfAttention, RMSNorm, softcap
 
@@ -49,10 +51,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if type(self.version) is not int or self.version not in KINDS.values():
             raise ValueError(f"version={self.version!r} does not fit: choose from 1, 2.")
-        for name, least, most in (("prompt_length", 1, 4096), ("start_layer", 0, 4096)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{name}={value!r} does not fit: it must be a whole number from {least} to {most}.")
+        check_range("prompt_length", self.prompt_length, 1, 4096, whole=True)
+        check_range("start_layer", self.start_layer, 0, 4096, whole=True)
 
     @property
     def kind(self) -> str:
@@ -71,22 +71,23 @@ class GatedPrompt(nn.Module):
 
     def __init__(self, attn: CausalSelfAttention, prompt_length: int) -> None:
         super().__init__()
-        device, config = attn.proj.weight.device, attn.config
+        device, config = device_of(attn.proj), attn.config
         self.prompt = nn.Parameter(torch.randn(prompt_length, config.n_embd, device=device, dtype=torch.float32))
-        self.gate = nn.Parameter(torch.zeros(config.n_head, device=device, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(attn.n_head, device=device, dtype=torch.float32))
         self.layer = (attn,)  # in a tuple, so that it is no submodule; its projection may be quantised or replaced
 
     def forward(self, q: Tensor) -> Tensor:
-        """What queries (B, H, T, D), turned by RoPE, find in the prompt: (B, H, T, D), times the gates."""
+        """What queries (B, H, T, D), rotated by RoPE, find in the prompt: (B, H, T, D), times the gates."""
         (attn,) = self.layer
         config, (B, H, T, D), P = attn.config, q.shape, len(self.prompt)
-        G = config.n_query_groups
+        G, cap = attn.n_query_groups, config.attention_logit_softcapping
         qkv = attn.qkv(self.prompt.to(q.dtype)[None])[0].view(P, H + 2 * G, D).transpose(0, 1)  # (H + 2G, P, D)
         _, k, v = qkv.split((H, G, G))
         k, v = attn.norm_k(k).to(q.dtype), v.to(q.dtype)  # (G, P, D): without RoPE, at no position
         scale = (config.attention_scores_scalar or config.head_size) ** -0.5
         rows = q.reshape(B, G, -1, D)  # (B, H, T, D) -> (B, G, R * T, D)
-        scores = softcap(rows @ k.mT * scale, config.attention_logit_softcapping)  # (B, G, R * T, P)
+        scores = rows @ k.mT * scale  # (B, G, R * T, P)
+        scores = scores if cap is None else softcap(scores, cap)
         wide = torch.promote_types(q.dtype, torch.float32)
         found = (F.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ v).view(B, H, T, D)
         return self.gate.tanh().to(q.dtype).view(H, 1, 1) * found
@@ -95,9 +96,9 @@ class GatedPrompt(nn.Module):
 class ScaleAndBias(nn.Module):
     """(y + bias) * scale for the output y (..., out) of a linear layer; bias and scale are (out,)."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        size, device = linear.out_features, linear.weight.device
+        size, device = linear.out_features, device_of(linear)
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
         self.scale = nn.Parameter(torch.ones(size, device=device, dtype=torch.float32))
 
@@ -105,15 +106,16 @@ class ScaleAndBias(nn.Module):
         return (y + self.bias.to(y.dtype)) * self.scale.to(y.dtype)
 
 
-# The forward hooks are functions of the module, so that a copied model uses its own adapters.
-
-
-def add_prompt_output(meet: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    queries = inputs[0]  # one for each part of the variant: the first are those at their nearest positions
-    return output + meet.adapter(queries[0]).to(output.dtype)
+def add_prompt_output(mixer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The forward hook of the mixer of a layer with a prompt."""
+    q, plan = inputs[0], inputs[3]
+    q = q if plan.temperature is None else (q * plan.temperature).to(q.dtype)
+    q = plan.rotate(q, *plan.q_angles[0])  # as the variant's first part: the queries at their nearest positions
+    return output + mixer.adapter(q).to(output.dtype)
 
 
 def scale_output(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """The forward hook of a linear layer with a bias and a scale."""
     return linear.adapter(output)
 
 
@@ -130,17 +132,12 @@ def add_adapter(model: GPT, config: AdapterConfig) -> list[str]:
     model.requires_grad_(False)
     for module in targets.values():
         if isinstance(module, CausalSelfAttention):
-            put(module.meet, GatedPrompt(module, config.prompt_length), add_prompt_output)
-        elif isinstance(module, nn.Linear):
-            put(module, ScaleAndBias(module), scale_output)
+            inject(module.mixer, "adapter", GatedPrompt(module, config.prompt_length), add_prompt_output)
+        elif is_linear(module):
+            inject(module, "adapter", ScaleAndBias(module), scale_output)
         else:
             module.requires_grad_(True)
-    return [f"{name}.meet" if isinstance(module, CausalSelfAttention) else name for name, module in targets.items()]
-
-
-def put(module: nn.Module, adapter: nn.Module, hook: Any) -> None:
-    module.adapter = adapter.train(module.training)
-    module.register_forward_hook(hook)
+    return [f"{name}.mixer" if isinstance(module, CausalSelfAttention) else name for name, module in targets.items()]
 
 
 def adapter_targets(model: GPT, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -158,11 +155,10 @@ def adapter_targets(model: GPT, config: AdapterConfig) -> dict[str, nn.Module]:
             targets[f"transformer.h.{i}.attn"] = block.attn
         if config.version == 2:
             inside = {f"transformer.h.{i}.{name}": module for name, module in block.named_modules()}
-            targets |= {name: m for name, m in inside.items() if isinstance(m, (nn.Linear, *NORMS))}
+            targets |= {name: m for name, m in inside.items() if isinstance(m, NORMS) or can_train_beside(m)}
     return targets | ({"transformer.ln_f": model.transformer.ln_f} if config.version == 2 else {})
 
 
-INJECTED = ("adapter", "lora")  # the children that are put into modules
 NORMS = (RMSNorm, nn.LayerNorm)
 
 
@@ -171,8 +167,10 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def adapter_state(model: GPT) -> dict[str, Tensor]:
-    """What an adapter's training changes, by the parameter's name in the model: its own parameters, and in version 2
-    the norms. The tensors are those of the model, not copies. Raises ValueError when the model has no adapter."""
+    """What training changes, by the name in the model: the adapter's parameters, and in version 2 the norms.
+
+    The tensors are those of the model, not copies. Raises ValueError when the model has no adapter.
+    """
     if not has_adapter(model):
         raise ValueError("The model has no adapter: add_adapter gives it one.")
     modules = dict(model.named_modules())
@@ -202,7 +200,7 @@ def fold_scale_and_bias(model: GPT) -> int:
     if not changed:
         raise ValueError("The model has no adapter of version 2: there is nothing to fold.")
     for name, linear in changed:
-        if type(linear) is not nn.Linear:
+        if not is_plain(linear):
             raise ValueError(f"{name} is quantised, and a scale cannot be folded into it: load the base in full.")
     for _, linear in changed:
         weight, wide, own = linear.weight, torch.promote_types(linear.weight.dtype, torch.float32), linear.adapter
@@ -210,9 +208,7 @@ def fold_scale_and_bias(model: GPT) -> int:
         folded = {"weight": weight.to(wide) * own.scale[:, None], "bias": bias * own.scale}
         for key, values in folded.items():
             setattr(linear, key, nn.Parameter(values.to(weight.dtype), requires_grad=weight.requires_grad))
-        for key in [key for key, hook in linear._forward_hooks.items() if hook is scale_output]:
-            del linear._forward_hooks[key]
-        del linear.adapter
+        remove_injected(linear, "adapter", scale_output)
     model.config.attn_bias = model.config.attn_proj_bias = model.config.mlp_bias = True
     return len(changed)
 
@@ -232,24 +228,14 @@ def save_adapter(
     """
     directory, state = Path(directory), adapter_state(model)
     check_state(state, expected_state(model, config), "The model")
-    content = {CONFIG_FILE: asdict(model.config), ADAPTER_FILE: {"kind": config.kind, "adapter": asdict(config)}}
+    fields = {"kind": config.kind, "adapter": asdict(config)}
     if base_dir is not None:
-        from lit_swa.formats.peft import relative_path, weights_identity
-
         base_dir = Path(base_dir)
-        content[ADAPTER_FILE]["base_checkpoint_dir"] = relative_path(base_dir, directory)
-        content[ADAPTER_FILE]["base_identity"] = weights_identity(base_dir)
-    lazy = {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
-    with directory_lock(directory):
-        remove_leftovers(directory)
-        if not all((directory / name).exists() and read_json(directory / name) == c for name, c in content.items()):
-            (directory / ADAPTER_FILE).unlink(missing_ok=True)  # it stands for the weights beside it
-        if base_dir is not None:
-            copy_tokenizer(base_dir, directory)
-        write_safetensors(directory / WEIGHTS_FILE, lazy)
-        for name, values in content.items():
-            write_json(directory / name, values)
-    return content[ADAPTER_FILE]
+        fields |= describe_base(base_dir, directory)
+    tensors = {name_in_file(name): as_lazy(tensor) for name, tensor in state.items()}
+    descriptions = {CONFIG_FILE: asdict(model.config), ADAPTER_FILE: fields}
+    write_adapter(directory, WEIGHTS_FILE, tensors, descriptions, base_dir)
+    return fields
 
 
 @torch.no_grad()
@@ -260,6 +246,7 @@ def load_adapter(model: GPT, directory: str | Path) -> AdapterConfig:
     """
     directory = Path(directory)
     config, tensors = read_adapter_config(directory), open_safetensors(find_inside(directory, WEIGHTS_FILE))
+    tensors = {name.replace(".attn.meet.", ".attn.mixer."): tensor for name, tensor in tensors.items()}
     adapter_targets(model, config)  # which has no adapter yet
     check_state(tensors, expected_state(model, config), directory / WEIGHTS_FILE)
     loaded = {name: tensor.load() for name, tensor in tensors.items()}
@@ -269,12 +256,22 @@ def load_adapter(model: GPT, directory: str | Path) -> AdapterConfig:
     return config
 
 
+def name_in_file(name: str) -> str:
+    """A parameter's name as adapter files have it: they keep the name that the mixer had when the format was made."""
+    return name.replace(".attn.mixer.", ".attn.meet.")
+
+
+def is_llama_adapter(directory: Path) -> bool:
+    """True for a directory that save_adapter wrote, False for LoRA, PEFT's own included."""
+    return adapter_kind(directory) in KINDS
+
+
 def read_adapter_config(directory: str | Path) -> AdapterConfig:
     """The config in a directory's lit_adapter.json. Raises FileNotFoundError or ValueError."""
     path = find_inside(Path(directory), ADAPTER_FILE)
     content = read_json(path)
     kind, fields = content.get("kind"), content.get("adapter")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{path} is of the kind {str(kind)[:40]!r}, which is none of {', '.join(KINDS)}.")
     known = set(AdapterConfig.__dataclass_fields__)
     if not isinstance(fields, dict) or set(fields) != known:
@@ -295,10 +292,10 @@ def expected_state(model: GPT, config: AdapterConfig) -> dict[str, tuple[int, ..
 
 def _expected(model: GPT, config: AdapterConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     for i in range(config.start_layer, len(model.transformer.h)):
-        yield f"transformer.h.{i}.attn.meet.adapter.prompt", (config.prompt_length, model.config.n_embd)
-        yield f"transformer.h.{i}.attn.meet.adapter.gate", (model.config.n_head,)
+        yield f"transformer.h.{i}.attn.mixer.adapter.prompt", (config.prompt_length, model.config.n_embd)
+        yield f"transformer.h.{i}.attn.mixer.adapter.gate", (model.config.n_head,)
     for name, module in model.named_modules() if config.version == 2 else ():
-        if isinstance(module, nn.Linear) and name.startswith("transformer.h."):
+        if name.startswith("transformer.h.") and can_train_beside(module):
             yield from ((f"{name}.adapter.{key}", (module.out_features,)) for key in ("bias", "scale"))
         elif isinstance(module, NORMS):
             yield from ((f"{name}.{key}", tuple(p.shape)) for key, p in module.named_parameters(recurse=False))

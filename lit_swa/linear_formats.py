@@ -46,9 +46,9 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and linear.weight.is_floating_point()
 
 
-def is_differentiable(linear: nn.Module) -> bool:
-    """True when gradients reach the layer's input, so that LoRA or an adapter can be trained beside its weight."""
-    return is_plain(linear) or getattr(linear, "differentiable", False)
+def can_train_beside(module: nn.Module) -> bool:
+    """True for a linear layer whose input gets gradients, so that LoRA or an adapter can be put beside its weight."""
+    return is_linear(module) and (is_plain(module) or getattr(module, "differentiable", False))
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

@@ -2,8 +2,8 @@
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): y = W x + s B A x, with A (r, in), B (out, r) and s = alpha / r, or
 alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732). DoRA (Liu et al. 2024, arXiv 2402.09353)
-gives each row of W + s B A a trained length of its own. Nothing is replaced: the linear layer gets a child `lora` and a
-forward hook, its own weight keeps its name, and it may be quantised.
+gives each row of W + s B A a trained length of its own. Nothing is replaced: the linear layer, of any format, gets a
+child `lora` and a forward hook, and its own weight keeps its name.
 """
 
 import math
@@ -16,11 +16,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.checks import check_range
 from lit_swa.formats.hugging_face import hf_module_names
-from lit_swa.model import GPT, Config
+from lit_swa.linear_formats import (
+    ALL,
+    can_train_beside,
+    dense_weight,
+    device_of,
+    group_rows,
+    inject,
+    is_plain,
+    remove_injected,
+)
+from lit_swa.model import GPT
 
-QKV, ALL = re.compile(r"\.attn\.qkv$"), "all"
-TARGETS: dict[str, tuple[re.Pattern, str]] = {  # target -> the names of its linear layers, and which of their rows
+QKV = re.compile(r"\.attn\.qkv$")
+TARGETS: dict[str, tuple[re.Pattern, str]] = {  # target -> its linear layers' names, and the group of rows in them
     "q": (QKV, "q"),
     "k": (QKV, "k"),
     "v": (QKV, "v"),
@@ -44,11 +55,9 @@ class LoRAConfig:
     dora: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.r) is not int or not 1 <= self.r <= 2**16:
-            raise ValueError(f"r={self.r!r} does not fit: the rank must be a whole number between 1 and {2**16}.")
-        for name, value, most in (("alpha", self.alpha, 1e9), ("dropout", self.dropout, 0.999)):
-            if type(value) not in (int, float) or not 0 <= value <= most:  # NaN fails every comparison
-                raise ValueError(f"{name}={value!r} does not fit: it must be a number between 0 and {most:g}.")
+        check_range("r", self.r, 1, 2**16, whole=True)
+        check_range("alpha", self.alpha, 0, 10**9)
+        check_range("dropout", self.dropout, 0, 0.999)
         for name, choices in (("targets", TARGETS), ("extra_trainable", EXTRA_TRAINABLE)):
             given = getattr(self, name)
             given = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
@@ -130,17 +139,8 @@ class LoRA(nn.Module):
 
 
 def add_lora_output(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """The forward hook: a function of the module, so that a copied layer uses its own LoRA."""
+    """The forward hook."""
     return linear.lora(inputs[0], output, linear)
-
-
-def dense_weight(linear: nn.Module) -> Tensor:
-    """W (out, in) of a linear layer: its parameter, or the numbers that a quantised one stands for, in float32."""
-    if linear.weight.is_floating_point() and getattr(linear.weight, "quant_state", None) is None:
-        return linear.weight
-    from lit_swa.quantize import dequantize
-
-    return dequantize(linear)
 
 
 # ------------------------------------------------------------------------------------------------------------ injection
@@ -165,7 +165,7 @@ def add_lora(model: GPT, config: LoRAConfig) -> list[str]:
 
 def matching_linears(model: GPT, target: str) -> list[str]:
     """The names of the linear layers that a target means. Raises ValueError when there is none."""
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    linears = [name for name, module in model.named_modules() if can_train_beside(module)]
     found = [name for name in linears if TARGETS[target][0].search(name)]
     if not found:
         there = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in linears}) or ["none"]
@@ -173,29 +173,16 @@ def matching_linears(model: GPT, target: str) -> list[str]:
     return found
 
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or a quantised layer with the same sizes."""
-    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    return all(type(size) is int for size in sizes) and hasattr(module, "weight")
-
-
-def part_rows(part: str, out_features: int, config: Config) -> tuple[int, int]:
-    """The rows start, stop of a layer's weight that a part is for: attn.qkv holds queries, keys and values."""
-    q, kv = config.n_head * config.head_size, config.n_query_groups * config.head_size
-    return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv), ALL: (0, out_features)}[part]
-
-
 def add_part(
     model: GPT, name: str, part: str, config: LoRAConfig, r: int | None = None, scaling: float | None = None
 ) -> LoRAPart:
-    """Give the layer `name` a part for some of its rows; r and scaling are the config's unless given."""
+    """Give the layer `name` a part for a group of its rows; r and scaling are the config's unless given."""
     linear = model.get_submodule(name)
     if not hasattr(linear, "lora"):
-        linear.lora = LoRA(linear.out_features, config.dropout).train(linear.training)
-        linear.register_forward_hook(add_lora_output)
-    start, stop = part_rows(part, linear.out_features, model.config)
+        inject(linear, "lora", LoRA(linear.out_features, config.dropout), add_lora_output)
+    start, stop = group_rows(part, linear.out_features, model.config.n_head, model.config.n_query_groups)
     scaling = config.scaling() if scaling is None else scaling
-    new = LoRAPart(linear.in_features, start, stop, r or config.r, scaling, linear.weight.device)
+    new = LoRAPart(linear.in_features, start, stop, r or config.r, scaling, device_of(linear))
     if config.dora:
         with torch.no_grad():
             rows = dense_weight(linear)[start:stop].float()
@@ -234,22 +221,18 @@ def trainable_names(model: nn.Module) -> list[str]:
 def merge_lora(model: GPT, dtype: torch.dtype | None = None) -> int:
     """Fold every LoRA into its layer's weight, in float32 and rounded once; returns how many layers there were.
 
-    A quantised layer becomes a dense nn.Linear in `dtype` (by default that of the embedding). A tied lm_head that has a
-    LoRA gets a weight of its own.
+    A layer whose weight nothing can be merged into (a quantised one) becomes a dense nn.Linear in `dtype`, by default
+    that of the embedding. A tied lm_head that has a LoRA gets a weight of its own.
     """
     changed = lora_linears(model)
     for name, linear in changed:
         weight = merged_weight(linear)
-        quantised = type(linear) is not nn.Linear
-        own_dtype = (dtype or model.transformer.wte.weight.dtype) if quantised else linear.weight.dtype
-        trainable = linear.weight.requires_grad
-        remove_lora(linear)
-        if quantised:
-            linear = dense_linear(linear)
-            model.set_submodule(name, linear)
-        linear.weight = nn.Parameter(weight.to(own_dtype), requires_grad=trainable)
-        if linear.bias is not None:
-            linear.bias.data = linear.bias.data.to(own_dtype)
+        remove_injected(linear, "lora", add_lora_output)
+        if not is_plain(linear):
+            weight = weight.to(dtype or model.transformer.wte.weight.dtype)
+            model.set_submodule(name, dense_linear(linear, weight))
+            continue
+        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
         if name == "lm_head":
             model.config.tie_embeddings = False
     return len(changed)
@@ -268,15 +251,10 @@ def merged_weight(linear: nn.Module) -> Tensor:
     return merged
 
 
-def dense_linear(quantised: nn.Module) -> nn.Linear:
-    """An nn.Linear of the same sizes with the same bias, its weight yet to be given."""
-    linear = nn.Linear(quantised.in_features, quantised.out_features, bias=False, device="meta")
-    linear.bias = quantised.bias if quantised.bias is None else nn.Parameter(quantised.bias.data, requires_grad=False)
-    return linear.train(quantised.training)
-
-
-def remove_lora(linear: nn.Module) -> None:
-    """Take a layer's LoRA away: what it computed before is what it computes again."""
-    for key in [key for key, hook in linear._forward_hooks.items() if hook is add_lora_output]:
-        del linear._forward_hooks[key]
-    del linear.lora
+def dense_linear(linear: nn.Module, weight: Tensor) -> nn.Linear:
+    """A frozen nn.Linear with this weight (out, in) and the layer's bias, in the weight's dtype."""
+    dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if linear.bias is not None:
+        dense.bias = nn.Parameter(linear.bias.detach().to(weight.dtype), requires_grad=False)
+    return dense.train(linear.training)

@@ -1,7 +1,7 @@
 """Frozen weights in 4 or 8 bits, by bitsandbytes: QLoRA (Dettmers et al. 2023, arXiv 2305.14314) and int8.
 
 Only the linear layers of the blocks change; embeddings, lm_head and norms stay as they are. A weight is made dense for
-a product, and once more for the gradient of the layer's input, and is never kept: y = x W^T with W = dequantize(layer),
+a product, and once more for the gradient of the layer's input, and is never kept: y = x W^T with W the dense weight,
 rounded to the compute dtype, in training and evaluation, for prompts and for single tokens alike. So a quantised model
 gives the same logits however a text is split into calls, and gradients reach what was put beside the weights.
 """
@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.linear_formats import dense_weight, is_injected, is_linear, is_plain
 from lit_swa.model import GPT
 
 
@@ -59,22 +60,32 @@ def quantize_linears(
     Raises ValueError for an unknown mode or dtype, when bitsandbytes is missing, and when a layer cannot be quantised;
     the model is then unchanged.
     """
-    check_request(mode, compute_dtype)
-    linears = block_linears(model)
-    for name, linear in linears.items():
-        check_linear(linear, mode, torch.device(device or linear.weight.device), name)
+    linears = quantizable_linears(model, mode, compute_dtype, device)
     count = len(linears)
-    del linear
     while linears:  # each layer goes as soon as it is replaced
         name, linear = linears.popitem()
         model.set_submodule(name, quantize_linear(linear, mode, compute_dtype, device))
     return count
 
 
+def quantizable_linears(
+    model: GPT, mode: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
+) -> dict[str, nn.Module]:
+    """The linear layers of the blocks, by name, each of which can be quantised; their numbers are not looked at.
+
+    Raises ValueError as quantize_linears does.
+    """
+    check_request(mode, compute_dtype)
+    linears = block_linears(model)
+    for name, linear in linears.items():
+        check_linear(linear, mode, torch.device(device or linear.weight.device), name)
+    return linears
+
+
 def block_linears(model: GPT) -> dict[str, nn.Module]:
     """The linear layers of the blocks, by name. Raises ValueError if there are none."""
     blocks = model.transformer.h.named_modules(prefix="transformer.h")
-    linears = {name: module for name, module in blocks if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in blocks if is_linear(module)}
     if not linears:
         raise ValueError("The model's blocks have no linear layers that could be quantised.")
     return linears
@@ -96,6 +107,8 @@ def quantize_linear(
     check_request(mode, compute_dtype)
     device, bitsandbytes = torch.device(device or linear.weight.device), import_bitsandbytes()
     check_linear(linear, mode, device)
+    if linear.weight.is_meta:
+        raise ValueError("The layer has no numbers yet: load its weight before it is quantised.")
     weight = linear.weight.detach().to(device=device, dtype=torch.float32).contiguous()
     make = _int8 if MODES[mode].quant_type is None else _four_bit
     quantized = make(bitsandbytes, weight, MODES[mode], compute_dtype)
@@ -106,12 +119,10 @@ def quantize_linear(
 
 def check_linear(linear: nn.Module, mode: str, device: torch.device, name: str = "The layer") -> None:
     """Raises ValueError for what cannot be quantised."""
-    if type(linear) is not nn.Linear:
+    if not is_plain(linear):
         raise ValueError(f"{name} is a {type(linear).__name__}, no plain linear layer: it may be quantised already.")
-    if linear._forward_hooks or next(linear.children(), None) is not None:
+    if is_injected(linear):
         raise ValueError(f"{name} has something put into it (LoRA or an adapter): quantise before that.")
-    if linear.weight.is_meta:
-        raise ValueError(f"{name} has no numbers yet: load its weight before it is quantised.")
     if MODES[mode].quant_type is not None and device.type == "cpu" and linear.in_features % BLOCK:
         # bitsandbytes 0.50 quantises blocks of the flattened weight; on a CPU it reads them back as blocks of rows
         raise ValueError(
@@ -139,11 +150,32 @@ def import_bitsandbytes() -> ModuleType:
 # --------------------------------------------------------------------------------------------------------------- 4 bits
 
 
+@functools.cache
+def _linear_4bit(bitsandbytes: ModuleType) -> type[nn.Module]:
+    """A class: Linear4bit as a LinearFormat (see linear_formats.py)."""
+
+    class Linear4bit(bitsandbytes.nn.Linear4bit):
+        differentiable = True
+
+        @torch.no_grad()
+        def dense_weight(self) -> Tensor:
+            state = copy.copy(self.weight.quant_state)
+            state.dtype = torch.float32
+            return bitsandbytes.functional.dequantize_4bit(self.weight.data, state)
+
+        def weight_bytes(self) -> int:
+            state = self.weight.quant_state
+            scales = state.absmax.nbytes + (0 if state.state2 is None else state.state2.absmax.nbytes)
+            return self.weight.data.nbytes + scales
+
+    return Linear4bit
+
+
 def _four_bit(bitsandbytes: ModuleType, weight: Tensor, mode: Mode, compute_dtype: torch.dtype) -> nn.Module:
-    """bitsandbytes' Linear4bit, without a bias."""
+    """A Linear4bit without a bias."""
     kind = {"compress_statistics": mode.double, "quant_type": mode.quant_type}
     options = kind | {"compute_dtype": compute_dtype, "bias": False, "device": "meta"}
-    linear = bitsandbytes.nn.Linear4bit(weight.size(1), weight.size(0), **options)
+    linear = _linear_4bit(bitsandbytes)(weight.size(1), weight.size(0), **options)
     linear.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **kind).to(weight.device)
     linear.weight.quant_state.dtype = compute_dtype  # what the backward makes of it; it was quantised from float32
     # On CPUs with AVX512-BF16 the first call in eval mode would pack the weight anew, for products in bfloat16 whatever
@@ -176,7 +208,7 @@ def _dense_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _linear_8bit(bitsandbytes: ModuleType) -> type[nn.Module]:
-    """A class: Linear8bitLt that keeps to the activations it is given.
+    """A class: Linear8bitLt as a LinearFormat (see linear_formats.py) that keeps to the activations it is given.
 
     bitsandbytes' own forward rounds them to 8 bits too (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339): on a GPU
     always, on a CPU in eval mode only, where training and evaluation would then disagree.
@@ -184,10 +216,18 @@ def _linear_8bit(bitsandbytes: ModuleType) -> type[nn.Module]:
 
     class Linear8bit(bitsandbytes.nn.Linear8bitLt):
         compute_dtype = torch.float32
+        differentiable = True
 
         def forward(self, x: Tensor) -> Tensor:
             y = Int8Product.apply(x.to(self.compute_dtype), self.weight.data, self.weight.SCB)
             return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+
+        @torch.no_grad()
+        def dense_weight(self) -> Tensor:
+            return _dense_rows(self.weight.data, self.weight.SCB.to(torch.float32), torch.float32)
+
+        def weight_bytes(self) -> int:
+            return self.weight.data.nbytes + self.weight.SCB.nbytes
 
         def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
             super()._apply(fn, recurse)
@@ -208,54 +248,14 @@ def _int8(bitsandbytes: ModuleType, weight: Tensor, mode: Mode, compute_dtype: t
     return linear
 
 
-# ------------------------------------------------------------------------------------------------------------ and back
-
-
-def round_linears(model: GPT, mode: str) -> int:
-    """Give the linear layers of a model's blocks the numbers that they would have if quantised, and leave them dense;
-    returns how many. Raises ValueError as quantize_linears does."""
-    check_request(mode)
-    linears = block_linears(model)
-    for name, linear in linears.items():
-        check_linear(linear, mode, linear.weight.device, name)
-    for linear in linears.values():
-        linear.weight.data = dequantize(quantize_linear(linear, mode)).to(linear.weight.dtype)
-    return len(linears)
+# ------------------------------------------------------------------------------------------------------------- rounding
 
 
 @torch.no_grad()
-def dequantize(linear: nn.Module) -> Tensor:
-    """The weight (out, in) of a linear layer, plain or quantised, as a new float32 tensor on its device.
-
-    Raises ValueError for a layer whose weight is kept in a way that is not known here.
-    """
-    weight = linear.weight
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        state = copy.copy(state)
-        state.dtype = torch.float32
-        return import_bitsandbytes().functional.dequantize_4bit(weight.data, state)
-    scale = getattr(weight, "SCB", None)
-    scale = getattr(getattr(linear, "state", None), "SCB", None) if scale is None else scale
-    if weight.dtype == torch.int8 and scale is not None:
-        return _dense_rows(weight.data, scale.to(weight.device, torch.float32), torch.float32)
-    if not weight.is_floating_point():
-        raise ValueError(f"A {type(linear).__name__} keeps its weight as {weight.dtype}, which cannot be read here.")
-    return weight.detach().to(torch.float32, copy=True)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """True when a layer of the model keeps its weight in 4 or 8 bits."""
-    return any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in model.modules())
-
-
-def weight_bytes(linear: nn.Module) -> int:
-    """Bytes that a linear layer's weight takes, with the scales that belong to it and without the bias."""
-    weight, state = linear.weight, getattr(linear.weight, "quant_state", None)
-    held = [weight.data]
-    if state is not None:
-        held.append(state.absmax)
-        held += [] if state.state2 is None else [state.state2.absmax]
-    elif getattr(weight, "SCB", None) is not None:
-        held.append(weight.SCB)
-    return sum(t.numel() * t.element_size() for t in held)
+def round_linears(model: GPT, mode: str) -> int:
+    """Give the linear layers of a model's blocks the numbers that they would have if quantised, and leave them dense;
+    returns how many. Raises ValueError as quantize_linears does."""
+    linears = quantizable_linears(model, mode, torch.float32)
+    for linear in linears.values():
+        linear.weight.data = dense_weight(quantize_linear(linear, mode)).to(linear.weight.dtype)
+    return len(linears)

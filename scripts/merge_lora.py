@@ -29,8 +29,9 @@ def main(
         model: Any field of the model's config, as --model.FIELD VALUE, for adapters that come without lit_config.json,
             such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor": 8}'.
     """
+    from lit_swa.adapter import is_llama_adapter
     from lit_swa.checkpoint import check_dtype, save_checkpoint
-    from lit_swa.formats.peft import find_base, is_llama_adapter, load_adapted, tokenizer_source
+    from lit_swa.formats.checkpoint import find_base, load_adapted, tokenizer_source
 
     if is_llama_adapter(checkpoint_dir):
         raise ValueError(

@@ -86,7 +86,7 @@ def test_only_the_adapter_and_in_version_2_the_norms_are_trained(tiny_model, ver
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == set(adapter_state(model)) == set(expected_state(model, CONFIGS[version]))
     blocks = [f"transformer.h.{i}" for i in range(3)]
-    expected = {f"{block}.attn.meet" for block in blocks[1:]}
+    expected = {f"{block}.attn.mixer" for block in blocks[1:]}
     if version == 2:
         linears = ("attn.qkv", "attn.proj", "mlp.fc_1", "mlp.fc_2", "mlp.proj")
         norms = ("norm_1", "norm_2", "attn.norm_q", "attn.norm_k")
@@ -108,7 +108,7 @@ def test_every_new_parameter_gets_a_gradient_once_the_gates_are_open(tiny_model)
             assert (p.grad.abs().sum() > 0) == (not name.endswith("prompt")), name
     with torch.no_grad():
         for block in model.transformer.h[1:]:
-            block.attn.meet.adapter.gate.fill_(0.5)
+            block.attn.mixer.adapter.gate.fill_(0.5)
     model(idx, targets=idx.roll(-1, 1)).backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name.endswith("prompt"))
 
@@ -144,7 +144,7 @@ def test_a_copy_has_an_adapter_of_its_own(trained, version):
             p.zero_()
         assert torch.equal(model(idx), before)
         model.transformer.h[2].attn.qkv.weight.add_(0.3)
-        assert twin.transformer.h[2].attn.meet.adapter.layer[0] is twin.transformer.h[2].attn
+        assert twin.transformer.h[2].attn.mixer.adapter.layer[0] is twin.transformer.h[2].attn
         assert not torch.equal(model(idx), before) and twin(idx).abs().max() == 0
 
 
@@ -202,7 +202,7 @@ def by_formula(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     for i in range(c.n_layer):
         h = f"transformer.h.{i}"
         qkv, heads = linear(norm(x, f"{h}.norm_1"), f"{h}.attn.qkv").view(T, -1, D), []
-        prompt, gate = (state.get(f"{h}.attn.meet.adapter.{key}") for key in ("prompt", "gate"))
+        prompt, gate = (state.get(f"{h}.attn.mixer.adapter.{key}") for key in ("prompt", "gate"))
         for n in range(H):
             g = n // (H // G)
             q, k, v = qkv[:, n], qkv[:, H + g], qkv[:, H + G + g]
@@ -230,7 +230,7 @@ def test_logits_are_those_of_the_formula(trained, version, fields):
     expected = by_formula(model, idx)
     torch.testing.assert_close(model(idx[None])[0].double(), expected, **CLOSE)
     for block in model.transformer.h[1:]:
-        block.attn.meet.adapter.gate.data.zero_()
+        block.attn.mixer.adapter.gate.data.zero_()
     assert (by_formula(model, idx) - expected).abs().max() > 0.1  # the prompts do count
 
 
@@ -249,7 +249,7 @@ def test_version_1_equals_peft():
     add_adapter(model, AdapterConfig(1, 5, start_layer=1))
     with torch.no_grad():
         for i, gate in ((1, 0.7), (2, -0.4), (3, 0.2)):
-            theirs, ours = llama.model.layers[i].self_attn, model.transformer.h[i].attn.meet.adapter
+            theirs, ours = llama.model.layers[i].self_attn, model.transformer.h[i].attn.mixer.adapter
             theirs.adaption_gate.fill_(gate)
             ours.gate.fill_(gate).atanh_()
             ours.prompt.copy_(theirs.adaption_prompt[0])
@@ -312,7 +312,7 @@ def test_folded_scales_and_biases_give_the_same_logits(trained, name):
     assert fold_scale_and_bias(model) == 3 * 5
     torch.testing.assert_close(model(idx), expected, **CLOSE)
     left = {key for key in model.state_dict() if ".adapter." in key}
-    assert left == {f"transformer.h.{i}.attn.meet.adapter.{key}" for i in (1, 2) for key in ("prompt", "gate")}
+    assert left == {f"transformer.h.{i}.attn.mixer.adapter.{key}" for i in (1, 2) for key in ("prompt", "gate")}
     assert set(GPT(model.config).state_dict()) == set(model.state_dict()) - left
 
 
@@ -334,7 +334,8 @@ def test_a_saved_adapter_gives_the_same_logits_and_goes_on_training(trained, tmp
     saved = save_adapter(model, tmp_path / "a", CONFIGS[version])
     assert saved == json.loads((tmp_path / "a" / "lit_adapter.json").read_text())
     assert saved["kind"] == f"adapter_v{version}"
-    assert set(open_safetensors(tmp_path / "a" / "lit_adapter.safetensors")) == set(adapter_state(model))
+    names = {name.replace(".mixer.", ".meet.") for name in adapter_state(model)}  # as files have always had them
+    assert set(open_safetensors(tmp_path / "a" / "lit_adapter.safetensors")) == names
     assert load_adapter(base, tmp_path / "a") == CONFIGS[version] == read_adapter_config(tmp_path / "a")
     if version == 1:
         for name, p in base.named_parameters():
@@ -379,7 +380,7 @@ def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(trained, ti
         ({"adapter": {"version": 2}}, "must have prompt_length, start_layer, version"),
         ({"adapter": fields["adapter"] | {"prompt_length": "5"}}, "does not describe an adapter: prompt_length='5'"),
         ({"adapter": fields["adapter"] | {"prompt_length": 6}}, r"as \[5, 48\] and the model asks for \[6, 48\]"),
-        ({"adapter": fields["adapter"] | {"start_layer": 2}}, "has transformer.h.1.attn.meet.adapter"),
+        ({"adapter": fields["adapter"] | {"start_layer": 2}}, "has transformer.h.1.attn.mixer.adapter"),
         ({"adapter": fields["adapter"] | {"start_layer": 9}}, "start_layer=9 leaves no layer"),
     ):
         description.write_text(json.dumps(fields | change))
@@ -394,6 +395,6 @@ def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(trained, ti
     refused("int64: it must be of floating point")
     weights.unlink()
     refused("lit_adapter.safetensors is missing", error=FileNotFoundError)
-    with pytest.raises(ValueError, match="The model has no transformer.h.0.attn.meet.adapter.prompt"):
+    with pytest.raises(ValueError, match="The model has no transformer.h.0.attn.mixer.adapter.prompt"):
         save_adapter(trained(1), tmp_path / "b", AdapterConfig(1, 5, 0))
     assert not (tmp_path / "b").exists()

@@ -20,7 +20,9 @@ from lit_swa.checkpoint import (
     load_model,
     save_checkpoint,
 )
-from lit_swa.formats.peft import load_adapted, load_adapter, save_adapter
+from lit_swa.formats.checkpoint import load_adapted
+from lit_swa.formats.peft import save_adapter
+from lit_swa.formats.peft_load import load_adapter
 from lit_swa.generate import generate, pack_for_cpu
 from lit_swa.lora import LoRAConfig, add_lora, lora_linears, merge_lora, trainable_names
 
@@ -253,36 +255,6 @@ def test_merging_rounds_once(tiny_model):
     exact = linear.weight.double() + part.scaling * part.B.double() @ part.A.double()
     merge_lora(model)
     assert (linear.weight != exact.float().bfloat16()).float().mean() < 0.001  # float32 may tip a tie
-
-
-class FakeQuantised(nn.Module):
-    """Rows of int8 with a scale each, as bitsandbytes' Linear8bitLt holds them."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        scale = linear.weight.detach().abs().amax(dim=1)
-        self.weight = nn.Parameter((linear.weight.detach() / scale[:, None] * 127).round().to(torch.int8), False)
-        self.weight.SCB = scale
-
-    def forward(self, x):
-        return F.linear(x, self.weight.float() * self.weight.SCB[:, None] / 127, self.bias)
-
-
-@pytest.mark.parametrize("dora", [False, True])
-@torch.no_grad()
-def test_a_quantised_base_takes_lora_and_becomes_dense(tiny_model, dora):
-    """Catches: arithmetic with a quantised layer's codes instead of its numbers."""
-    model, idx = tiny_model(attn_bias=True), tokens()
-    for block in model.transformer.h:
-        block.attn.qkv = FakeQuantised(block.attn.qkv)
-    before = model(idx)
-    add_lora(model, LoRAConfig(targets=("q", "v"), dora=dora))
-    shake(p for p in model.parameters() if p.requires_grad)
-    expected = model(idx)
-    assert error(expected, before) > 0.02
-    assert merge_lora(model) == 2 and type(model.transformer.h[0].attn.qkv) is nn.Linear
-    assert error(model(idx), expected) < 1e-5
 
 
 @pytest.mark.parametrize("dora", [False, True])

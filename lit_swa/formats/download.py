@@ -17,7 +17,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_swa.formats.checkpoint import COPIED_FILES, check_checkpoint_dir, convert_hf_checkpoint, is_complete
+from lit_swa.formats.checkpoint import check_checkpoint_dir, is_complete
+from lit_swa.formats.convert import convert_hf_checkpoint
+from lit_swa.formats.directory import COPIED_FILES
 from lit_swa.formats.files import TEMPORARY, atomic_file, directory_lock, remove_leftovers, require_space
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -9,12 +9,14 @@ import math
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 MAX_JSON_BYTES = 4 * 2**20  # parsed, it may take 25 times as much memory
@@ -132,6 +134,13 @@ def read_json(path: Path) -> dict:
     return parse_json(path.read_bytes(), path)
 
 
+def holds_json(path: Path, content: object) -> bool:
+    """True when the file is there and holds this."""
+    with suppress(ValueError, OSError):
+        return read_json(path) == content
+    return False
+
+
 def parse_json(data: bytes, path: Path) -> dict:
     def unique(pairs: list) -> dict:
         if len(dict(pairs)) < len(pairs):
@@ -179,10 +188,36 @@ class LazyTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    load_part: Callable[[tuple[slice, ...]], Tensor] | None = None  # reads a slice of each dimension and nothing else
 
     @property
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> "LazyTensor":
+        """The rows start .. stop of a tensor (rows, ...). Of a safetensors file nothing else is read.
+
+        Raises ValueError when the tensor does not have these rows.
+        """
+        return self._part(0, start, stop)
+
+    def columns(self, start: int, stop: int) -> "LazyTensor":
+        """The columns start .. stop of a tensor (rows, columns, ...), as rows() gives rows."""
+        return self._part(1, start, stop)
+
+    def _part(self, dim: int, start: int, stop: int) -> "LazyTensor":
+        if dim >= len(self.shape) or not 0 <= start <= stop <= self.shape[dim]:
+            raise ValueError(f"A tensor of shape {list(self.shape)} has no part {start} to {stop} of dimension {dim}.")
+        index = (slice(None),) * dim + (slice(start, stop),)
+        shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        load, load_part = self.load, self.load_part
+        return LazyTensor(shape, self.dtype, lambda: load_part(index) if load_part else load()[index])
+
+
+def as_lazy(tensor: Tensor) -> LazyTensor:
+    """A tensor in memory as one that is loaded: load() gives the tensor itself, without its history of gradients."""
+    tensor = tensor.detach()
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, lambda index: tensor[index])
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -202,7 +237,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     for name, entry in header.items():
         shape, dtype, begin, end = _checked_entry(path, name, entry)
         spans.append((begin, end, name))
-        tensors[name] = LazyTensor(shape, dtype, _loader(path, name))
+        tensors[name] = _lazy(path, name, shape, dtype)
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
@@ -240,17 +275,22 @@ def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...
     return shape, dtype, begin, end
 
 
-def _loader(path: Path, name: str) -> Callable[[], Tensor]:
-    def load() -> Tensor:
+def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    """One tensor of a safetensors file, memory-mapped when it is loaded.
+
+    The file is opened anew for every tensor: the pages of the last one are given back once it is cast or dropped.
+    """
+
+    def read(index: tuple[slice, ...] | None = None) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
-        try:  # opened anew for every tensor: the pages of the last one are given back once it is cast or dropped
+        try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name) if index is None else file.get_slice(name)[index]
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): download or convert it again.") from None
 
-    return load
+    return LazyTensor(shape, dtype, read, read)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
@@ -270,6 +310,35 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
             if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
                 raise AssertionError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {lazy[:2]}")
             stream.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+# -------------------------------------------------------------------------------------------------------------- pickles
+
+
+def open_pickle(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a .bin or .pth file. torch reads it with weights_only=True: nothing in it is run, ever.
+
+    Raises ValueError when the file is damaged or holds anything but a dict of tensors.
+    """
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip:  # torch stores its tensors as they are; only a bomb would be compressed
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise zipfile.BadZipFile
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
+    except Exception as error:  # unpickling raises almost anything; torch's own text would advise to read it unsafely
+        raise ValueError(
+            f"{path} cannot be read as plain weights ({type(error).__name__}): it is damaged, or holds code that "
+            "is not going to be run; use a checkpoint in safetensors."
+        ) from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(
+        type(name) is str and type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+        for name, t in state.items()
+    ):
+        raise ValueError(f"{path} holds something other than a dict of weights: use a checkpoint in safetensors.")
+    return {name: as_lazy(t) for name, t in state.items()}
 
 
 # --------------------------------------------------------------------------------------------- weights in several files

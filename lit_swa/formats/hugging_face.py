@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lit_swa.config import TRAINED_LENGTH, Config
 from lit_swa.formats.files import LazyTensor
-from lit_swa.model import GPT, TRAINED_LENGTH, Config
+from lit_swa.linear_formats import group_rows
+from lit_swa.model import GPT
 
 # -------------------------------------------------------------------------------------------------------------- weights
 
@@ -193,15 +195,16 @@ def to_hf(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTe
         if ".qkv." not in lit_name:
             result[names[0]] = tensor
             continue
-        H, G, D = config.n_head, config.n_query_groups, config.head_size
-        rows = (H * D, G * D, G * D) if len(names) == 3 else tensor.shape[:1]
-        for n, name in enumerate(names):
-            result[name] = LazyTensor((rows[n], *tensor.shape[1:]), tensor.dtype, _part(tensor, n, len(names), config))
+        if len(names) == 1:
+            result[names[0]] = tensor._replace(load=_in_their_order(tensor, config), load_part=None)
+            continue
+        for group, name in zip("qkv", names, strict=True):
+            result[name] = tensor.rows(*group_rows(group, tensor.shape[0], config.n_head, config.n_query_groups))
     return result
 
 
-def _part(tensor: LazyTensor, n: int, n_parts: int, config: Config) -> Callable[[], Tensor]:
-    return lambda: split_qkv(tensor.load(), n_parts, config)[n]
+def _in_their_order(qkv: LazyTensor, config: Config) -> Callable[[], Tensor]:
+    return lambda: split_qkv(qkv.load(), 1, config)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json

@@ -1,0 +1,103 @@
+"""What all adapter directories have in common: lit_adapter.json, and the base checkpoint that it names.
+
+An adapter directory holds the adapter's weights, lit_config.json (the config that was trained with), the tokenizer's
+files and lit_adapter.json, which is written last and says what kind of adapter it is and where its base checkpoint is.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_swa.formats.directory import ADAPTER_FILE, copy_tokenizer, open_weights
+from lit_swa.formats.files import (
+    LazyTensor,
+    directory_lock,
+    find_inside,
+    holds_json,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_safetensors,
+)
+
+
+def write_adapter(
+    directory: Path,
+    weights_file: str,
+    tensors: Mapping[str, LazyTensor],
+    descriptions: Mapping[str, dict[str, Any]],
+    base_dir: Path | None,
+) -> None:
+    """Write the tokenizer's files of base_dir, the weights, and the JSON files `descriptions` in their order.
+
+    Each file is replaced whole. lit_adapter.json stands for the files beside it: it is the last of them, and is removed
+    first unless the others keep what they say. Raises OSError when the disk is full.
+    """
+    assert list(descriptions)[-1] == ADAPTER_FILE
+    with directory_lock(directory):
+        remove_leftovers(directory)
+        if not all(holds_json(directory / name, content) for name, content in descriptions.items()):
+            (directory / ADAPTER_FILE).unlink(missing_ok=True)
+        if base_dir is not None:
+            copy_tokenizer(base_dir, directory)
+        write_safetensors(directory / weights_file, tensors)
+        for name, content in descriptions.items():
+            write_json(directory / name, content)
+
+
+def adapter_kind(directory: Path) -> str | None:
+    """The kind that lit_adapter.json gives; None without that file, as in directories that PEFT wrote."""
+    if not (directory / ADAPTER_FILE).exists():
+        return None
+    kind = read_json(find_inside(directory, ADAPTER_FILE)).get("kind")
+    return kind if isinstance(kind, str) else None
+
+
+# -------------------------------------------------------------------------------------------------- the base checkpoint
+
+
+def describe_base(base_dir: Path, directory: Path) -> dict[str, str]:
+    """The fields of lit_adapter.json that name the base checkpoint of an adapter in `directory`."""
+    return {
+        "base_checkpoint_dir": relative_path(base_dir, directory),
+        "base_identity": weights_fingerprint(base_dir),
+    }
+
+
+def relative_path(base_dir: Path, directory: Path) -> str:
+    """From the directory to the base checkpoint, so that both can be moved together; in full on another drive."""
+    try:
+        return os.path.relpath(base_dir.resolve(), directory.resolve())
+    except ValueError:
+        return str(base_dir.resolve())
+
+
+def weights_fingerprint(checkpoint_dir: str | Path) -> str:
+    """A hash of the names and shapes of a checkpoint's weights and of 64 numbers of each: a copy has the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(open_weights(checkpoint_dir).items()):
+        values = tensor.load().flatten()
+        step = max(1, len(values) // 64)
+        digest.update(repr((name, tensor.shape)).encode() + values[::step][:64].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_base(directory: Path) -> tuple[Path, str | None]:
+    """The base checkpoint that lit_adapter.json names, and the fingerprint that its weights had.
+
+    Raises FileNotFoundError or ValueError, with the remedy, when it names none or there is none.
+    """
+    path = directory / ADAPTER_FILE
+    content = read_json(find_inside(directory, ADAPTER_FILE)) if path.exists() else {}
+    base, fingerprint = content.get("base_checkpoint_dir"), content.get("base_identity")
+    if not isinstance(base, str) or not base or "\0" in base or not isinstance(fingerprint, str | None):
+        raise ValueError(f"{directory} does not say which base checkpoint it belongs to: give base_checkpoint_dir.")
+    where = directory / base
+    if not where.is_dir():
+        raise FileNotFoundError(
+            f"The base checkpoint {where} of the adapter {directory} is missing: move it back, or write its place "
+            f"into {path}."
+        )
+    return where, fingerprint

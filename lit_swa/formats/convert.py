@@ -1,0 +1,187 @@
+"""Converting: a Hugging Face checkpoint or a GGUF file to a checkpoint directory, and back to Hugging Face.
+
+One tensor is in memory at a time. A pickle is read with weights_only=True or not at all.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lit_swa.config import Config
+from lit_swa.formats import gguf, gguf_tokenizer
+from lit_swa.formats.directory import (
+    MAX_SHARD_BYTES,
+    STEM,
+    build_config,
+    check_shapes,
+    check_weights_dir,
+    copy_tokenizer,
+    load_config,
+    open_weights,
+    require_directory,
+    write_checkpoint,
+)
+from lit_swa.formats.files import (
+    LazyTensor,
+    directory_lock,
+    find_inside,
+    open_pickle,
+    open_safetensors,
+    open_shards,
+    read_index,
+    read_json,
+    remove_leftovers,
+    require_files,
+    write_json,
+    write_text,
+    write_weights,
+)
+from lit_swa.formats.hugging_face import config_to_hf, to_hf, to_lit
+
+# -------------------------------------------------------------------------------------------------------------- convert
+
+
+def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Add the files of a checkpoint to a directory with a Hugging Face one (*.safetensors or *.bin) or a GGUF file.
+
+    The source files stay. Weights keep their dtype; quantised ones become float32, as in transformers. One tensor at a
+    time is in memory. From a GGUF file the config and the tokenizer are read too, where the directory has none.
+    Raises FileNotFoundError, ValueError or OSError in one sentence; nothing half-done is taken for complete later.
+    """
+    directory = Path(checkpoint_dir)
+    require_directory(directory)
+    with directory_lock(directory):
+        remove_leftovers(directory)
+        config, source, extra_files = open_source(directory)
+        tensors = to_lit(source, config, directory)
+        for name, text in extra_files.items():
+            if not (directory / name).exists():
+                write_text(directory / name, text)
+        write_checkpoint(directory, _with_progress(tensors, "converting"), config, max_shard_bytes)
+
+
+def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[str, str]]:
+    """Config, weights by Hugging Face name, and files to add, of an unconverted checkpoint."""
+    kind, names, index = find_source(directory)
+    if kind == "gguf":
+        file = gguf.read_gguf(find_inside(directory, names[0]))
+        has_config = (directory / "config.json").exists()
+        hf = read_json(find_inside(directory, "config.json")) if has_config else gguf.hf_config(file)
+        extra_files = {} if (directory / "tokenizer.json").exists() else gguf_tokenizer.tokenizer_files(file)
+        return build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files
+    path = find_inside(directory, "config.json")
+    config = build_config(Config.from_hf, read_json(path), path)
+    if index and kind == "safetensors":
+        return config, open_shards(directory, index), {}
+    source: dict[str, LazyTensor] = {}
+    for name in names:
+        source |= (open_safetensors if kind == "safetensors" else open_pickle)(find_inside(directory, name))
+    return config, source, {}
+
+
+def find_source(directory: Path) -> tuple[str, list[str], str | None]:
+    """(kind, weight files, index or None) of an unconverted checkpoint; kind is "safetensors", "bin" or "gguf".
+
+    Raises FileNotFoundError, naming what is there and what is missing.
+    """
+    for kind, pattern in (("safetensors", "*.safetensors"), ("bin", "*.bin"), ("bin", "*.pth")):
+        index = [p.name for p in directory.glob(f"{pattern}.index.json") if not p.name.startswith(STEM)]
+        names = sorted(p.name for p in directory.glob(pattern) if _is_source(p.name))
+        if index:
+            names = sorted(set(read_index(find_inside(directory, index[0])).values()))
+        elif numbered := [m for m in (re.fullmatch(r"(.+-)(\d{5})-of-(\d{5})(\..+)", name) for name in names) if m]:
+            stem, _, count, suffix = numbered[0].groups()
+            names = [f"{stem}{n:05d}-of-{count}{suffix}" for n in range(1, min(int(count), 9999) + 1)]
+        elif len(names) > 1:
+            raise ValueError(
+                f"{directory} holds {len(names)} weight files and no index that orders them ({names[0]}, "
+                f"{names[1]}): leave the one to convert."
+            )
+        if not names:
+            continue
+        has_config = (directory / "config.json").exists()
+        try:
+            require_files(
+                directory, [*([] if has_config else ["config.json"]), *names], "shards" if has_config else "files"
+            )
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{' config.json is there.' if has_config else ''}") from None
+        return kind, names, index[0] if index else None
+    names = sorted(p.name for p in directory.glob("*.gguf") if not p.name.startswith("mmproj"))
+    if len(names) > 1:
+        raise ValueError(
+            f"{directory} holds {len(names)} GGUF files ({names[0]}, {names[1]}): leave the one to convert."
+        )
+    if not names:
+        there = ", ".join(sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))[:6]) or "nothing"
+        raise FileNotFoundError(
+            f"{directory} holds {there}, but no weights to convert: no *.safetensors, *.bin or *.gguf."
+        )
+    return "gguf", names, None
+
+
+def _is_source(name: str) -> bool:
+    """Weights of a whole model: not our own, not those of Meta's or Mistral's tools, nor a trainer's state."""
+    others = (STEM, "consolidated", "adapter_", "training_args", "optimizer", "scheduler", "rng_state")
+    return not name.startswith(others)
+
+
+def _gguf_weights(file: gguf.GGUFFile) -> dict[str, LazyTensor]:
+    return {
+        hf_name: LazyTensor(file.tensors[name].shape, gguf.loaded_dtype(file, name),
+                            lambda name=name: gguf.load_tensor(file, name))
+        for name, hf_name in gguf.hf_names(file).items()
+    }  # fmt: skip
+
+
+def _with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, LazyTensor]:
+    """The same tensors; loading them moves a progress bar on a terminal's stderr."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=sum(t.n_bytes for t in tensors.values()), desc=what, unit="B", unit_scale=True, disable=None)
+
+    def counted(tensor: LazyTensor) -> LazyTensor:
+        def load() -> Tensor:
+            loaded = tensor.load()
+            bar.update(tensor.n_bytes)
+            if bar.n >= (bar.total or 0):
+                bar.close()
+            return loaded
+
+        return tensor._replace(load=load, load_part=None)
+
+    return {name: counted(tensor) for name, tensor in tensors.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+def export_hf_checkpoint(
+    checkpoint_dir: str | Path, output_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a directory that transformers.AutoModelForCausalLM loads, with equal logits. The weights keep their dtype.
+
+    Raises ValueError when no Hugging Face architecture computes what the config asks for.
+    """
+    source, directory = Path(checkpoint_dir), Path(output_dir)
+    check_weights_dir(source, tokenizer=False)
+    if source.resolve() == directory.resolve():
+        raise ValueError(f"{directory} cannot be both the checkpoint and its export: choose another output_dir.")
+    config = load_config(source)
+    tensors = open_weights(source)
+    check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    hf = config_to_hf(config)
+    hf["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    with directory_lock(directory):
+        remove_leftovers(directory)
+        (directory / "config.json").unlink(missing_ok=True)
+        copy_tokenizer(source, directory)
+        if (directory / "generation_config.json").exists():
+            generation = read_json(find_inside(directory, "generation_config.json"))
+            hf |= {
+                key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation
+            }
+        write_weights(directory, "model", _with_progress(to_hf(tensors, config), "exporting"), max_shard_bytes)
+        write_json(directory / "config.json", hf)

@@ -1,0 +1,393 @@
+"""LoRA from the disk into a built model: what peft.py saved, any LoRA of PEFT's, and LongLoRA's releases.
+
+LongLoRA keeps trained embeddings and norms in trainable_params.bin. The weights in the files decide what is changed;
+every name and shape is checked before the model is.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lit_swa.config import Config
+from lit_swa.formats.directory import ADAPTER_FILE
+from lit_swa.formats.files import LazyTensor, find_inside, open_pickle, open_safetensors, read_json
+from lit_swa.formats.hugging_face import PREFIXES, join_qkv
+from lit_swa.formats.peft import PEFT_CONFIG, PEFT_STEM, Weights, hf_modules
+from lit_swa.linear_formats import ALL, group_rows, is_plain
+from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears
+from lit_swa.model import GPT
+
+LONGLORA_STEM = "trainable_params"
+FUSED = "fused"  # the queries, keys and values of GPT-NeoX, which has one A and one B for them
+KNOWN_PEFT_KEYS = {  # what is read here; a key besides them that is set asks for what is not done here
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision", "target_modules",
+    "task_type", "use_dora", "use_rslora", "megatron_core", "qalora_group_size", "runtime_config", "enable_lora",
+    "merge_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # ways to initialise, now done
+}  # fmt: skip
+LORA_NAME = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.[\w-]+?)?(\.weight)?")
+SAVED_NAME = re.compile(
+    r"(?P<module>.+?)(\.modules_to_save(\.[\w-]+?)?|\.(?P<base>base_layer))?\.(?P<kind>weight|bias)"
+)
+
+
+@dataclass
+class Adapter:
+    """A directory's content, checked against a model."""
+
+    config: LoRAConfig
+    parts: list[tuple[str, str, Weights]] = field(default_factory=list)  # layer, part of its rows, in our order
+    saved: dict[str, Tensor] = field(default_factory=dict)  # lit weight -> what it becomes
+    trained: set[str] = field(default_factory=set)  # those of `saved` that training goes on with
+    rows: int = 0  # of the vocabulary
+    untie: bool = False  # lm_head ceases to share wte's weight
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_adapter(model: GPT, directory: str | Path) -> LoRAConfig:
+    """Give a built model the adapter of a directory: ours, one of PEFT's, or LongLoRA's release. Returns its config.
+
+    As after add_lora, the LoRA and what was saved whole can be trained, and the rest is frozen. A larger vocabulary
+    (an added pad token) makes the model's grow: rows that the file does not give are the mean of those there, as in
+    LongLoRA. The model is unchanged unless all of it fits.
+    Raises FileNotFoundError or ValueError in one sentence.
+    """
+    if lora_linears(model):
+        raise ValueError("The model has a LoRA already: merge_lora folds it into the weights.")
+    adapter = read_adapter(Path(directory), model)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        if adapter.untie and model.config.tie_embeddings:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+            model.config.tie_embeddings = False
+        if adapter.rows > model.config.padded_vocab_size:
+            grow_vocabulary(model, adapter.rows)
+        for name, tensor in adapter.saved.items():
+            model.get_parameter(name).copy_(tensor)
+            model.get_parameter(name).requires_grad_(name in adapter.trained)
+        for name, part, weights in adapter.parts:
+            new = add_part(model, name, part, adapter.config, len(weights.A), weights.scaling)
+            new.A.copy_(weights.A)
+            new.B.copy_(weights.B)
+            if weights.magnitude is not None:
+                new.magnitude.copy_(weights.magnitude)
+    return adapter.config
+
+
+def grow_vocabulary(model: GPT, rows: int) -> None:
+    """Add rows to wte and lm_head; each is the mean of those there."""
+    wte, head = model.transformer.wte, model.lm_head
+    for module in (wte, head):
+        old = module.weight
+        mean = old.float().mean(dim=0, keepdim=True).to(old.dtype).expand(rows - len(old), -1)
+        module.weight = nn.Parameter(torch.cat([old, mean]), requires_grad=old.requires_grad)
+    wte.num_embeddings = head.out_features = rows
+    model.config.padded_vocab_size = model.config.vocab_size = rows
+    model.tie_weights()
+
+
+def read_adapter(directory: Path, model: GPT) -> Adapter:
+    """The adapter in a directory, with every name and shape checked against the model, which stays as it is."""
+    path = find_adapter_config(directory)
+    peft = read_json(path)
+    check_peft_config(peft, path)
+    file, tensors = open_tensors(directory, PEFT_STEM)
+    if file is None:
+        raise FileNotFoundError(
+            f"{directory} holds {PEFT_CONFIG}, and its weights {PEFT_STEM}.safetensors are missing."
+        )
+    modules = hf_modules(model)
+    lora, saved, left = sort_tensors(tensors, modules)
+    if left:
+        raise ValueError(
+            f"{file} holds {left[0][:120]!r}, which this model has no place for: the adapter was made for another "
+            "model, or changes what is not supported."
+        )
+    check_complete(lora, modules, peft, file)
+    more_file, more = open_tensors(directory, LONGLORA_STEM)
+    _, also_saved, left = sort_tensors(more, modules)
+    if left:
+        raise ValueError(f"{more_file} holds {left[0][:120]!r}, which this model has no place for.")
+    config = config_of(peft, path)
+    adapter = Adapter(config, rows=model.config.padded_vocab_size)
+    read_saved(adapter, saved | also_saved, model, file)
+    if "transformer.wte.weight" in adapter.trained and "lm_head" in extra_modules(model, ("embed",)):
+        adapter.trained |= {"lm_head.weight"} & set(adapter.saved)  # also where it is a LoRA's base
+    adapter.untie = unties(adapter, model, has_own_embedding(peft, modules) and not also_saved)
+    for hf_name, found in lora.items():
+        name, n, n_parts = modules[hf_name]
+        weights = read_weights(hf_name, found, peft, config, file)
+        part = ALL if not name.endswith(".attn.qkv") else "qkv"[n] if n_parts == 3 else FUSED
+        check_part(hf_name, name, part, weights, adapter, model, file)
+        adapter.parts += [(name, part, weights)] if part != FUSED else split_fused(name, weights, directory, model)
+    check_rows(adapter, model, file)
+    adapter.config = replace(
+        config,
+        targets=tuple(t for t in TARGETS if any(matches(t, name, part) for name, part, _ in adapter.parts)),
+        extra_trainable=tuple(
+            kind
+            for kind, modules in (("embed", r"wte\."), ("norm", r"(norm_\w+|ln_f|_norm)\."))
+            if any(re.search(modules, name) for name in adapter.trained)
+        ),
+    )
+    return adapter
+
+
+def matches(target: str, name: str, part: str) -> bool:
+    pattern, of_target = TARGETS[target]
+    return bool(pattern.search(name)) and part in (of_target, ALL)
+
+
+def find_adapter_config(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"There is no adapter directory {directory}.")
+    if not (directory / PEFT_CONFIG).exists():
+        raise FileNotFoundError(f"{directory} holds no {PEFT_CONFIG}: it is no LoRA adapter.")
+    return find_inside(directory, PEFT_CONFIG)
+
+
+def check_peft_dir(directory: Path) -> None:
+    """Raises an error unless a LoRA's files are there. No numbers are read."""
+    path = find_adapter_config(directory)
+    check_peft_config(read_json(path), path)
+    if open_tensors(directory, PEFT_STEM)[0] is None:
+        raise FileNotFoundError(f"{directory} is no complete adapter: {PEFT_STEM}.safetensors is missing.")
+
+
+def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for what is not a plain LoRA."""
+    if (kind := str(peft.get("peft_type"))[:40]) != "LORA":
+        raise ValueError(f"{path} describes an adapter of type {kind}: only LORA is supported.")
+    if peft.get("bias", "none") != "none":
+        raise ValueError(f"{path} has bias={str(peft['bias'])[:40]!r}: only 'none' is supported.")
+    if peft.get("fan_in_fan_out"):
+        raise ValueError(f"{path} has fan_in_fan_out, which no supported model needs.")
+    unknown = [key for key, value in peft.items() if key not in KNOWN_PEFT_KEYS and value not in (None, False, {}, [])]
+    if unknown:
+        raise ValueError(f"{path} asks for {unknown[0][:60]}, which is not supported.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = peft.get(key) or {}
+        if not isinstance(pattern, dict) or any(type(v) not in (int, float) for v in pattern.values()):
+            raise ValueError(f"{path} has no proper {key}: it must give numbers by the modules' names.")
+        for name in pattern:
+            if not re.fullmatch(r"\^?[\w-]+(\\?\.[\w-]+)*\$?", name):
+                raise ValueError(f"{path} has the {key} {name[:80]!r}: only plain names are supported there.")
+
+
+def config_of(peft: Mapping[str, Any], path: Path) -> LoRAConfig:
+    """The config without what the weights say. An error names the file."""
+    try:
+        return LoRAConfig(
+            r=peft.get("r", 8),
+            alpha=peft.get("lora_alpha", 8),
+            dropout=peft.get("lora_dropout", 0.0),
+            rslora=bool(peft.get("use_rslora")),
+            dora=bool(peft.get("use_dora")),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe a LoRA: {str(error)[:300]}") from None
+
+
+def open_tensors(directory: Path, stem: str) -> tuple[Path | None, dict[str, LazyTensor]]:
+    """The tensors of stem.safetensors or, read with weights_only=True, of stem.bin; none if there is neither."""
+    for suffix, opener in ((".safetensors", open_safetensors), (".bin", open_pickle)):
+        if (directory / (stem + suffix)).exists():
+            path = find_inside(directory, stem + suffix)
+            tensors = opener(path)
+            for name, tensor in tensors.items():
+                if not tensor.dtype.is_floating_point:
+                    raise ValueError(f"{path} holds {name[:120]!r} as {tensor.dtype}: weights must be real numbers.")
+            return path, tensors
+    return None, {}
+
+
+def sort_tensors(
+    tensors: Mapping[str, LazyTensor], modules: Mapping[str, tuple[str, int, int]]
+) -> tuple[dict[str, dict[str, LazyTensor]], dict[tuple[str, bool], LazyTensor], list[str]]:
+    """(LoRA's tensors by module and kind; whole weights by lit name and whether they are a LoRA's base; the rest)."""
+    lora: dict[str, dict[str, LazyTensor]] = {}
+    saved, left = {}, []
+    for full_name, tensor in tensors.items():
+        name = full_name
+        while name.startswith("base_model.model."):
+            name = name.removeprefix("base_model.model.")
+        name = re.sub(r"^embed_out\.", "lm_head.", name)  # of GPT-NeoX, renamed in transformers 5
+        for prefix, plain in PREFIXES.items():
+            name = plain + name.removeprefix(prefix) if name.startswith(prefix) else name
+        if (match := LORA_NAME.fullmatch(name)) and match["module"] in modules:
+            lora.setdefault(match["module"], {})[match["kind"]] = tensor
+        elif (match := SAVED_NAME.fullmatch(name)) and modules.get(match["module"], ("", 0, 3))[2:] == (1,):
+            lit = modules[match["module"]][0]
+            saved[f"{lit}.{match['kind']}", bool(match["base"])] = tensor
+            left += [full_name] if lit.endswith(".attn.qkv") else []  # whose rows would have another order
+        else:
+            left.append(full_name)
+    return lora, saved, left
+
+
+def check_complete(
+    lora: Mapping[str, Mapping[str, LazyTensor]], modules: Iterable[str], peft: Mapping[str, Any], file: Path
+) -> None:
+    """Every changed module has its A and B, and every module that the config names is changed.
+
+    A target that is a regular expression is a stranger's program and is not run: the weights say what it matched.
+    """
+    if not lora:
+        raise ValueError(f"{file} holds no LoRA for any layer of this model.")
+    for name, found in lora.items():
+        for kind in ("lora_A", "lora_B", *(("lora_magnitude_vector",) if peft.get("use_dora") else ())):
+            if kind not in found:
+                raise ValueError(f"{file} lacks {name}.{kind}: it is incomplete.")
+    targets = peft.get("target_modules")
+    if not isinstance(targets, list) or any(peft.get(key) for key in ("layers_to_transform", "exclude_modules")):
+        return
+    for name in modules:
+        if name not in lora and any(name == t or (isinstance(t, str) and name.endswith(f".{t}")) for t in targets):
+            raise ValueError(
+                f"{file} lacks a LoRA for {name}, which {PEFT_CONFIG} names: the adapter was made for another model."
+            )
+
+
+def read_weights(
+    name: str, found: Mapping[str, LazyTensor], peft: Mapping[str, Any], config: LoRAConfig, file: Path
+) -> Weights:
+    """A module's tensors with its scaling, as PEFT computes it: the first pattern that fits the name counts."""
+
+    def lookup(key: str, default: float) -> float:
+        for pattern, value in (peft.get(key) or {}).items():
+            plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if name == plain or name.endswith(f".{plain}"):
+                return value
+        return default
+
+    r, alpha = lookup("rank_pattern", config.r), lookup("alpha_pattern", config.alpha)
+    A, B = found["lora_A"], found["lora_B"]
+    if len(A.shape) != 2 or len(B.shape) != 2 or r < 1 or A.shape[0] != r or B.shape[1] != r:
+        raise ValueError(
+            f"{file} has the LoRA of {name} as {list(A.shape)} and {list(B.shape)}, and {PEFT_CONFIG} says that its "
+            f"rank is {r}: they do not belong together."
+        )
+    magnitude = found.get("lora_magnitude_vector")
+    return Weights(A.load(), B.load(), config.scaling(int(r), alpha), magnitude and magnitude.load())
+
+
+def check_part(hf_name: str, name: str, part: str, weights: Weights, adapter: Adapter, model: GPT, file: Path) -> None:
+    """The shapes fit the layer."""
+    linear = model.get_submodule(name)
+    if name == "lm_head":
+        adapter.rows = max(adapter.rows, len(weights.B))
+    out = adapter.rows if name == "lm_head" else linear.out_features
+    start, stop = (0, out) if part == FUSED else rows_of(part, out, model.config)
+    m = weights.magnitude
+    fits = weights.A.shape[1] == linear.in_features and len(weights.B) == stop - start
+    if not fits or (m is not None and m.shape != (stop - start,)):
+        raise ValueError(
+            f"{file} has the LoRA of {hf_name} for {weights.A.shape[1]} inputs and {len(weights.B)} outputs, and the "
+            f"model's layer has {linear.in_features} and {stop - start}: the adapter was made for another model."
+        )
+
+
+def split_fused(name: str, weights: Weights, directory: Path, model: GPT) -> list[tuple[str, str, Weights]]:
+    """GPT-NeoX's A and B for all rows: as the q, k and v that we saved them from, else as one part, as in PEFT."""
+    B = join_qkv((weights.B,), model.config)
+    magnitude = None if weights.magnitude is None else join_qkv((weights.magnitude,), model.config)
+    ours = directory / ADAPTER_FILE
+    lora = read_json(find_inside(directory, ADAPTER_FILE)).get("lora") if ours.exists() else None
+    targets = lora.get("targets") if isinstance(lora, dict) else None
+    parts = [part for part in "qkv" if isinstance(targets, list) and part in targets]
+    blocks = split_blocks(weights.A, B, parts, model.config) if parts else None
+    if blocks is None:
+        return [(name, ALL, replace(weights, B=B, magnitude=magnitude))]
+    return [(name, p, Weights(*blocks[p], weights.scaling, of_rows(magnitude, p, model.config))) for p in blocks]
+
+
+def rows_of(part: str, out_features: int, config: Config) -> tuple[int, int]:
+    return group_rows(part, out_features, config.n_head, config.n_query_groups)
+
+
+def of_rows(values: Tensor | None, part: str, config: Config) -> Tensor | None:
+    return None if values is None else values[slice(*rows_of(part, len(values), config))]
+
+
+def split_blocks(A: Tensor, B: Tensor, parts: list[str], config: Config) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """What joined_parts joined, taken apart; None if A (sum r, in) and B (out, sum r) are no such blocks."""
+    r, rest = divmod(len(A), len(parts))
+    if rest:
+        return None
+    left, result = B.clone(), {}
+    for i, part in enumerate(parts):
+        rows, columns = slice(*rows_of(part, len(B), config)), slice(i * r, (i + 1) * r)
+        result[part] = (A[columns], B[rows, columns])
+        left[rows, columns] = 0
+    return None if left.any() else result
+
+
+def read_saved(adapter: Adapter, saved: Mapping[tuple[str, bool], LazyTensor], model: GPT, file: Path) -> None:
+    """The weights that are stored whole, checked; those of the vocabulary may have more rows than the model's."""
+    for (name, is_base), tensor in saved.items():
+        try:
+            shape = tuple(model.get_parameter(name).shape)
+        except AttributeError:
+            raise ValueError(f"{file} holds {name}, which this model has no place for.") from None
+        vocabulary = name in ("transformer.wte.weight", "lm_head.weight")
+        if vocabulary and tensor.shape[1:] == shape[1:] and tensor.shape[:1] > shape[:1]:
+            adapter.rows = max(adapter.rows, tensor.shape[0])
+        elif tensor.shape != shape:
+            raise ValueError(
+                f"{file} has {name} as {list(tensor.shape)} and the model has it as {list(shape)}: the adapter was "
+                "made for another model."
+            )
+        if name in adapter.saved and is_base:
+            continue
+        adapter.saved[name] = tensor.load()
+        adapter.trained |= set() if is_base else {name}
+
+
+def check_rows(adapter: Adapter, model: GPT, file: Path) -> None:
+    """What is stored of the vocabulary has equally many rows, and the model can grow to them."""
+    if adapter.rows > model.config.padded_vocab_size and not is_plain(model.lm_head):
+        raise ValueError(f"{file} has a larger vocabulary and the model's is quantised: load it into a dense model.")
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        if name in adapter.saved and len(adapter.saved[name]) < adapter.rows:
+            raise ValueError(
+                f"{file} has {name} with {len(adapter.saved[name])} rows and others of the vocabulary with "
+                f"{adapter.rows}: they do not belong together."
+            )
+
+
+def has_own_embedding(peft: Mapping[str, Any], modules: Mapping[str, tuple[str, int, int]]) -> bool:
+    """Whether PEFT gives the embedding a copy to train, which a tied lm_head does not follow."""
+    name = next(hf_name for hf_name, (lit, _, _) in modules.items() if lit == "transformer.wte")
+    listed = peft.get("modules_to_save")
+    listed = any(name.endswith(str(end)) for end in listed) if isinstance(listed, list) else False
+    return listed and not peft.get("ensure_weight_tying")
+
+
+def unties(adapter: Adapter, model: GPT, own_embedding: bool) -> bool:
+    """Whether a tied lm_head becomes another matrix than wte, as in PEFT when only one of them is trained.
+
+    Where both are stored and equal, they stay tied. LongLoRA trains the tied one.
+    """
+    wte, head = (adapter.saved.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
+    if not model.config.tie_embeddings or (wte is None and head is None):
+        return False
+    if head is None:
+        return own_embedding
+    wte = model.transformer.wte.weight if wte is None else wte
+    dtype = model.transformer.wte.weight.dtype
+    if wte.shape != head.shape or not torch.equal(wte.to(dtype).cpu(), head.to(dtype).cpu()):
+        return True
+    adapter.saved["transformer.wte.weight"] = wte.detach()
+    adapter.saved.pop("lm_head.weight")
+    adapter.trained |= {"transformer.wte.weight"} if "lm_head.weight" in adapter.trained else set()
+    adapter.trained.discard("lm_head.weight")
+    return False
