@@ -5,15 +5,19 @@ import os
 import runpy
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
+from torch import nn
 
 from lit_swa import GPT
 from lit_swa.checkpoint import (
+    build_model,
     check_checkpoint_dir,
     convert_hf_checkpoint,
     export_hf_checkpoint,
@@ -23,7 +27,9 @@ from lit_swa.checkpoint import (
     open_weights,
     save_checkpoint,
 )
-from lit_swa.formats.files import shard_names
+from lit_swa.formats.files import LazyTensor, as_lazy, shard_names
+from lit_swa.linear_formats import group_rows
+from lit_swa.quantize import quantize_linears
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = dict(
@@ -307,6 +313,134 @@ else:
     assert model_bytes > 10**9 and grown < 1.05 * model_bytes + 64 * 2**20
 
 
+# --------------------------------------------------------------------------------------- what is read, and what is held
+
+
+@pytest.fixture
+def bytes_read(monkeypatch) -> list[int]:
+    """Sizes of what is taken out of safetensors files from here on."""
+    import safetensors
+
+    real, sizes = safetensors.safe_open, []
+
+    class Counted:
+        def __init__(self, *args, **kwargs) -> None:
+            self.file = real(*args, **kwargs)
+
+        def __enter__(self) -> "Counted":
+            return self
+
+        def __exit__(self, *error) -> None:
+            pass
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            sizes.append(self.file.get_tensor(name).nbytes)
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name: str) -> "Counted":
+            part = Counted.__new__(Counted)
+            part.file = self.file.get_slice(name)
+            return part
+
+        def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+            sizes.append(self.file[index].nbytes)
+            return self.file[index]
+
+    monkeypatch.setattr(safetensors, "safe_open", Counted)
+    return sizes
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+def test_a_rank_reads_the_rows_of_its_own_heads(tmp_path: Path, tiny_model, bytes_read, max_shard_bytes: int) -> None:
+    """Would catch a tensor-parallel rank, or a split of q, k and v, that reads whole weights, or other heads' rows."""
+    model = tiny_model(attn_bias=True)  # 6 query heads and 2 groups of 8 channels
+    save_checkpoint(model, model.config, tmp_path, max_shard_bytes=max_shard_bytes)
+    tensors, attn = open_weights(tmp_path), model.transformer.h[1].attn
+    rank, ranks = 1, 2
+    for key in ("weight", "bias"):
+        stored, whole, parts = tensors[f"transformer.h.1.attn.qkv.{key}"], attn.qkv.get_parameter(key), []
+        for group in "qkv":
+            start, stop = group_rows(group, len(whole), attn.n_head, attn.n_query_groups)
+            size = (stop - start) // ranks
+            parts.append(stored.rows(start + rank * size, start + (rank + 1) * size))
+        assert [part.shape[0] for part in parts] == [24, 8, 8] and sum(
+            part.n_bytes for part in parts
+        ) == whole.nbytes / 2
+        expected = torch.cat([whole[24:48], whole[56:64], whole[72:80]])
+        bytes_read.clear()
+        assert torch.equal(torch.cat([part.load() for part in parts]), expected)
+        assert sum(bytes_read) == whole.nbytes / 2
+    bytes_read.clear()
+    columns = tensors["transformer.h.1.attn.proj.weight"].columns(24, 48)  # what these heads' outputs meet
+    assert torch.equal(columns.load(), attn.proj.weight[:, 24:48])
+    assert bytes_read == [columns.n_bytes] == [attn.proj.weight.nbytes / 2]
+
+
+def test_parts_that_are_not_there_are_refused_and_any_tensor_has_parts() -> None:
+    """Would catch a slice that is silently shorter than what was asked for."""
+    tensor = torch.arange(12.0).view(4, 3)
+    computed = LazyTensor((4, 3), torch.float32, lambda: tensor)  # it cannot be read in parts: it is cut
+    for lazy in (as_lazy(tensor), computed):
+        assert torch.equal(lazy.rows(1, 3).load(), tensor[1:3]) and lazy.rows(2, 2).load().shape == (0, 3)
+        assert torch.equal(lazy.rows(1, 3).columns(0, 1).load(), tensor[1:3, :1])
+        for part in (lambda lazy=lazy: lazy.rows(3, 5), lambda lazy=lazy: lazy.columns(2, 1)):
+            with pytest.raises(ValueError, match=r"shape \[4, 3\] has no part"):
+                part()
+    with pytest.raises(ValueError, match="no part 0 to 1 of dimension 1"):
+        as_lazy(torch.ones(3)).columns(0, 1)
+
+
+class Held:
+    """Counts the bytes of the tensors that lazy ones loaded and that something still holds."""
+
+    def __init__(self, tensors: dict[str, LazyTensor]) -> None:
+        self.now, self.most, self.largest = 0, 0, max(tensor.n_bytes for tensor in tensors.values())
+        self.tensors = {name: tensor._replace(load=self.counted(tensor)) for name, tensor in tensors.items()}
+
+    def counted(self, tensor: LazyTensor) -> Callable[[], torch.Tensor]:
+        def load() -> torch.Tensor:
+            memory = tensor.load().numpy().copy()  # the tensor made of it holds it for as long as its storage lives
+            self.now += memory.nbytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(memory, self.release, memory.nbytes)
+            return torch.from_numpy(memory)
+
+        return load
+
+    def release(self, n_bytes: int) -> None:
+        self.now -= n_bytes
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)])
+def test_weights_go_to_their_device_and_dtype_one_by_one(tmp_path: Path, tiny_model, device: str, dtype) -> None:
+    """Would catch a dense model on the CPU on the way to a GPU, or a whole model in its stored dtype."""
+    model = tiny_model(attn_bias=True)
+    save_checkpoint(model, model.config, tmp_path)
+    held = Held(open_weights(tmp_path))
+    built = build_model(model.config, held.tensors, dtype, torch.device(device))
+    assert held.most == held.largest and held.now == 0
+    assert {(p.device.type, p.dtype) for p in built.parameters()} == {(device, dtype)}
+    if device == "cpu":
+        assert all(torch.equal(a, b.bfloat16()) for a, b in zip(built.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["int8", "nf4"])
+def test_each_weight_is_quantised_on_its_way(tmp_path: Path, tiny_model, mode: str) -> None:
+    """Would catch a dense copy of the blocks, which is what quantised weights are to save, while a model is loaded."""
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model(n_layer=4, n_embd=64, n_head=4, intermediate_size=128, mlp_bias=True)
+    save_checkpoint(model, model.config, tmp_path)
+    held = Held(open_weights(tmp_path))
+    built = build_model(model.config, held.tensors, torch.float32, torch.device("cpu"), mode)
+    linears = {name: module for name, module in model.transformer.h.named_modules() if isinstance(module, nn.Linear)}
+    dense = sum(p.nbytes for p in model.parameters()) - sum(p.nbytes for m in linears.values() for p in m.parameters())
+    biggest = max(sum(p.nbytes for p in linear.parameters()) for linear in linears.values())
+    assert held.now <= dense and held.most <= dense + biggest
+    whole = load_model(tmp_path)
+    quantize_linears(whole, mode, torch.float32)
+    assert torch.equal(logits(built), logits(whole))
+
+
 # -------------------------------------------------------------------------------------------- what is there and missing
 
 
@@ -393,7 +527,7 @@ def test_a_directory_that_is_no_checkpoint_is_described(tmp_path: Path) -> None:
 KILLED_AT_EVERY_STEP = """
 import json, os, sys, torch
 from pathlib import Path
-from lit_swa import GPT, Config, files
+from lit_swa import GPT, Config
 from lit_swa.checkpoint import convert_hf_checkpoint, export_hf_checkpoint, load_model, save_checkpoint
 config = Config(n_layer=1, n_head=2, n_embd=8, intermediate_size=8, vocab_size=16, block_size=8)
 old = {k: torch.zeros_like(v) for k, v in GPT(config).state_dict().items()}
