@@ -25,30 +25,33 @@ def main(
     quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print the prompt and its completion on stdout; statistics go to stderr.
+    """Print the prompt and its completion on stdout, and statistics on stderr.
 
     Args:
         prompt: The text to go on from. "-" reads it from standard input.
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
         max_new_tokens: How many tokens to add at most.
-        temperature: 0 takes the likeliest token each time; higher is wilder.
+        temperature: 0 takes the likeliest token each time; a higher temperature gives more varied text.
         top_k: Sample among the k likeliest tokens.
-        top_p: Sample among the fewest tokens whose probabilities sum to this.
-        min_p: Sample among the tokens that are at least this times as likely as the likeliest.
-        repetition_penalty: Above 1, tokens that were there before become less likely.
+        top_p: Sample among the fewest tokens, likeliest first, whose probabilities reach this sum.
+        min_p: Sample among the tokens that are at least this many times as likely as the likeliest; between 0 and 1.
+        repetition_penalty: Above 1, tokens that the text holds already become less likely.
         stop: Texts that end the completion and are not printed.
         num_samples: How many completions to print.
-        seed: The same seed gives the same text.
+        seed: The same seed gives the same text; each further completion takes the next seed.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        compile: Compile the decode step: slow to start, faster after that.
-        quantize: Hold the weights of the blocks in 4 or 8 bits, by bitsandbytes: less memory, not more speed.
+        compile: Compile the decode step, which takes a while at the start and makes each token faster.
+        quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes: it saves memory, not time.
         model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
             --model.sliding_window_size 256 --model.rolling_kv_cache true.
     """
+    from dataclasses import replace
+
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
+    from lit_swa.generate import Sampling, Session, Stats, compile_decode, generate_text, warm_up
+    from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype, show_reading
 
@@ -59,24 +62,26 @@ def main(
         raise ValueError('The prompt is empty: give some text with --prompt "...".')
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} does not fit: it must be at least 1.")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
     ids = tokenizer.encode(prompt)
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, quantize=quantize, **(model or {}))
-    decode = compile_decode(gpt) if compile else None
-    if decode is None:
-        pack_for_cpu(gpt)
+    session = Session(gpt, decode=compile_decode(gpt) if compile else None)
+    if compile:
+        print(f"compiled in {warm_up(session, len(ids) + max_new_tokens):.1f} s", file=sys.stderr)
     else:
-        print(f"compiled in {warm_up(gpt, decode, len(ids) + max_new_tokens):.1f} s", file=sys.stderr)
+        pack_for_cpu(gpt)
     for sample in range(num_samples):
+        session.reset()  # each completion reads the prompt, so that its statistics are those of a whole run
         stats = Stats()
         pieces = generate_text(
-            gpt, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            min_p=min_p, repetition_penalty=repetition_penalty, seed=seed + sample, stop=stop or (),
-            stop_tokens=tokenizer.eos_ids, decode=decode, progress=show_reading, stats=stats,
+            gpt, tokenizer, ids, max_new_tokens=max_new_tokens,
+            sampling=replace(sampling, seed=seed + sample), stop=stop or (), stop_tokens=tokenizer.eos_ids,
+            session=session, progress=show_reading, stats=stats,
         )  # fmt: skip
-        print(prompt, next(pieces, ""), sep="", end="", flush=True)  # the first piece comes when the prompt was read
+        print(prompt, next(pieces, ""), sep="", end="", flush=True)  # the first piece comes when the prompt is read
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)

@@ -1,4 +1,4 @@
-"""Talk to a model: python generate/chat.py. The cache is kept between turns, so that only new tokens are read."""
+"""Talk to a model: python generate/chat.py. The cache stays between turns, so that only new tokens are read."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 HELP = "/reset begins anew, /save [FILE] writes the conversation as JSON, /exit leaves; Ctrl-C stops an answer."
-TAKES_BACK = 64  # tokens of a rolling cache that may be fed again, where a template writes an answer's end otherwise
+LOOKAHEAD = 64  # tokens that a rolling cache can take back: a template may write the end of an answer in another way
 
 
 def main(
@@ -28,33 +28,35 @@ def main(
     compile: bool = False,
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Read turns from standard input, print answers on stdout; statistics and hints go to stderr.
+    """Read turns from standard input, print answers on stdout, and statistics and hints on stderr.
 
     Args:
         checkpoint_dir: A checkpoint directory with a chat template. By default SmolLM2-135M-Instruct, downloaded once.
         system: A system message to begin every conversation with. Without one, the template's own, if it has one.
-        max_new_tokens: How long an answer may become.
-        temperature: 0 takes the likeliest token each time; higher is wilder.
+        max_new_tokens: How long an answer may become, in tokens.
+        temperature: 0 takes the likeliest token each time; a higher temperature gives more varied answers.
         top_k: Sample among the k likeliest tokens.
-        top_p: Sample among the fewest tokens whose probabilities sum to this.
-        min_p: Sample among the tokens that are at least this times as likely as the likeliest.
-        repetition_penalty: Above 1, tokens that were there before become less likely.
+        top_p: Sample among the fewest tokens, likeliest first, whose probabilities reach this sum.
+        min_p: Sample among the tokens that are at least this many times as likely as the likeliest; between 0 and 1.
+        repetition_penalty: Above 1, tokens that the conversation holds already become less likely.
         stop: Texts that end an answer and are not printed.
         seed: The same seed and turns give the same answers.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        compile: Compile the decode step: slow to start, faster after that.
+        compile: Compile the decode step, which takes a while at the start and makes each token faster.
         model: Any field of the model's config, as --model.FIELD VALUE. With --model.attention sliding
-            --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on for ever.
+            --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on without end.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.generate import Stats, compile_decode, generate_text, pack_for_cpu, warm_up
+    from lit_swa.generate import Sampling, Session, compile_decode, warm_up
+    from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
-    from lit_swa.utils import interruptible, pick_device, pick_dtype, show_reading
+    from lit_swa.utils import pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
     tokenizer = Tokenizer(checkpoint_dir)
@@ -63,15 +65,19 @@ def main(
             f"The tokenizer of {checkpoint_dir} has no chat template: use generate/base.py to complete text."
         )
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
-    gpt.set_kv_cache(1, min(1024, gpt.config.block_size), lookahead=TAKES_BACK)
-    decode = compile_decode(gpt) if compile else None
-    if decode is None:
-        pack_for_cpu(gpt)
+    session = Session(gpt, lookahead=LOOKAHEAD, decode=compile_decode(gpt) if compile else None)
+    if compile:
+        print(f"compiled in {warm_up(session, min(1024, gpt.config.block_size)):.1f} s", file=sys.stderr)
     else:
-        print(f"compiled in {warm_up(gpt, decode, 1024):.1f} s", file=sys.stderr)
+        pack_for_cpu(gpt)
+    session.reserve(min(1024, gpt.config.block_size))
+    arguments = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
+    talk(session, tokenizer, [] if system is None else [{"role": "system", "content": system}], arguments)
 
-    beginning = [] if system is None else [{"role": "system", "content": system}]
-    messages, cached_ids = list(beginning), []
+
+def talk(session, tokenizer, beginning: list[dict[str, str]], arguments: dict[str, Any]) -> None:
+    """Answer turns and obey commands until the input ends. arguments: generate_text's, for every answer."""
+    messages = list(beginning)
     print(HELP, file=sys.stderr)
     while (turn := read_turn()) is not None:
         command, _, argument = turn.strip().partition(" ")
@@ -85,42 +91,31 @@ def main(
         elif command.startswith("/"):
             print(f"There is no command {command}: {HELP}", file=sys.stderr)
         elif command:
-            messages.append({"role": "user", "content": turn})
-            answer, stats = "", Stats()
+            asked = [*messages, {"role": "user", "content": turn}]
             try:
-                ids = tokenizer.apply_chat_template(messages)
-                with interruptible([signal.SIGINT]) as interrupted:
-                    for piece in generate_text(
-                        gpt,
-                        tokenizer,
-                        ids,
-                        continues=False,
-                        max_new_tokens=max_new_tokens,
-                        seed=seed,
-                        temperature=temperature,
-                        top_k=top_k,
-                        top_p=top_p,
-                        min_p=min_p,
-                        stop=stop or (),
-                        repetition_penalty=repetition_penalty,
-                        stop_tokens=tokenizer.eos_ids,
-                        cached_ids=cached_ids,
-                        decode=decode,
-                        should_stop=interrupted,
-                        progress=show_reading,
-                        stats=stats,
-                    ):
-                        print(piece, end="", flush=True)
-                        answer += piece
-            except (
-                ValueError
-            ) as e:  # the conversation has outgrown the context, or its template refuses it: it stays as it was
-                messages.pop()
+                messages = [*asked, {"role": "assistant", "content": answer(session, tokenizer, asked, arguments)}]
+            except ValueError as e:  # the context is full, or the template refuses the turn: it is not kept
                 print(f"error: {e} /reset begins anew.", file=sys.stderr)
-                continue
-            print(flush=True)
-            messages.append({"role": "assistant", "content": answer})
-            print(stats.line(gpt), file=sys.stderr)
+
+
+def answer(session, tokenizer, messages: list[dict[str, str]], arguments: dict[str, Any]) -> str:
+    """Print the answer to a conversation as it comes, up to its end or Ctrl-C; returns it."""
+    from lit_swa.generate import Stats, generate_text
+    from lit_swa.utils import interruptible, show_reading
+
+    stats, text = Stats(), ""
+    with interruptible([signal.SIGINT]) as interrupted:
+        pieces = generate_text(
+            session.model, tokenizer, tokenizer.apply_chat_template(messages), continues=False,
+            stop_tokens=tokenizer.eos_ids, session=session, should_stop=interrupted, progress=show_reading,
+            stats=stats, **arguments,
+        )  # fmt: skip
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            text += piece
+    print(flush=True)
+    print(stats.line(session.model), file=sys.stderr)
+    return text
 
 
 def read_turn() -> str | None:

@@ -22,8 +22,8 @@ from lit_swa.data.token_files import check_tokens as check_tokens  # scripts tak
 from lit_swa.data.token_files import open_token_file
 from lit_swa.formats.checkpoint import build_model, check_shapes
 from lit_swa.formats.files import LazyTensor, write_json
-from lit_swa.generate import prefill_chunk
-from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, Config
+from lit_swa.generate import Session, prefill_chunk
+from lit_swa.model import GPT, Config
 from lit_swa.texts import read_text
 from lit_swa.utils import count_processes
 
@@ -266,8 +266,12 @@ def check_text_length(n_tokens: int, seq_len: int, data: object) -> None:
 
 
 def check_context(config: Config, seq_len: int) -> None:
-    """Raises ValueError when the model cannot read a window of seq_len tokens."""
-    if seq_len > config.block_size and None in [VARIANTS[v].window(config) for v in config.layer_variants]:
+    """Raises ValueError when a model of this config cannot read a window of seq_len tokens."""
+    if seq_len <= config.block_size:
+        return
+    with torch.device("meta"):  # without memory for weights
+        model = GPT(config)
+    if not model.unbounded(cached=False):
         raise ValueError(
             f"seq_len={seq_len} is more than the context of {config.block_size} tokens: lower it, or raise the context "
             f"with --model.block_size {seq_len} (best with --model.rope_scaling), or give every layer a window with "
@@ -284,38 +288,43 @@ PROJECT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}  # logits that exist at once; i
 def window_nll(model: GPT, idx: Tensor, first: int = 1, chunk_size: int = 0) -> Tensor:
     """-log p of the tokens at positions first .. T - 1 of each window of idx (B, T): (B, T - first) float32.
 
-    chunk_size: tokens in one call; the windows then go through the model's cache, whose content is lost. 0, or T and
-        more: the whole windows in one call, without a cache. The numbers are the same but for rounding.
-    Logits are made of a piece of the text at a time, and only where a target follows.
+    chunk_size: tokens of a window in one call of the model; the windows then go through its caches, and what those held
+        is lost. 0, or T and more: the whole windows in one call, without a cache. The numbers are the same but for
+        rounding.
+    Logits exist for a piece of the text at a time, and only where a target follows.
     """
-    (B, T), device = idx.shape, idx.device
-    size = chunk_size if 0 < chunk_size < T else T
-    if size < T:
-        model.set_kv_cache(B, T)
-    rows = max(1, PROJECT_ELEMENTS.get(device.type, 2**27) // (B * model.config.padded_vocab_size))
-    pieces = []
-    for start in range(0, T, size):
-        stop = min(start + size, T)
-        if size == T:
-            x = model.hidden_states(idx)  # (B, T, C)
-        else:
-            pos = torch.arange(start, stop, device=device)
-            x = model.hidden_states(idx[:, start:stop], pos, input_pos_maxp1=stop)
-        last = min(stop, T - 1)  # the window's last token predicts one that is not in it
-        for a in range(max(start, first - 1), last, rows):
-            b = min(a + rows, last)
-            logits = model.project(x[:, a - start : b - start])[..., : model.config.vocab_size]
-            nll = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, a + 1 : b + 1].flatten(), reduction="none")
-            pieces.append(nll.view(B, b - a))
+    B, T = idx.shape
+    if not 0 < chunk_size < T:
+        return nll_of_states(model, model.hidden_states(idx), idx, 0, first)
+    session = Session(model, batch_size=B)
+    session.reserve(T)
+    starts = range(0, T, chunk_size)
+    chunks = [nll_of_states(model, session.hidden_states(idx[:, a : a + chunk_size]), idx, a, first) for a in starts]
+    return torch.cat(chunks, dim=1)
+
+
+def nll_of_states(model: GPT, x: Tensor, idx: Tensor, start: int, first: int) -> Tensor:
+    """-log p (B, n) of the tokens that follow hidden states x (B, t, C) of the windows' tokens start .. start + t - 1.
+
+    Of those, the ones at positions first and later; a window's last token is followed by none.
+    """
+    (B, T), stop = idx.shape, start + x.size(1)
+    size = max(1, PROJECT_ELEMENTS.get(idx.device.type, 2**27) // (B * model.config.padded_vocab_size))
+    begin, end, pieces = max(start, first - 1), min(stop, T - 1), [x.new_empty(B, 0, dtype=torch.float32)]
+    for a in range(begin, end, size):
+        b = min(a + size, end)
+        logits = model.project(x[:, a - start : b - start])[..., : model.config.vocab_size]  # padding is no token
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), idx[:, a + 1 : b + 1].flatten(), reduction="none")
+        pieces.append(nll.view(B, b - a))
     return torch.cat(pieces, dim=1)
 
 
 def pick_chunk_size(model: GPT, batch_size: int, seq_len: int) -> int:
-    """The chunk_size for windows of seq_len tokens: 0 where the memory holds their activations whole.
+    """The chunk_size for windows of seq_len tokens: 0 where the memory holds the activations of whole windows.
 
-    Also 0 where RoPE's frequencies follow the length read so far, since that is another text when read in chunks.
+    Also 0 for a model whose tokens depend on the length read so far, since chunks would make another text of a window.
     """
-    if (model.config.rope_scaling or {}).get("type") in LENGTH_SCALINGS:
+    if model.depends_on_length:
         return 0
     most = 4096  # of prefill_chunk; so many rows of it, side by side, take as much memory as one after the other
     if prefill_chunk(model, batch_size * math.ceil(seq_len / most)) >= min(most, seq_len):

@@ -1,286 +1,383 @@
-"""Text from a model: prefill, the decode loop, sampling, and where to stop. Functions, so that the loop can be read.
+"""Text from a model: how a token is chosen (Sampling), what the caches hold (Session), and the loop (generate).
 
-Shapes: B rows, T tokens, V vocabulary. `generate` works on token ids, `generate_text` on text.
+Shapes: B rows, T tokens of one call, V vocab_size, C n_embd. `generate` works on token ids, `generate_text` on text.
 """
 
 import functools
+import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.checks import check_range
 from lit_swa.linear_formats import OneTokenLinear, pack_for_cpu, replace_linears  # noqa: F401
-from lit_swa.model import GPT, LENGTH_SCALINGS, VARIANTS, CacheLayout
+from lit_swa.model import GPT
 
 if TYPE_CHECKING:
     from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 
+# ------------------------------------------------------------------------------------------------------------- sampling
 
-@dataclass
-class Stats:
-    """What one call of generate did: tokens and seconds."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, those that were in the cache already
-    new_tokens: int = 0
-    prefill_seconds: float = 0.0  # until the logits of the first new token are there
-    first_token_seconds: float = 0.0  # until the first new token was chosen
-    decode_seconds: float = 0.0  # the steps after that
-    decode_steps: int = 0
-
-    def line(self, model: GPT) -> str:
-        """One line for people."""
-        fed = self.prompt_tokens - self.cached_tokens
-        prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
-        cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
-        decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
-        return (
-            f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
-            f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB"
-        )
+LIMITS = {  # field of Sampling -> least and greatest value, both allowed
+    "temperature": (0, 1e4),
+    "top_k": (1, 10**9),
+    "top_p": (1e-9, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-3, 1e3),
+}
 
 
-def describe_window(model: GPT) -> str:
-    """The keys that a query can see: "none (context 8192)", "256", or "4096 in 13 of 26 layers"."""
-    windows = windows_of(model)
-    n = sum(w is not None for w in windows)
-    if n == 0:
-        return f"none (context {model.config.block_size})"
-    kind = " rolling" if rolls(model) or model.config.rolling_kv_cache else ""
-    sinks = f" behind {model.config.n_sink_tokens} sinks" if "streaming" in model.config.layer_variants else ""
-    part = "" if n == len(windows) else f" in {n} of {len(windows)} layers"
-    return f"{model.config.sliding_window_size}{kind}{sinks}{part}"
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The rules apply in the order of penalty, temperature, top_k, top_p, min_p.
 
-
-# ----------------------------------------------------------------------------------------------------------- generation
-
-
-def generate(
-    model: GPT,
-    prompt_ids: Sequence[int] | Tensor,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    stop_tokens: Iterable[int | Sequence[int]] = (),
-    *,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    cached_ids: list[int] | None = None,
-    decode: Callable[[Tensor, Tensor], Tensor] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    stats: Stats | None = None,
-) -> Iterator[int]:
-    """Yield new tokens, one by one, as they are chosen. What does not fit is refused at once.
-
-    prompt_ids: the whole sequence so far, at least one token.
-    temperature: 0 takes the likeliest token; else logits are divided by it, and top_k, top_p, min_p cut the tail.
-    stop_tokens: ids, or sequences of ids, that end the text. They are not yielded, nor is any part of a sequence that
-        might become one before it is clear that it does not.
-    cached_ids: the tokens that the model's cache holds, kept up to date as tokens are fed; the part of prompt_ids that
-        it covers is not fed again. None: the cache is set up for this call.
-    decode: what makes a one-token step, (token (1, 1), input_pos (1,)) -> logits (1, 1, V): a compiled model, say.
-    should_stop: asked between steps; True ends the text.
-    progress: told (tokens read, tokens of the prompt) after each chunk of a prompt that takes several.
-    Ends early when the context is full. Raises ValueError for arguments that do not fit and for a prompt that is empty,
-    longer than the context or not of the vocabulary.
+    temperature: 0 takes the likeliest token; any other value divides the logits.
+    top_k: draw among the k likeliest tokens; None: among all.
+    top_p: draw among the fewest tokens, likeliest first, whose probabilities reach top_p (Holtzman et al. 2020,
+        arXiv 1904.09751).
+    min_p: draw among the tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+    repetition_penalty: a token that the text holds already has its logit divided by this if it is positive, and
+        multiplied if it is negative (Keskar et al. 2019, arXiv 1909.05858).
+    seed: the same seed draws the same tokens; None: draw from torch's global generator.
+    Raises ValueError for a value that does not fit.
     """
-    ids = [int(i) for i in (prompt_ids.flatten().tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)]
-    check_arguments(model, ids, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    cached = [] if cached_ids is None else cached_ids
-    last = prepare_cache(model, ids, cached, max_new_tokens)
-    vocab_size, device = model.config.vocab_size, model.transformer.wte.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    seen = mark_seen(ids, vocab_size, device) if repetition_penalty != 1.0 else None
-    stops = StopFinder([[s] if isinstance(s, int) else [int(i) for i in s] for s in stop_tokens], empty=[])
 
-    def choose(logits: Tensor) -> Tensor:
-        logits = logits[:, -1, :vocab_size]  # rows of padding are no tokens
-        return choose_token(logits, seen, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
 
-    step = decode or (lambda token, input_pos: model(token, input_pos, input_pos_maxp1=len(cached) + 1))
-    should_stop = should_stop or (lambda: False)
-    read = functools.partial(prefill, model, ids, cached, should_stop, progress)
-    return run_loop(
-        model, ids, cached, last, read, choose, step, stops, should_stop or (lambda: False), stats or Stats()
-    )
+    def __post_init__(self) -> None:
+        for name, (least, most) in LIMITS.items():
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), least, most)
+
+    def distribution(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The probabilities (B, V), float32, that the next token is drawn with, from logits (B, V).
+
+        seen: (B, V) bool, the tokens that each row's text holds already; None: nothing is penalized.
+        A pure function of its arguments. With temperature 0 the likeliest token has probability 1.
+        """
+        logits = self.penalize(logits.float(), seen)
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+        logits = logits / self.temperature
+        if self.top_k is not None:
+            kth = logits.topk(min(self.top_k, logits.size(-1)), dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        if self.top_p < 1.0:
+            ordered, order = logits.sort(dim=-1, descending=True)
+            p = ordered.softmax(dim=-1)
+            before = p.cumsum(dim=-1) - p  # of the likelier tokens; 0 for the first, which always stays
+            logits = logits.masked_fill((before >= self.top_p).scatter(-1, order, before >= self.top_p), -torch.inf)
+        if self.min_p > 0.0:
+            p = logits.softmax(dim=-1)
+            logits = logits.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
+        return logits.softmax(dim=-1)
+
+    def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """The logits (B, V) with the repetition penalty on the tokens of seen (B, V)."""
+        if seen is None or self.repetition_penalty == 1.0:
+            return logits
+        penalty = self.repetition_penalty
+        return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-@torch.inference_mode()
-def run_loop(
-    model: GPT,
-    ids: list[int],
-    cached: list[int],
-    last: int,
-    read: Callable[[], Tensor | None],
-    choose: Callable[[Tensor], Tensor],
-    step: Callable[[Tensor, Tensor], Tensor],
-    stops: "StopFinder",
-    should_stop: Callable[[], bool],
-    stats: Stats,
-) -> Iterator[int]:
-    """The loop of generate: feed the prompt, then choose a token and feed it, until position `last` was chosen for."""
-    device, started = model.transformer.wte.weight.device, time.perf_counter()
-    stats.prompt_tokens, stats.cached_tokens = len(ids), len(cached)
-    logits = read()
-    wait_for(device)
-    stats.prefill_seconds = time.perf_counter() - started
-    for pos in range(len(ids), last + 1):
-        if logits is None or should_stop():
-            break
-        token = choose(logits)
-        token_id = int(token)
-        stats.new_tokens += 1
-        if stats.new_tokens == 1:
-            stats.first_token_seconds = time.perf_counter() - started
-        released, found = stops.push([token_id])
-        yield from released
-        if found:
+def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A token (B, 1) for each row of probabilities (B, V).
+
+    argmax(p / e) with e exponentially distributed is a draw from p (the exponential race), and it does not make the
+    host wait for the GPU, as torch.multinomial does.
+    """
+    noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
+    return (probabilities / noise).argmax(dim=-1, keepdim=True)
+
+
+class Sampler:
+    """Chooses the tokens of one text: a Sampling, its random numbers, and the tokens that the text holds so far."""
+
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str
+    ) -> None:
+        self.sampling = sampling
+        self.generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
+        self.seen = None  # (1, V) bool, if repetition costs anything
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
+            self.seen[0, [i for i in set(prompt_ids) if i < vocab_size]] = True
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token (1, 1) for logits (1, V); it belongs to the text from now on."""
+        if self.sampling.temperature == 0:  # the argmax of `distribution`, without making one
+            token = self.sampling.penalize(logits.float(), self.seen).argmax(dim=-1, keepdim=True)
+        else:
+            token = draw(self.sampling.distribution(logits, self.seen), self.generator)
+        if self.seen is not None:
+            self.seen.scatter_(1, token, True)
+        return token
+
+
+# -------------------------------------------------------------------------------------------------------------- session
+
+OWNERS: "weakref.WeakKeyDictionary[GPT, object]" = weakref.WeakKeyDictionary()  # model -> whose tokens its caches hold
+SMALL = 128  # tokens that are fed in one call whatever the memory
+
+
+class Session:
+    """Texts that a model reads and goes on with: B rows in step, their tokens, and the caches that hold them.
+
+    session = Session(model)
+    logits = session.feed(prompt)  # (1, 1, V)
+    logits = session.feed([token])
+    session.take_back(1)  # as if that token had never been fed
+
+    A model has one set of caches, so it serves one session at a time: the one that was fed last. The session sets the
+    caches up when they are needed, and makes them larger when the text outgrows them.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        batch_size: int = 1,
+        *,
+        lookahead: int = 0,
+        chunk_size: int | None = None,
+        decode: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Nothing is allocated before the first tokens come, or `reserve` is called.
+
+        batch_size: B, rows that are fed together.
+        lookahead: how many tokens a rolling cache can take back. A dense cache can take back any number.
+        chunk_size: the most tokens of a row in one call of the model; None: as many as fit the free memory.
+        decode: what feeds one token a row, (token (B, 1), input_pos (1,) or (B, 1)) -> logits (B, 1, padded V): a
+            compiled step (compile_decode), say. None: the model itself.
+        """
+        self.model, self.batch_size, self.lookahead = model, batch_size, lookahead
+        self.chunk_size, self.decode = chunk_size, decode
+        self.device = model.transformer.wte.weight.device
+        self.ticket = object()  # stands for this session in OWNERS
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens. The caches stay, for the next ones."""
+        self.length = 0  # tokens of a row, padding included
+        self.furthest = 0  # the greatest length so far: what a rolling cache has dropped follows from it
+        self.room = 0.0  # the greatest length that the caches are good for
+        self.fed: list[Tensor] = []  # (B, T) of each call; read only when asked for, so that feeding need not wait
+        self.padding: Tensor | None = None  # (B, 1) tokens of padding in front of each row, if there are any
+        if OWNERS.get(self.model) is self.ticket:
+            del OWNERS[self.model]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The tokens that the caches hold, row by row, without padding."""
+        if not self.fed:
+            return [[] for _ in range(self.batch_size)]
+        self.fed = [torch.cat(self.fed, dim=1)]
+        rows = self.fed[0].tolist()
+        return rows if self.padding is None else [r[n:] for r, n in zip(rows, self.padding[:, 0].tolist(), strict=True)]
+
+    # reading
+
+    @torch.inference_mode()
+    def feed(
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+        *,
+        logits_to_keep: int = 1,
+        should_stop: Callable[[], bool] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor | None:
+        """Read more tokens; returns logits (B, k, V) of what follows each of the last k = logits_to_keep.
+
+        ids: (B, T), or (T,) for a single row. The first rows of a session may differ in length: the shorter ones are
+            padded on the left.
+        logits_to_keep: 0 gives the logits of all T tokens.
+        should_stop: asked before each call of the model; True ends the reading, and the result is None.
+        progress: told (tokens read, tokens in all) after each call, where more than one is needed.
+        Raises ValueError for tokens that do not fit the session or the context, and if another session took the caches.
+        """
+        ids = self.next_rows(ids)  # (B, T)
+        T, before = ids.size(1), self.length
+        size, pieces = self.call_size(T), []
+        first_kept = 0 if logits_to_keep == 0 else max(0, T - logits_to_keep)
+        for start in range(0, T, size):
+            if should_stop is not None and should_stop():
+                return None
+            chunk = ids[:, start : start + size]
+            kept = start + chunk.size(1) - max(start, first_kept)  # of its tokens; none or less: none
+            if T == 1 and self.decode is not None:
+                logits = self.call(lambda idx, pos, **_: self.decode(idx, pos), chunk)
+            else:
+                logits = self.call(functools.partial(self.model, logits_to_keep=max(1, kept)), chunk)
+            if kept > 0:
+                pieces.append(logits[..., : self.model.config.vocab_size])  # rows of padding are no tokens
+            if progress is not None and T > size:
+                progress(self.length, before + T)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    @torch.inference_mode()
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        """Read more tokens (B, T) in one call; returns (B, T, C), from which `model.project` makes logits."""
+        return self.call(self.model.hidden_states, self.next_rows(ids))
+
+    def call(self, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        """One call of the model, or of a part of it, on the next tokens (B, T)."""
+        stop = self.length + ids.size(1)
+        input_pos = torch.arange(self.length, stop, device=self.device)  # made on the device: nothing waits for it
+        if self.padding is not None:
+            input_pos = input_pos - self.padding  # (B, T), negative for padding
+        self.furthest = max(self.furthest, stop)
+        out = forward(ids, input_pos, input_pos_maxp1=stop)
+        self.fed.append(ids)
+        self.length = stop
+        return out
+
+    def next_rows(self, ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """ids as (B, T) on the model's device, padded if need be, for which the caches have room now."""
+        if self.length == 0:
+            self.padding = None
+        if isinstance(ids, Tensor):
+            ids = ids.to(self.device, torch.long)
+            ids = ids[None] if ids.dim() == 1 else ids
+        else:
+            rows = [list(ids)] if not len(ids) or isinstance(ids[0], int) else [list(row) for row in ids]
+            longest = max(map(len, rows))
+            padding = [longest - len(row) for row in rows]
+            if any(padding) and self.length:
+                raise ValueError("The rows differ in length: only the first rows of a session may.")
+            if any(padding):
+                self.padding = torch.tensor(padding, device=self.device)[:, None]
+            ids = torch.tensor([[0] * n + row for n, row in zip(padding, rows, strict=True)], device=self.device)
+        if ids.dim() != 2 or ids.size(0) != self.batch_size or ids.size(1) == 0:
+            raise ValueError(f"The tokens have the shape {tuple(ids.shape)}: give {self.batch_size} rows of tokens.")
+        if not self.model.unbounded(cached=False):
+            check_context(self.model, self.length + ids.size(1), "The text")
+        self.reserve(self.length + ids.size(1))
+        return ids
+
+    def call_size(self, T: int) -> int:
+        """How many of T tokens a row to feed in one call."""
+        if self.model.depends_on_length:
+            return T  # in pieces the tokens would be others: each is read as part of a text of the length read so far
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return T if T <= SMALL else prefill_chunk(self.model, self.batch_size)
+
+    # the caches
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for rows of so many tokens in all, and keep those that are there. `feed` calls this itself.
+
+        Room for a whole text at once spares copies, and spares a compiled step from being compiled anew. More than the
+        context or, where all caches roll, than the windows is never made. Raises ValueError if another session took
+        the caches while this one held tokens.
+        """
+        owned = OWNERS.get(self.model) is self.ticket
+        if owned and tokens <= self.room:
             return
-        if pos < last:
-            started = time.perf_counter()
-            logits = step(token, torch.tensor([pos], device=device))
-            cached.append(token_id)
-            wait_for(device)
-            stats.decode_seconds += time.perf_counter() - started
-            stats.decode_steps += 1
-    yield from stops.held  # what was not a stop after all
+        if self.length and not owned:
+            raise ValueError(
+                "Another session has used the model's caches since: reset() this one and feed its tokens again."
+            )
+        with torch.inference_mode(False), torch.no_grad():  # caches that may be used outside of inference mode too
+            self.set_up_caches(tokens)
+        OWNERS[self.model] = self.ticket
+        self.room = math.inf if self.model.unbounded(cached=True) else self.model.max_seq_length
+
+    def set_up_caches(self, tokens: int) -> None:
+        """Caches of this session's batch size, with room for so many tokens: those that are there, if they will do."""
+        model = self.model
+        room = model.cache_length(tokens)
+        if model.unbounded(cached=False) and not model.rolls:  # windows in dense caches: a slot for each token
+            room = tokens
+        if self.length:
+            if model.max_seq_length < room:  # twice as much as there is, so that the content is seldom copied
+                model.extend_kv_cache(max(room, model.cache_length(2 * model.max_seq_length)))
+        elif (
+            model.cache_batch_size != self.batch_size or model.max_seq_length < room or model.lookahead < self.lookahead
+        ):
+            model.set_kv_cache(self.batch_size, room, lookahead=max(self.lookahead, model.lookahead))
+        else:
+            model.reset_kv_cache()
+
+    def can_take_back(self, n: int) -> bool:
+        """True if the newest n tokens of every row can be taken back.
+
+        What a rolling cache has dropped does not come back with tokens that are taken back, so those of earlier calls
+        that were not fed anew count as well.
+        """
+        return n <= self.length and self.model.can_take_back(self.furthest - (self.length - n))
+
+    def take_back(self, n: int) -> None:
+        """Forget the newest n tokens of every row, as if they had never been fed. Raises ValueError if it cannot."""
+        if not 0 <= n <= self.length:
+            raise ValueError(f"{n} tokens cannot be taken back: the session holds {self.length}.")
+        if not self.can_take_back(n):
+            raise ValueError(
+                f"The caches cannot take back {n} tokens: they were set up for {self.model.lookahead} "
+                "(Session(lookahead=...)). reset() the session and feed the tokens that stay again."
+            )
+        self.model.take_back(n)
+        self.length -= n
+        while n > 0:
+            newest = self.fed.pop()
+            if newest.size(1) > n:
+                self.fed.append(newest[:, :-n])
+            n -= newest.size(1)
+
+    def keep_prefix(self, ids: Sequence[int]) -> int:
+        """Keep the tokens that the session has in common with the text `ids`; returns how many of ids need no feeding.
+
+        What differs is taken back; where that is not possible, all is forgotten. The last token of ids never counts as
+        kept, since its logits are wanted. Raises ValueError for a session of several rows.
+        """
+        if self.batch_size != 1:
+            raise ValueError(
+                f"The session has {self.batch_size} rows: only a session of one row can be compared to a text."
+            )
+        held = self.tokens[0]
+        keep = common_prefix(held, ids[:-1])
+        if keep == 0 or OWNERS.get(self.model) is not self.ticket or not self.can_take_back(len(held) - keep):
+            self.reset()
+            return 0
+        self.take_back(len(held) - keep)
+        return keep
 
 
-def check_arguments(
-    model: GPT,
-    ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-) -> None:
-    """Raises ValueError, in one sentence, for what cannot be generated from."""
-    if not ids:
-        raise ValueError("The prompt is empty: give at least one token.")
-    if not 0 <= min(ids) <= max(ids) < model.config.padded_vocab_size:
+def check_context(model: GPT, tokens: int, what: str) -> None:
+    """Raises ValueError when a text of so many tokens is longer than the model's context."""
+    if tokens > model.config.block_size:
         raise ValueError(
-            f"The prompt holds the token id {max(ids) if min(ids) >= 0 else min(ids)}, and the vocabulary has "
-            f"{model.config.padded_vocab_size}: the tokenizer is another model's."
-        )
-    limits = (
-        ("max_new_tokens", max_new_tokens, 0, 10**9),
-        ("temperature", temperature, 0, 1e4),
-        ("top_k", top_k, 1, 10**9),
-        ("top_p", top_p, 1e-9, 1),
-        ("min_p", min_p, 0, 1),
-        ("repetition_penalty", repetition_penalty, 1e-3, 1e3),
-    )
-    for name, value, least, most in limits:
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{name}={value} does not fit: it must lie between {least} and {most}.")
-
-
-def prepare_cache(model: GPT, ids: list[int], cached: list[int], max_new_tokens: int) -> int:
-    """See to it that the model has a cache with room, and that `cached`, what it holds, is a true prefix of ids.
-
-    Returns the last position that a token can be chosen for: one after the last that can be fed.
-    """
-    context = model.config.block_size
-    if not rolls(model) and len(ids) > context:
-        raise ValueError(
-            f"The prompt has {len(ids)} tokens and the context {context}: shorten it, go further with "
+            f"{what} has {tokens} tokens and the context {model.config.block_size}: shorten it, go further with "
             "--model.attention dual_chunk --model.block_size N, or give every layer a window with "
             "--model.attention streaming --model.sliding_window_size S."
         )
-    room = cache_room(model, len(ids) + max_new_tokens)
-    keep = common_prefix(cached, ids[:-1])  # the last token is fed in any case: its logits are wanted
-    slot_map = next(iter(model.slot_maps.values()), None)
-    if slot_map is None or slot_map.pos.size(0) != 1:
-        model.set_kv_cache(1, room)
-        keep = 0
-    elif len(cached) - keep > takes_back(model):
-        keep = 0
-    if model.max_seq_length < room and keep:
-        doubled = cache_room(model, 2 * model.max_seq_length)  # so that copies stay few
-        model.extend_kv_cache(max(room, doubled))
-    elif model.max_seq_length < room:
-        model.set_kv_cache(1, room, lookahead=slot_map.lookahead)
-    if keep == 0:
-        model.reset_kv_cache()
-    del cached[keep:]
-    last = len(ids) + max_new_tokens - 1
-    return last if rolls(model) else min(last, context)
 
 
-def rolls(model: GPT) -> bool:
-    """True when every layer keeps a window and no more, so that a text may have any length."""
-    return None not in windows_of(model) and all(layout.copies == 2 for layout in layouts_of(model, 1))
-
-
-def cache_room(model: GPT, tokens: int) -> int:
-    """The max_seq_length that a text of so many tokens needs: no more than a window, or else the context, is of use."""
-    if not rolls(model):
-        return min(tokens, model.config.block_size)
-    return max(layout.sinks + layout.slots for layout in layouts_of(model, tokens))
-
-
-def layouts_of(model: GPT, tokens: int) -> list[CacheLayout]:
-    """The caches that the layers' variants ask for, for so many tokens."""
-    return [VARIANTS[v].cache(model.config, tokens, 0) for v in dict.fromkeys(model.config.layer_variants)]
-
-
-def windows_of(model: GPT) -> list[int | None]:
-    """Every layer's window; None for a layer that attends in full."""
-    return [VARIANTS[v].window(model.config) for v in model.config.layer_variants]
-
-
-def takes_back(model: GPT) -> int:
-    """How many tokens the model's caches can take back."""
-    rolling = [m.lookahead for m in model.slot_maps.values() if m.copies == 2]
-    return min(rolling) if rolling else 2**31
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first items two sequences share."""
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
     return n
 
 
-def prefill(
-    model: GPT,
-    ids: list[int],
-    cached: list[int],
-    should_stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor | None:
-    """Feed the tokens of ids that are not in the cache; logits (1, 1, V) of the last, or None if stopped on the way."""
-    device, logits = model.transformer.wte.weight.device, None
-    size = prefill_chunk(model, batch_size=1)
-    if (model.config.rope_scaling or {}).get("type") in LENGTH_SCALINGS:
-        size = len(ids)  # what a token is depends on how long the text is when it is read: not on memory then
-    while len(cached) < len(ids):
-        if should_stop():
-            return None
-        start, stop = len(cached), min(len(cached) + size, len(ids))
-        chunk = torch.tensor([ids[start:stop]], device=device)
-        logits = model(chunk, torch.arange(start, stop, device=device), input_pos_maxp1=stop, logits_to_keep=1)
-        cached.extend(ids[start:stop])
-        if progress is not None and (start > 0 or stop < len(ids)):
-            progress(stop, len(ids))
-    return logits
-
-
 def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int:
     """How many tokens of a prompt to feed at once: as many as a quarter of the free memory holds activations for.
 
-    memory: free bytes; None: asked of the device. The cache and the weights are there already, and attention bounds
-    itself (SCORE_ELEMENTS), so what grows with the tokens is the residual stream, the projections and the MLP.
+    memory: free bytes; None: asked of the device. The caches and the weights are there already, and attention keeps
+    within bounds of its own, so what grows with the tokens is the residual stream, the projections and the MLP.
     """
     config, weight = model.config, model.transformer.wte.weight
     heads = (2 * config.n_head + 3 * config.n_query_groups) * config.head_size
@@ -288,7 +385,7 @@ def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int
     per_token = batch_size * elements * max(weight.element_size(), 4)
     memory = free_memory(weight.device) if memory is None else memory
     most = 16384 if weight.device.type == "cuda" else 4096
-    tokens = max(128, min(most, memory // 4 // per_token))
+    tokens = max(SMALL, min(most, memory // 4 // per_token))
     return 2 ** (tokens.bit_length() - 1)
 
 
@@ -304,120 +401,157 @@ def free_memory(device: torch.device) -> int:
 
 
 def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-# -------------------------------------------------------------------------------------------------------- faster steps
+# ------------------------------------------------------------------------------------------------------------- generate
 
 
-def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """A compiled one-token step for `generate(decode=...)`, compiled at its first use, once for all positions.
+def generate(
+    model: GPT,
+    prompt_ids: Sequence[int] | Tensor,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_tokens: Iterable[int | Sequence[int]] = (),
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    sampling: Sampling | None = None,
+    session: Session | None = None,
+    decode: Callable[[Tensor, Tensor], Tensor] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    stats: "Stats | None" = None,
+) -> Iterator[int]:
+    """Yield new tokens, one by one, as they are chosen. What does not fit is refused at once.
 
-    On a GPU it is the whole model as one CUDA graph. On a CPU, one block is compiled and serves all layers, which takes
-    seconds and not minutes, and its products are sums that Inductor writes itself: see OneTokenLinear.
+    prompt_ids: the whole text so far, at least one token.
+    temperature ... seed: the fields of Sampling, where `sampling` is not given.
+    stop_tokens: ids, or sequences of ids, that end the text. They are not yielded; tokens that may turn out to begin
+        such a sequence are held back until it is clear that they do not.
+    session: a Session(model) of one row. The part of prompt_ids that it holds already is not read again, and it holds
+        the new tokens afterwards, except for the last. None: one for this call.
+    decode: as for Session, where `session` is not given.
+    should_stop: asked before each call of the model; True ends the text.
+    progress: told (tokens read, tokens of the prompt) while a long prompt is read.
+    stats: filled in.
+    The text ends early when the context is full. Raises ValueError for arguments that do not fit, and for a prompt that
+    is empty, longer than the context, or not of the model's vocabulary.
     """
-    if model.transformer.wte.weight.device.type == "cpu":
-        model.fixed_shape_steps = True
-        replace_linears(model, OneTokenLinear)
-        for module in (*model.transformer.h, model.lm_head):
-            compile_for_one_token(module)
-        return model
-    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-
-    def step(token: Tensor, input_pos: Tensor) -> Tensor:
-        return compiled(token, input_pos).clone()  # a CUDA graph writes its next result to the same place
-
-    return step
-
-
-def warm_up(model: GPT, decode: Callable[[Tensor, Tensor], Tensor], tokens: int) -> float:
-    """Compile the step, on a cache with room for so many tokens (or the one that is there); returns the seconds."""
-    device, started = model.transformer.wte.weight.device, time.perf_counter()
-    if not model.slot_maps:
-        model.set_kv_cache(1, cache_room(model, tokens))
-    with torch.inference_mode():
-        for position in range(min(3, model.max_seq_length)):  # a CUDA graph is recorded at the second call
-            decode(torch.zeros(1, 1, dtype=torch.long, device=device), torch.tensor([position], device=device))
-    wait_for(device)
-    model.reset_kv_cache()
-    return time.perf_counter() - started
+    ids = [int(i) for i in (prompt_ids.flatten().tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)]
+    flat = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if sampling is not None and flat != Sampling():
+        raise ValueError(f"sampling={sampling} is given, and some of its fields beside it: give one or the other.")
+    if session is not None and (decode is not None or session.model is not model):
+        raise ValueError("A session has its own model and its own decode: give no others.")
+    check_prompt(model, ids)
+    check_range("max_new_tokens", max_new_tokens, 0, 10**9)
+    session = session or Session(model, decode=decode)
+    kept, context, stats = session.keep_prefix(ids), model.config.block_size, stats or Stats()
+    if not model.rolls:  # the last token is chosen for the position behind the context, and never fed
+        max_new_tokens = min(max_new_tokens, context + 1 - len(ids))
+    session.reserve(len(ids) + max_new_tokens if model.rolls else min(len(ids) + max_new_tokens, context))
+    stats.prompt_tokens, stats.cached_tokens = len(ids), kept
+    sampler = Sampler(sampling or flat, ids, model.config.vocab_size, session.device)
+    stops = StopFinder([[s] if isinstance(s, int) else [int(i) for i in s] for s in stop_tokens], empty=[])
+    read = functools.partial(session.feed, ids[kept:], should_stop=should_stop, progress=progress)
+    return decode_loop(session, read, sampler, max_new_tokens, stops, should_stop or (lambda: False), stats)
 
 
-def compile_for_one_token(module: nn.Module) -> None:
-    """Let a module whose first argument is (B, T, C) run compiled code when T is 1, and be as before otherwise."""
-    plain = module.forward
-    compiled = torch.compile(plain, fullgraph=True)
-
-    def forward(x: Tensor, *arguments: Any) -> Tensor:
-        return (compiled if x.size(1) == 1 else plain)(x, *arguments)
-
-    module.forward = forward
-
-
-# ------------------------------------------------------------------------------------------------------------- sampling
-
-
-def choose_token(
-    logits: Tensor,
-    seen: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """The next token (1, 1) from logits (1, V); it is marked in `seen`."""
-    logits = logits.float()
-    if seen is not None:
-        logits = penalize(logits, seen, repetition_penalty)
-    if temperature == 0:
-        token = logits.argmax(dim=-1, keepdim=True)
-    else:
-        probabilities = probabilities_of(logits, temperature, top_k, top_p, min_p)
-        # argmax(p / e) with e exponential is a draw from p (the exponential race), without multinomial's sync
-        noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
-        token = (probabilities / noise).argmax(dim=-1, keepdim=True)
-    if seen is not None:
-        seen.scatter_(1, token, True)
-    return token
+@torch.inference_mode()
+def decode_loop(
+    session: Session,
+    read: Callable[[], Tensor | None],
+    sampler: Sampler,
+    max_new_tokens: int,
+    stops: "StopFinder",
+    should_stop: Callable[[], bool],
+    stats: "Stats",
+) -> Iterator[int]:
+    """The loop of generate: read the prompt, then choose a token and feed it, again and again."""
+    started = time.perf_counter()
+    logits = read()  # (1, 1, V)
+    wait_for(session.device)
+    stats.prefill_seconds = time.perf_counter() - started
+    for n in range(1, max_new_tokens + 1):
+        if logits is None or should_stop():
+            break
+        token = sampler.choose(logits[:, -1])
+        token_id = int(token)  # the only point where the host waits for the device
+        stats.count(time.perf_counter() - started)
+        released, found = stops.push([token_id])
+        yield from released
+        if found:
+            return
+        if n < max_new_tokens:
+            started = time.perf_counter()
+            logits = session.feed(token)
+    yield from stops.held  # what was not a stop after all
 
 
-def probabilities_of(
-    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
-) -> Tensor:
-    """What is sampled from, (B, V). In the usual order: temperature, top-k, top-p, min-p.
-
-    top_k: the k likeliest.
-    top_p: the fewest of the likeliest whose probabilities reach top_p (Holtzman et al. 2020, arXiv 1904.09751).
-    min_p: those with at least min_p times the likeliest's probability (Nguyen et al. 2024, arXiv 2407.01082).
-    """
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(dim=-1)
-        before = p.cumsum(dim=-1) - p  # of the likelier ones; 0 for the first, which always stays
-        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -torch.inf)
-    if min_p > 0.0:
-        p = logits.softmax(dim=-1)
-        logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
-    return logits.softmax(dim=-1)
+def check_prompt(model: GPT, ids: Sequence[int]) -> None:
+    """Raises ValueError, in one sentence, for a prompt that the model cannot read."""
+    if not ids:
+        raise ValueError("The prompt is empty: give at least one token.")
+    if not 0 <= min(ids) <= max(ids) < model.config.padded_vocab_size:
+        raise ValueError(
+            f"The prompt holds the token id {max(ids) if min(ids) >= 0 else min(ids)}, and the vocabulary has "
+            f"{model.config.padded_vocab_size}: the tokenizer is another model's."
+        )
+    if not model.rolls:
+        check_context(model, len(ids), "The prompt")
 
 
-def mark_seen(ids: list[int], vocab_size: int, device: torch.device) -> Tensor:
-    """(1, V) bool: which tokens the text holds."""
-    seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
-    seen[0, [i for i in set(ids) if i < vocab_size]] = True
-    return seen
+@dataclass
+class Stats:
+    """What one call of generate did: tokens and seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, those that were in the cache already
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0  # until the logits of the first new token are there
+    first_token_seconds: float = 0.0  # until the first new token was chosen
+    decode_seconds: float = 0.0  # the steps after that: a token fed, and the next one chosen
+    decode_steps: int = 0
+
+    def count(self, seconds: float) -> None:
+        """A new token was chosen, so many seconds after the prompt or the token before it began to be fed."""
+        if self.new_tokens == 0:
+            self.first_token_seconds = seconds
+        else:
+            self.decode_seconds += seconds
+            self.decode_steps += 1
+        self.new_tokens += 1
+
+    def line(self, model: GPT) -> str:
+        """One line for people."""
+        fed = self.prompt_tokens - self.cached_tokens
+        prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
+        cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
+        decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
+        return (
+            f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
+            f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB"
+        )
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the seen tokens less likely: logits / penalty, or * penalty if negative (Keskar et al. 2019, 1909.05858)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+def describe_window(model: GPT) -> str:
+    """The keys that a query can see: "none (context 8192)", "256", "4096 in 13 of 26 layers"."""
+    windows = model.windows
+    sizes = sorted({w for w in windows if w is not None})
+    if not sizes:
+        return f"none (context {model.config.block_size})"
+    kind = " rolling" if model.rolls or model.config.rolling_kv_cache else ""
+    sinks = f" behind {model.n_sinks} sinks" if model.n_sinks else ""
+    if len(sizes) == 1 and None not in windows:
+        return f"{sizes[0]}{kind}{sinks}"
+    parts = ", ".join(f"{size}{kind}{sinks} in {windows.count(size)}" for size in sizes)
+    return f"{parts} of {len(windows)} layers"
 
 
 # --------------------------------------------------------------------------------------------------------------- stops
@@ -477,3 +611,48 @@ def join_text(tokens: Iterator[int], decoder: "StreamDecoder", stops: StopFinder
             return
     released, found = stops.push(decoder.flush())
     yield released if found else released + stops.held
+
+
+# -------------------------------------------------------------------------------------------------------- faster steps
+
+
+def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
+    """A compiled one-token step for `generate(decode=...)`, compiled at its first use, once for all positions.
+
+    On a GPU it is the whole model as one CUDA graph. On a CPU, one block is compiled and serves all layers, which takes
+    seconds and not minutes, and its products are sums that Inductor writes itself: see OneTokenLinear.
+    """
+    if model.transformer.wte.weight.device.type == "cpu":
+        model.fixed_shape_steps = True
+        replace_linears(model, OneTokenLinear)
+        for module in (*model.transformer.h, model.lm_head):
+            compile_for_one_token(module)
+        return model
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+    def step(token: Tensor, input_pos: Tensor) -> Tensor:
+        return compiled(token, input_pos).clone()  # a CUDA graph writes its next result to the same place
+
+    return step
+
+
+def warm_up(session: Session, tokens: int) -> float:
+    """Compile the session's decode step, with room in the caches for so many tokens; returns the seconds it took."""
+    started = time.perf_counter()
+    session.reserve(tokens)
+    for _ in range(int(min(3, session.room))):  # a CUDA graph is recorded at the second call
+        session.feed([[0]] * session.batch_size)
+    wait_for(session.device)
+    session.reset()
+    return time.perf_counter() - started
+
+
+def compile_for_one_token(module: nn.Module) -> None:
+    """Let a module whose first argument is (B, T, C) run compiled code when T is 1, and be as before otherwise."""
+    plain = module.forward
+    compiled = torch.compile(plain, fullgraph=True)
+
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
+        return (compiled if x.size(1) == 1 else plain)(x, *arguments)
+
+    module.forward = forward

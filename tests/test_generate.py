@@ -5,18 +5,19 @@ import math
 import pytest
 import torch
 
+from lit_swa import GPT
 from lit_swa.checkpoint import load_model
 from lit_swa.generate import (
+    Sampler,
+    Sampling,
+    Session,
     Stats,
     StopFinder,
-    choose_token,
     describe_window,
+    draw,
     generate,
     generate_text,
-    penalize,
-    prefill,
     prefill_chunk,
-    probabilities_of,
 )
 from lit_swa.tokenizer import Tokenizer
 
@@ -45,23 +46,6 @@ def test_greedy_generation_equals_the_loop_without_a_cache(tiny_model, fields):
         assert list(generate(model, prompt, max_new_tokens=20)) == plain_greedy(model, prompt, 20)
     assert list(generate(model, torch.tensor([[5, 6, 7]]), max_new_tokens=4)) == plain_greedy(model, [5, 6, 7], 4)
     assert list(generate(model, [1], max_new_tokens=0)) == []
-
-
-def test_a_prompt_in_chunks_gives_the_same_logits(tiny_model, monkeypatch):
-    """Catches: a chunk that starts at a wrong position, and logits of another token than the last."""
-    model = tiny_model(attention="sliding,full", sliding_window_size=7, rolling_kv_cache=True)
-    ids = torch.randint(0, 97, (50,)).tolist()
-    expected = model(torch.tensor([ids]))[:, -1:]
-    for size in (1, 8, 49, 64):
-        monkeypatch.setattr("lit_swa.generate.prefill_chunk", lambda *a, size=size, **k: size)
-        model.set_kv_cache(1, 50)
-        cached: list[int] = []
-        with torch.no_grad():
-            told: list[tuple[int, int]] = []
-            logits = prefill(model, ids, cached, progress=lambda *numbers, told=told: told.append(numbers))
-            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        assert cached == ids
-        assert told == ([] if size >= 50 else [(min(n + size, 50), 50) for n in range(0, 50, size)])
 
 
 def test_the_chunk_follows_the_memory(tiny_model):
@@ -154,7 +138,8 @@ def test_sampling_draws_from_the_distribution_of_transformers(arguments):
     expected = logits
     for warp in chain:
         expected = warp(None, expected)
-    torch.testing.assert_close(probabilities_of(logits, **arguments), expected.softmax(-1), rtol=1e-5, atol=1e-7)
+    p = Sampling(**arguments).distribution(logits)
+    torch.testing.assert_close(p, expected.softmax(-1), rtol=1e-5, atol=1e-7)
 
 
 def test_the_repetition_penalty_equals_transformers():
@@ -162,19 +147,38 @@ def test_the_repetition_penalty_equals_transformers():
     processors = pytest.importorskip("transformers").generation.logits_process
     logits, ids = torch.randn(1, 30), torch.tensor([[3, 3, 7, 29]])
     seen = torch.zeros(1, 30, dtype=torch.bool).scatter_(1, ids, True)
-    torch.testing.assert_close(
-        penalize(logits, seen, 1.4), processors.RepetitionPenaltyLogitsProcessor(1.4)(ids, logits.clone())
-    )
+    expected = processors.RepetitionPenaltyLogitsProcessor(1.4)(ids, logits.clone()).softmax(-1)
+    torch.testing.assert_close(Sampling(1.0, repetition_penalty=1.4).distribution(logits, seen), expected)
 
 
 def test_drawn_tokens_follow_their_probabilities():
     """Catches: a sampler that is biased. 20,000 draws: each frequency within 5 standard deviations."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -20.0]])
     p, n = logits.softmax(-1)[0], 20_000
-    generator = torch.Generator().manual_seed(0)
-    draws = choose_token(logits.expand(n, -1), None, 1.0, None, 1.0, 0.0, 1.0, generator).flatten()
-    frequency = torch.bincount(draws, minlength=5) / n
+    draws = draw(Sampling(temperature=1.0).distribution(logits.expand(n, -1)), torch.Generator().manual_seed(0))
+    frequency = torch.bincount(draws.flatten(), minlength=5) / n
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-6).all()
+
+
+def test_a_distribution_is_pure_and_knows_no_other_row():
+    """Catches: a filter that takes its threshold from another row, and logits or seen tokens that are changed."""
+    logits, seen = torch.randn(5, 60) * 3, torch.rand(5, 60) < 0.3
+    before = logits.clone(), seen.clone()
+    for sampling in (Sampling(), Sampling(0.8, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.3, seed=1)):
+        p = sampling.distribution(logits, seen)
+        rows = [sampling.distribution(logits[i : i + 1], seen[i : i + 1]) for i in range(5)]
+        assert torch.equal(p, torch.cat(rows)) and torch.equal(p, sampling.distribution(logits, seen))
+        assert torch.equal(logits, before[0]) and torch.equal(seen, before[1])
+        torch.testing.assert_close(p.sum(-1), torch.ones(5))
+
+
+def test_a_greedy_distribution_is_what_greedy_decoding_takes():
+    """Catches: a draw from the greedy distribution that is another token than the argmax that decoding computes."""
+    logits, sampling = torch.randn(1, 60), Sampling(repetition_penalty=1.5)
+    sampler = Sampler(sampling, [3, 4], 60, "cpu")
+    for _ in range(20):
+        expected = draw(sampling.distribution(logits, sampler.seen))
+        assert torch.equal(sampler.choose(logits), expected) and sampler.seen[0, expected]
 
 
 def test_a_seed_repeats_a_text_and_another_changes_it(tiny_model):
@@ -215,34 +219,34 @@ def fed_tokens(model):
 def test_only_new_tokens_are_fed_when_a_conversation_goes_on(tiny_model, fields):
     """Catches: a cache that is thrown away between turns, or kept where the text is another one."""
     model = tiny_model(block_size=512, **fields)
-    model.set_kv_cache(1, 8, lookahead=4)  # it will be outgrown
-    cached: list[int] = []
+    session = Session(model, lookahead=4)
+    session.reserve(8)  # it will be outgrown
     text = list(range(10, 40))
     counts = fed_tokens(model)
-    answer = list(generate(model, text, max_new_tokens=5, cached_ids=cached))
+    answer = list(generate(model, text, max_new_tokens=5, session=session))
     assert answer == plain_greedy(model, text, 5)
-    assert cached == text + answer[:-1]  # the last token was chosen, not fed
+    assert session.tokens == [text + answer[:-1]]  # the last token was chosen, not fed
     text = text + answer + [50, 51, 52]
     counts.clear()
     stats = Stats()
-    answer = list(generate(model, text, max_new_tokens=5, cached_ids=cached, stats=stats))
+    answer = list(generate(model, text, max_new_tokens=5, session=session, stats=stats))
     assert counts == [4, 1, 1, 1, 1] and stats.cached_tokens == len(text) - 4
     assert answer == plain_greedy(model, text, 5)
     text = text[:-2] + [60, 61, 62]  # what was fed is taken back: a rolling cache keeps no more than its lookahead of 4
     counts.clear()
-    assert list(generate(model, text, max_new_tokens=2, cached_ids=cached)) == plain_greedy(model, text, 2)
+    assert list(generate(model, text, max_new_tokens=2, session=session)) == plain_greedy(model, text, 2)
     assert counts[0] == (len(text) if fields else 3)
 
 
-def test_a_stopped_generation_leaves_a_cache_that_can_be_continued(tiny_model):
+def test_a_stopped_generation_leaves_a_session_that_can_go_on(tiny_model):
     """Catches: an interruption after which the cache and the list of its tokens differ."""
     model = tiny_model()
-    cached: list[int] = []
+    session = Session(model)
     steps = iter([False] * 6)
-    part = list(generate(model, [1, 2, 3], max_new_tokens=50, cached_ids=cached, should_stop=lambda: next(steps, True)))
+    part = list(generate(model, [1, 2, 3], max_new_tokens=50, session=session, should_stop=lambda: next(steps, True)))
     assert 0 < len(part) < 10
     text = [1, 2, 3, *part, 9]
-    assert list(generate(model, text, max_new_tokens=5, cached_ids=cached)) == plain_greedy(model, text, 5)
+    assert list(generate(model, text, max_new_tokens=5, session=session)) == plain_greedy(model, text, 5)
 
 
 def test_generation_ends_where_the_context_does(tiny_model):
@@ -252,7 +256,7 @@ def test_generation_ends_where_the_context_does(tiny_model):
         len(list(generate(model, list(range(10)), max_new_tokens=100))) == 7
     )  # positions 10 .. 16: the last is not fed
     model = tiny_model(block_size=16, attention="sliding", sliding_window_size=4, rolling_kv_cache=True)
-    model.set_kv_cache(1, 2)  # less than a window: it grows
+    model.set_kv_cache(1, 2)  # less than a window: it is made anew
     assert list(generate(model, [1, 2], max_new_tokens=50)) == plain_greedy(model, [1, 2], 50)
     assert len(list(generate(model, list(range(10)), max_new_tokens=100))) == 100
 
@@ -273,6 +277,7 @@ def test_generation_ends_where_the_context_does(tiny_model):
         ({"min_p": -0.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"sampling": Sampling(0.5), "top_k": 3}, "one or the other"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tiny_model, arguments, message):
@@ -308,3 +313,11 @@ def test_statistics_name_the_window_and_the_cache(tiny_model):
     line = stats.line(model)
     assert "window 5 rolling in 2 of 3 layers" in line and f"cache {model.kv_cache_bytes() / 1e6:.1f} MB" in line
     assert describe_window(tiny_model()) == "none (context 256)"
+    model = tiny_model(attention="streaming", sliding_window_size=5, n_sink_tokens=3)
+    assert describe_window(model) == "5 rolling behind 3 sinks"
+
+
+def test_windows_of_several_sizes_are_all_named(tiny_model, monkeypatch):
+    """Catches: one layer's window that is said to be every layer's."""
+    monkeypatch.setattr(GPT, "windows", [4, None, 8, 8])
+    assert describe_window(tiny_model()) == "4 in 1, 8 in 2 of 4 layers"
