@@ -228,7 +228,7 @@ def read_windows(results, row: dict[str, Any], gpt, tokens, cut, arguments: dict
     import time
 
     from lit_swa.evaluate import pick_chunk_size, require_finite, window_nll, with_fields
-    from lit_swa.generate import pack_for_cpu
+    from lit_swa.linear_formats import pack_for_cpu
 
     keys = {f"{row['method']} {row['length']} {start}": start for start in cut.starts}
     todo = {key: start for key, start in keys.items() if key not in results.parts}

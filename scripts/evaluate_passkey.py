@@ -108,7 +108,8 @@ def check_arguments(
 def ask_all(plan: list, results, text: str) -> None:
     """Ask what has no answer in results.parts yet. Ctrl-C keeps what was answered and ends the program."""
     from lit_swa.checkpoint import load_model
-    from lit_swa.generate import pack_for_cpu
+    from lit_swa.generate import Session
+    from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.passkey import split_words
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import ProgressLine, interruptible
@@ -119,7 +120,8 @@ def ask_all(plan: list, results, text: str) -> None:
     gpt = load_model(a["checkpoint_dir"], dtype=a["dtype"], device=a["device"], **a["model"])
     check_context(gpt, plan[-1].length)
     pack_for_cpu(gpt)
-    gpt.set_kv_cache(1, plan[-1].length)  # the largest at once, so that memory fails now or never
+    session = Session(gpt)
+    session.reserve(plan[-1].length)  # for the longest text, so that a lack of memory shows now and not after an hour
     done = sum(trial.length for trial in plan if trial.key in results.parts)
     right = sum(part["right"] for part in results.parts.values())
     line = ProgressLine(sum(trial.length for trial in plan), "tokens", done=done)
@@ -128,7 +130,7 @@ def ask_all(plan: list, results, text: str) -> None:
             for trial in plan:
                 if trial.key in results.parts:
                     continue
-                part = ask(gpt, tokenizer, trial, a, words, interrupted)
+                part = ask(session, tokenizer, trial, a, words, interrupted)
                 if interrupted():
                     raise KeyboardInterrupt
                 results.add(trial.key, part)
@@ -153,10 +155,8 @@ def check_prompts(plan: list, tokenizer, a: dict[str, Any], words: list[str]) ->
 
 def check_context(gpt, longest: int) -> None:
     """Raises ValueError for a length that the model cannot take."""
-    from lit_swa.generate import rolls
-
     context = gpt.config.block_size
-    if longest > context and not rolls(gpt):
+    if longest > context and not gpt.rolls:
         raise ValueError(
             f"A length of {longest} tokens is more than the context of {context}: take shorter --lengths, raise it "
             "with --model.block_size, or give every layer a window with --model.attention sliding "
@@ -164,15 +164,17 @@ def check_context(gpt, longest: int) -> None:
         )
 
 
-def ask(gpt, tokenizer, trial, a: dict[str, Any], words: list[str], interrupted) -> dict[str, Any]:
-    """One trial: the prompt, a few greedy tokens, the first number in them."""
+def ask(session, tokenizer, trial, a: dict[str, Any], words: list[str], interrupted) -> dict[str, Any]:
+    """One trial: read its prompt, go on greedily for a few tokens, find the first number in them."""
     from lit_swa.generate import generate
     from lit_swa.passkey import build_prompt, find_answer, is_answered
 
     room = a["max_new_tokens"]
     ids, passkey, depth = build_prompt(trial, tokenizer, a["seed"], room, words, a["use_chat_template"])
     answer, new = "", []
-    for token in generate(gpt, ids, room, stop_tokens=tokenizer.eos_ids, should_stop=interrupted):
+    session.reset()  # each trial is read from its beginning, so that none depends on the one before
+    tokens = generate(session.model, ids, room, stop_tokens=tokenizer.eos_ids, session=session, should_stop=interrupted)
+    for token in tokens:
         new.append(token)
         answer = tokenizer.decode(new)
         if is_answered(answer):

@@ -120,7 +120,7 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
 
     from lit_swa.checkpoint import load_model
     from lit_swa.evaluate import pick_chunk_size
-    from lit_swa.generate import pack_for_cpu
+    from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.utils import describe_machine, memory_in_use
 
     if results:

@@ -10,8 +10,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
-ATTENTION_FIELDS = ("attention", "sliding_window_size", "n_sink_tokens", "rolling_kv_cache")
-
 
 def main(
     data: Path | None = None,
@@ -114,8 +112,8 @@ def plan_methods(
 
     own = not chat if own is None else own
     sinks = ([] if own else [4]) if sinks is None and chat else [0, 4] if sinks is None else sinks
-    shared = {name: value for name, value in fields.items() if name not in ATTENTION_FIELDS}
-    if not own and (unused := [name for name in ATTENTION_FIELDS if name in fields]):
+    shared = {name: value for name, value in fields.items() if name not in cache_fields(1, cache_size)}
+    if not own and (unused := [name for name in fields if name not in shared]):
         raise ValueError(
             f"model.{unused[0]}={fields[unused[0]]} has no effect on the caches of --sinks, which set it themselves: "
             "add --own_attention true."
@@ -124,10 +122,8 @@ def plan_methods(
     for n in dict.fromkeys(sinks):
         if not 0 <= n < cache_size:
             raise ValueError(f"sinks={n} does not fit: it must be at least 0 and less than cache_size={cache_size}.")
-        attention = {"attention": "sliding"} if n == 0 else {"attention": "streaming", "n_sink_tokens": n}
-        attention |= {"sliding_window_size": cache_size - n, "rolling_kv_cache": True}
         name = f"{n} sink{'s' if n > 1 else ''} + {cache_size - n}" if n else f"window {cache_size}"
-        methods.append({"name": name, "model": shared | attention})
+        methods.append({"name": name, "model": shared | cache_fields(n, cache_size)})
     if own:
         name = load_config(checkpoint_dir).override(**fields).attention
         methods.append({"name": name, "model": fields})
@@ -140,6 +136,12 @@ def plan_methods(
     return methods
 
 
+def cache_fields(sinks: int, cache_size: int) -> dict[str, Any]:
+    """The fields of the config that give every layer a cache of so many keys, the first tokens among them."""
+    attention = {"attention": "streaming", "n_sink_tokens": sinks} if sinks else {"attention": "sliding"}
+    return attention | {"sliding_window_size": cache_size - sinks, "rolling_kv_cache": True}
+
+
 def digest_of(questions: list[dict[str, Any]]) -> str:
     return hashlib.sha256(repr(questions).encode()).hexdigest()
 
@@ -147,7 +149,7 @@ def digest_of(questions: list[dict[str, Any]]) -> str:
 def load(results, method: dict[str, Any]):
     """The model with one method's cache."""
     from lit_swa.checkpoint import load_model
-    from lit_swa.generate import pack_for_cpu
+    from lit_swa.linear_formats import pack_for_cpu
 
     a = results.arguments
     gpt = load_model(a["checkpoint_dir"], dtype=a["dtype"], device=a["device"], **method["model"])
@@ -174,14 +176,13 @@ def read_text(data: Path, checkpoint_dir: Path, settings: dict[str, int]):
 
 def run_text(results, tokens) -> dict[str, Any]:
     """Read the text with every method. Ctrl-C keeps those that are done; the one that it stops begins anew."""
-    from lit_swa.generate import rolls
     from lit_swa.utils import ProgressLine, interruptible
 
     a, total = results.arguments, len(tokens) - 1
     to_read = [m for m in a["methods"] if m["name"] not in results.parts]
     for method in to_read:
         gpt = load(results, method)
-        n = total if rolls(gpt) else min(total, gpt.config.block_size)
+        n = total if gpt.rolls else min(total, gpt.config.block_size)
         if n < total:
             print(f"{method['name']}: stops at its context, {n} of {total} tokens", file=sys.stderr)
         line = ProgressLine(n, method["name"])
@@ -208,27 +209,25 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
     import torch
     from torch.nn.functional import cross_entropy
 
-    from lit_swa.generate import wait_for
+    from lit_swa.generate import Session, wait_for
 
-    device, n, vocabulary = gpt.transformer.wte.weight.device, len(tokens) - 1, gpt.config.vocab_size
-    text, buckets, seen = torch.tensor(tokens.tolist(), device=device), [], 0.0
-    gpt.set_kv_cache(1, n)
+    n, session = len(tokens) - 1, Session(gpt, chunk_size=chunk)
+    text, buckets, seen = torch.tensor(tokens.tolist(), device=session.device), [], 0.0
+    session.reserve(n)
+    session.feed(text[:1])  # what only the first call does is not timed
+    session.reset()
     with torch.inference_mode():
-        gpt(
-            text[None, :1], torch.zeros(1, dtype=torch.long, device=device)
-        )  # what only the first call does is not timed
-        gpt.reset_kv_cache()
         for start in range(0, n, bucket):
-            stop, total, started = min(start + bucket, n), torch.zeros((), device=device), time.perf_counter()
+            stop, total, started = min(start + bucket, n), torch.zeros((), device=text.device), time.perf_counter()
             for at in range(start, stop, chunk):
                 end = min(at + chunk, stop)
-                logits = gpt(text[None, at:end], torch.arange(at, end, device=device), input_pos_maxp1=end)
-                total += cross_entropy(logits[0, :, :vocabulary].float(), text[at + 1 : end + 1], reduction="sum")
+                logits = session.feed(text[at:end], logits_to_keep=0)[0]  # (T, V)
+                total += cross_entropy(logits.float(), text[at + 1 : end + 1], reduction="sum")
                 if interrupted():
                     return buckets
                 if end < stop:
                     line.show(end, f"ppl {math.exp(seen / start):.2f}" if start else "")
-            wait_for(device)
+            wait_for(text.device)
             ms = 1e3 * (time.perf_counter() - started) / (stop - start)
             nll = float(total) / (stop - start)
             if not math.isfinite(nll):
@@ -281,7 +280,7 @@ def draw(plt, methods: list[dict[str, Any]]):
 
 def run_chat(results, questions: list[dict[str, Any]]) -> dict[str, Any]:
     """Ask all questions in one conversation. Ctrl-C keeps what was answered; a next start reads that and goes on."""
-    from lit_swa.generate import rolls
+    from lit_swa.generate import Session
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import interruptible
 
@@ -289,14 +288,14 @@ def run_chat(results, questions: list[dict[str, Any]]) -> dict[str, Any]:
     tokenizer = Tokenizer(a["checkpoint_dir"])
     if not tokenizer.has_chat_template:
         raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: take an instruct model.")
-    gpt = load(results, a["methods"][0])
-    context = gpt.config.block_size
-    gpt.set_kv_cache(1, 2**31 if rolls(gpt) else min(1024, context))  # a window is all that a rolling cache holds
-    ids, cached, stopped = [], [], None  # the conversation, and what of it is in the cache
+    session = Session(load(results, a["methods"][0]))
+    rolls, context = session.model.rolls, session.model.config.block_size
+    session.reserve(2**31 if rolls else min(1024, context))  # where all caches roll, a window is all that they hold
+    ids, stopped = [], None  # the conversation
     for i, question in enumerate(questions):
         part = results.parts.get(str(i))
         turn = next_turn(tokenizer, question["question"], first=i == 0) if part is None else part["ids"]
-        if part is None and not rolls(gpt) and len(ids) + len(turn) > context:
+        if part is None and not rolls and len(ids) + len(turn) > context:
             stopped = f"the context of {context} tokens is full after {i} of {len(questions)} questions"
             print(f"{stopped}: a cache of --sinks goes on for ever", file=sys.stderr)
             break
@@ -305,7 +304,7 @@ def run_chat(results, questions: list[dict[str, Any]]) -> dict[str, Any]:
             print_answer(part)
             continue
         with interruptible() as interrupted:
-            part = answer(gpt, tokenizer, question, ids, cached, a["max_gen"], interrupted)
+            part = answer(session, tokenizer, question, ids, a["max_gen"], interrupted)
         if interrupted():
             results.save()
             print(f"\n{len(results.parts)} answers are kept: the same command goes on", file=sys.stderr)
@@ -331,16 +330,17 @@ def next_turn(tokenizer, question: str, first: bool) -> list[int]:
     return tokenizer.encode(tokenizer.render_chat(turns).partition(stand_in)[2], bos=False)
 
 
-def answer(gpt, tokenizer, question: dict, ids: list[int], cached: list[int], max_gen: int, interrupted) -> dict:
-    """Answer greedily, print as it comes; the answer's tokens are added to ids."""
+def answer(session, tokenizer, question: dict, ids: list[int], max_gen: int, interrupted) -> dict[str, Any]:
+    """Answer greedily and print the answer as it comes; its tokens are added to ids."""
     from lit_swa.generate import Stats, generate
     from lit_swa.tokenizer import StreamDecoder
 
     stats, decoder, new, pieces = Stats(), StreamDecoder(tokenizer), [], []
     print(heading(question), flush=True)
     tokens = generate(
-        gpt, ids, max_gen, stop_tokens=tokenizer.eos_ids, cached_ids=cached, should_stop=interrupted, stats=stats
-    )
+        session.model, ids, max_gen, stop_tokens=tokenizer.eos_ids, session=session, should_stop=interrupted,
+        stats=stats,
+    )  # fmt: skip
     for token in tokens:
         new.append(token)
         pieces.append(decoder.push(token))
@@ -351,7 +351,7 @@ def answer(gpt, tokenizer, question: dict, ids: list[int], cached: list[int], ma
     seconds = stats.first_token_seconds + stats.decode_seconds
     part = question | {"answer": "".join(pieces), "tokens_so_far": len(ids), "new_tokens": len(new)}
     part |= {"ms_per_token": 1e3 * stats.decode_seconds / max(1, stats.decode_steps), "seconds": seconds}
-    part |= {"cache_bytes": gpt.kv_cache_bytes(), "ids": new}
+    part |= {"cache_bytes": session.model.kv_cache_bytes(), "ids": new}
     print(
         f"{len(ids)} tokens so far | {len(new)} new | {part['ms_per_token']:.1f} ms/token | "
         f"cache {part['cache_bytes'] / 1e6:.1f} MB",

@@ -107,7 +107,7 @@ def oracle(monkeypatch, tokenizer) -> Callable[..., list]:
     def install(knows: int, interrupt: int | None = None) -> list:
         calls = []
 
-        def answer(gpt, ids, max_new_tokens, stop_tokens, should_stop):
+        def answer(gpt, ids, max_new_tokens, stop_tokens, session, should_stop):
             calls.append(len(ids))
             if len(calls) == interrupt:
                 signal.raise_signal(signal.SIGINT)

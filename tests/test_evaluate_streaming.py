@@ -13,15 +13,12 @@ from torch.nn.functional import cross_entropy
 import lit_swa.generate
 from lit_swa import GPT
 from lit_swa.checkpoint import load_model
-from lit_swa.model import VARIANTS
 from lit_swa.texts import read_questions
 from lit_swa.tokenizer import Tokenizer
 
 SCRIPT = "scripts/evaluate_streaming.py"
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 STORY = "".join(f"In year {n} the lazy dog, {n * n} of them, jumps over the quick brown fox. " for n in range(1, 60))
-
-needs_streaming = pytest.mark.skipif("streaming" not in VARIANTS, reason="model.py has no streaming variant")
 
 
 @pytest.fixture
@@ -65,7 +62,6 @@ def test_token_by_token_or_in_chunks_it_is_the_perplexity_of_one_call(stream, ti
         assert [b["start"] for b in method["buckets"]] == list(range(0, method["tokens"], 30))
 
 
-@needs_streaming
 def test_sinks_are_compared_under_one_budget_of_keys(stream, tiny_checkpoint):
     """Catches: sinks on top of the cache's size, a setting that runs with another's fields."""
     more = ["--sinks", "[1,4]", "--cache_size", "24", "--max_tokens", "110", "--own_attention", "false"]
@@ -128,7 +124,7 @@ def test_finished_caches_are_kept_when_a_run_is_interrupted(stream, monkeypatch,
 WINDOW = ["--chat", str(QUESTIONS), "--sinks", "[0]", "--cache_size", "24", "--max_gen", "8"]
 
 
-@pytest.mark.parametrize("sinks", [0, pytest.param(3, marks=needs_streaming)])
+@pytest.mark.parametrize("sinks", [0, 3])
 def test_a_chat_is_one_conversation_of_which_nothing_is_read_twice(stream, sinks, tiny_checkpoint, monkeypatch, capsys):
     """Catches: a cache emptied between questions, a turn fed again, an answer that another reading would change."""
     fed, plain = [], GPT.forward
