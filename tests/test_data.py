@@ -437,7 +437,7 @@ def hub(monkeypatch, tmp_path) -> list[str]:
             siblings.append(types.SimpleNamespace(rfilename=name, size=len(data), lfs=None, blob_id=blob))
         return types.SimpleNamespace(id=repo, sha="abc", siblings=siblings)
 
-    def hf_hub_download(repo, name, *, repo_type, revision, local_dir):
+    def hf_hub_download(repo, name, *, repo_type, revision, local_dir, token):
         assert repo_type == "dataset" and revision == "abc"
         path = Path(local_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)

