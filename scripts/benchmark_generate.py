@@ -23,19 +23,20 @@ def main(
     output: Path = Path("tutorials/results/benchmark_generate.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print tokens per second of prefill and of decode at several positions; transformers does the same in between.
+    """Print tokens per second of prefill, and of decode at several positions, beside those of transformers.
 
-    All read the same random tokens with the same weights, one after the other, `repeats` times; medians are given.
+    All read the same random tokens with the same weights and take turns, `repeats` times; medians are given.
 
     Args:
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
-        name: A named shape with random weights instead, such as Mistral-7B-v0.1: speed does not depend on the weights.
+        name: Instead of a checkpoint, a named shape with random weights, such as Mistral-7B-v0.1: speed does not depend
+            on the weights.
         dtypes: float32, bfloat16, float16. By default float32 and bfloat16 on a CPU, bfloat16 on a GPU.
         device: auto, cpu or cuda.
         prompt_tokens: Tokens of the prefill that is timed.
         positions: Where decoding is timed. By default 256 and 4000.
-        steps: One-token steps in one timing.
-        repeats: Timings of which the median is taken.
+        steps: How many one-token steps are timed together.
+        repeats: How many timings the median is taken of.
         compile: Measure the compiled decode step too.
         transformers: Measure transformers too.
         output: Where the JSON goes.
@@ -93,11 +94,12 @@ def load(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str,
 
 
 def prepare(weights, device: str, compiled: bool = False):
-    """(model, its one-token step), as generate/base.py runs it; the weights are shared as far as may be."""
+    """(model, its compiled step or None), as generate/base.py runs them; the weights are shared where they can be."""
     import torch
 
     from lit_swa import GPT
-    from lit_swa.generate import compile_decode, pack_for_cpu
+    from lit_swa.generate import compile_decode
+    from lit_swa.linear_formats import pack_for_cpu
 
     with torch.device("meta"):
         model = GPT(weights.config).eval()
@@ -131,14 +133,14 @@ def build_transformers(weights, dtype: str, device: str):
 
 
 def measure_prefill(ways: dict[str, Any], weights, tokens: int, repeats: int) -> dict[str, Any]:
-    from lit_swa.generate import prefill
+    from lit_swa.generate import Session
 
     ids = random_ids(weights, tokens)
     model = ways["ours"][0]
 
     def ours() -> None:
-        model.set_kv_cache(1, tokens)
-        prefill(model, ids[0].tolist(), [])
+        model.clear_kv_cache()  # making the caches is part of it, as for transformers
+        Session(model).feed(ids)
 
     runs = {"ours": ours}
     if "transformers" in ways:
@@ -148,24 +150,26 @@ def measure_prefill(ways: dict[str, Any], weights, tokens: int, repeats: int) ->
 
 
 def measure_decode(ways: dict[str, Any], weights, positions: list[int], steps: int, repeats: int) -> list[dict]:
-    """A row for each position. All positions are measured in turns, each with its own caches."""
+    """A row for each position. All positions take turns, each with caches of its own."""
     import torch
 
-    from lit_swa.generate import prefill
+    from lit_swa.generate import Session
 
     ids = random_ids(weights, max(positions))
     device, token = ids.device, ids[:, :1]
 
     def ours(position: int, model, step):
-        model.set_kv_cache(1, position + steps, lookahead=steps)  # each round goes back to where it began
-        prefill(model, ids[0, :position].tolist(), [])
-        cache = take_cache(model)
+        model.clear_kv_cache()
+        session = Session(model, lookahead=steps)  # each round goes back to where it began
+        session.reserve(position + steps)
+        session.feed(ids[:, :position])
+        cache = caches_of(model)
         cache_bytes[position] = model.kv_cache_bytes()
 
         def run() -> None:
-            put_cache(model, cache)
+            put_caches(model, *cache)
             for p in range(position, position + steps):
-                input_pos = torch.tensor([p], device=device)
+                input_pos = torch.arange(p, p + 1, device=device)
                 logits = step(token, input_pos) if step else model(token, input_pos, input_pos_maxp1=p + 1)
                 logits.argmax(-1)
 
@@ -196,12 +200,13 @@ def measure_decode(ways: dict[str, Any], weights, positions: list[int], steps: i
     return rows
 
 
-def take_cache(model) -> tuple:
-    return model.slot_maps, model.max_seq_length, [block.attn.kv_cache for block in model.transformer.h]
+def caches_of(model) -> tuple[int, list]:
+    """(max_seq_length, each layer's cache) of a model, to be put back by put_caches."""
+    return model.max_seq_length, [block.attn.kv_cache for block in model.transformer.h]
 
 
-def put_cache(model, taken: tuple) -> None:
-    model.slot_maps, model.max_seq_length, caches = taken
+def put_caches(model, max_seq_length: int, caches: list) -> None:
+    model.max_seq_length = max_seq_length
     for block, cache in zip(model.transformer.h, caches, strict=True):
         block.attn.kv_cache = cache
 
