@@ -311,6 +311,16 @@ def test_a_tokenizer_can_be_pickled(tokenizers):
         assert pickle.loads(pickle.dumps(tokenizer)).encode(TEXTS[9]) == tokenizer.encode(TEXTS[9])
 
 
+def test_a_tokenizer_needs_no_torch(directories):
+    """Would catch seconds of import in every worker that only turns texts into ids."""
+    program = "import sys; from lit_swa.tokenizer import Tokenizer; Tokenizer(sys.argv[1]).encode('a'); "
+    program += "print('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", program, str(directories["byte_level"])]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.stdout == "False\n", run.stderr
+
+
 # --- the small files --------------------------------------------------------------------------------------------------
 
 

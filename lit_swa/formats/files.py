@@ -19,8 +19,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-MAX_JSON_BYTES = 4 * 2**20  # parsed, it may take 25 times as much memory
-MAX_KEY_CHARS = 500
+from lit_swa.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
+
 LOCK_NAME = ".lit_swa.lock"
 TEMPORARY = ".lit_swa.tmp"  # how temporary names end
 
@@ -127,46 +127,11 @@ def find_inside(directory: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError with one sentence when there is none in it."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MB: this is no file of a checkpoint.")
-    return parse_json(path.read_bytes(), path)
-
-
 def holds_json(path: Path, content: object) -> bool:
     """True when the file is there and holds this."""
     with suppress(ValueError, OSError):
         return read_json(path) == content
     return False
-
-
-def parse_json(data: bytes, path: Path) -> dict:
-    def unique(pairs: list) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key is there twice")
-        if any(len(key) > MAX_KEY_CHARS for key, _ in pairs):
-            raise ValueError(f"a key is longer than {MAX_KEY_CHARS} characters")
-        return dict(pairs)
-
-    def number(text: str) -> int:
-        if len(text) > 20:
-            raise ValueError(f"a number has {len(text)} digits")
-        return int(text)
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        content = json.loads(data.decode(), object_pairs_hook=unique, parse_int=number, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged: it does not hold the JSON it should ({str(error)[:100]}); "
-            "download or convert it again."
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; download or convert it again.")
-    return content
 
 
 # ---------------------------------------------------------------------------------------------------------- safetensors

@@ -31,7 +31,7 @@ from lit_swa.formats.tokenizer_backends import FastBackend, SentencePieceBackend
 from lit_swa.formats.tokenizer_files import (
     find_vocab_file,
     read_chat_templates,
-    read_json,
+    read_small_json,
     read_stop_ids,
     read_token_config,
 )
@@ -57,7 +57,7 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: str | os.PathLike[str]) -> None:
         self.checkpoint_dir = Path(checkpoint_dir)
         vocab_path = find_vocab_file(self.checkpoint_dir)
-        config = read_json(self.checkpoint_dir / "tokenizer_config.json")
+        config = read_small_json(self.checkpoint_dir / "tokenizer_config.json")
         tokens = read_token_config(self.checkpoint_dir, config)
         backend = FastBackend if vocab_path.name == "tokenizer.json" else SentencePieceBackend
         self._backend = backend(vocab_path, config, tokens)

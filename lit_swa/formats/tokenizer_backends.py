@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_swa.formats.chat_template import one_line
-from lit_swa.formats.tokenizer_files import MAX_VOCAB_BYTES, AddedToken, TokenConfig, parse_json, read_bytes
+from lit_swa.formats.json_files import parse_json
+from lit_swa.formats.tokenizer_files import MAX_DIGITS, MAX_VOCAB_BYTES, AddedToken, TokenConfig, read_bytes
 
 MAX_GROWTH = 4096  # how many times longer a file's replacement rules may make a text
 
@@ -103,7 +104,7 @@ def _check_before_loading(path: Path, data: bytes) -> None:
     data = _ESCAPED_LETTER.sub(lambda match: bytes([int(match[1], 16)]), data)
     if not _charsmaps_are_sound(data):
         raise ValueError(f"{path} has a damaged precompiled_charsmap: copy the file again.")
-    if _SUBWORD_PREFIX.search(data) and not _merges_have_prefix(parse_json(path, data.decode("utf-8", "replace"))):
+    if _SUBWORD_PREFIX.search(data) and not _merges_have_prefix(parse_json(data, path, MAX_DIGITS)):
         raise ValueError(f"{path} has merges without its continuing_subword_prefix: copy the file again.")
 
 

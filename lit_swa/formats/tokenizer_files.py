@@ -5,14 +5,15 @@ They come from strangers. Whatever is wrong with them ends in a `ValueError` of 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lit_swa.formats.chat_template import one_line
+from lit_swa.formats.json_files import parse_json
 
 MAX_CONFIG_BYTES = 8 * 2**20  # tokenizer_config.json and the other small files; real ones are below 2 MB
+MAX_DIGITS = 40  # tokenizer_config.json writes "no limit" as model_max_length 10**30
 MAX_VOCAB_BYTES = 128 * 2**20  # tokenizer.json, tokenizer.model; real ones are below 40 MB
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -45,26 +46,14 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): copy the file again.") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_small_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, empty where there is no such file."""
-    return parse_json(path, read_text(path)) if path.is_file() else {}
-
-
-def parse_json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply: it is not such a file.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({one_line(str(error))}): copy the file again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: copy the file again.")
-    return value
+    return parse_json(read_bytes(path, MAX_CONFIG_BYTES), path, MAX_DIGITS) if path.is_file() else {}
 
 
 def read_stop_ids(directory: Path) -> list[int]:
     path = directory / "generation_config.json"
-    value = read_json(path).get("eos_token_id")
+    value = read_small_json(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < 2**32:
@@ -112,7 +101,7 @@ def read_token_config(directory: Path, config: dict[str, Any]) -> TokenConfig:
     where = directory / "tokenizer_config.json"
     recorded_by_id = config.get("added_tokens_decoder")
     if recorded_by_id is None:
-        config = config | read_json(directory / "special_tokens_map.json")
+        config = config | read_small_json(directory / "special_tokens_map.json")
         where = f"{where} or special_tokens_map.json"
     named = _named_tokens(config, where)
     extra = _extra_tokens(config, named, where)
@@ -158,7 +147,7 @@ def _recorded_tokens(recorded_by_id: Any, where: Any) -> list[AddedToken]:
 
 
 def _legacy_added_tokens(path: Path, specials: set[str]) -> list[AddedToken]:
-    ids = read_json(path)
+    ids = read_small_json(path)
     if not all(type(token_id) is int for token_id in ids.values()):
         raise ValueError(f"{path} is not an object from tokens to token ids.")
     contents = sorted((content for content in ids if content), key=ids.__getitem__)
@@ -196,7 +185,7 @@ def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, st
     if config.get("chat_template") is not None:
         return _named_templates(config["chat_template"], directory / "tokenizer_config.json")
     path = directory / "chat_template.json"
-    value = read_json(path).get("chat_template")
+    value = read_small_json(path).get("chat_template")
     return {} if value is None else _named_templates(value, path)
 
 
