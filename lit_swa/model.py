@@ -658,7 +658,7 @@ def check_row(kind: str, row: Variant, config: Config, last: int) -> None:
     window, first_keys = (row.window(config) if row.window else None), (row.sinks(config) if row.sinks else 0)
     near = {p + d for p in (0, first_keys, window or 0, last // 2, last) for d in (-1, 0, 1, 2)}
     queries = sorted(p for p in near | set(range(0, last + 1, last // 16 + 1)) if 0 <= p <= last)
-    keys = torch.arange(0, last + 1, last // 4096 + 1, device="cpu")
+    keys = torch.arange(0, last + 1, last // 4096 | 1, device="cpu")
     q = torch.tensor(queries, device="cpu")[:, None]
     taken = q < 0
 
@@ -797,6 +797,29 @@ class Pairs(NamedTuple):
         begins, ends = part.reach(b - 1, b, self.config)[0], part.reach(a, a + 1, self.config)[1]
         return begins <= lo and min(hi, a + 1) <= ends
 
+    def mask(self, n: int, queries: slice, keys: slice, shared: dict[int, Tensor | None]) -> Tensor | None:
+        """Which of some queries sees which of some keys in part n, (1 or B, 1, T, L) bool; None: all are seen.
+
+        shared: part -> the last mask. Blocks of a prompt see the same pattern up to their newest key: where the mask is
+        the same, it is held once. Otherwise a prompt's masks would add up to T * L.
+        """
+        q_pos, k_pos = self.q_pos[:, queries], self.k_pos[:, keys]
+        mask = visible(self.row.parts[n], q_pos, k_pos, self.config)[:, None]
+        if q_pos.is_meta or self.span.last is None or torch.compiler.is_compiling():
+            return mask  # nobody may look at it
+        if self.q_pos.size(1) == 1 and q_pos.device.type != "cpu":
+            return mask  # a GPU would wait for the look, in every step
+        if mask.all():
+            shared[n] = None
+            return None
+        held = shared.get(n)
+        if held is not None and held.size(-2) == mask.size(-2) and held.size(-1) >= mask.size(-1):
+            columns = held[..., held.size(-1) - mask.size(-1) :]
+            if torch.equal(columns, mask):
+                return columns
+        shared[n] = mask
+        return mask
+
 
 class SoftmaxAttention(Mixer):
     """Softmax attention under the masks of a row of VARIANTS."""
@@ -839,22 +862,28 @@ class SoftmaxAttention(Mixer):
     ) -> "KVCache":
         slots = beside.slots if beside else None
         if slots is None:
+            self.check(length - 1)
             window = self.window if self.rolls else None
             slots = Slots(batch_size, length, lookahead, window, self.n_sinks, device)
         return KVCache(slots, heads[1], self.config.head_size, device, dtype)
 
+    def check(self, last: int) -> None:
+        """Check the row up to a position, unless that was done. A compiler cannot look."""
+        if last >= self.checked and not torch.compiler.is_compiling():
+            check_row(self.kind, self.row, self.config, min(2 * last + 1, 2**31))  # a growing text is seldom checked
+            self.checked = 2 * last + 2
+
     def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
         row, config = self.row, self.config
-        if span.last is not None and span.last >= self.checked:
-            self.checked = 2 * span.last + 2  # so that a growing text is checked a few times, not at every step
-            check_row(self.kind, row, config, self.checked - 1)
+        if span.last is not None:
+            self.check(span.last)
         exchange, k_pos, layout = None, pos, Layout(0, 0)
         if cache is not None:
             exchange = cache.slots.exchange(pos, span, self.window)
             k_pos, layout = exchange.k_pos, exchange.layout
         pairs = Pairs(row, config, pos, k_pos, span, layout, cache is not None)
         faster = None if self.faster_plan is None else self.faster_plan(pairs)
-        blocks = [] if faster is not None and faster.attend is not None else cut_queries(pairs)
+        blocks = cut_queries(pairs, 0 if faster is None else faster.n_queries)
         base = 1 if config.rope_local_base_freq is not None and self.window is not None else 0
         if rope.depends_on_length(base):
             length = pos.amax(dim=-1, keepdim=True) + 1  # (1 or B, 1)
@@ -892,9 +921,10 @@ class SoftmaxAttention(Mixer):
             pieces = zip(*(x.split(lengths, dim=2) for x in (k, v, *queries)), strict=True)
             texts = zip(pieces, plan.texts, strict=True)
             return torch.cat([self.attend(q, k, v, own) for (k, v, *q), (_, own) in texts], dim=2)
+        outputs = [attend_block(queries, k, v, block, self.config) for block in plan.blocks]
         if plan.faster is not None and plan.faster.attend is not None:
-            return plan.faster.attend(queries, k, v)
-        return attend(queries, k, v, plan.blocks, self.config)
+            outputs.insert(0, plan.faster.attend(queries, k, v))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 class ShiftedSparseAttention(SoftmaxAttention):
@@ -970,15 +1000,15 @@ class QueryBlock(NamedTuple):
     ranges: list[KeyRange]
 
 
-def cut_queries(pairs: Pairs) -> list[QueryBlock]:
-    """Cut a call's queries into blocks, and name for each the keys within its reach and which of them it sees."""
+def cut_queries(pairs: Pairs, start: int = 0) -> list[QueryBlock]:
+    """Cut a call's queries, from `start` on, into blocks, and name for each the keys within its reach."""
     T = pairs.q_pos.size(1)
-    if pairs.whole and pairs.config.attention_logit_softcapping is None:
+    if start == 0 and pairs.whole and pairs.config.attention_logit_softcapping is None:
         return [QueryBlock(slice(0, T), [KeyRange(slice(0, T), {0: None}, causal=True)])]
     size, blocks = block_size(pairs), []
     shared: dict[int, Tensor | None] = {}
-    for start in reversed(range(0, T, size)):  # the block with the most keys first: the others share its mask
-        queries = slice(start, min(start + size, T))
+    for first in reversed(range(start, T, size)):  # the block with the most keys first: the others share its mask
+        queries = slice(first, min(first + size, T))
         blocks.append(QueryBlock(queries, key_ranges(pairs, queries, shared)))
     return blocks[::-1]
 
@@ -995,48 +1025,16 @@ def block_size(pairs: Pairs) -> int:
 
 def key_ranges(pairs: Pairs, queries: slice, shared: dict[int, Tensor | None]) -> list[KeyRange]:
     """The keys that some queries read. shared: part -> the mask of a later block, to be used again."""
-    config, parts, q_pos = pairs.config, pairs.row.parts, pairs.q_pos[:, queries]
-    # A mask may be looked at where no GPU waits for it in a decode step, and no compiler would give up.
-    known = not q_pos.is_meta and pairs.span.last is not None and not torch.compiler.is_compiling()
-    known = known and (pairs.q_pos.size(1) > 1 or q_pos.device.type == "cpu")
+    parts, everything = pairs.row.parts, slice(0, pairs.k_pos.size(1))
     if pairs.layout is None:
-        masks = {n: visible(part, q_pos, pairs.k_pos, config)[:, None] for n, part in enumerate(parts)}
-        if known and len(parts) == 1:
-            masks = {0: share_mask(masks[0], shared, 0)}
-        return [KeyRange(slice(0, pairs.k_pos.size(1)), masks)]
+        return [KeyRange(everything, {n: pairs.mask(n, queries, everything, shared) for n in range(len(parts))})]
     ranges = []
     a, b = pairs.layout.first + queries.start, pairs.layout.first + queries.stop  # the queries' positions
     for n, part in enumerate(parts):
         for lo, hi in pairs.reaches(part, a, b):
-            keys, mask = pairs.layout.keys(lo, hi), None
-            if hi > a + 1 or not pairs.sees_all(part, a, b, lo, hi):
-                mask = visible(part, q_pos, pairs.k_pos[:, keys], config)[:, None]  # (1 or B, 1, T, L)
-                mask = share_mask(mask, shared, n) if known else mask
-            ranges.append(KeyRange(keys, {n: mask}))
+            keys, all_seen = pairs.layout.keys(lo, hi), hi <= a + 1 and pairs.sees_all(part, a, b, lo, hi)
+            ranges.append(KeyRange(keys, {n: None if all_seen else pairs.mask(n, queries, keys, shared)}))
     return ranges
-
-
-def share_mask(mask: Tensor, shared: dict[int, Tensor | None], part: int) -> Tensor | None:
-    """None if every key is seen; the last columns of the shared mask if they are the same, else this mask, to share.
-
-    Blocks of a prompt see the same pattern up to their newest key; without sharing, their masks would add up to T * L.
-    """
-    if mask.all():
-        shared[part] = None
-        return None
-    held = shared.get(part)
-    if held is not None and held.size(-2) == mask.size(-2) and held.size(-1) >= mask.size(-1):
-        columns = held[..., held.size(-1) - mask.size(-1) :]
-        if torch.equal(columns, mask):
-            return columns
-    shared[part] = mask
-    return mask
-
-
-def attend(queries: list[Tensor], k: Tensor, v: Tensor, blocks: list[QueryBlock], config: Config) -> Tensor:
-    """Softmax attention of queries (B, H, T, D), rotated once for each part, over k and v (B, G, L, D)."""
-    outputs = [attend_block(queries, k, v, block, config) for block in blocks]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def attend_block(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock, config: Config) -> Tensor:

@@ -30,6 +30,16 @@ def meet_streaming(S: int, n_sinks: int) -> Meet:
     return meet
 
 
+def meet_dilated(S: int, n_sinks: int, dilation: int = 2) -> Meet:
+    """The sinks and, of the last dilation * S positions, every dilation-th from the query's own on; all where they are."""
+
+    def meet(i: int, j: int, head: int) -> tuple[float, float] | None:
+        seen = [*range(n_sinks), *range(i, i - dilation * S, -dilation)]
+        return (i, j) if j <= i and j in seen else None
+
+    return meet
+
+
 def meet_dual_chunk(s: int, w: int) -> Meet:
     def meet(i: int, j: int, head: int) -> tuple[float, float] | None:
         if j > i:

@@ -3,7 +3,7 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if workers := int(
@@ -16,6 +16,7 @@ import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests run from a clone, installed or not
 
+import dilated  # noqa: E402
 from tiny import randomize, tiny_config  # noqa: E402
 
 from lit_swa import GPT  # noqa: E402
@@ -24,6 +25,21 @@ from lit_swa import GPT  # noqa: E402
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture(params=["fast", "plain"])
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: as it is, and as if fast_attention.py were not there."""
+    if request.param == "plain":
+        monkeypatch.setattr("lit_swa.model.fast_attention", lambda: None)
+    return request.param
+
+
+@pytest.fixture
+def dilated_row() -> Iterator[None]:
+    """The variant of dilated.py is known during the test."""
+    with dilated.registered():
+        yield
 
 
 @pytest.fixture

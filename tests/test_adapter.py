@@ -376,6 +376,7 @@ def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(trained, ti
     refused(r"as \[5, 48\] and the model asks for \[5, 24\]", tiny_model(n_layer=3, n_embd=24))
     for change, match in (
         ({"kind": "lora"}, "kind 'lora', which is none of adapter_v1, adapter_v2"),
+        ({"kind": ["adapter_v1"]}, "is of the kind .* none of adapter_v1, adapter_v2"),
         ({"kind": "adapter_v1"}, "damaged: .*'adapter_v1' and its version is 2"),
         ({"adapter": {"version": 2}}, "must have prompt_length, start_layer, version"),
         ({"adapter": fields["adapter"] | {"prompt_length": "5"}}, "does not describe an adapter: prompt_length='5'"),

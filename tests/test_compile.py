@@ -1,12 +1,14 @@
 """A compiled one-token step is one graph for every position: what fast decoding stands on."""
 
+import dilated
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from lit_swa.generate import compile_decode, generate
 
-VARIANTS = {
+pytestmark = pytest.mark.usefixtures("dilated_row")
+FIELDS = {
     "dense": {},
     "dense window": {"attention": "sliding", "sliding_window_size": 8},
     "rolling": {"attention": "sliding", "sliding_window_size": 8, "rolling_kv_cache": True},
@@ -17,6 +19,8 @@ VARIANTS = {
         "attention_logit_softcapping": 20.0,
     },
     "streaming": {"attention": "streaming", "sliding_window_size": 8, "n_sink_tokens": 3},
+    "dilated": dilated.FIELDS,
+    "dilated rolling": dilated.FIELDS | {"rolling_kv_cache": True},
     "dual chunk": {
         "attention": "dual_chunk",
         "dual_chunk_pretraining_length": 16,
@@ -29,7 +33,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FIELDS)
 @torch.no_grad()
 def test_a_one_token_step_is_captured_once(tiny_model, variant, batch, ragged):
     """Catches: an .item(), a Python int that grows with the position, a shape that depends on it."""
@@ -41,7 +45,7 @@ def test_a_one_token_step_is_captured_once(tiny_model, variant, batch, ragged):
         graphs.append(graph)
         return graph
 
-    model, T = tiny_model(**VARIANTS[variant]), 30
+    model, T = tiny_model(**FIELDS[variant]), 30
     idx = torch.randint(0, 97, (batch, T))
     expected = model(idx)
     model.set_kv_cache(batch, T, lookahead=2)
@@ -63,7 +67,7 @@ def test_a_verify_step_is_captured_once(tiny_model):
     torch._dynamo.reset()
     counters.clear()
     graphs = []
-    model, T, k = tiny_model(**VARIANTS["mixed"]), 30, 2
+    model, T, k = tiny_model(**FIELDS["mixed"]), 30, 2
     idx = torch.randint(0, 97, (1, T))
     expected = model(idx)
     model.set_kv_cache(1, T, lookahead=k)
@@ -94,12 +98,12 @@ def test_a_whole_sequence_is_one_graph(tiny_model, fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FIELDS)
 def test_the_compiled_decode_step_equals_the_plain_one(tiny_model, variant):
     """Catches: a product that Inductor writes wrongly, or a block that is compiled again for each layer or position."""
     torch._dynamo.reset()
     counters.clear()
-    model = tiny_model(**VARIANTS[variant], attn_bias=True, mlp_bias=True, n_layer=4)
+    model = tiny_model(**FIELDS[variant], attn_bias=True, mlp_bias=True, n_layer=4)
     expected = list(generate(model, [1, 2, 3], max_new_tokens=40))
     assert list(generate(model, [1, 2, 3], max_new_tokens=40, decode=compile_decode(model))) == expected
     kinds_of_layer = len(set(model.config.layer_variants))

@@ -9,7 +9,7 @@ from tiny import tiny_config
 
 from lit_swa import GPT, Config
 from lit_swa.families import CONFIGS
-from lit_swa.model import CHOICES, RANGES
+from lit_swa.config import CHOICES, RANGES
 
 
 @pytest.mark.parametrize("name", CONFIGS)

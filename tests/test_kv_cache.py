@@ -8,6 +8,8 @@ from tiny import tiny_config
 
 from lit_swa import GPT, Config
 
+pytestmark = pytest.mark.usefixtures("steps", "dilated_row")
+
 # Logits here are of size 1 to 10. Another order of the sums moves float32 by a few 1e-6; 1e-5 of the scale.
 REL = 1e-5
 
@@ -52,6 +54,8 @@ PATTERNS = {
     "mixed": {"attention": "sliding,full"},
     "mixed rolling": {"attention": "sliding,full", "rolling_kv_cache": True},
     "a base for each kind": {"attention": "full,sliding", "rope_local_base_freq": 500.0},
+    "dilated": {"attention": "dilated", "n_sink_tokens": 3},
+    "dilated rolling": {"attention": "dilated", "n_sink_tokens": 2, "rolling_kv_cache": True},
     "capped rolling": {"attention": "sliding,full", "rolling_kv_cache": True, "attention_logit_softcapping": 5.0},
 }
 

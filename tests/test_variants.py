@@ -4,25 +4,16 @@ import functools
 import math
 
 import brute_force
+import dilated
 import pytest
 import torch
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
-from lit_swa.model import (
-    FOLDS,
-    VARIANTS,
-    Engine,
-    Layout,
-    Meeting,
-    Plan,
-    Span,
-    attend,
-    build_plan,
-    split_queries,
-    window_block_mask,
-)
+from lit_swa.fast_attention import FOLDS, MergedAttention, is_band, merge_blocks, window_block_mask
+from lit_swa.model import VARIANTS, Layout, Pairs, Part, Span, Variant, attend_block, cut_queries, sliding
 
+pytestmark = pytest.mark.usefixtures("steps", "dilated_row")
 T = 30
 DUAL = {"attention": "dual_chunk", "dual_chunk_pretraining_length": 16}
 CASES = {
@@ -46,6 +37,8 @@ CASES = {
         brute_force.meet_dual_chunk(7, 0),
     ),
     "chunks by default": (DUAL, brute_force.meet_dual_chunk(10, 2)),
+    "dilated": (dilated.FIELDS, brute_force.meet_dilated(4, 3)),
+    "dilated rolling": (dilated.FIELDS | {"rolling_kv_cache": True}, brute_force.meet_dilated(4, 3)),
 }
 FEEDING = {
     "one call": [T],
@@ -83,7 +76,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["auto", "flex"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_uncached_logits_equal_brute_force(case, backend):
@@ -184,8 +177,8 @@ def test_streaming_runs_for_ever_in_a_cache_of_constant_size(tiny_model):
     assert model.unbounded(cached=True)
     idx = torch.randint(0, 97, (1, 200))
     stepped = torch.cat([model(idx[:, i : i + 1], torch.tensor([i])) for i in range(200)], dim=1)
-    assert model.slot_maps["streaming"].pos.size(1) == 4 + 2 * 6
-    assert model.slot_maps["streaming"].pos[0, :4].tolist() == [0, 1, 2, 3]
+    held = model.layers[0].kv_cache.slots.pos
+    assert held.size(1) == 4 + 2 * 6 and held[0, :4].tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(stepped, model(idx), rtol=1e-4, atol=1e-4)
 
 
@@ -201,7 +194,7 @@ def test_a_dual_chunk_prompt_may_be_longer_than_a_chunk_border_away(tiny_model):
     torch.testing.assert_close(torch.cat(shifted, dim=1), model(idx)[:, 5:47], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["4 sinks + 6", "chunks of 6, 3 near", "2 sinks + 1"])
+@pytest.mark.parametrize("case", ["4 sinks + 6", "chunks of 6, 3 near", "2 sinks + 1", "dilated"])
 def test_gradients_of_merged_kernels_equal_those_of_plain_steps(case):
     """Catches: a merge that holds the log-sum-exps constant. In float64, of every weight."""
     fields = CASES[case][0]
@@ -222,33 +215,34 @@ def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first
     In float64, whole and behind `first` older keys. On a GPU this is how long windows are met.
     """
     sinks = {"n_sink_tokens": n_sinks} if variant == "streaming" else {}
-    config = tiny_config(attention=variant, sliding_window_size=S, **sinks)
-    most_folds = 0
+    config, row = tiny_config(attention=variant, sliding_window_size=S, **sinks), VARIANTS[variant]
+    scale, most_folds = config.head_size**-0.5, 0
     for T in (1, 7, 16, 40):
         L = first + T
-        queries = [torch.randn(2, 6, T, 8, dtype=torch.float64, requires_grad=True) for _ in VARIANTS[variant].parts]
+        queries = [torch.randn(2, 6, T, 8, dtype=torch.float64, requires_grad=True) for _ in row.parts]
         k, v = (torch.randn(2, 2, L, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        pos, results = torch.arange(L)[None], []
-        for engine in (Engine("cpu", "cpu", corners=True), Engine("cpu")):
-            span, layout = Span(True, first, L - 1, contiguous=True, fresh=first == 0), Layout(first, first)
-            blocks = split_queries(Meeting(VARIANTS[variant], config, pos[:, first:], pos, span, layout, engine))
-            y = attend(queries, k, v, Plan(blocks, pos), config)
-            grads = torch.autograd.grad(y.square().sum(), [*queries, k, v], allow_unused=True, materialize_grads=True)
-            results.append((y, *grads))
-            masks = [mask for block in blocks for met in block.ranges for mask in met.seen.values()]
-            assert not engine.corners or T == 1 or all(mask is None for mask in masks)
-            most_folds = max(most_folds, *(block.folds for block in blocks))
-        for cut, masked in zip(*results, strict=True):
-            torch.testing.assert_close(cut, masked, rtol=1e-10, atol=1e-10)
+        pos, span = torch.arange(L)[None], Span(True, first, L - 1, contiguous=True, fresh=first == 0)
+        pairs = Pairs(row, config, pos[:, first:], pos, span, Layout(first, first))
+        blocks = merge_blocks(pairs, [is_band(pairs, part) for part in row.parts], corners=True)
+        assert T == 1 or all(strip.mask is None for block in blocks for strip in block.strips)
+        most_folds = max(most_folds, *(block.folds for block in blocks))
+        cut = MergedAttention.apply("cpu", blocks, scale, k, v, *queries)
+        masked = torch.cat([attend_block(queries, k, v, block, config) for block in cut_queries(pairs)], dim=2)
+        inputs, options = [*queries, k, v], {"allow_unused": True, "materialize_grads": True}
+        grads = [torch.autograd.grad(y.square().sum(), inputs, **options) for y in (cut, masked)]
+        for a, b in zip((cut, *grads[0]), (masked, *grads[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert most_folds == FOLDS if S == 2 else most_folds > 1 or S == 13  # several windows in one call of the kernel
 
 
-def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model):
+def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model, steps):
     """Catches: the test above comparing the plain steps with themselves, and masks where rectangles would do."""
-    config, pos = tiny_model(**DUAL, dual_chunk_size=6, dual_chunk_local=3).config, torch.arange(T)[None]
-    plan = build_plan("dual_chunk", config, pos, Span(True, 0, T - 1, True, True), Engine("cpu", merge="cpu"))
-    assert all(block.merged for block in plan.blocks) and len(plan.blocks) == 5
-    assert all(mask is None for block in plan.blocks for met in block.ranges for mask in met.seen.values())
+    model, pos = tiny_model(**DUAL, dual_chunk_size=6, dual_chunk_local=3), torch.arange(T)[None]
+    span, mixer = Span(True, 0, T - 1, True, True), model.layers[0].mixer
+    plan = mixer.plan(pos, span, None, model.rope)
+    assert (plan.faster is not None and not plan.blocks) if steps == "fast" else (plan.faster is None and plan.blocks)
+    blocks = merge_blocks(Pairs(mixer.row, model.config, pos, pos, span, Layout(0, 0)), [False] * 3, corners=False)
+    assert len(blocks) == 5 and all(strip.mask is None for block in blocks for strip in block.strips)
 
 
 @torch.no_grad()
@@ -380,6 +374,28 @@ def test_combinations_that_cannot_be_are_refused_in_one_sentence(fields, message
     with pytest.raises(ValueError, match=message) as error:
         tiny_config(**fields)
     assert str(error.value).count(". ") == 0 and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (dilated.ROW._replace(window=lambda c: c.sliding_window_size), "says window=4 and sinks=3"),
+        (dilated.ROW._replace(sinks=None), "says window=8 and sinks=0"),
+        (Variant((Part(dilated.dilated, reach=lambda a, b, c: (a - 3, b)),)), "says how far part 0 reaches"),
+        (Variant((Part(dilated.dilated, reach=lambda a, b, c: (b - 9, b)),)), "says how far part 0 reaches"),
+        (Variant((Part(sliding, reach=lambda a, b, c: (b - 4, b)),)), "how far the queries from"),
+        (Variant((Part(dilated.dilated, reach=lambda a, b, c: (0, b), run=True),)), "says run=True of part 0"),
+        (Variant((Part(sliding), Part(dilated.dilated))), "has parts that share no pair"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_row_that_its_mask_contradicts_ends_in_one_sentence(row, message, cached):
+    """Catches: a wrong window, reach or run that would lose keys without a word, or crash a kernel."""
+    with dilated.registered(row, "wrong"):
+        model = GPT(tiny_config(**dilated.FIELDS | {"attention": "wrong"}))
+        with pytest.raises(ValueError, match=message) as error:
+            model.set_kv_cache(1, 40) if cached else model(torch.randint(0, 97, (1, 40)))
+    assert "\n" not in str(error.value) and "query at" in str(error.value)
 
 
 def test_an_override_keeps_the_trained_length():
