@@ -1,7 +1,7 @@
-"""What the evaluation scripts share: texts as tokens, perplexity over windows, several processes, lasting results.
+"""What the evaluation scripts share: texts as tokens, perplexity over windows, several processes, results on disk.
 
-Shapes: B windows read at once, T tokens of a window, V padded_vocab_size. Perplexity is exp of the mean negative log
-likelihood (nll), in nats per token.
+Shapes: B windows read at once, T tokens of a window, C n_embd. Perplexity is exp of the mean negative log likelihood
+(nll) of a token, in nats.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.checks import check_range
 from lit_swa.data.token_files import check_tokens as check_tokens  # scripts take it from here
 from lit_swa.data.token_files import open_token_file
 from lit_swa.formats.checkpoint import build_model, check_shapes
@@ -36,17 +37,17 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """The results file of a run, and its finished parts while the run goes on.
+    """The results file of a run, and the parts that are finished while the run goes on.
 
-    Parts are kept in `<output>.partial`, which a second start with the same arguments goes on from; a part whose key
-    begins with "_" is a note and not counted. `finish` writes `output` and removes the other. Nothing incomplete ever
-    stands under the name `output`.
+    The parts are saved in `<output>.partial`. A run that is started again with the same arguments goes on from there.
+    A part whose key begins with "_" is a note, and does not count as work done. `finish` writes `output` and removes
+    the partial file, so `output` is never incomplete.
     """
 
     def __init__(self, output: Path, arguments: dict[str, Any]) -> None:
-        """arguments: all that the results depend on, as JSON can hold it.
+        """arguments: everything that the results depend on, of types that JSON can hold.
 
-        Raises ValueError when `output` is there and is no results file: it would be lost.
+        Raises ValueError when `output` is a file that holds no results, since it would be lost.
         """
         self.output, self.arguments = Path(output), json.loads(json.dumps(arguments, default=str))
         self.partial = self.output.with_name(self.output.name + ".partial")
@@ -65,7 +66,7 @@ class Results:
             print(f"going on from {self.partial}: {done} parts are done", file=sys.stderr)
 
     def _tell(self, path: Path, others: dict[str, Any], consequence: str) -> None:
-        """Say which arguments a file was made with, where they differ from this run's."""
+        """Say in which arguments the run that wrote a file differs from this one."""
         names = [name for name in {**self.arguments, **others} if self.arguments.get(name) != others.get(name)]
         print(f"{path} is of a run with another {', '.join(names)}, {consequence}", file=sys.stderr)
 
@@ -84,28 +85,30 @@ class Results:
         return content if content is not None and content["arguments"] == self.arguments else None
 
     def add(self, key: str, part: Any, every: float = 5.0) -> None:
-        """Keep a finished part; to the disk at most once in so many seconds."""
+        """Keep a finished part. every: seconds that must have passed since the last save before the next one."""
         self.add_all({key: part}, every)
 
     def add_all(self, parts: dict[str, Any], every: float = 5.0) -> None:
-        """Keep parts that belong together: all of them get to the disk, or none."""
+        """Keep parts that belong together: a save has all of them or none."""
         self.parts.update(parts)
         if time.monotonic() - self.saved >= every:
             self.save()
 
     def save(self) -> None:
+        """Write the finished parts to the disk."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.partial, {"arguments": self.arguments, "parts": self.parts})
         self.saved = time.monotonic()
 
     def finish(self, results: dict[str, Any]) -> None:
+        """Write the results file, and remove the parts."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.output, {"arguments": self.arguments} | results)
         self.partial.unlink(missing_ok=True)
 
 
 def weights_identity(checkpoint_dir: Path) -> str:
-    """A hash that changes with the weight files: of their names, sizes and times, since their content takes long."""
+    """A hash of the names, sizes and times of the weight files: to hash their content would take too long."""
     patterns = ("lit_model*.safetensors*", "adapter_model.safetensors", "lit_adapter.json")
     paths = sorted(path for pattern in patterns for path in Path(checkpoint_dir).glob(pattern))
     stats = [(path.name, path.stat()) for path in paths]
@@ -118,11 +121,11 @@ def weights_identity(checkpoint_dir: Path) -> str:
 def read_tokens(
     data: Path | Sequence[Path], checkpoint_dir: Path, vocab_size: int, max_tokens: int | None = None
 ) -> np.ndarray:
-    """The tokens of texts or of one token file as one stream, uint16 or uint32, at most max_tokens of them.
+    """The tokens of texts, or of one token file, as one stream of uint16 or uint32, at most max_tokens of them.
 
-    data: a .txt file (UTF-8), several, or a directory of them, each encoded with the checkpoint's tokenizer as it
-        encodes a text (with the special tokens that it adds) and joined in order; or a .bin file, which holds ids of
-        16 bits up to a vocabulary of 65,536 and else of 32 (little-endian, no header) and is memory-mapped.
+    data: one or several .txt files (UTF-8), or directories of them. The checkpoint's tokenizer encodes each, with the
+        special tokens that it adds to a text, and they are joined in order. Or one .bin file of token ids (see
+        lit_swa/data/token_files.py), which is mapped into memory and not read.
     Raises ValueError or OSError in one sentence.
     """
     if max_tokens is not None and max_tokens < 1:
@@ -142,7 +145,7 @@ def read_tokens(
 
 
 def find_data(data: Path | Sequence[Path]) -> list[Path]:
-    """The files that are meant: one .bin, or .txt files. Raises ValueError or FileNotFoundError."""
+    """The files of `data`: one .bin file, or .txt files. Raises ValueError or FileNotFoundError."""
     files: list[Path] = []
     for path in [data] if isinstance(data, Path) else data:
         if not path.exists():
@@ -159,7 +162,7 @@ def find_data(data: Path | Sequence[Path]) -> list[Path]:
 
 
 def encode_file(tokenizer: "Tokenizer", file: Path) -> np.ndarray:
-    """The ids of a text, in one call of the tokenizer: pieces need not give the same ids."""
+    """The ids of a text. It is encoded in one call, since the ids of its pieces could be others."""
     return np.array(tokenizer.encode(read_text(file)), dtype=np.uint32)
 
 
@@ -169,9 +172,9 @@ def encode_file(tokenizer: "Tokenizer", file: Path) -> np.ndarray:
 class Windows(NamedTuple):
     """Which windows of the stream are read, and which of their tokens are targets, in buckets by position.
 
-    The window at a reads the tokens a .. a + seq_len - 1. Its targets are its tokens at the positions first ..
-    seq_len - 1, each predicted from all before it in the window; the token at position 0 is predicted from nothing and
-    is no target.
+    The window at `a` holds the tokens a .. a + seq_len - 1 of the stream. Its targets are its tokens at positions
+    first .. seq_len - 1, each predicted from all tokens before it in the window. The token at position 0 is predicted
+    from nothing and is never a target.
     """
 
     starts: Sequence[int]
@@ -180,6 +183,7 @@ class Windows(NamedTuple):
     bucket: int  # positions in one bucket
 
     def bucket_of_targets(self) -> np.ndarray:
+        """(seq_len - first,): the bucket of each target of a window."""
         return np.arange(self.first, self.seq_len) // self.bucket
 
     def batch(self, tokens: np.ndarray, starts: Sequence[int], device: torch.device | str) -> Tensor:
@@ -188,12 +192,12 @@ class Windows(NamedTuple):
         return torch.from_numpy(rows).to(device)
 
     def sums(self, nll: Tensor) -> list[list[float]]:
-        """Per window and bucket, the sum of the targets' nll (B, T - first), in float64 and always in one order."""
+        """For each window, the sums of nll (B, T - first) by bucket, added in float64 and always in the same order."""
         of = self.bucket_of_targets()
         return [np.bincount(of, weights=row)[of[0] :].tolist() for row in nll.double().cpu().numpy()]
 
     def summary(self, sums: Sequence[Sequence[float]]) -> dict[str, Any]:
-        """What is reported of windows with these sums. The sums are added exactly, so their order is of no account."""
+        """Perplexities and counts of windows with these sums. math.fsum is exact, so their order changes nothing."""
         sizes = np.bincount(self.bucket_of_targets())
         used = range(self.first // self.bucket, len(sizes))
         tokens = [len(sums) * int(sizes[i]) for i in used]
@@ -210,19 +214,20 @@ class Windows(NamedTuple):
 
 
 def perplexity(nll: float) -> float:
-    return math.exp(min(nll, 709.0))  # beyond, it is no float
+    """exp(nll), as long as a float can hold it."""
+    return math.exp(min(nll, 709.0))
 
 
 def full_windows(
     n_tokens: int, seq_len: int, stride: int, score: str, bucket: int | None = None, data: object = "The text"
 ) -> Windows:
-    """Every full window of seq_len tokens, one each `stride`; what is left at the end of the stream is not read.
+    """Every full window of seq_len tokens, starting every `stride` tokens; a remainder at the end is not read.
 
-    score: "all" counts every target of every window, so a token is counted as often as windows overlap: LongLoRA's
-        figure (its eval.py takes the mean loss of windows with labels = inputs, which are seq_len - 1 targets each;
-        that script leaves out the stream's last window and averages batch means, while here every full window and
-        every target counts the same). "last" counts only the last `stride` targets of each window, of the first one
-        too, so no token is counted twice and each has at least seq_len - stride tokens before it.
+    score: "all" counts every target of every window, and so counts a token again in each window that holds it. This is
+        LongLoRA's measure, but for two things: its eval.py leaves out the last window of the stream and averages the
+        means of batches, while here every full window and every target counts the same. "last" counts the last
+        `stride` targets of each window, the first window included: no token counts twice, and each has at least
+        seq_len - stride tokens before it.
     Raises ValueError for arguments that do not fit each other or the text.
     """
     check_cut(seq_len, stride, score, bucket)
@@ -233,7 +238,7 @@ def full_windows(
 
 
 def spread_windows(n_tokens: int, seq_len: int, count: int, bucket: int, data: object = "The text") -> Windows:
-    """So many windows of seq_len tokens, evenly spread over the stream; every target counts. Raises ValueError."""
+    """`count` windows of seq_len tokens, evenly spread over the stream; every target counts. Raises ValueError."""
     check_at_least(seq_len=(seq_len, 2), windows=(count, 1), bucket=(bucket, 1))
     check_text_length(n_tokens, seq_len, data)
     room = n_tokens - seq_len
@@ -242,6 +247,7 @@ def spread_windows(n_tokens: int, seq_len: int, count: int, bucket: int, data: o
 
 
 def check_cut(seq_len: int, stride: int, score: str, bucket: int | None) -> None:
+    """Raises ValueError for arguments of full_windows that do not fit each other."""
     check_at_least(seq_len=(seq_len, 2), stride=(stride, 1), bucket=(1 if bucket is None else bucket, 1))
     if score not in ("all", "last"):
         raise ValueError(f"score={score!r} does not fit: choose all or last.")
@@ -253,12 +259,13 @@ def check_cut(seq_len: int, stride: int, score: str, bucket: int | None) -> None
 
 
 def check_at_least(**limits: tuple[int, int]) -> None:
+    """name=(value, least): raises ValueError for a value that is less than the least that is allowed."""
     for name, (value, least) in limits.items():
-        if value < least:
-            raise ValueError(f"{name}={value} does not fit: it must be at least {least}.")
+        check_range(name, value, least)
 
 
 def check_text_length(n_tokens: int, seq_len: int, data: object) -> None:
+    """Raises ValueError when a text has fewer tokens than a window."""
     if n_tokens < seq_len:
         raise ValueError(
             f"{data} gives {n_tokens} tokens and a window has {seq_len}: lower --seq_len, or give a longer text."
@@ -281,7 +288,7 @@ def check_context(config: Config, seq_len: int) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- the nll
 
-PROJECT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}  # logits that exist at once; in float32 and twice, 256 MB and 2 GB
+PROJECT_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}  # logits that exist at once, twice and in float32: 256 MB and 2 GB
 
 
 @torch.inference_mode()
@@ -304,9 +311,9 @@ def window_nll(model: GPT, idx: Tensor, first: int = 1, chunk_size: int = 0) -> 
 
 
 def nll_of_states(model: GPT, x: Tensor, idx: Tensor, start: int, first: int) -> Tensor:
-    """-log p (B, n) of the tokens that follow hidden states x (B, t, C) of the windows' tokens start .. start + t - 1.
+    """-log p (B, n) of the tokens that follow those at start .. start + t - 1, from their hidden states x (B, t, C).
 
-    Of those, the ones at positions first and later; a window's last token is followed by none.
+    Only tokens at positions first and later count, and no token follows the last one of a window.
     """
     (B, T), stop = idx.shape, start + x.size(1)
     size = max(1, PROJECT_ELEMENTS.get(idx.device.type, 2**27) // (B * model.config.padded_vocab_size))
@@ -326,14 +333,14 @@ def pick_chunk_size(model: GPT, batch_size: int, seq_len: int) -> int:
     """
     if model.depends_on_length:
         return 0
-    most = 4096  # of prefill_chunk; so many rows of it, side by side, take as much memory as one after the other
+    most = 4096  # the most that prefill_chunk allows; rows side by side take as much memory as one long row
     if prefill_chunk(model, batch_size * math.ceil(seq_len / most)) >= min(most, seq_len):
         return 0
     return prefill_chunk(model, batch_size)
 
 
 def require_finite(sums: Sequence[Sequence[float]], start: int) -> None:
-    """Raises ValueError for sums of windows, from the one at `start` on, that are not numbers."""
+    """Raises ValueError when a sum of these windows, the first of which begins at token `start`, is not finite."""
     if not all(math.isfinite(x) for window in sums for x in window):
         raise ValueError(
             f"The window at token {start} has no finite perplexity: the weights are damaged, or too large for "
@@ -342,7 +349,7 @@ def require_finite(sums: Sequence[Sequence[float]], start: int) -> None:
 
 
 def with_fields(model: GPT, **fields: Any) -> GPT:
-    """A model with the same weights, not copied, and some fields of its config changed.
+    """A model that shares the weights of this one, with some fields of the config changed.
 
     Raises ValueError for fields that do not fit each other or the weights.
     """
@@ -359,9 +366,9 @@ def with_fields(model: GPT, **fields: Any) -> GPT:
 
 
 class Ranks:
-    """The processes of one run: which of them this one is, and what they tell each other.
+    """The processes of one run: which of them this is, and what they tell each other. One alone needs no Lightning.
 
-    One process is a run without Lightning. Each method but `leave` is called by all of them at the same point.
+    All processes call `gather` and `broadcast` at the same points of their work.
     """
 
     def __init__(self, device: str, fabric: "Fabric | None" = None) -> None:
@@ -370,7 +377,7 @@ class Ranks:
         self.device = str(fabric.device) if fabric else device
 
     def gather(self, x: Tensor) -> Tensor:
-        """x of every process, (count, ...), on the CPU."""
+        """The tensors x of all processes as one, (count, ...), on the CPU."""
         if self.fabric is None:
             return x[None]
         x = x.to(self.device)
@@ -379,19 +386,19 @@ class Ranks:
         return torch.stack(gathered).cpu()
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value."""
+        """The value that rank 0 gives."""
         return value if self.fabric is None else self.fabric.broadcast(value)
 
     def leave(self) -> None:
-        """The process is done."""
+        """To be called when this process is done."""
         if self.fabric is not None:
             torch.distributed.destroy_process_group()
 
 
 def launch_ranks(device: str, devices: int = 1, num_nodes: int = 1) -> Ranks:
-    """Start the other processes, by Lightning Fabric, or join those that torchrun or srun started; one needs neither.
+    """Start the other processes with Lightning Fabric, or join those that torchrun or srun started.
 
-    Raises ValueError when there are not so many devices, or Lightning is missing.
+    Raises ValueError when there are fewer devices than that, or Lightning is missing.
     """
     check_at_least(devices=(devices, 1), num_nodes=(num_nodes, 1))
     devices, num_nodes = count_processes(devices, num_nodes)
