@@ -203,27 +203,29 @@ def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int,
 
 
 class Architecture(NamedTuple):
-    """What sets one `general.architecture` apart. The rows follow llama.cpp's conversion script."""
+    """How files of one `general.architecture` are to be read. The rows follow llama.cpp's conversion script."""
 
     model_type: str
     hf_class: str
     permuted: bool = False  # rows of q and k are interleaved for llama.cpp's RoPE
     unit_offset: bool = False  # norms are stored as 1 + weight
     pre_mlp_norm: str = "post_attention_layernorm"  # what Hugging Face calls ffn_norm
+    sentencepiece: str = "llama"  # whose pipeline a SentencePiece vocabulary has, Llama's or Gemma's
     extra: dict[str, Any] = {}
 
 
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
+GEMMA = {
+    "unit_offset": True,
+    "pre_mlp_norm": "pre_feedforward_layernorm",
+    "sentencepiece": "gemma",
+    "extra": {"hidden_activation": "gelu_pytorch_tanh"},
+}
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-    "gemma2": Architecture(
-        "gemma2", "Gemma2ForCausalLM", unit_offset=True, pre_mlp_norm="pre_feedforward_layernorm", extra=GEMMA
-    ),
-    "gemma3": Architecture(
-        "gemma3_text", "Gemma3ForCausalLM", unit_offset=True, pre_mlp_norm="pre_feedforward_layernorm", extra=GEMMA
-    ),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", **GEMMA),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", **GEMMA),
 }
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {

@@ -122,15 +122,12 @@ def _build_tokenizer(file: GGUFFile, model: str, tokens: list[str], named: list[
         raise ValueError(f"{file.path} has a tokenizer of kind {model[:80]!r}: 'gpt2' and 'llama' are read.")
     types = file.get("tokenizer.ggml.token_type", list, [])
     kinds = dict(zip(tokens, types, strict=False))
-    if model == "gpt2":
-        family, vocab, tokenizer = "gpt2", *_byte_level_bpe(file, tokens, named)
-        kinds = {token: kind for token, kind in kinds.items() if token in vocab}
-    elif architecture_of(file).unit_offset:
-        family, vocab, tokenizer = "gemma", *_gemma_bpe(file, tokens)
+    family = "gpt2" if model == "gpt2" else architecture_of(file).sentencepiece
+    if family == "gpt2":
+        vocab, tokenizer = _byte_level_bpe(file, tokens, named)
     else:
-        family, vocab, tokenizer = "llama", *_sentencepiece_bpe(file, tokens)
-    special = [t for t, kind in kinds.items() if kind == CONTROL]
-    special += [t for t in (*USUAL_SPECIALS[family], *named) if t in vocab]
+        vocab, tokenizer = (_gemma_bpe if family == "gemma" else _llama_bpe)(file, tokens)
+    special = [t for t, kind in kinds.items() if kind == CONTROL] + [*USUAL_SPECIALS[family], *named]
     plain = [t for t, kind in kinds.items() if kind == USER_DEFINED and t in vocab and t not in special]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special if t in vocab])
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
@@ -165,7 +162,7 @@ def _pair(file: GGUFFile, merge: str) -> tuple[str, str]:
     return left, right
 
 
-def _sentencepiece_bpe(file: GGUFFile, tokens: list[str]) -> tuple[dict[str, int], Any]:
+def _llama_bpe(file: GGUFFile, tokens: list[str]) -> tuple[dict[str, int], Any]:
     """Llama 2's SentencePiece BPE with byte fallback; a blank goes in front of the text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
