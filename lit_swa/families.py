@@ -1,11 +1,11 @@
 """Named model shapes (data only), and the mapping of a Hugging Face config.json to the fields of Config."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lit_swa.config import ROPE_SCALING_KEYS, TRAINED_LENGTH
+from lit_swa.formats.files import read_json
 
 # ------------------------------------------------------------------------------------------------------- named shapes
 
@@ -128,7 +128,7 @@ def config_from_hf(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
     Both the older keys (rope_theta, rope_scaling, sliding_window_pattern) and transformers 5's (rope_parameters,
     layer_types) are read. Raises ValueError, in one sentence, for what is missing or not supported.
     """
-    hf = path_or_dict if isinstance(path_or_dict, dict) else read_json(Path(path_or_dict))
+    hf = path_or_dict if isinstance(path_or_dict, dict) else read_hf_config(Path(path_or_dict))
     if isinstance(hf.get("text_config"), dict):  # a model for images and text: its language model
         hf = hf["text_config"] | {"architectures": hf.get("architectures"), "name": hf.get("_name_or_path")}
     architecture = find_architecture(hf)
@@ -141,19 +141,12 @@ def config_from_hf(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The content of a config.json, given as a file or by its directory."""
     path = path / "config.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"There is no {path}: a Hugging Face checkpoint directory holds a config.json."
-        ) from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON ({type(e).__name__}): download it again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: download it again.")
-    return content
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}: a Hugging Face checkpoint directory holds a config.json.")
+    return read_json(path)
 
 
 def find_architecture(hf: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ def add_part(
     linear = model.get_submodule(name)
     if not hasattr(linear, "lora"):
         inject(linear, "lora", LoRA(linear.out_features, config.dropout), add_lora_output)
-    start, stop = group_rows(part, linear.out_features, model.config.n_head, model.config.n_query_groups)
+    start, stop = rows_of_part(model, name, part)
     scaling = config.scaling() if scaling is None else scaling
     new = LoRAPart(linear.in_features, start, stop, r or config.r, scaling, device_of(linear))
     if config.dora:
@@ -189,6 +189,15 @@ def add_part(
             new.magnitude = nn.Parameter(torch.linalg.vector_norm(rows, dim=1))
     linear.lora.parts[part] = new.train(linear.training)
     return new
+
+
+def rows_of_part(model: GPT, name: str, part: str) -> tuple[int, int]:
+    """The rows start, stop of the layer `name` that a part is for, by the heads that its attention layer holds."""
+    rows = model.get_submodule(name).out_features
+    if part == ALL:
+        return 0, rows
+    attn = model.get_submodule(name.rpartition(".")[0])
+    return group_rows(part, rows, attn.n_head, attn.n_query_groups)
 
 
 def extra_modules(model: GPT, kinds: tuple[str, ...]) -> list[str]:

@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("safetensors", "gguf", "config", "lit_config", "index")
-SECONDS_PER_FILE = 5.0
+CPU_SECONDS_PER_FILE = 5.0  # of this process, whatever else the machine does
 MEMORY_BYTES = 256 * 2**20
 
 # -------------------------------------------------------------------------------------------------------- the mutations
@@ -204,9 +204,9 @@ def child(kind: str, count: int, seed: int) -> None:
                 random.Random(f"{kind} {seed} {n}"),
                 bomb=n == 0 and (count > 100 or kind == "safetensors"),
             )
-            start = time.perf_counter()
+            start = time.process_time()
             result = outcome(kind, directory)
-            slowest = max(slowest, time.perf_counter() - start)
+            slowest = max(slowest, time.process_time() - start)
             if result in tally:
                 tally[result] += 1
             else:
@@ -227,12 +227,12 @@ def fuzz(count: int, seed: int, *kinds: str, timeout: float) -> list[dict]:
 def assert_robust(result: dict, count: int) -> None:
     assert result["bad"] == []
     assert sum(result["tally"].values()) == count and result["tally"]["refused"] > count // 4  # the mutations do bite
-    assert result["slowest"] < SECONDS_PER_FILE and result["grown"] < MEMORY_BYTES
+    assert result["slowest"] < CPU_SECONDS_PER_FILE and result["grown"] < MEMORY_BYTES
 
 
 def test_mutated_files_end_in_one_sentence_or_load() -> None:
     """Would catch any crash, hang, traceback or flood of memory that a damaged file can cause, in every format."""
-    for result in fuzz(50, 0, *FORMATS, timeout=120):
+    for result in fuzz(50, 0, *FORMATS, timeout=1200):  # it ends a hang; slow is fine
         assert_robust(result, 50)
 
 
@@ -240,7 +240,7 @@ def test_mutated_files_end_in_one_sentence_or_load() -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_thousands_of_mutated_files(kind: str) -> None:
     """As above, at length."""
-    [result] = fuzz(2000, 1, kind, timeout=1200)
+    [result] = fuzz(2000, 1, kind, timeout=7200)
     assert_robust(result, 2000)
 
 

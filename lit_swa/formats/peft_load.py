@@ -20,7 +20,7 @@ from lit_swa.formats.files import LazyTensor, find_inside, open_pickle, open_saf
 from lit_swa.formats.hugging_face import PREFIXES, join_qkv
 from lit_swa.formats.peft import PEFT_CONFIG, PEFT_STEM, Weights, hf_modules
 from lit_swa.linear_formats import ALL, group_rows, is_plain
-from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears
+from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears, rows_of_part
 from lit_swa.model import GPT
 
 LONGLORA_STEM = "trainable_params"
@@ -286,7 +286,7 @@ def check_part(hf_name: str, name: str, part: str, weights: Weights, adapter: Ad
     if name == "lm_head":
         adapter.rows = max(adapter.rows, len(weights.B))
     out = adapter.rows if name == "lm_head" else linear.out_features
-    start, stop = (0, out) if part == FUSED else rows_of(part, out, model.config)
+    start, stop = (0, out) if part in (FUSED, ALL) else rows_of_part(model, name, part)
     m = weights.magnitude
     fits = weights.A.shape[1] == linear.in_features and len(weights.B) == stop - start
     if not fits or (m is not None and m.shape != (stop - start,)):
