@@ -1,6 +1,7 @@
 """Finetune with LLaMA-Adapter, version 1 or 2: python finetune/adapter.py --data FILE.json."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,13 @@ def main(
     quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
     **training: Any,
 ) -> None:
-    """Train a few learned tokens that the layers attend to through a gate, beside a model's frozen weights.
+    """Train a few learned tokens that the layers attend to through a gate; the model's weights stay frozen.
 
-    OUT_DIR/final is loaded by generate/base.py and chat.py as it is. It cannot be merged into the weights.
+    generate/base.py and chat.py load OUT_DIR/final as it is. It cannot be merged into the weights.
 
     Args:
         version: 1 is the learned tokens alone; 2 adds a bias and a scale to every linear layer and trains the norms.
-        prompt_length: Learned tokens of a layer.
+        prompt_length: How many learned tokens a layer has.
         start_layer: The first layer that has them, counted from 0.
         quantize: Hold the frozen weights in 4 or 8 bits.
     """
@@ -36,13 +37,11 @@ def main(
 
     adapter = AdapterConfig(version, prompt_length, start_layer)
     run = train.prepare(args, "adapter", rate=3e-3)
+    fabric, feed = run.fabric, run.feed
     gpt = train.load_base(run, quantize)
     torch.manual_seed(args.seed)  # the same new weights on every device
     add_adapter(gpt, adapter)
-    train.train_in_float32(gpt, run.dtype)
-    train.choose_recompute(run, gpt)
-    fabric = run.fabric
-    model = fabric.setup_module(gpt)
+    model = train.place(run, gpt)
     optimizer = fabric.setup_optimizers(train.build_optimizer(gpt, args, run.peak_rate))
 
     def save_model(directory: Path) -> None:
@@ -51,27 +50,42 @@ def main(
     method = {"adapter": vars(adapter), "quantize": quantize}
     saver = train.Saver(run, gpt, optimizer, save_model, method)
     progress = saver.resume()
-    train.rehearse(run, model, save_model, train.try_loading)
+    train.show_samples(run)
+    train.rehearse(run, model, train.validate, save_model, train.try_loading)
     if args.dry_run:
         return
     if progress.step == 0:
-        train.evaluate_step(run, model, progress, {})
+        train.evaluate(run, model, progress)
 
     model.train()
     with interruptible() as interrupted:
-        for batches, tokens in train.steps(run, optimizer, progress, interrupted):  # tokens: trained, of all devices
+        for step in train.steps(run, progress, interrupted):
+            started = time.perf_counter()
+            rate = train.set_rate(run, optimizer, progress)
+            batches = feed.batches(step, fabric.global_rank, fabric.world_size)
+            tokens = feed.trained_tokens(step)  # of all devices
             total = torch.zeros((), device=fabric.device)
-            for n, batch in enumerate(batches):
-                with fabric.no_backward_sync(model, enabled=n + 1 < len(batches)):
+            for n, batch in enumerate(batches, start=1):
+                batch = batch.to(fabric.device)
+                with fabric.no_backward_sync(model, enabled=n < len(batches)):
                     nll = model(batch.idx, targets=batch.targets, documents=batch.documents) * batch.weight
                     fabric.backward(nll * (fabric.world_size / tokens))  # gradients are averaged over devices
                 total += nll.detach()
-            values = train.finish_gradients(run, gpt, progress, total, tokens, batches)
+            loss = fabric.all_reduce(total, reduce_op="sum").item() / tokens
+            norm = train.clip_gradients(gpt, args.grad_clip)
+            train.require_finite(run, step, loss, norm, batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if train.finish_step(run, model, saver, progress, values):
+            progress.advance(feed.tokens(step), time.perf_counter() - started)
+
+            val_loss = train.evaluate(run, model, progress) if run.validates_after(progress.step) else None
+            run.log.step(progress, loss, rate, norm, val_loss)
+            if progress.step % run.save_interval == 0:
+                saver.save_step(progress)
+            if val_loss is not None and run.stops_early(progress):
                 break
-    train.conclude(run, saver, progress)
+    final = saver.finish(progress)
+    run.log.say(f"trained: python generate/base.py --checkpoint_dir {final} --prompt ...")
 
 
 if __name__ == "__main__":

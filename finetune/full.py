@@ -1,6 +1,7 @@
 """Finetune every weight, on instructions or on long texts: python finetune/full.py --data FILE.json."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from lit_swa.arguments import Training
 def main(**training: Any) -> None:
     """Train all of a model's weights. OUT_DIR/final is a checkpoint as complete as the one it began with.
 
-    It needs 16 bytes of memory a weight (weight, gradient and two moments in float32): 2.2 GB for SmolLM2-135M, 108 GB
-    for a 7B, which --strategy fsdp shares out over devices.
+    Each weight takes 16 bytes of memory (the weight, its gradient and two moments in float32): 2.2 GB for SmolLM2-135M,
+    108 GB for a 7B model, which --strategy fsdp shards over devices.
     """
     args = Training(**training)
 
@@ -24,11 +25,9 @@ def main(**training: Any) -> None:
     from lit_swa.utils import interruptible
 
     run = train.prepare(args, "full", rate=2e-5)
+    fabric, feed = run.fabric, run.feed
     gpt = train.load_base(run)
-    train.train_in_float32(gpt, run.dtype)
-    train.choose_recompute(run, gpt)
-    fabric = run.fabric
-    model = fabric.setup_module(gpt)
+    model = train.place(run, gpt)
     optimizer = fabric.setup_optimizers(train.build_optimizer(gpt, args, run.peak_rate))
 
     def save_model(directory: Path) -> None:
@@ -36,27 +35,42 @@ def main(**training: Any) -> None:
 
     saver = train.Saver(run, gpt, optimizer, save_model, {"full": True})
     progress = saver.resume()
-    train.rehearse(run, model, save_model, train.try_loading)
+    train.show_samples(run)
+    train.rehearse(run, model, train.validate, save_model, train.try_loading)
     if args.dry_run:
         return
     if progress.step == 0:
-        train.evaluate_step(run, model, progress, {})
+        train.evaluate(run, model, progress)
 
     model.train()
     with interruptible() as interrupted:
-        for batches, tokens in train.steps(run, optimizer, progress, interrupted):  # tokens: trained, of all devices
+        for step in train.steps(run, progress, interrupted):
+            started = time.perf_counter()
+            rate = train.set_rate(run, optimizer, progress)
+            batches = feed.batches(step, fabric.global_rank, fabric.world_size)
+            tokens = feed.trained_tokens(step)  # of all devices
             total = torch.zeros((), device=fabric.device)
-            for n, batch in enumerate(batches):
-                with fabric.no_backward_sync(model, enabled=n + 1 < len(batches)):
+            for n, batch in enumerate(batches, start=1):
+                batch = batch.to(fabric.device)
+                with fabric.no_backward_sync(model, enabled=n < len(batches)):
                     nll = model(batch.idx, targets=batch.targets, documents=batch.documents) * batch.weight
                     fabric.backward(nll * (fabric.world_size / tokens))  # gradients are averaged over devices
                 total += nll.detach()
-            values = train.finish_gradients(run, gpt, progress, total, tokens, batches)
+            loss = fabric.all_reduce(total, reduce_op="sum").item() / tokens
+            norm = train.clip_gradients(gpt, args.grad_clip)
+            train.require_finite(run, step, loss, norm, batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if train.finish_step(run, model, saver, progress, values):
+            progress.advance(feed.tokens(step), time.perf_counter() - started)
+
+            val_loss = train.evaluate(run, model, progress) if run.validates_after(progress.step) else None
+            run.log.step(progress, loss, rate, norm, val_loss)
+            if progress.step % run.save_interval == 0:
+                saver.save_step(progress)
+            if val_loss is not None and run.stops_early(progress):
                 break
-    train.conclude(run, saver, progress)
+    final = saver.finish(progress)
+    run.log.say(f"trained: python generate/base.py --checkpoint_dir {final} --prompt ...")
 
 
 if __name__ == "__main__":

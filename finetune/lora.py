@@ -1,6 +1,7 @@
 """Finetune with LoRA, on instructions or on long texts: python finetune/lora.py --data FILE.json."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,21 +22,20 @@ def main(
     quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
     **training: Any,
 ) -> None:
-    """Train small matrices beside a model's frozen weights (LoRA), then save them as PEFT does.
+    """Train pairs of small matrices beside a model's frozen weights (LoRA), and save them in PEFT's format.
 
-    The directory OUT_DIR/final is loaded by generate/base.py and chat.py as it is, and made a plain checkpoint by
-    scripts/merge_lora.py. LongLoRA is --extra_trainable embed,norm with --model.s2_attention true and a RoPE scaling;
-    QLoRA is --quantize nf4.
+    generate/base.py and chat.py load OUT_DIR/final as it is; scripts/merge_lora.py makes a plain checkpoint of it.
+    LongLoRA is --extra_trainable embed,norm with --model.s2_attention true and a RoPE scaling; QLoRA is --quantize nf4.
 
     Args:
-        r: The matrices' rank.
-        alpha: Their product is scaled by alpha / r.
-        dropout: Of their input.
-        targets: What they stand beside, of q, k, v, o, mlp, head.
-        extra_trainable: What is trained in full beside them, of embed, norm.
-        loraplus_lr_ratio: How much faster the B matrices learn than the A matrices (LoRA+ of Hayou et al.).
+        r: Rank of the matrices.
+        alpha: The product of a pair is scaled by alpha / r.
+        dropout: Probability that an input of the matrices is set to zero in training.
+        targets: The layers that get a pair of matrices, of q, k, v, o, mlp, head.
+        extra_trainable: Weights that are trained in full as well, of embed, norm.
+        loraplus_lr_ratio: Learning rate of the B matrices, divided by that of the A matrices (LoRA+ of Hayou et al.).
         rslora: Scale by alpha / sqrt(r) instead.
-        dora: Train each row's length apart from its direction (DoRA).
+        dora: Train the length of each row of a weight apart from its direction (DoRA).
         quantize: Hold the frozen weights in 4 or 8 bits (QLoRA).
     """
     args = Training(**training)
@@ -49,13 +49,11 @@ def main(
 
     lora = LoRAConfig(r, alpha, dropout, targets, extra_trainable or (), rslora, dora)
     run = train.prepare(args, "lora", rate=2e-4)
+    fabric, feed = run.fabric, run.feed
     gpt = train.load_base(run, quantize)
     torch.manual_seed(args.seed)  # the same new weights on every device
     add_lora(gpt, lora)
-    train.train_in_float32(gpt, run.dtype)
-    train.choose_recompute(run, gpt)
-    fabric = run.fabric
-    model = fabric.setup_module(gpt)
+    model = train.place(run, gpt)
     optimizer = fabric.setup_optimizers(train.build_optimizer(gpt, args, run.peak_rate, loraplus_lr_ratio))
 
     def save_model(directory: Path) -> None:
@@ -64,27 +62,42 @@ def main(
     method = {"lora": vars(lora), "loraplus_lr_ratio": loraplus_lr_ratio, "quantize": quantize}
     saver = train.Saver(run, gpt, optimizer, save_model, method)
     progress = saver.resume()
-    train.rehearse(run, model, save_model, train.try_loading)
+    train.show_samples(run)
+    train.rehearse(run, model, train.validate, save_model, train.try_loading)
     if args.dry_run:
         return
     if progress.step == 0:
-        train.evaluate_step(run, model, progress, {})
+        train.evaluate(run, model, progress)
 
     model.train()
     with interruptible() as interrupted:
-        for batches, tokens in train.steps(run, optimizer, progress, interrupted):  # tokens: trained, of all devices
+        for step in train.steps(run, progress, interrupted):
+            started = time.perf_counter()
+            rate = train.set_rate(run, optimizer, progress)
+            batches = feed.batches(step, fabric.global_rank, fabric.world_size)
+            tokens = feed.trained_tokens(step)  # of all devices
             total = torch.zeros((), device=fabric.device)
-            for n, batch in enumerate(batches):
-                with fabric.no_backward_sync(model, enabled=n + 1 < len(batches)):
+            for n, batch in enumerate(batches, start=1):
+                batch = batch.to(fabric.device)
+                with fabric.no_backward_sync(model, enabled=n < len(batches)):
                     nll = model(batch.idx, targets=batch.targets, documents=batch.documents) * batch.weight
                     fabric.backward(nll * (fabric.world_size / tokens))  # gradients are averaged over devices
                 total += nll.detach()
-            values = train.finish_gradients(run, gpt, progress, total, tokens, batches)
+            loss = fabric.all_reduce(total, reduce_op="sum").item() / tokens
+            norm = train.clip_gradients(gpt, args.grad_clip)
+            train.require_finite(run, step, loss, norm, batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if train.finish_step(run, model, saver, progress, values):
+            progress.advance(feed.tokens(step), time.perf_counter() - started)
+
+            val_loss = train.evaluate(run, model, progress) if run.validates_after(progress.step) else None
+            run.log.step(progress, loss, rate, norm, val_loss)
+            if progress.step % run.save_interval == 0:
+                saver.save_step(progress)
+            if val_loss is not None and run.stops_early(progress):
                 break
-    train.conclude(run, saver, progress)
+    final = saver.finish(progress)
+    run.log.say(f"trained: python generate/base.py --checkpoint_dir {final} --prompt ...")
 
 
 if __name__ == "__main__":

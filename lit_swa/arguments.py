@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_swa.checks import check_range
+
 
 @dataclass
 class Training:
@@ -99,8 +101,8 @@ class Training:
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name}={value} does not fit: it must lie between {least} and {most}.")
+            if value is not None:
+                check_range(name, value, least, most)
         if self.epochs <= 0 or self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError("epochs and learning_rate must be greater than 0.")
         if isinstance(self.recompute, str) and self.recompute.isdigit():

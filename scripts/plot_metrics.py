@@ -19,14 +19,15 @@ def main(
         output: Where the picture goes; beside it, as JSON, the figures and the arguments of the runs.
         log: A logarithmic axis for the loss.
     """
+    from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
     from lit_swa.plots import save_picture
-    from lit_swa.train import read_metrics, read_record
+    from lit_swa.training.log import read_metrics
+    from lit_swa.training.saving import read_record
 
     if x not in ("step", "tokens", "seconds"):
         raise ValueError(f"x={x!r} does not fit: choose from step, tokens, seconds.")
-    if smooth < 1:
-        raise ValueError("smooth must be at least 1.")
+    check_range("smooth", smooth, 1)
     read = {run.name: read_metrics(run) for run in runs}
     output.parent.mkdir(parents=True, exist_ok=True)
     save_picture(output, lambda plt: draw(plt, read, x, smooth, log))

@@ -37,13 +37,13 @@ def main(
         show: How many samples to print.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
+    from lit_swa.checks import check_range
     from lit_swa.data import check_dataset, load_dataset, save_dataset, show_examples
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import ProgressLine
 
-    if show < 0:
-        raise ValueError(f"show={show} does not fit: it must be at least 0.")
+    check_range("show", show, 0)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file: give a directory to write to.")
     checkpoint_dir = checkpoint_dir or download_checkpoint()

@@ -22,10 +22,10 @@ from lit_swa.formats.files import open_safetensors
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.model import IGNORED
 from lit_swa.train import (
-    Feed,
+    ExampleFeed,
     Progress,
     build_optimizer,
-    gradient_norm,
+    clip_gradients,
     join_examples,
     learning_rate,
     recompute_blocks,
@@ -226,7 +226,7 @@ def test_the_step_equals_one_written_out(train, tiny_checkpoint, tmp_path):
     args = Training(data="x", batch_size=6)
     run = json.loads((directory / "final" / "run.json").read_text())
     data = load_dataset(run["arguments"]["data"], Tokenizer(tiny_checkpoint), max_seq_length=512)
-    feed = Feed(data, args, run["identity"]["order"][3])
+    feed = ExampleFeed(data, args, run["identity"]["order"][3])
     torch.manual_seed(args.seed)
     model = load_model(tiny_checkpoint).train()
     add_lora(model, LoRAConfig())
@@ -319,7 +319,9 @@ class Lengths:
 def test_every_text_is_read_once_an_epoch_whatever_the_number_of_devices(pack, world_size):
     """Catches: texts lost or read twice at an epoch's end or between devices; an order that is the same every epoch."""
     rng = np.random.default_rng(2)
-    feed = Feed(Lengths(rng.integers(2, 60, 53)), Training(data="x", batch_size=5, micro_batch_size=2, pack=pack), 64)
+    feed = ExampleFeed(
+        Lengths(rng.integers(2, 60, 53)), Training(data="x", batch_size=5, micro_batch_size=2, pack=pack), 64
+    )
     orders = []
     for epoch in range(3):
         read, order = [], []
@@ -435,8 +437,8 @@ def test_gradients_are_clipped_to_the_norm(tiny_model):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     count = sum(p.numel() for p in model.parameters())
-    assert gradient_norm(model, 0) == pytest.approx(count**0.5) == gradient_norm(model, 1.0)
-    assert gradient_norm(model, 0) == pytest.approx(1.0, rel=1e-4)
+    assert clip_gradients(model, 0) == pytest.approx(count**0.5) == clip_gradients(model, 1.0)
+    assert clip_gradients(model, 0) == pytest.approx(1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -572,11 +574,11 @@ def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch, keep, f
     """Catches: an old step deleted before the new one is whole, a part of a step under its final name."""
     import errno
 
-    from lit_swa import train as train_module
+    from lit_swa.training import saving
 
     arguments = {"max_steps": 6, "save_interval": 1, "batch_size": 4, "keep_last": keep}
     whole, _, _ = train(name="whole", **arguments)
-    write, calls = train_module.write_safetensors, []
+    write, calls = saving.write_safetensors, []
 
     def full_disk(path, tensors):
         calls.append(path)
@@ -586,7 +588,7 @@ def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch, keep, f
         write(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "write_safetensors", full_disk)
+        patch.setattr(saving, "write_safetensors", full_disk)
         directory, _, err = train(code=2, **arguments)
     left = [f"step-{n:06d}" for n in range(max(1, fails_at - keep), fails_at)]
     assert "No space left" in err and sorted(p.name for p in directory.glob("step-*")) == left

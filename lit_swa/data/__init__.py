@@ -5,6 +5,7 @@ trained) -> dataset (examples over one flat array, packing) -> token_files (plai
 directories) -> hub (published datasets) -> load (load_dataset) -> checks (samples, refusals).
 """
 
+from lit_swa.config import IGNORED
 from lit_swa.data.checks import check_dataset, show_examples, unheard_end
 from lit_swa.data.dataset import Dataset, Example, pack, split_dataset
 from lit_swa.data.hub import PRESETS
@@ -13,7 +14,6 @@ from lit_swa.data.prepared import save_dataset
 from lit_swa.data.prompts import PROMPT_STYLES, encode_record
 from lit_swa.data.records import Record
 from lit_swa.data.token_files import check_tokens, open_token_file, write_token_file
-from lit_swa.model import IGNORED
 
 __all__ = [
     "IGNORED",

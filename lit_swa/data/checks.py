@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 
+from lit_swa.config import IGNORED
 from lit_swa.data.dataset import Dataset
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
-from lit_swa.model import IGNORED
 
 MARKS = {True: ("\033[7m", "\033[27m"), False: ("[[", "]]")}
 SHOWN_CHARS = 240  # at each end of a stretch of text

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_swa.model import IGNORED
+from lit_swa.config import IGNORED
 
 
 class Example(NamedTuple):

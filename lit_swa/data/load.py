@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_swa.checks import check_range
 from lit_swa.data.dataset import Dataset
 from lit_swa.data.hub import PRESETS, fetch_preset
 from lit_swa.data.prepared import INFO_NAME, TOKENS_NAME, load_prepared
@@ -50,10 +51,9 @@ def load_dataset(
     Raises:
         ValueError, OSError: in one sentence, with the line or element where a file is not what it should be.
     """
-    if max_seq_length < 2:
-        raise ValueError(f"max_seq_length={max_seq_length} does not fit: it must be at least 2.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} does not fit: it must be at least 1.")
+    check_range("max_seq_length", max_seq_length, 2)
+    if limit is not None:
+        check_range("limit", limit, 1)
     require_name("prompt_style", prompt_style, PROMPT_STYLES)
     require_name("preset", preset, PRESETS)
     files, preset = find_files(data, preset)

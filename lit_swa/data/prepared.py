@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_swa.config import IGNORED
 from lit_swa.data.dataset import Dataset, count_trained
 from lit_swa.data.token_files import INFO_KEYS, id_dtype, tokenizer_hash
 from lit_swa.formats.files import (
@@ -19,7 +20,6 @@ from lit_swa.formats.files import (
     write_json,
 )
 from lit_swa.formats.tokenizer import Tokenizer
-from lit_swa.model import IGNORED
 
 INFO_NAME, TOKENS_NAME, MASK_NAME, LENGTHS_NAME = "dataset.json", "tokens.bin", "trained.bin", "lengths.npy"
 FORMAT = 1

@@ -1,0 +1,148 @@
+"""Several devices: Lightning Fabric with DDP or FSDP, and weights that are sharded over devices made whole again.
+
+DDP holds the whole model on each device and averages gradients. FSDP2 shards every weight, its gradient and its moments
+over all devices, and gathers a block's weights when it is their turn (Zhao et al. 2023, arXiv 2304.11277).
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lit_swa.model import GPT
+from lit_swa.utils import count_processes, pick_device
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
+    """Lightning Fabric with the processes that the arguments ask for, and the dtype of frozen weights and products.
+
+    args: has device, devices, num_nodes, strategy and precision, as lit_swa.arguments.Training. Raises ValueError when
+    Lightning is missing, or the machine lacks a device.
+    """
+    try:
+        from lightning.fabric import Fabric
+        from lightning.fabric.strategies import DDPStrategy
+    except ImportError:
+        raise ValueError("Finetuning needs Lightning Fabric: pip install lightning.") from None
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # no hints to trade precision for speed
+    device = pick_device(args.device)
+    kind = device.split(":")[0]
+    if kind == "cuda":
+        use_whole_memory()
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16-true" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    count, num_nodes = count_processes(args.devices, args.num_nodes)
+    if kind == "cuda" and count > torch.cuda.device_count():
+        raise ValueError(f"devices={count} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
+    devices = [int(device.split(":")[1])] if ":" in device and count == 1 else count
+    strategy: Any = "auto"
+    if args.strategy == "fsdp":
+        strategy = fsdp_strategy(count * num_nodes)
+    elif count * num_nodes > 1:
+        strategy = DDPStrategy(broadcast_buffers=False)  # the only buffers are RoPE's frequencies
+    fabric = Fabric(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",  # bf16-true is made by train_in_float32
+    )
+    fabric.launch()
+    return fabric, torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+def use_whole_memory() -> None:
+    """Let torch grow its pieces of GPU memory, so that none is lost between texts of many lengths.
+
+    Call it before the GPU is first used. PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF, if set, decides instead.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def fsdp_strategy(world_size: int) -> Any:
+    """FSDP2 over all devices, a block at a time."""
+    from lightning.fabric.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model: nn.Module, mesh: Any) -> nn.Module:
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        return fully_shard(model, mesh=mesh["data_parallel"])
+
+    return ModelParallelStrategy(shard, data_parallel_size=world_size, tensor_parallel_size=1)
+
+
+def is_sharded(fabric: "Fabric") -> bool:
+    """True if no device holds all weights."""
+    from lightning.fabric.strategies import ModelParallelStrategy
+
+    return isinstance(fabric.strategy, ModelParallelStrategy)
+
+
+def unwrapped(model: nn.Module) -> GPT:
+    """The GPT inside the module that Fabric made of it."""
+    return getattr(model, "module", model)
+
+
+# -------------------------------------------------------------------------------------------------------- whole weights
+#
+# torch.distributed.checkpoint.state_dict does this too, but it reads model.state_dict(), which fails where the frozen
+# weights are held in 8 bits, and gives tied weights twice.
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gather(x: Tensor) -> Tensor:
+    """x on the CPU, whole. Every process must call it if x is sharded."""
+    x = x.detach()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
+
+
+def copy_into(held: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into `held`, which may be sharded."""
+    if hasattr(held, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(held.device, held.dtype), held.device_mesh, held.placements)
+    held.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Shard the weights again that FSDP leaves gathered after a forward."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+@contextmanager
+def whole_weights(model: nn.Module, keep: bool) -> Iterator[None]:
+    """Within it, trained weights that are sharded are whole, on the CPU, where `keep` is set.
+
+    Every process must enter it, and none may run the model inside.
+    """
+    sharded = []
+    reshard(model)
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None and p.requires_grad and hasattr(p, "full_tensor"):
+                whole = gather(p)
+                if keep:
+                    sharded.append((module, name, p))
+                    module._parameters[name] = nn.Parameter(whole)
+    try:
+        yield
+    finally:
+        for module, name, p in sharded:
+            module._parameters[name] = p
