@@ -1,14 +1,14 @@
-"""Passkey retrieval: a number is hidden in a long text that says nothing else, and the model is asked for it.
+"""Pass key retrieval: a number is hidden in a long text about nothing, and the model is asked for it.
 
-The texts are those of landmark attention (Mohtashami and Jaggi 2023, arXiv 2305.16300), which later papers use as well:
+The texts are those of landmark attention (Mohtashami and Jaggi 2023, arXiv 2305.16300), which later papers use too:
 
     There is an important info hidden inside ...      the task
-    The grass is green. The sky is blue. ...          filler, or a haystack of the user's
+    The grass is green. The sky is blue. ...          filler, or a text of the user's (the haystack)
     The pass key is 4711. Remember it. ...            the needle, at some depth
     The grass is green. The sky is blue. ...          filler
     What is the pass key? The pass key is             the question, which the model goes on from
 
-Everything that is random in a trial follows from its seed, length, depth and number, so trials may be run in any order.
+A trial's random choices follow from the seed and the trial's length, depth and number, so the order of trials is free.
 """
 
 import random
@@ -26,17 +26,17 @@ TASK = (
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key?"
-ANSWER_BEGINS = " The pass key is"  # for a model that completes text; in a chat template it answers in its own words
+ANSWER_BEGINS = " The pass key is"  # for a model that completes text; asked in a chat template, it begins by itself
 LARGEST_KEY = 49_999
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One question: `number` of those that ask at this length and depth."""
+    """One question."""
 
     length: int  # tokens of the prompt and of the room for the answer
-    depth: float | None  # the share of the filler that stands before the needle; None: another one in every trial
-    number: int
+    depth: float | None  # the share of the filler that stands before the needle; None: drawn anew in every trial
+    number: int  # counts the trials of one length and depth, from 0
 
     @property
     def key(self) -> str:
@@ -50,24 +50,25 @@ def plan_trials(lengths: Sequence[int], depths: Sequence[float | None], trials: 
 
 
 def spread_depths(n: int) -> list[float]:
-    """n depths from the beginning (0) to the end (1) in equal steps; the middle if there is only one."""
+    """n depths in equal steps from 0, the beginning, to 1, the end; the middle if n is 1."""
     return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
 
 
 def build_prompt(
     trial: Trial, tokenizer: Tokenizer, seed: int, room: int, haystack: Sequence[str] = (), chat: bool = False
 ) -> tuple[list[int], int, float]:
-    """(ids of the prompt, the pass key, the depth): as long as the trial's length allows, with `room` tokens to spare.
+    """(ids of the prompt, the pass key, the depth). The prompt is as long as the trial's length minus `room` allows.
 
-    haystack: a text in words (split_words) instead of the filler; each trial begins to read it somewhere else.
-    chat: the prompt is a user's turn in the model's chat template.
+    room: tokens that are left for the answer.
+    haystack: the words (split_words) of a text to use instead of the filler; each trial starts at another of them.
+    chat: make the prompt a user's turn in the model's chat template.
     Raises ValueError when the length has no room for the needle and the question, or the haystack is too short.
     """
     chance = random.Random(f"{seed}/{trial.key}")
     passkey = chance.randint(1, LARGEST_KEY)
     depth = chance.random() if trial.depth is None else trial.depth
     words = list(haystack) or split_words(FILLER)
-    most = len(haystack) or trial.length  # no text of words has more of them than tokens
+    most = len(haystack) or trial.length  # a text has at least as many tokens as words
     start = chance.randrange(len(words)) if haystack else 0
 
     def encode(n: int) -> list[int]:
@@ -99,19 +100,20 @@ def build_prompt(
 
 
 def split_words(text: str) -> list[str]:
-    """The words, each with the white space behind it; a long run without any, as in Chinese, is cut."""
+    """The words, each with the white space after it. A run of over 16 characters without any, as in Chinese, is cut."""
     return re.findall(r"\S{1,16}\s*", text)
 
 
 def take_words(words: Sequence[str], start: int, n: int) -> str:
-    """n words from the start-th on; after the last comes the first."""
+    """n words from words[start] on; after the last comes the first again."""
     return "".join(words[(start + i) % len(words)] for i in range(n)).strip()
 
 
 def largest_fitting(size: Callable[[int], int], budget: int, most: int) -> int:
-    """An n in 0 .. most with size(n) <= budget < size(n + 1), found in a few looks; most, or -1 if even 0 is too much.
+    """The n in 0 .. most with size(n) <= budget < size(n + 1); -1 if size(0) is too much, most if nothing is.
 
-    It starts from size being a straight line and narrows both ends down, so that size need not grow at every step.
+    size is expensive and roughly a straight line, so the next n to try is where the line through size(0) and the last
+    size meets the budget. What is known to fit and what is known to be too much close in on the answer.
     """
     at_zero = size(0)
     if at_zero > budget:
@@ -127,20 +129,20 @@ def largest_fitting(size: Callable[[int], int], budget: int, most: int) -> int:
 
 
 def find_answer(text: str) -> int | None:
-    """The first run of digits in what a model wrote."""
+    """The first number in what a model wrote, None if there is none."""
     found = re.search(r"\d+", text)
     return int(found.group()) if found else None
 
 
 def is_answered(text: str) -> bool:
-    """True once nothing that is added can change the answer: its digits have ended."""
+    """True if the first number has ended, so that nothing the model adds can change the answer."""
     return re.search(r"\d+\D", text) is not None
 
 
 def accuracy_rows(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """{"length", "depth", "trials", "accuracy"} for each pair of them in the trials: dicts with length, cell and right.
+    """{"length", "depth", "trials", "accuracy"} for each pair of length and depth.
 
-    A trial's cell is the depth that was asked for, None for a random one.
+    parts: the trials, dicts with "length", "cell" (the depth that was asked for, None for a random one) and "right".
     """
     cells: dict[tuple, list[bool]] = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""Pictures of results. matplotlib is optional: without it there are the numbers, and a hint."""
+"""Pictures of results. matplotlib is optional: without it no picture is drawn, and a line on stderr says so."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ from lit_swa.formats.files import atomic_file
 
 
 def running_mean(values: Sequence[float], n: int) -> list[float]:
-    """The mean of each value and of the n - 1 before it, as far as there are any."""
+    """For each value, the mean of it and the n - 1 values before it, or of those that there are."""
     return [sum(values[max(0, i - n) : i]) / min(i, n) for i in range(1, len(values) + 1)]
 
 
 def save_picture(path: Path, draw: Callable[[Any], Any]) -> bool:
-    """Write the figure that `draw(matplotlib.pyplot)` makes, whole or not at all; False where matplotlib is missing."""
+    """Write the figure that `draw(matplotlib.pyplot)` returns to a PNG. Returns False where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:

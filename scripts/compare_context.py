@@ -33,34 +33,36 @@ def main(
     output: Path = Path("out/compare_context.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Read the same windows of a text by several methods and lengths; print tables, write a JSON and a picture.
+    """Read the same windows of a text with several methods and lengths; print tables, write a JSON and a picture.
 
-    A method is a set of fields of the model's config for a length; the weights stay as they are. A method that cannot
-    read a length says why, and the others go on. Interrupted, the run goes on where it was when the same command is
-    given again.
+    A method is a set of fields of the model's config, which may depend on the length; the weights stay as they are. A
+    method that cannot read a length says why, and the others go on. An interrupted run goes on where it stopped when it
+    is started again with the same arguments.
 
     Args:
-        data: A .txt file (UTF-8), a list of them or a directory of them, or a .bin file of token ids.
+        data: A .txt file (UTF-8), a list or a directory of such files, or a .bin file of token ids.
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
-        methods: Of rope, linear, ntk, dynamic, yarn, sliding, streaming and dual_chunk. By default all but dynamic.
+        methods: Some of rope, linear, ntk, dynamic, yarn, sliding, streaming and dual_chunk. By default all of them but
+            dynamic.
         custom: More methods, as names and fields of the config, such as '{"base 1e6": {"rope_base": 1e6}}'.
         lengths: Tokens in a window. By default a half, one, two and four times the trained length.
-        windows: How many windows of each length, spread evenly over the text.
-        last: The tables give the perplexity of so many tokens at the end of the windows, beside that of all.
-        bucket: Positions that make one point of the curves.
+        windows: How many windows of each length to read, spread evenly over the text.
+        last: One table gives the perplexity of so many tokens at the end of each window, the other that of all tokens.
+        bucket: How many positions make one point of the curves.
         trained_length: The length that the model was trained for. By default the block_size of the checkpoint.
         window: The sliding_window_size of sliding and streaming. By default half of the trained length.
-        n_sink_tokens: First tokens that streaming keeps.
-        dual_chunk_size: Tokens in a chunk of dual_chunk. By default as the model derives it.
-        dual_chunk_local: Keys that dual_chunk meets at their true distance. By default as the model derives it.
-        max_tokens: Read no more of the stream than this.
-        chunk_size: Feed a window in calls of so many tokens through the KV cache, which takes less memory; 0 feeds it
-            in one call. The result is the same but for rounding (and but for the RoPE scalings dynamic and longrope,
-            which follow the length read so far). By default what fits the free memory.
+        n_sink_tokens: How many first tokens streaming keeps.
+        dual_chunk_size: Tokens in a chunk of dual_chunk. By default what the model derives from the trained length.
+        dual_chunk_local: The distance up to which dual_chunk leaves distances as they are. By default what the model
+            derives from the trained length.
+        max_tokens: Read only so many tokens of the text.
+        chunk_size: Feed a window to the model in calls of so many tokens through the KV cache, which takes less memory;
+            0 feeds it in one call. The result is the same up to rounding (except with the RoPE scalings dynamic and
+            longrope, which follow the length read so far). By default as many as fit the free memory.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        seed: Of torch's random numbers. Nothing here draws any, unless a changed model does.
-        output: Where the JSON goes; the picture lies beside it, as .png.
+        seed: Seeds torch's random numbers, which only a model that was changed to use some would draw.
+        output: The JSON file for the results; the picture goes beside it, as .png.
         model: Any field of the model's config, as --model.FIELD VALUE, for all methods.
     """
     import torch
@@ -109,7 +111,7 @@ def main(
 
 
 class Setup(NamedTuple):
-    """What the methods' fields follow from, beside the length."""
+    """What the methods make their fields from, beside the length."""
 
     trained_length: int
     window: int
@@ -118,16 +120,16 @@ class Setup(NamedTuple):
     dual_chunk_local: int | None
 
 
-Method = Callable[[int, Setup], dict[str, Any]]  # fields of the config that read a window of so many tokens
+Method = Callable[[int, Setup], dict[str, Any]]  # length of a window -> the fields of the config to read it with
 
 
 def rope(length: int, s: Setup) -> dict[str, Any]:
-    """RoPE as it is, at positions that were not trained."""
+    """RoPE as it is, also at positions beyond those of training."""
     return {"block_size": max(length, s.trained_length)}
 
 
 def scaled(kind: str, with_trained_length: bool = False) -> Method:
-    """RoPE scaled by length / trained length, and not at all within the trained length."""
+    """RoPE scaled by the factor length / trained length, or 1 within the trained length."""
 
     def fields(length: int, s: Setup) -> dict[str, Any]:
         scaling: dict[str, Any] = {"type": kind, "factor": max(1.0, length / s.trained_length)}
@@ -189,7 +191,7 @@ def run(results, arguments: dict[str, Any], methods: dict[str, Method], setup: S
     from lit_swa.checkpoint import load_model
     from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
 
-    results.save()  # what would fail after hours, a full or forbidden disk, fails now
+    results.save()  # a disk that is full or read-only shows now and not after hours
     gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], arguments["device"], **arguments["model"] or {})
     total = len(methods) * sum(length * len(cut.starts) for length, cut in cuts.items())
     before = sum(part["length"] for part in results.parts.values())
@@ -224,7 +226,7 @@ def run(results, arguments: dict[str, Any], methods: dict[str, Method], setup: S
 
 
 def read_windows(results, row: dict[str, Any], gpt, tokens, cut, arguments: dict[str, Any], step) -> list[dict]:
-    """The parts of one method at one length: read now, unless they are there. Raises ValueError when it cannot."""
+    """The parts of one method at one length; those that are missing are read. Raises ValueError if the model cannot."""
     import time
 
     from lit_swa.evaluate import pick_chunk_size, require_finite, window_nll, with_fields
@@ -322,8 +324,10 @@ def draw(plt, result: dict[str, Any]):
 
 
 def draw_curve(axis, row: dict[str, Any], n: int) -> None:
-    """One method at one length; each point stands in the middle of its positions. A later curve is thinner, so that one
-    below it still shows where they are the same."""
+    """The curve of one method at one length, each point in the middle of its positions.
+
+    A later curve is thinner, so that an earlier one shows beside it where both are the same.
+    """
     middles = [sum(map(int, positions.split("-"))) / 2 for positions in row["buckets"]]
     style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
     style |= {"linestyle": ("-", "--", ":")[n // len(COLOURS) % 3], "linewidth": max(1.0, 3.4 - 0.3 * n)}

@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
+# Where the site, and mirrors of it, may have the text of a book
 PLACES = ("cache/epub/{id}/pg{id}.txt", "files/{id}/{id}-0.txt", "files/{id}/{id}.txt", "{digits}/{id}/{id}-0.txt")
 HEADERS = {"User-Agent": "lit_swa download_books.py (a few books for one reader)", "Accept": "text/plain"}
 ATTEMPTS = 3
@@ -34,16 +35,16 @@ def main(
 ) -> None:
     """Write each book to a .txt file named after its title, without Project Gutenberg's header and licence.
 
-    Books that are there already are not fetched again. The site is for people: for hundreds of books, give one of its
-    mirrors (https://www.gutenberg.org/MIRRORS.ALL) as --base_url.
+    A book whose file is there already is not fetched again. The site is meant for people: for hundreds of books, give
+    one of its mirrors (https://www.gutenberg.org/MIRRORS.ALL) as --base_url.
 
     Args:
-        ids: The numbers of the books, as '[158,36]': the number is in the address of a book's page.
-        output_dir: Where the files go, with a books.json that says which number is in which file.
+        ids: The numbers of the books, as '[158,36]'. A book's number is in the address of its page.
+        output_dir: The directory for the files, and for a books.json that says which number is in which file.
         base_url: The site or a mirror of it.
         timeout: Seconds without an answer after which a download is tried again.
         max_mb: The largest file to accept, in MB.
-        pause: Seconds between two books, so that the site is not burdened.
+        pause: Seconds to wait between two books, to spare the site.
     """
     from lit_swa.formats.files import directory_lock
 
@@ -69,7 +70,7 @@ def main(
 
 
 def find_book(base_url: str, number: int, timeout: float, max_mb: float) -> tuple[str, str, str]:
-    """(title, text, address) of a book, from the first place that has it. Raises OSError, in one sentence."""
+    """(title, text, address) of a book, from the first of PLACES that has it. Raises OSError, in one sentence."""
     digits = "/".join(str(number)[:-1]) or "0"
     reason = "no plain text of it is there"
     for place in PLACES:
@@ -90,7 +91,7 @@ def find_book(base_url: str, number: int, timeout: float, max_mb: float) -> tupl
 
 
 def fetch(url: str, timeout: float, max_mb: float) -> bytes | None:
-    """What is at a URL, None if nothing is. What may pass is tried again. Raises OSError for what does not."""
+    """The bytes at a URL, None if there is nothing. Raises OSError for an error that further attempts do not mend."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with urllib.request.urlopen(urllib.request.Request(url, headers=HEADERS), timeout=timeout) as answer:
@@ -115,7 +116,7 @@ def fetch(url: str, timeout: float, max_mb: float) -> bytes | None:
 
 
 def strip_licence(page: str, number: int) -> tuple[str, str]:
-    """(title, the book itself). Raises ValueError, as the end of a sentence, when this is no whole book."""
+    """(title, text) of a page. Raises ValueError, whose message ends a sentence, when it is not a whole book."""
     page = page.replace("\r\n", "\n").replace("\r", "\n")
     start = START.search(page)
     if start is None:
@@ -129,7 +130,7 @@ def strip_licence(page: str, number: int) -> tuple[str, str]:
 
 
 def file_name(title: str) -> str:
-    """moby-dick-or-the-whale for "Moby-Dick; or, The Whale"; empty if no letter of the title is in ASCII."""
+    """moby-dick-or-the-whale for "Moby-Dick; or, The Whale"; "" if the title has no letter that ASCII can spell."""
     plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower().replace("'", "")
     return re.sub(r"[^a-z0-9]+", "-", plain)[:80].strip("-")
 
@@ -148,7 +149,7 @@ def read_kept(directory: Path) -> dict[str, Any]:
 
 
 def keep(number: int, title: str, text: str, url: str, directory: Path, kept: dict[str, Any]) -> dict[str, Any]:
-    """Write the book and its entry in books.json. A file that is not this book's is never replaced."""
+    """Write the book and its entry in books.json, and never replace a file that is not this book's."""
     from lit_swa.formats.files import write_json, write_text
 
     name = f"{file_name(title) or number}.txt"

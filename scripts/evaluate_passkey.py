@@ -24,26 +24,26 @@ def main(
     output: Path = Path("out/passkey.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print how often the model finds a number in texts of several lengths, and draw it; answers are greedy.
+    """Print how often the model finds a number that is hidden in texts of several lengths, and draw a picture of it.
 
-    A run that was interrupted goes on where it stopped when it is started again with the same arguments; a run that is
-    complete prints its table again.
+    The model answers greedily. An interrupted run goes on where it stopped when it is started again with the same
+    arguments, and a finished one prints its table again.
 
     Args:
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
-        task: passkey hides each number at another depth, drawn at random; needle asks at every one of --depths.
-        lengths: Tokens of the prompt together with the room for its answer. By default 1024, 2048 and 4096.
+        task: passkey hides each number at a random depth of the text; needle asks at each of --depths depths.
+        lengths: Tokens of the prompt and of the room for its answer together. By default 1024, 2048 and 4096.
         depths: With the task needle, how many depths from the text's beginning to its end. By default 16.
-        trials: Numbers to ask for at every length (and depth).
+        trials: How many numbers to ask for at each length (and depth).
         haystack: A text file to hide the number in, such as a book. By default a few short sentences, repeated.
-        max_new_tokens: Room for the answer; it ends as soon as its digits do.
-        use_chat_template: Ask within the model's chat template, which an instruct model is used to.
+        max_new_tokens: Room for the answer, in tokens; the model stops as soon as its number has ended.
+        use_chat_template: Ask within the model's chat template, which instruct models expect.
         seed: The same seed gives the same numbers at the same places.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        output: Where the results go, as JSON; the picture is beside it, as .png.
-        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.block_size 16384 to read beyond
-            the trained context.
+        output: The JSON file for the results; the picture goes beside it, as .png.
+        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.block_size 16384 to read texts
+            longer than those of training.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.evaluate import Results, weights_identity
@@ -106,7 +106,7 @@ def check_arguments(
 
 
 def ask_all(plan: list, results, text: str) -> None:
-    """Ask what has no answer in results.parts yet. Ctrl-C keeps what was answered and ends the program."""
+    """Ask the questions that results.parts has no answer to yet. Ctrl-C keeps the answers and ends the program."""
     from lit_swa.checkpoint import load_model
     from lit_swa.generate import Session
     from lit_swa.linear_formats import pack_for_cpu
@@ -144,7 +144,7 @@ def ask_all(plan: list, results, text: str) -> None:
 
 
 def check_prompts(plan: list, tokenizer, a: dict[str, Any], words: list[str]) -> None:
-    """Raises ValueError, before a model is loaded, when a length is too short for the question or the haystack."""
+    """Raises ValueError, before a model is loaded, when a length or the haystack is too short."""
     from lit_swa.passkey import build_prompt
 
     if a["use_chat_template"] and not tokenizer.has_chat_template:
@@ -154,7 +154,7 @@ def check_prompts(plan: list, tokenizer, a: dict[str, Any], words: list[str]) ->
 
 
 def check_context(gpt, longest: int) -> None:
-    """Raises ValueError for a length that the model cannot take."""
+    """Raises ValueError for a length that the model cannot read."""
     context = gpt.config.block_size
     if longest > context and not gpt.rolls:
         raise ValueError(
@@ -186,7 +186,7 @@ def ask(session, tokenizer, trial, a: dict[str, Any], words: list[str], interrup
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[str]:
-    """The accuracy in percent as a markdown table: a column for each length, a row for each depth and for all."""
+    """The accuracy in percent as a markdown table: a column for each length, a row for each depth, and one for all."""
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     depths = list(dict.fromkeys(row["depth"] for row in rows))
     cells = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
@@ -201,7 +201,7 @@ def table_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(plt, rows: list[dict[str, Any]], trials: list[dict[str, Any]]):
-    """Depth over length: a heat map of the accuracy, or, where each trial has a depth of its own, a point for each."""
+    """Depth over length: a heat map of the accuracy, or a point for each trial if the depths are random."""
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     depths = list(dict.fromkeys(row["depth"] for row in rows))
     figure, axis = plt.subplots(figsize=(2.5 + 0.7 * len(lengths), 4.6), layout="constrained")

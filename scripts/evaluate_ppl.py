@@ -26,33 +26,33 @@ def main(
     output: Path = Path("out/evaluate_ppl.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print the perplexity of a text, read in windows, overall and by position in the window; all of it goes to a JSON.
+    """Print the perplexity of a text that is read in windows, overall and by position, and write it to a JSON file.
 
-    The text is one stream of tokens. Each full window of seq_len tokens, one every `stride`, is read on its own; what
-    is left at the end of the stream is not. A window's first token is predicted from nothing and never counts.
-    Interrupted, the run goes on where it was when the same command is given again.
+    The text is one stream of tokens. A window of seq_len tokens begins every `stride` tokens and is read as if nothing
+    came before it. Only full windows are read. The first token of a window is predicted from nothing and never counts.
+    An interrupted run goes on where it stopped when it is started again with the same arguments.
 
     Args:
-        data: A .txt file (UTF-8), a list of them or a directory of them, or a .bin file of token ids: uint16 for a
+        data: A .txt file (UTF-8), a list or a directory of such files, or a .bin file of token ids: uint16 for a
             vocabulary of up to 65,536, else uint32.
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
         seq_len: Tokens in a window.
-        stride: Tokens from one window's begin to the next one's. By default seq_len.
-        score: all counts every token of every window but its first, so overlapping windows count a token several times
-            (LongLoRA's figure); last counts only the last `stride` tokens of each window, so each has a long context.
-        max_tokens: Read no more of the stream than this.
-        bucket: Positions in one of the buckets for which perplexity is given. By default an eighth of seq_len.
+        stride: Tokens from the beginning of one window to that of the next. By default seq_len.
+        score: all counts every token of a window but its first, so windows that overlap count a token several times
+            (LongLoRA's measure); last counts the last `stride` tokens of each window, which have a long context.
+        max_tokens: Read only so many tokens of the stream.
+        bucket: How many positions one line of the perplexity by position covers. By default an eighth of seq_len.
         batch_size: Windows that are read at once.
-        chunk_size: Feed a window in calls of so many tokens through the KV cache, which takes less memory; 0 feeds it
-            in one call. The result is the same but for rounding (and but for the RoPE scalings dynamic and longrope,
-            which follow the length read so far). By default what fits the free memory.
+        chunk_size: Feed a window to the model in calls of so many tokens through the KV cache, which takes less memory;
+            0 feeds it in one call. The result is the same up to rounding (except with the RoPE scalings dynamic and
+            longrope, which follow the length read so far). By default as many as fit the free memory.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         devices: Processes, each with a GPU of its own (or on the CPU) and a share of the windows. Needs lightning.
         num_nodes: Machines that take part, each with so many devices.
-        quantize: Hold the weights of the blocks in 4 or 8 bits, by bitsandbytes.
-        seed: Of torch's random numbers. Nothing here draws any, unless a changed model does.
-        output: Where the JSON goes.
+        quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes.
+        seed: Seeds torch's random numbers, which only a model that was changed to use some would draw.
+        output: The JSON file for the results.
         model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
             --model.sliding_window_size 1024.
     """
@@ -79,24 +79,13 @@ def main(
     tokens = evaluate.read_tokens(data, checkpoint_dir, config.vocab_size, max_tokens)
     windows = evaluate.full_windows(len(tokens), seq_len, stride, score, bucket, name_of(data))
     arguments = {
-        "checkpoint_dir": checkpoint_dir,
-        "data": data,
-        "seq_len": seq_len,
-        "stride": stride,
-        "score": score,
-        "max_tokens": max_tokens,
-        "bucket": windows.bucket,
-        "batch_size": batch_size,
-        "chunk_size": chunk_size,
-        "device": device,
-        "dtype": dtype,
-        **({"quantize": quantize} if quantize else {}),
-        "seed": seed,
-        "model": asdict(config),
-        "data_tokens": len(tokens),
+        "checkpoint_dir": checkpoint_dir, "data": data, "seq_len": seq_len, "stride": stride, "score": score,
+        "max_tokens": max_tokens, "bucket": windows.bucket, "batch_size": batch_size, "chunk_size": chunk_size,
+        "device": device, "dtype": dtype, **({"quantize": quantize} if quantize else {}), "seed": seed,
+        "model": asdict(config), "data_tokens": len(tokens),
         "data_sha256": evaluate.check_tokens(tokens, config.vocab_size, name_of(data)),
         "weights": evaluate.weights_identity(checkpoint_dir),
-    }
+    }  # fmt: skip
     torch.manual_seed(seed)
     ranks = evaluate.launch_ranks(device, devices, num_nodes)
     results = evaluate.Results(output, arguments) if ranks.rank == 0 else None
@@ -115,7 +104,7 @@ def name_of(data: list[Path] | Path) -> str:
 
 
 def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], tokens, windows) -> dict[str, Any] | None:
-    """Load the model, read what is left to read, write the results; None on all ranks but 0."""
+    """Load the model, read the windows that are left, write the results. Returns None on all ranks but 0."""
     import shlex
 
     from lit_swa.checkpoint import load_model
@@ -124,7 +113,7 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
     from lit_swa.utils import describe_machine, memory_in_use
 
     if results:
-        results.save()  # what would fail after hours, a full or forbidden disk, fails now
+        results.save()  # a disk that is full or read-only shows now and not after hours
     quantize = arguments.get("quantize")
     gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], ranks.device, quantize=quantize, **overrides)
     pack_for_cpu(gpt)
@@ -154,9 +143,10 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
 
 
 def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_size: int) -> None:
-    """Deal the batches of windows that are not done yet out to the ranks; results.parts[first start] = their sums.
+    """Read the batches of windows that are left; results.parts[start of the batch's first window] = its sums.
 
-    All ranks do one batch each, then tell each other. So they stop together, and rank 0 keeps whole batches.
+    In each round every rank reads one batch, and all of them exchange their sums. So they stop together, and rank 0
+    keeps whole batches.
     """
     import time
 

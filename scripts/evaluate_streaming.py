@@ -27,29 +27,29 @@ def main(
     output: Path = Path("out/streaming.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Compare caches on one long text, token by token: perplexity, milliseconds per token, bytes. Or hold a long chat.
+    """Compare caches on one long text by perplexity, milliseconds per token and bytes, or hold a long chat.
 
-    A cache of N keys with n sinks keeps the text's first n tokens and the N - n latest ones, as in StreamingLLM
-    (Xiao et al. 2023, arXiv 2309.17453); with 0 sinks it is a sliding window of N. Its size is constant and the text
-    may have any length. With --chat, questions are asked one after the other in one conversation whose cache is never
-    emptied: answers go to stdout, statistics to stderr.
+    A cache of N keys with n sinks keeps the first n tokens of the text and the N - n latest ones, as in StreamingLLM
+    (Xiao et al. 2023, arXiv 2309.17453); with 0 sinks it is a sliding window of N. Its size stays the same, and the
+    text may have any length. With --chat, the questions of a file are asked one after the other in one conversation,
+    whose cache is never emptied. Answers go to stdout, statistics to stderr.
 
     Args:
         data: A text to read: .txt (UTF-8), or .bin with token ids.
         chat: A file of questions, a JSON line each, such as {"question_id": 1, "turns": ["first", "second"]}.
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
-        cache_size: Keys that a layer keeps in all, sinks and latest tokens together.
-        sinks: Numbers of sinks to compare, as '[0,1,4]'. By default 0 and 4, and for a chat 4.
+        cache_size: How many keys a layer keeps, sinks and latest tokens together.
+        sinks: The numbers of sinks to compare, as '[0,1,4]'. By default 0 and 4, and for a chat 4.
         own_attention: Run the model's own attention too (full, for most models), which stops at its context. By default
-            it is run on a text, and not for a chat.
-        max_tokens: Tokens of the text to read; 0 reads all of it. By default 16384.
+            true for a text and false for a chat.
+        max_tokens: How many tokens of the text to read; 0 reads all of it. By default 16384.
         chunk_size: Tokens fed in one call. By default 1, as in decoding; more is faster and gives the same perplexity.
-        bucket_size: Positions in one point of the picture. By default 512.
+        bucket_size: How many positions make one point of the picture. By default 512.
         max_gen: The longest answer of a chat, in tokens. By default 256.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        output: Where the results go, as JSON; the picture of a text's run is beside it, as .png.
-        model: Any field of the model's config, as --model.FIELD VALUE. Those of attention count for own_attention only.
+        output: The JSON file for the results; the picture of a text goes beside it, as .png.
+        model: Any field of the model's config, as --model.FIELD VALUE. Fields of attention are for own_attention only.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.evaluate import Results, weights_identity
@@ -107,7 +107,7 @@ def check_settings(data: Path | None, chat: Path | None, given: dict[str, int | 
 def plan_methods(
     checkpoint_dir: Path, sinks: list[int] | None, cache_size: int, own: bool | None, fields: dict[str, Any], chat: bool
 ) -> list[dict[str, Any]]:
-    """{"name", "model"} for each cache to run, "model" being config fields. Raises ValueError for one that won't do."""
+    """{"name", "model"} for each cache to run; "model" holds config fields. Raises ValueError for a wrong one."""
     from lit_swa.checkpoint import load_config
 
     own = not chat if own is None else own
@@ -132,7 +132,7 @@ def plan_methods(
             f"There are {len(methods)} caches to run: give {'one' if chat else 'some'} with --sinks '[4]'."
         )
     for method in methods:
-        load_config(checkpoint_dir).override(**method["model"])  # what is wrong is said now and not after an hour
+        load_config(checkpoint_dir).override(**method["model"])  # a wrong field shows now and not after an hour
     return methods
 
 
@@ -161,7 +161,7 @@ def load(results, method: dict[str, Any]):
 
 
 def read_text(data: Path, checkpoint_dir: Path, settings: dict[str, int]):
-    """(the tokens to read, one more to predict; a hash of them). Raises ValueError or OSError."""
+    """(tokens, a hash of them): those to read and one more, which is only predicted. Raises ValueError or OSError."""
     from lit_swa.checkpoint import load_config
     from lit_swa.evaluate import check_tokens, read_tokens
 
@@ -175,7 +175,7 @@ def read_text(data: Path, checkpoint_dir: Path, settings: dict[str, int]):
 
 
 def run_text(results, tokens) -> dict[str, Any]:
-    """Read the text with every method. Ctrl-C keeps those that are done; the one that it stops begins anew."""
+    """Read the text with every method. Ctrl-C keeps finished methods; the one that it stops will begin anew."""
     from lit_swa.utils import ProgressLine, interruptible
 
     a, total = results.arguments, len(tokens) - 1
@@ -205,7 +205,7 @@ def run_text(results, tokens) -> dict[str, Any]:
 
 
 def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[str, float]]:
-    """Feed all tokens but the last, `chunk` at a time, and predict each one's next: a mean per bucket of positions."""
+    """Feed all tokens but the last, `chunk` at a time; returns the mean loss of the next tokens for each bucket."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -239,7 +239,7 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
 
 
 def summary(buckets: list[dict[str, float]]) -> dict[str, float]:
-    """The whole of some buckets."""
+    """The means over some buckets."""
     tokens = [b["stop"] - b["start"] for b in buckets]
     nll = sum(n * b["nll"] for n, b in zip(tokens, buckets, strict=True)) / sum(tokens)
     ms = sum(n * b["ms_per_token"] for n, b in zip(tokens, buckets, strict=True)) / sum(tokens)
@@ -247,7 +247,7 @@ def summary(buckets: list[dict[str, float]]) -> dict[str, float]:
 
 
 def table_of(methods: list[dict[str, Any]]) -> list[str]:
-    """A markdown table, a row for each method. Where one stopped early, also the perplexity of what all have read."""
+    """A markdown table, a row for each method. If some stopped early, it adds the perplexity of what all have read."""
     names = ["cache", "tokens", "ppl", "ms/token, first", "ms/token, last", "cache MB"]
     common = max(set.intersection(*({b["stop"] for b in m["buckets"]} for m in methods)), default=0)
     if common and len({m["tokens"] for m in methods}) > 1:
@@ -279,7 +279,7 @@ def draw(plt, methods: list[dict[str, Any]]):
 
 
 def run_chat(results, questions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ask all questions in one conversation. Ctrl-C keeps what was answered; a next start reads that and goes on."""
+    """Ask all questions in one conversation. Ctrl-C keeps the answers; the next start reads them again and goes on."""
     from lit_swa.generate import Session
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import interruptible
@@ -318,9 +318,8 @@ def run_chat(results, questions: list[dict[str, Any]]) -> dict[str, Any]:
 def next_turn(tokenizer, question: str, first: bool) -> list[int]:
     """The tokens that a question adds to a conversation, up to where the answer begins.
 
-    All before stays as it is in the cache, so only what the template puts behind an answer is made: it is found by
-    rendering a conversation that consists of a stand-in answer and the new question. However long the real one has
-    become, this costs the same.
+    The cache holds all that came before, so only what the template writes after an answer is needed. It is cut from a
+    short conversation with a stand-in for that answer, which costs the same however long the real conversation is.
     """
     ask = {"role": "user", "content": question}
     if first:
