@@ -49,8 +49,9 @@ def main(
     from dataclasses import replace
 
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
+    from lit_swa.fast_decode import compile_decode, warm_up
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.generate import Sampling, Session, Stats, compile_decode, generate_text, warm_up
+    from lit_swa.generate import Sampling, Session, Stats, generate_text
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype, show_reading

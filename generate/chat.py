@@ -48,8 +48,9 @@ def main(
             --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on without end.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
+    from lit_swa.fast_decode import compile_decode, warm_up
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.generate import Sampling, Session, compile_decode, warm_up
+    from lit_swa.generate import Sampling, Session
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_swa.checks import check_range
-from lit_swa.linear_formats import OneTokenLinear, pack_for_cpu, replace_linears  # noqa: F401
 from lit_swa.model import GPT
 
 if TYPE_CHECKING:
@@ -104,20 +102,22 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
 
 
 class Sampler:
-    """Chooses the tokens of one text: a Sampling, its random numbers, and the tokens that the text holds so far."""
+    """Chooses token after token of some texts: a Sampling, its random numbers, and the tokens that the texts hold."""
 
     def __init__(
-        self, sampling: Sampling, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str
+        self, sampling: Sampling, texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str
     ) -> None:
+        """texts: the ids of B texts, up to where the first tokens are chosen."""
         self.sampling = sampling
         self.generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
-        self.seen = None  # (1, V) bool, if repetition costs anything
+        self.seen = None  # (B, V) bool, only where a penalty needs it
         if sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
-            self.seen[0, [i for i in set(prompt_ids) if i < vocab_size]] = True
+            self.seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
+            for row, ids in zip(self.seen, texts, strict=True):
+                row[[i for i in set(ids) if i < vocab_size]] = True
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next token (1, 1) for logits (1, V); it belongs to the text from now on."""
+        """The next tokens (B, 1) for logits (B, V); they count as tokens of the texts from now on."""
         if self.sampling.temperature == 0:  # the argmax of `distribution`, without making one
             token = self.sampling.penalize(logits.float(), self.seen).argmax(dim=-1, keepdim=True)
         else:
@@ -129,20 +129,21 @@ class Sampler:
 
 # -------------------------------------------------------------------------------------------------------------- session
 
-OWNERS: "weakref.WeakKeyDictionary[GPT, object]" = weakref.WeakKeyDictionary()  # model -> whose tokens its caches hold
-SMALL = 128  # tokens that are fed in one call whatever the memory
+# model -> the ticket of the session whose tokens its caches hold, so that no session reads those of another
+OWNERS: "weakref.WeakKeyDictionary[GPT, object]" = weakref.WeakKeyDictionary()
+SMALLEST_CHUNK = 128  # so many tokens are fed in one call, however little memory there is
 
 
 class Session:
-    """Texts that a model reads and goes on with: B rows in step, their tokens, and the caches that hold them.
+    """B texts, fed to a model in step, with their positions and the caches that hold them.
 
-    session = Session(model)
-    logits = session.feed(prompt)  # (1, 1, V)
-    logits = session.feed([token])
-    session.take_back(1)  # as if that token had never been fed
+        session = Session(model)
+        logits = session.feed(prompt)  # (1, 1, V)
+        logits = session.feed([token])
+        session.take_back(1)  # as if the token had never been fed
 
-    A model has one set of caches, so it serves one session at a time: the one that was fed last. The session sets the
-    caches up when they are needed, and makes them larger when the text outgrows them.
+    The session sets up the model's caches when it needs them, and enlarges them when its texts outgrow them. A model
+    has one set of caches: when another session is fed, this one has lost its tokens, and says so if it is fed again.
     """
 
     def __init__(
@@ -154,14 +155,18 @@ class Session:
         chunk_size: int | None = None,
         decode: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """Nothing is allocated before the first tokens come, or `reserve` is called.
+        """Caches are set up by the first `feed` or `reserve`, not here.
 
-        batch_size: B, rows that are fed together.
-        lookahead: how many tokens a rolling cache can take back. A dense cache can take back any number.
-        chunk_size: the most tokens of a row in one call of the model; None: as many as fit the free memory.
-        decode: what feeds one token a row, (token (B, 1), input_pos (1,) or (B, 1)) -> logits (B, 1, padded V): a
-            compiled step (compile_decode), say. None: the model itself.
+        batch_size: B, the rows that are fed together.
+        lookahead: how many tokens a rolling cache shall be able to take back; a dense cache can take back any number.
+        chunk_size: how many tokens of a row to give the model in one call; None: as many as fit the free memory.
+        decode: feeds one token to each row, as a compiled step does (compile_decode): (token (B, 1), input_pos (1,) or
+            (B, 1)) -> logits (B, 1, padded_vocab_size). None: the model does it.
         """
+        check_range("batch_size", batch_size, 1)
+        check_range("lookahead", lookahead, 0)
+        if chunk_size is not None:
+            check_range("chunk_size", chunk_size, 1)
         self.model, self.batch_size, self.lookahead = model, batch_size, lookahead
         self.chunk_size, self.decode = chunk_size, decode
         self.device = model.transformer.wte.weight.device
@@ -169,12 +174,12 @@ class Session:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all tokens. The caches stay, for the next ones."""
-        self.length = 0  # tokens of a row, padding included
-        self.furthest = 0  # the greatest length so far: what a rolling cache has dropped follows from it
-        self.room = 0.0  # the greatest length that the caches are good for
-        self.fed: list[Tensor] = []  # (B, T) of each call; read only when asked for, so that feeding need not wait
-        self.padding: Tensor | None = None  # (B, 1) tokens of padding in front of each row, if there are any
+        """Forget all tokens. The caches stay allocated for the next ones."""
+        self.length = 0  # tokens of a row, with its padding
+        self.furthest = 0  # the greatest length so far, which says what a rolling cache has dropped
+        self.room = 0.0  # how long the rows can become in the caches as they are
+        self.fed: list[Tensor] = []  # the tokens (B, T) of each call, on the device: to read them, the host would wait
+        self.padding: Tensor | None = None  # (B, 1) how many tokens of padding stand in front of each row
         if OWNERS.get(self.model) is self.ticket:
             del OWNERS[self.model]
 
@@ -200,12 +205,12 @@ class Session:
     ) -> Tensor | None:
         """Read more tokens; returns logits (B, k, V) of what follows each of the last k = logits_to_keep.
 
-        ids: (B, T), or (T,) for a single row. The first rows of a session may differ in length: the shorter ones are
-            padded on the left.
+        ids: (B, T), or (T,) for a session of one row. The first rows that a session is fed may differ in length: they
+            are padded on the left.
         logits_to_keep: 0 gives the logits of all T tokens.
         should_stop: asked before each call of the model; True ends the reading, and the result is None.
-        progress: told (tokens read, tokens in all) after each call, where more than one is needed.
-        Raises ValueError for tokens that do not fit the session or the context, and if another session took the caches.
+        progress: told (tokens of a row read so far, tokens of a row in all) after each of several calls.
+        Raises ValueError for tokens that do not fit the session or the context, or if another session took the caches.
         """
         ids = self.next_rows(ids)  # (B, T)
         T, before = ids.size(1), self.length
@@ -215,7 +220,7 @@ class Session:
             if should_stop is not None and should_stop():
                 return None
             chunk = ids[:, start : start + size]
-            kept = start + chunk.size(1) - max(start, first_kept)  # of its tokens; none or less: none
+            kept = start + chunk.size(1) - max(start, first_kept)  # how many of the chunk's logits; may be below 0
             if T == 1 and self.decode is not None:
                 logits = self.call(lambda idx, pos, **_: self.decode(idx, pos), chunk)
             else:
@@ -234,7 +239,7 @@ class Session:
     def call(self, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
         """One call of the model, or of a part of it, on the next tokens (B, T)."""
         stop = self.length + ids.size(1)
-        input_pos = torch.arange(self.length, stop, device=self.device)  # made on the device: nothing waits for it
+        input_pos = torch.arange(self.length, stop, device=self.device)  # made there, so that the host need not wait
         if self.padding is not None:
             input_pos = input_pos - self.padding  # (B, T), negative for padding
         self.furthest = max(self.furthest, stop)
@@ -244,7 +249,7 @@ class Session:
         return out
 
     def next_rows(self, ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """ids as (B, T) on the model's device, padded if need be, for which the caches have room now."""
+        """ids as (B, T) on the model's device, padded where rows differ; makes room for them in the caches."""
         if self.length == 0:
             self.padding = None
         if isinstance(ids, Tensor):
@@ -261,48 +266,49 @@ class Session:
             ids = torch.tensor([[0] * n + row for n, row in zip(padding, rows, strict=True)], device=self.device)
         if ids.dim() != 2 or ids.size(0) != self.batch_size or ids.size(1) == 0:
             raise ValueError(f"The tokens have the shape {tuple(ids.shape)}: give {self.batch_size} rows of tokens.")
-        if not self.model.unbounded(cached=False):
-            check_context(self.model, self.length + ids.size(1), "The text")
-        self.reserve(self.length + ids.size(1))
+        tokens = self.length + ids.size(1)
+        if tokens > self.model.config.block_size and not self.model.unbounded(cached=False):
+            raise context_error(self.model, tokens, "The text")
+        self.reserve(tokens)
         return ids
 
     def call_size(self, T: int) -> int:
         """How many of T tokens a row to feed in one call."""
         if self.model.depends_on_length:
-            return T  # in pieces the tokens would be others: each is read as part of a text of the length read so far
+            return T  # read in pieces, a token would count as one of a shorter text
         if self.chunk_size is not None:
             return self.chunk_size
-        return T if T <= SMALL else prefill_chunk(self.model, self.batch_size)
+        return T if T <= SMALLEST_CHUNK else prefill_chunk(self.model, self.batch_size)
 
     # the caches
 
     def reserve(self, tokens: int) -> None:
-        """Make room for rows of so many tokens in all, and keep those that are there. `feed` calls this itself.
+        """Make room in the caches for rows of so many tokens in all, and keep the tokens that are there.
 
-        Room for a whole text at once spares copies, and spares a compiled step from being compiled anew. More than the
-        context or, where all caches roll, than the windows is never made. Raises ValueError if another session took
-        the caches while this one held tokens.
+        `feed` does this itself. A call for a whole text beforehand spares copies, and a compiled step keeps its shapes.
+        More than the context, or than the windows where all caches roll, is not allocated. Raises ValueError if another
+        session took the caches while this one held tokens.
         """
         owned = OWNERS.get(self.model) is self.ticket
         if owned and tokens <= self.room:
             return
         if self.length and not owned:
             raise ValueError(
-                "Another session has used the model's caches since: reset() this one and feed its tokens again."
+                "Another session has used the model's caches since then: reset() this one and feed its tokens again."
             )
-        with torch.inference_mode(False), torch.no_grad():  # caches that may be used outside of inference mode too
+        with torch.inference_mode(False), torch.no_grad():  # so that the caches can be used outside inference mode too
             self.set_up_caches(tokens)
         OWNERS[self.model] = self.ticket
         self.room = math.inf if self.model.unbounded(cached=True) else self.model.max_seq_length
 
     def set_up_caches(self, tokens: int) -> None:
-        """Caches of this session's batch size, with room for so many tokens: those that are there, if they will do."""
+        """See to it that the model has caches for this session with room for so many tokens; those there may do."""
         model = self.model
         room = model.cache_length(tokens)
         if model.unbounded(cached=False) and not model.rolls:  # windows in dense caches: a slot for each token
             room = tokens
         if self.length:
-            if model.max_seq_length < room:  # twice as much as there is, so that the content is seldom copied
+            if model.max_seq_length < room:  # at least double it, so that the content is seldom copied
                 model.extend_kv_cache(max(room, model.cache_length(2 * model.max_seq_length)))
         elif (
             model.cache_batch_size != self.batch_size or model.max_seq_length < room or model.lookahead < self.lookahead
@@ -314,8 +320,8 @@ class Session:
     def can_take_back(self, n: int) -> bool:
         """True if the newest n tokens of every row can be taken back.
 
-        What a rolling cache has dropped does not come back with tokens that are taken back, so those of earlier calls
-        that were not fed anew count as well.
+        Tokens that were taken back before and not replaced count as well: for them a rolling cache has dropped older
+        ones, which do not come back.
         """
         return n <= self.length and self.model.can_take_back(self.furthest - (self.length - n))
 
@@ -325,8 +331,8 @@ class Session:
             raise ValueError(f"{n} tokens cannot be taken back: the session holds {self.length}.")
         if not self.can_take_back(n):
             raise ValueError(
-                f"The caches cannot take back {n} tokens: they were set up for {self.model.lookahead} "
-                "(Session(lookahead=...)). reset() the session and feed the tokens that stay again."
+                f"The caches cannot take back {n} tokens: they go back {self.model.lookahead} from the furthest token "
+                "that was fed. Give Session a larger lookahead, or reset() it and feed the tokens that stay again."
             )
         self.model.take_back(n)
         self.length -= n
@@ -337,15 +343,13 @@ class Session:
             n -= newest.size(1)
 
     def keep_prefix(self, ids: Sequence[int]) -> int:
-        """Keep the tokens that the session has in common with the text `ids`; returns how many of ids need no feeding.
+        """Keep the tokens that the session shares with the beginning of the text `ids`; returns how many those are.
 
-        What differs is taken back; where that is not possible, all is forgotten. The last token of ids never counts as
-        kept, since its logits are wanted. Raises ValueError for a session of several rows.
+        What differs is taken back; if that is not possible, all is forgotten. The last token of ids is never kept,
+        since its logits are wanted: ids[n:] is to be fed. Raises ValueError for a session of several rows.
         """
         if self.batch_size != 1:
-            raise ValueError(
-                f"The session has {self.batch_size} rows: only a session of one row can be compared to a text."
-            )
+            raise ValueError(f"The session has {self.batch_size} rows: give one of a single row to go on with a text.")
         held = self.tokens[0]
         keep = common_prefix(held, ids[:-1])
         if keep == 0 or OWNERS.get(self.model) is not self.ticket or not self.can_take_back(len(held) - keep):
@@ -355,14 +359,13 @@ class Session:
         return keep
 
 
-def check_context(model: GPT, tokens: int, what: str) -> None:
-    """Raises ValueError when a text of so many tokens is longer than the model's context."""
-    if tokens > model.config.block_size:
-        raise ValueError(
-            f"{what} has {tokens} tokens and the context {model.config.block_size}: shorten it, go further with "
-            "--model.attention dual_chunk --model.block_size N, or give every layer a window with "
-            "--model.attention streaming --model.sliding_window_size S."
-        )
+def context_error(model: GPT, tokens: int, what: str) -> ValueError:
+    """The error for a text of more tokens than the context."""
+    return ValueError(
+        f"{what} has {tokens} tokens and the context {model.config.block_size}: shorten it, go further with "
+        "--model.attention dual_chunk --model.block_size N, or give every layer a window with "
+        "--model.attention streaming --model.sliding_window_size S."
+    )
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -376,8 +379,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int:
     """How many tokens of a prompt to feed at once: as many as a quarter of the free memory holds activations for.
 
-    memory: free bytes; None: asked of the device. The caches and the weights are there already, and attention keeps
-    within bounds of its own, so what grows with the tokens is the residual stream, the projections and the MLP.
+    memory: free bytes; None: asks the device. The weights and the caches are allocated already, and attention bounds
+    its own memory, so what grows with the tokens is the residual stream, the projections and the MLP.
     """
     config, weight = model.config, model.transformer.wte.weight
     heads = (2 * config.n_head + 3 * config.n_query_groups) * config.head_size
@@ -385,7 +388,7 @@ def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int
     per_token = batch_size * elements * max(weight.element_size(), 4)
     memory = free_memory(weight.device) if memory is None else memory
     most = 16384 if weight.device.type == "cuda" else 4096
-    tokens = max(SMALL, min(most, memory // 4 // per_token))
+    tokens = max(SMALLEST_CHUNK, min(most, memory // 4 // per_token))
     return 2 ** (tokens.bit_length() - 1)
 
 
@@ -401,7 +404,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -428,18 +431,18 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     stats: "Stats | None" = None,
 ) -> Iterator[int]:
-    """Yield new tokens, one by one, as they are chosen. What does not fit is refused at once.
+    """Yield new tokens, one by one, as they are chosen. Wrong arguments are refused at the call, before any token.
 
     prompt_ids: the whole text so far, at least one token.
-    temperature ... seed: the fields of Sampling, where `sampling` is not given.
-    stop_tokens: ids, or sequences of ids, that end the text. They are not yielded; tokens that may turn out to begin
-        such a sequence are held back until it is clear that they do not.
-    session: a Session(model) of one row. The part of prompt_ids that it holds already is not read again, and it holds
-        the new tokens afterwards, except for the last. None: one for this call.
-    decode: as for Session, where `session` is not given.
+    temperature ... seed: the fields of a Sampling, to be given either so or as `sampling`.
+    stop_tokens: ids, or sequences of ids, that end the text. They are not yielded, and tokens that may begin such a
+        sequence are held back until it is clear that they do not.
+    session: a Session(model) of one row. What it holds of prompt_ids already is not read again; afterwards it holds
+        the new tokens too, except for the last. None: a new session for this call.
+    decode: a new session's decode.
     should_stop: asked before each call of the model; True ends the text.
     progress: told (tokens read, tokens of the prompt) while a long prompt is read.
-    stats: filled in.
+    stats: filled in as the text goes on.
     The text ends early when the context is full. Raises ValueError for arguments that do not fit, and for a prompt that
     is empty, longer than the context, or not of the model's vocabulary.
     """
@@ -448,16 +451,16 @@ def generate(
     if sampling is not None and flat != Sampling():
         raise ValueError(f"sampling={sampling} is given, and some of its fields beside it: give one or the other.")
     if session is not None and (decode is not None or session.model is not model):
-        raise ValueError("A session has its own model and its own decode: give no others.")
+        raise ValueError("The session has a model and a decode step of its own: give that model, and no decode.")
     check_prompt(model, ids)
     check_range("max_new_tokens", max_new_tokens, 0, 10**9)
     session = session or Session(model, decode=decode)
     kept, context, stats = session.keep_prefix(ids), model.config.block_size, stats or Stats()
-    if not model.rolls:  # the last token is chosen for the position behind the context, and never fed
+    if not model.rolls:  # a last token is chosen for the position after the context, and not fed
         max_new_tokens = min(max_new_tokens, context + 1 - len(ids))
     session.reserve(len(ids) + max_new_tokens if model.rolls else min(len(ids) + max_new_tokens, context))
     stats.prompt_tokens, stats.cached_tokens = len(ids), kept
-    sampler = Sampler(sampling or flat, ids, model.config.vocab_size, session.device)
+    sampler = Sampler(sampling or flat, [ids], model.config.vocab_size, session.device)
     stops = StopFinder([[s] if isinstance(s, int) else [int(i) for i in s] for s in stop_tokens], empty=[])
     read = functools.partial(session.feed, ids[kept:], should_stop=should_stop, progress=progress)
     return decode_loop(session, read, sampler, max_new_tokens, stops, should_stop or (lambda: False), stats)
@@ -503,8 +506,8 @@ def check_prompt(model: GPT, ids: Sequence[int]) -> None:
             f"The prompt holds the token id {max(ids) if min(ids) >= 0 else min(ids)}, and the vocabulary has "
             f"{model.config.padded_vocab_size}: the tokenizer is another model's."
         )
-    if not model.rolls:
-        check_context(model, len(ids), "The prompt")
+    if len(ids) > model.config.block_size and not model.rolls:
+        raise context_error(model, len(ids), "The prompt")
 
 
 @dataclass
@@ -512,15 +515,15 @@ class Stats:
     """What one call of generate did: tokens and seconds."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, those that were in the cache already
+    cached_tokens: int = 0  # those of the prompt that the caches held already
     new_tokens: int = 0
-    prefill_seconds: float = 0.0  # until the logits of the first new token are there
-    first_token_seconds: float = 0.0  # until the first new token was chosen
-    decode_seconds: float = 0.0  # the steps after that: a token fed, and the next one chosen
+    prefill_seconds: float = 0.0  # to read the prompt
+    first_token_seconds: float = 0.0  # to read the prompt and choose the first new token
+    decode_seconds: float = 0.0  # to feed each new token and choose the next one
     decode_steps: int = 0
 
     def count(self, seconds: float) -> None:
-        """A new token was chosen, so many seconds after the prompt or the token before it began to be fed."""
+        """Count a new token. seconds: from when the tokens before it began to be fed to when it was chosen."""
         if self.new_tokens == 0:
             self.first_token_seconds = seconds
         else:
@@ -529,7 +532,7 @@ class Stats:
         self.new_tokens += 1
 
     def line(self, model: GPT) -> str:
-        """One line for people."""
+        """The figures as a line for people."""
         fed = self.prompt_tokens - self.cached_tokens
         prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
         cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
@@ -541,7 +544,7 @@ class Stats:
 
 
 def describe_window(model: GPT) -> str:
-    """The keys that a query can see: "none (context 8192)", "256", "4096 in 13 of 26 layers"."""
+    """How many keys a query can see, such as "none (context 8192)", "256", "512 rolling in 13 of 26 layers"."""
     windows = model.windows
     sizes = sorted({w for w in windows if w is not None})
     if not sizes:
@@ -561,6 +564,7 @@ class StopFinder:
     """Passes a stream of tokens (lists) or text (str) on up to the first stop, and holds back what may begin one."""
 
     def __init__(self, stops: Sequence, empty: list | str) -> None:
+        """empty: [] or "", the kind of stream."""
         self.stops = sorted((s for s in stops if len(s)), key=len, reverse=True)
         self.held = empty
 
@@ -587,10 +591,11 @@ def generate_text(
     continues: bool = True,
     **arguments: Any,
 ) -> Iterator[str]:
-    """Yield the new text piece by piece: whole characters, no space lost. `arguments` are generate's.
+    """Yield the new text piece by piece, in whole characters and with its spaces. `arguments` are generate's.
 
     stop: strings that end the text and are not part of it.
-    continues: the text goes on from the prompt's, so that a first token " word" keeps its space. False: it is alone.
+    continues: the new text continues that of the prompt, so a first token " word" keeps its space. False: it begins a
+        text of its own.
     """
     from lit_swa.formats.tokenizer import StreamDecoder
 
@@ -601,7 +606,7 @@ def generate_text(
 
 
 def join_text(tokens: Iterator[int], decoder: "StreamDecoder", stops: StopFinder) -> Iterator[str]:
-    """The text of tokens, as they come, up to a stop."""
+    """Yield the text of the tokens as they come, up to a stop."""
     for token in tokens:
         released, found = stops.push(decoder.push(token))
         if released:
@@ -611,48 +616,3 @@ def join_text(tokens: Iterator[int], decoder: "StreamDecoder", stops: StopFinder
             return
     released, found = stops.push(decoder.flush())
     yield released if found else released + stops.held
-
-
-# -------------------------------------------------------------------------------------------------------- faster steps
-
-
-def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """A compiled one-token step for `generate(decode=...)`, compiled at its first use, once for all positions.
-
-    On a GPU it is the whole model as one CUDA graph. On a CPU, one block is compiled and serves all layers, which takes
-    seconds and not minutes, and its products are sums that Inductor writes itself: see OneTokenLinear.
-    """
-    if model.transformer.wte.weight.device.type == "cpu":
-        model.fixed_shape_steps = True
-        replace_linears(model, OneTokenLinear)
-        for module in (*model.transformer.h, model.lm_head):
-            compile_for_one_token(module)
-        return model
-    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-
-    def step(token: Tensor, input_pos: Tensor) -> Tensor:
-        return compiled(token, input_pos).clone()  # a CUDA graph writes its next result to the same place
-
-    return step
-
-
-def warm_up(session: Session, tokens: int) -> float:
-    """Compile the session's decode step, with room in the caches for so many tokens; returns the seconds it took."""
-    started = time.perf_counter()
-    session.reserve(tokens)
-    for _ in range(int(min(3, session.room))):  # a CUDA graph is recorded at the second call
-        session.feed([[0]] * session.batch_size)
-    wait_for(session.device)
-    session.reset()
-    return time.perf_counter() - started
-
-
-def compile_for_one_token(module: nn.Module) -> None:
-    """Let a module whose first argument is (B, T, C) run compiled code when T is 1, and be as before otherwise."""
-    plain = module.forward
-    compiled = torch.compile(plain, fullgraph=True)
-
-    def forward(x: Tensor, *arguments: Any) -> Tensor:
-        return (compiled if x.size(1) == 1 else plain)(x, *arguments)
-
-    module.forward = forward

@@ -98,7 +98,7 @@ def prepare(weights, device: str, compiled: bool = False):
     import torch
 
     from lit_swa import GPT
-    from lit_swa.generate import compile_decode
+    from lit_swa.fast_decode import compile_decode
     from lit_swa.linear_formats import pack_for_cpu
 
     with torch.device("meta"):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lit_swa.generate import compile_decode, generate
+from lit_swa.fast_decode import compile_decode
+from lit_swa.generate import generate
 
 pytestmark = pytest.mark.usefixtures("dilated_row")
 FIELDS = {

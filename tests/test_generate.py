@@ -175,7 +175,7 @@ def test_a_distribution_is_pure_and_knows_no_other_row():
 def test_a_greedy_distribution_is_what_greedy_decoding_takes():
     """Catches: a draw from the greedy distribution that is another token than the argmax that decoding computes."""
     logits, sampling = torch.randn(1, 60), Sampling(repetition_penalty=1.5)
-    sampler = Sampler(sampling, [3, 4], 60, "cpu")
+    sampler = Sampler(sampling, [[3, 4]], 60, "cpu")
     for _ in range(20):
         expected = draw(sampling.distribution(logits, sampler.seen))
         assert torch.equal(sampler.choose(logits), expected) and sampler.seen[0, expected]

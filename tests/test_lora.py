@@ -23,8 +23,9 @@ from lit_swa.checkpoint import (
 from lit_swa.formats.checkpoint import load_adapted
 from lit_swa.formats.peft import save_adapter
 from lit_swa.formats.peft_load import load_adapter
-from lit_swa.generate import generate, pack_for_cpu
-from lit_swa.lora import LoRAConfig, add_lora, lora_linears, merge_lora, trainable_names
+from lit_swa.generate import generate
+from lit_swa.linear_formats import pack_for_cpu
+from lit_swa.lora import LoRAConfig, add_lora, lora_linears, merge_lora
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's, about names of the other families and about tied weights
     "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
@@ -110,6 +111,10 @@ def shake(parameters) -> None:
     with torch.no_grad():
         for p in parameters:
             p.add_(0.2 * torch.randn_like(p))
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def with_lora(directory: Path, **fields) -> tuple[GPT, LoRAConfig]:

@@ -106,13 +106,13 @@ def test_a_compiled_run_prints_the_same_text(tiny_checkpoint, monkeypatch, capsy
     """Catches: a --compile that is accepted and not used, or that compiles while it decodes."""
     from torch._dynamo.utils import counters
 
-    import lit_swa.generate
+    import lit_swa.fast_decode
 
     arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--prompt", "the quick brown", "--temperature", "0"]
     assert run("generate/base.py", arguments, monkeypatch) == 0
-    plain, warm_up, graphs = capsys.readouterr(), lit_swa.generate.warm_up, []
+    plain, warm_up, graphs = capsys.readouterr(), lit_swa.fast_decode.warm_up, []
     monkeypatch.setattr(
-        lit_swa.generate,
+        lit_swa.fast_decode,
         "warm_up",
         lambda *given: (warm_up(*given), graphs.append(counters["stats"]["unique_graphs"]))[0],
     )

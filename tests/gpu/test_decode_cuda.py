@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lit_swa import GPT
-from lit_swa.generate import compile_decode, generate
+from lit_swa.fast_decode import compile_decode
+from lit_swa.generate import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 VARIANTS = {
