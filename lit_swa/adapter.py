@@ -1,9 +1,9 @@
 """LLaMA-Adapter: learned prompts that the layers attend to through a gate, put into a built GPT.
 
-Version 1 (Zhang et al. 2023, arXiv 2303.16199): in the upper layers every query also meets a few learned tokens in a
-softmax of its own, and what it finds there, times a gate, is added to the attention's output. Version 2 (Gao et al.
-2023, arXiv 2304.15010) also gives each linear layer of the blocks a bias and a scale, and trains the norms. The gates
-and biases start at 0 and the scales at 1, so that a model computes what it did.
+Version 1 (Zhang et al. 2023, arXiv 2303.16199): in the upper layers every query also attends to a few learned tokens,
+in a softmax of their own, and the result times a gate is added to the attention's output. Version 2 (Gao et al. 2023,
+arXiv 2304.15010) also gives each linear layer of the blocks a bias and a scale, and trains the norms. The gates and
+biases start at 0 and the scales at 1, so that a new adapter does not change what the model computes.
 
 Nothing is replaced: a layer gets a child `adapter` and a forward hook, and its own weights, which may be quantised,
 keep their names. Version 2's bias and scale can be folded into the weights (fold_scale_and_bias). The prompts cannot:
@@ -77,7 +77,7 @@ class GatedPrompt(nn.Module):
         self.layer = (attn,)  # in a tuple, so that it is no submodule; its projection may be quantised or replaced
 
     def forward(self, q: Tensor) -> Tensor:
-        """What queries (B, H, T, D), rotated by RoPE, find in the prompt: (B, H, T, D), times the gates."""
+        """The attention of queries (B, H, T, D), rotated by RoPE, over the prompt, times the gates: (B, H, T, D)."""
         (attn,) = self.layer
         config, (B, H, T, D), P = attn.config, q.shape, len(self.prompt)
         G, cap = attn.n_query_groups, config.attention_logit_softcapping
@@ -221,8 +221,8 @@ def save_adapter(
 ) -> dict[str, Any]:
     """Write lit_adapter.safetensors, lit_config.json and, last, lit_adapter.json; returns the fields of the latter.
 
-    base_dir: the base checkpoint, whose place and identity are noted and whose tokenizer's files are copied; None: the
-        directory is then of use to load_adapter only, into a model that was loaded otherwise.
+    base_dir: the base checkpoint. Its path and a fingerprint of its weights are noted, and its tokenizer's files are
+        copied. None: load_model cannot load the directory, only load_adapter can, into a model that is there already.
     Each file is replaced whole. Raises ValueError when the model has no adapter, or another than the config says, and
     OSError when the disk is full.
     """

@@ -170,7 +170,7 @@ def find_architecture(hf: dict[str, Any]) -> str:
 
 
 def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """What every architecture says by the same keys."""
+    """The fields that every architecture stores under the same keys."""
     rope, local = read_rope(hf)
     n_head = hf["num_attention_heads"]
     return {
@@ -220,10 +220,10 @@ def read_rope(hf: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
 
 
 def rope_fields(hf: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    """Hugging Face's scaling in the terms of Config.rope_scaling, which judges it, and how far it reaches.
+    """Config's rope_scaling and block_size for Hugging Face's scaling. Config checks the values.
 
-    Linear and dynamic scaling often come with the trained length as max_position_embeddings, the others with theirs
-    times the factor; the context is the greater of the two.
+    max_position_embeddings is often the trained length in configs with linear or dynamic scaling, and the trained
+    length times the factor in the others. block_size is the greater of both.
     """
     kind, context = rope.get("rope_type", rope.get("type", "default")), hf["max_position_embeddings"]
     if kind == "default":
@@ -308,7 +308,7 @@ def gemma2(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def gemma_activation(hf: dict[str, Any]) -> str:
-    """Gemma configs of old say "gelu" in hidden_act and mean the tanh form; hidden_activation counts."""
+    """Old Gemma configs say "gelu" in hidden_act and mean the tanh form, so only hidden_activation is read."""
     return ACTIVATION_NAMES[hf.get("hidden_activation") or "gelu_pytorch_tanh"]
 
 

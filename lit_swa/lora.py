@@ -127,7 +127,11 @@ class LoRA(nn.Module):
         return (changed if rest is None else changed + rest).to(y.dtype)
 
     def by_rows(self, values: list[Tensor], parts: list[LoRAPart], join: Callable[..., Tensor]) -> Tensor:
-        """The parts' values (rows,) or (rows, r) in the order of the weight's rows; rows of no part get ones or ()."""
+        """Join the parts' values, (rows,) or (rows, r), in the order of the weight's rows.
+
+        Rows that have no part get ones in place of (rows,), and a (rows, 0) in place of (rows, r), of which
+        torch.block_diag makes zeros.
+        """
         at, pieces = 0, []
         for value, part in zip(values, parts, strict=True):
             gap = (part.start - at,) if value.dim() == 1 else (part.start - at, 0)
@@ -216,11 +220,6 @@ def extra_modules(model: GPT, kinds: tuple[str, ...]) -> list[str]:
 def lora_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that have a LoRA, by name."""
     return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "lora", None), LoRA)]
-
-
-def trainable_names(model: nn.Module) -> list[str]:
-    """The parameters that an optimiser is to be given, by name."""
-    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 # -------------------------------------------------------------------------------------------------------------- merging

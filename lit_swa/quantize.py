@@ -26,19 +26,19 @@ class Mode(NamedTuple):
     double: bool = False  # the blocks' scales are quantised as well
 
 
-MODES = {  # what a weight takes, in bits: 4 and a float32 scale for each 64, or a byte for each 64; 8
+MODES = {  # 4 bits per number and a float32 scale per block of them (-dq: a scale of one byte), or 8 bits per number
     "nf4": Mode("nf4"),
     "nf4-dq": Mode("nf4", double=True),
     "fp4": Mode("fp4"),
     "fp4-dq": Mode("fp4", double=True),
     "int8": Mode(None),
 }
-BLOCK = 64  # numbers of a weight that share a scale in 4 bits
+BLOCK = 64  # numbers that share a scale in 4 bits
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_request(mode: str, compute_dtype: torch.dtype = torch.float32) -> None:
-    """Raises ValueError unless mode and dtype are ones that are there, and bitsandbytes is too."""
+    """Raises ValueError for a mode or dtype that does not exist, and when bitsandbytes is not installed."""
     if mode not in MODES:
         raise ValueError(f"There is no way to quantise called {mode!r}: choose from {', '.join(MODES)}.")
     if compute_dtype not in COMPUTE_DTYPES:
@@ -56,7 +56,8 @@ def quantize_linears(
     """Replace the linear layers of a model's blocks by quantised ones, in place; returns how many.
 
     One layer at a time exists twice. The layers are frozen, biases too. LoRA and adapters are put in after this.
-    device: where they go, one after the other, so that a dense model need not fit there; None: they stay.
+    device: where the quantised layers go, one after the other, so that the dense model need not fit there; None: they
+        stay where they are.
     Raises ValueError for an unknown mode or dtype, when bitsandbytes is missing, and when a layer cannot be quantised;
     the model is then unchanged.
     """
@@ -177,9 +178,9 @@ def _four_bit(bitsandbytes: ModuleType, weight: Tensor, mode: Mode, compute_dtyp
     options = kind | {"compute_dtype": compute_dtype, "bias": False, "device": "meta"}
     linear = _linear_4bit(bitsandbytes)(weight.size(1), weight.size(0), **options)
     linear.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **kind).to(weight.device)
-    linear.weight.quant_state.dtype = compute_dtype  # what the backward makes of it; it was quantised from float32
-    # On CPUs with AVX512-BF16 the first call in eval mode would pack the weight anew, for products in bfloat16 whatever
-    # the compute dtype; it then has no gradient any more, and only some sizes fit.
+    linear.weight.quant_state.dtype = compute_dtype  # else the backward would use float32, as it was before
+    # On CPUs with AVX512-BF16 the first call in eval mode would repack the weight for products in bfloat16, whatever
+    # the compute dtype is. A repacked weight gives no gradient, and only some sizes can be repacked.
     linear.support_avx512bf16_for_cpu = False
     return linear
 
@@ -202,7 +203,7 @@ class Int8Product(torch.autograd.Function):
 
 
 def _dense_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that int8 rows (out, in) stand for, whose largest are `scale` (out,)."""
+    """The numbers (out, in) that int8 rows stand for; scale (out,) is the largest absolute number of each row."""
     return weight.to(dtype).mul_((scale / 127)[:, None])
 
 

@@ -122,7 +122,7 @@ def _is_or_are(names: list[str]) -> str:
 
 
 def load_config(checkpoint_dir: str | Path) -> Config:
-    """The Config in lit_config.json. Raises FileNotFoundError or ValueError."""
+    """The Config in lit_config.json. Raises FileNotFoundError or ValueError, which names the file."""
     path = find_inside(Path(checkpoint_dir), CONFIG_FILE)
     return build_config(Config.from_dict, read_json(path), path)
 
@@ -198,7 +198,7 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor], config:
     fields = asdict(config)
     total = sum(tensor.n_bytes for tensor in tensors.values())
     sharded = total > max_shard_bytes or (directory / index_name(STEM)).exists()
-    # A config stands for the weights beside it. It stays in place only where one rename swaps all of them.
+    # lit_config.json says that the weights beside it are complete. It stays only where one rename replaces all of them.
     if sharded or not holds_json(directory / CONFIG_FILE, fields):
         (directory / CONFIG_FILE).unlink(missing_ok=True)
     write_weights(directory, STEM, tensors, max_shard_bytes)

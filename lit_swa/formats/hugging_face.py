@@ -76,7 +76,7 @@ def hf_names_of(lit_name: str, config: Config) -> tuple[str, ...]:
 
 
 class _NoInit(TorchFunctionMode):
-    """Random initialisation is left out: on the meta device it does nothing, but imports a compiler for it (2 s)."""
+    """Skip random initialisation: it has no effect on the meta device, and torch would import its compiler for it."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
@@ -211,13 +211,13 @@ def _in_their_order(qkv: LazyTensor, config: Config) -> Callable[[], Tensor]:
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
-STRETCHED = ("dynamic", "yarn")  # whose context is read as the trained length times the factor at least
+STRETCHED = ("dynamic", "yarn")  # their block_size is at least the trained length times the factor
 LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
 
 
 def _common(c: Config) -> dict[str, Any]:
     scaling, context = c.rope_scaling and {"rope_type": c.rope_scaling["type"], **c.rope_scaling}, c.block_size
-    if scaling and scaling["type"] == "linear":  # said by nobody but the lengths, see configs.rope_fields
+    if scaling and scaling["type"] == "linear":  # families.rope_fields computes it from the context and the factor
         scaling[TRAINED_LENGTH] = int(context / scaling["factor"])
     if scaling and scaling["type"] == "dynamic":
         context = scaling.pop(TRAINED_LENGTH)
@@ -259,7 +259,7 @@ def _neox(c: Config) -> dict[str, Any]:
     }
 
 
-# Architecture, model_type, and the fields that it adds. The first whose config.json means the same Config is taken.
+# Architecture, model_type, and the fields that it adds. An export takes the first that reads back as the same Config.
 EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
     ("LlamaForCausalLM", "llama", lambda c: {"attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias}),
     ("MistralForCausalLM", "mistral", lambda c: {"sliding_window": c.sliding_window_size}),
@@ -276,7 +276,7 @@ EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
     ),
     ("GPTNeoXForCausalLM", "gpt_neox", _neox),
 ]
-# What a field says about how to run the model, not about what it computes.
+# Fields that say how the model is run, not what it computes.
 NOT_EXPORTED = (
     "name",
     "attention_backend",

@@ -25,12 +25,12 @@ from lit_swa.model import GPT
 
 LONGLORA_STEM = "trainable_params"
 FUSED = "fused"  # the queries, keys and values of GPT-NeoX, which has one A and one B for them
-KNOWN_PEFT_KEYS = {  # what is read here; a key besides them that is set asks for what is not done here
+KNOWN_PEFT_KEYS = {  # any other key that is set asks for something that is not supported
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision", "target_modules",
     "task_type", "use_dora", "use_rslora", "megatron_core", "qalora_group_size", "runtime_config", "enable_lora",
-    "merge_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # ways to initialise, now done
+    "merge_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # how the weights were initialised
 }  # fmt: skip
 LORA_NAME = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.[\w-]+?)?(\.weight)?")
 SAVED_NAME = re.compile(
@@ -46,8 +46,8 @@ class Adapter:
     parts: list[tuple[str, str, Weights]] = field(default_factory=list)  # layer, part of its rows, in our order
     saved: dict[str, Tensor] = field(default_factory=dict)  # lit weight -> what it becomes
     trained: set[str] = field(default_factory=set)  # those of `saved` that training goes on with
-    rows: int = 0  # of the vocabulary
-    untie: bool = False  # lm_head ceases to share wte's weight
+    rows: int = 0  # of wte and lm_head, once the adapter is in
+    untie: bool = False  # lm_head gets a weight of its own, which it shared with wte
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -164,7 +164,7 @@ def check_peft_dir(directory: Path) -> None:
 
 
 def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError for what is not a plain LoRA."""
+    """Raises ValueError when the config asks for anything but LoRA as it is computed here."""
     if (kind := str(peft.get("peft_type"))[:40]) != "LORA":
         raise ValueError(f"{path} describes an adapter of type {kind}: only LORA is supported.")
     if peft.get("bias", "none") != "none":
@@ -184,7 +184,7 @@ def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
 
 
 def config_of(peft: Mapping[str, Any], path: Path) -> LoRAConfig:
-    """The config without what the weights say. An error names the file."""
+    """The LoRAConfig that adapter_config.json describes; targets are left to the weights. An error names the file."""
     try:
         return LoRAConfig(
             r=peft.get("r", 8),
