@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import free_port, start_script, torchrun_environment
 
 from lit_swa.arguments import Training
 from lit_swa.checkpoint import load_model
@@ -146,21 +147,23 @@ def test_more_steps_go_on_where_a_constant_rate_ended(train):
 
 def test_a_sigterm_ends_after_the_step_at_hand(tiny_checkpoint, data_file, tmp_path):
     """Catches: a cluster's warning that loses the steps since the last save."""
-    root, out_dir = Path(__file__).resolve().parents[1], tmp_path / "run"
-    command = [sys.executable, str(root / "finetune/lora.py"), "--checkpoint_dir", str(tiny_checkpoint), "--data"]
-    command += [str(data_file), "--out_dir", str(out_dir), "--max_steps", "100000", "--save_interval", "100000"]
-    command += ["--eval_interval", "100000", "--sample", "false", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    out_dir, log = tmp_path / "run", tmp_path / "log"
+    process = start_script(
+        "finetune/lora.py", "--checkpoint_dir", tiny_checkpoint, "--data", data_file, "--out_dir", out_dir,
+        "--max_steps", 100000, "--save_interval", 100000, "--eval_interval", 100000, "--sample", "false",
+        "--device", "cpu", log=log,
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
         while not ((out_dir / "metrics.csv").exists() and len(metrics(out_dir)) > 3):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+            assert time.monotonic() < deadline and process.is_alive(), log.read_text()
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "--resume auto goes on" in err, err[-500:]
+    err = log.read_text()
+    assert process.exitcode == 130 and "--resume auto goes on" in err, err[-500:]
     assert [path.name for path in out_dir.glob("step-*")] == [f"step-{int(metrics(out_dir)[-1]['step']):06d}"]
 
 
@@ -463,13 +466,22 @@ def test_bad_arguments_are_refused_in_one_sentence(train, arguments, word):
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
+def start_two(launcher: str, script: str, arguments: list, log: Path) -> list:
+    """A script in two processes: by --devices 2, which starts the other itself, or with the environment of torchrun."""
+    if launcher == "devices":
+        return [start_script(script, *arguments, "--devices", 2, log=log)]
+    port = free_port()
+    envs = [torchrun_environment(rank, 2, port) for rank in range(2)]
+    return [start_script(script, *arguments, log=log.with_suffix(f".{env['RANK']}"), **env) for env in envs]
+
+
 @pytest.mark.parametrize(
     "strategy, script, launcher",
     [
-        ("ddp", "lora", "torchrun"),
-        ("fsdp", "full", "devices"),
-        pytest.param("fsdp", "lora", "torchrun", marks=pytest.mark.slow),
-        pytest.param("ddp", "full", "devices", marks=pytest.mark.slow),
+        ("ddp", "lora", "devices"),
+        ("fsdp", "full", "torchrun"),
+        pytest.param("fsdp", "lora", "devices", marks=pytest.mark.slow),
+        pytest.param("ddp", "full", "torchrun", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_make_the_losses_of_one(train, strategy, script, launcher, tiny_checkpoint, data_file, tmp_path):
@@ -483,17 +495,14 @@ def test_two_processes_make_the_losses_of_one(train, strategy, script, launcher,
     one, _, _ = train(script, "one", **arguments)
     shutil.copytree(one / "step-000002", tmp_path / "two" / "step-000002")
     shutil.copy(one / "metrics.csv", tmp_path / "two")
-    root = Path(__file__).resolve().parents[1]
-    flags = [x for key, value in arguments.items() for x in (f"--{key}", str(value))]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541"]
-    flags += ["--devices", "2"] if launcher == "devices" else []
-    command = [
-        sys.executable, *(torchrun if launcher == "torchrun" else []), str(root / f"finetune/{script}.py"),
-        "--checkpoint_dir", str(tiny_checkpoint), "--data", str(data_file), "--out_dir", str(tmp_path / "two"),
-        "--sample", "false", "--device", "cpu", "--strategy", strategy, "--resume", "auto", *flags,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    flags = [x for key, value in arguments.items() for x in (f"--{key}", value)]
+    flags += ["--checkpoint_dir", tiny_checkpoint, "--data", data_file, "--out_dir", tmp_path / "two", "--sample"]
+    flags += ["false", "--device", "cpu", "--strategy", strategy, "--resume", "auto"]
+    processes = start_two(launcher, f"finetune/{script}.py", flags, tmp_path / "log")
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert {process.exitcode for process in processes} == {0}, [p.read_text() for p in tmp_path.glob("log*")]
     assert len(metrics(one)) == len(metrics(tmp_path / "two")) == 5
     for a, b in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
         for key in ("loss", "grad_norm", "val_loss"):
