@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,22 +16,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forked import start_script
 
 from lit_swa.checkpoint import load_config, load_model
 from lit_swa.evaluate import window_nll
 
 pytest.importorskip("lightning")
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["untrained", "full", "short", "s2", "s2 lora", "s2 lora+norm", "s2 lora+embed", "s2 lora+norm+embed"]
-
-
-RUN = subprocess.run
 
 
 def in_this_process(command: list[str], **options) -> SimpleNamespace:
     """subprocess.run without another process, which takes seconds to import torch."""
     if command[0] != sys.executable:
-        return RUN(command, **options)
+        return subprocess_run(command, **options)
+    assert all(type(argument) is str for argument in command)  # as a shell would give them
     before, code = sys.argv, 0
     sys.argv = command[1:]
     try:
@@ -42,17 +41,29 @@ def in_this_process(command: list[str], **options) -> SimpleNamespace:
     return SimpleNamespace(returncode=code)
 
 
+subprocess_run = subprocess.run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The tiny checkpoint with a context of 64 tokens."""
+    directory = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("base") / "short")
+    config = json.loads((directory / "lit_config.json").read_text())
+    (directory / "lit_config.json").write_text(json.dumps(config | {"block_size": 64}))
+    return directory
+
+
 @pytest.fixture
-def compare(run_script, tiny_checkpoint, tmp_path, monkeypatch):
-    """Run the script in this process on random tokens, from a context of 512 to 1024: (exit code, stdout, stderr)."""
+def compare(run_script, checkpoint, tmp_path, monkeypatch):
+    """Run the script in this process on random tokens, from a context of 64 to 128: (exit code, stdout, stderr)."""
     rng = np.random.default_rng(3)
-    for name, n in (("train", 6000), ("eval", 2200)):
+    for name, n in (("train", 800), ("eval", 280)):
         rng.integers(0, 300, n).astype("<u2").tofile(tmp_path / f"{name}.bin")
 
     def run(*arguments: object, execute=in_this_process) -> tuple[int, str, str]:
         monkeypatch.setattr(subprocess, "run", execute)
-        fixed = ["--checkpoint_dir", tiny_checkpoint, "--data", tmp_path / "train.bin", "--eval_data"]
-        fixed += [tmp_path / "eval.bin", "--context", 1024, "--out_dir", tmp_path / "runs", "--steps", 2]
+        fixed = ["--checkpoint_dir", checkpoint, "--data", tmp_path / "train.bin", "--eval_data"]
+        fixed += [tmp_path / "eval.bin", "--context", 128, "--out_dir", tmp_path / "runs", "--steps", 2]
         fixed += ["--batch_size", 2, "--warmup_steps", 0, "--output", tmp_path / "c.json"]
         return run_script("scripts/compare_longlora.py", *fixed, *arguments)
 
@@ -67,28 +78,29 @@ def changed(base: Path, run: Path) -> set[str]:
     return {kind for kind, part in kinds.items() if any(part in name for name in moved)}
 
 
-def test_each_way_trains_what_it_says_and_is_read_in_full(compare, tiny_checkpoint, tmp_path):
+def test_each_way_trains_what_it_says_and_is_read_in_full(compare, checkpoint, tmp_path):
     """Catches: a way that trains another's weights, groups that are left in the saved config or not used at all, a
     perplexity of another model, text or length, a second start that trains again."""
     code, out, err = compare()
     assert code == 0, err
     rows = {row["method"]: row for row in json.loads((tmp_path / "c.json").read_text())["rows"]}
     assert list(rows) == METHODS and all(f"| {name} |" in out for name in METHODS)
+    assert rows["s2"]["memory"] in out and rows["s2"]["command"].startswith("python finetune/full.py --data ")
     lora = {"attn"}
     expected = {"full": {"attn", "mlp", "embed", "norm"}, "s2-lora": lora, "s2-lora+norm": lora | {"norm"}}
     expected |= {"s2-lora+embed": lora | {"embed"}, "s2-lora+norm+embed": lora | {"norm", "embed"}}
     for name, kinds in expected.items():
-        assert changed(tiny_checkpoint, tmp_path / "runs" / name / "final") == kinds, name
+        assert changed(checkpoint, tmp_path / "runs" / name / "final") == kinds, name
     for name in ("full", "short", "s2"):
         config = load_config(tmp_path / "runs" / name / "final")
         assert (config.s2_attention, config.s2_shift) == (name != "full", name != "short")
-        assert config.block_size == 1024 and config.rope_scaling["factor"] == 2.0
+        assert config.block_size == 128 and config.rope_scaling["factor"] == 2.0
     assert len({rows[name]["loss"][0] for name in ("full", "short", "s2")}) == 3  # three kinds of attention
     ids = torch.from_numpy(np.fromfile(tmp_path / "eval.bin", dtype="<u2").astype(np.int64))
     plain = load_model(tmp_path / "runs" / "s2" / "final", s2_attention=False)
-    nll = torch.stack([window_nll(plain, ids[None, a : a + 512]) for a in (0, 512, 1024, 1536)])
-    assert rows["s2"]["ppl"]["512"] == pytest.approx(math.exp(nll.double().mean()), rel=1e-4)
-    assert rows["untrained"]["ppl"].keys() == {"256", "512", "1024"} and "loss" not in rows["untrained"]
+    nll = torch.stack([window_nll(plain, ids[None, a : a + 64]) for a in (0, 64, 128, 192)])
+    assert rows["s2"]["ppl"]["64"] == pytest.approx(math.exp(nll.double().mean()), rel=1e-4)
+    assert rows["untrained"]["ppl"].keys() == {"32", "64", "128"} and "loss" not in rows["untrained"]
     (tmp_path / "runs").rename(tmp_path / "gone")
     assert compare()[1] == out and not (tmp_path / "runs").exists()
 
@@ -110,34 +122,28 @@ def test_a_comparison_goes_on(compare, tmp_path, code, words):
     assert [row["method"] for row in json.loads((tmp_path / "c.json").read_text())["rows"]] == ["full", "s2 lora"]
 
 
-def test_a_way_is_a_command_that_anyone_can_type(compare, tmp_path):
-    """Catches: an argument that only this process understands."""
-    code, out, err = compare("--methods", "[s2 lora+norm]", "--steps", 1, execute=RUN)
-    assert code == 0, err
-    (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert row["command"].startswith("python finetune/lora.py --data ") and row["memory"] in out
-
-
-def test_ctrl_c_keeps_the_steps_of_the_run_at_hand(tiny_checkpoint, tmp_path):
-    """Catches: a comparison that kills its run while that saves."""
-    np.random.default_rng(3).integers(0, 300, 100_000).astype("<u2").tofile(tmp_path / "ids.bin")
-    command = [sys.executable, str(ROOT / "scripts/compare_longlora.py"), "--checkpoint_dir", str(tiny_checkpoint)]
-    command += ["--data", str(tmp_path / "ids.bin"), "--eval_data", str(tmp_path / "ids.bin"), "--context", "1024"]
-    command += ["--methods", "[s2]", "--steps", "100000", "--batch_size", "48", "--device", "cpu"]
-    command += ["--out_dir", str(tmp_path / "runs"), "--output", str(tmp_path / "c.json")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    lines = tmp_path / "runs" / "s2" / "metrics.csv"
+def test_ctrl_c_keeps_the_steps_of_the_run_at_hand(checkpoint, tmp_path):
+    """Catches: a comparison that kills its run while that saves, an argument that only one process understands."""
+    np.random.default_rng(3).integers(0, 300, 20_000).astype("<u2").tofile(tmp_path / "ids.bin")
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    process = start_script(
+        "scripts/compare_longlora.py", "--checkpoint_dir", checkpoint, "--data", tmp_path / "ids.bin", "--eval_data",
+        tmp_path / "ids.bin", "--context", 128, "--methods", "[s2 lora+norm]", "--steps", 100_000, "--batch_size", 48,
+        "--device", "cpu", "--out_dir", runs, "--output", tmp_path / "c.json", log=log,
+    )  # fmt: skip
+    lines = runs / "s2-lora+norm" / "metrics.csv"
     try:
         deadline = time.monotonic() + 120
-        while not (lines.exists() and len(lines.read_text().splitlines()) > 1):  # a step takes a second or two
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
+        while not (lines.exists() and len(lines.read_text().splitlines()) > 1):
+            assert time.monotonic() < deadline and process.is_alive(), log.read_text()
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the script and to its run
-        _, err = process.communicate(timeout=60)
+        process.join(60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, err[-500:]
+    err = log.read_text()
+    assert process.exitcode == 130 and "python finetune/lora.py --data " in err, err[-500:]
     last = lines.read_text().splitlines()[-1].split(",")[0]
     assert [path.name for path in lines.parent.glob("step-*")] == [f"step-{int(last):06d}"]
 
@@ -146,9 +152,9 @@ def test_ctrl_c_keeps_the_steps_of_the_run_at_hand(tiny_checkpoint, tmp_path):
     "arguments, words",
     [
         (["--methods", "[s3]"], "There is no method 's3': choose from untrained"),
-        (["--lengths", "[2048]"], "at most the context of 1024"),
+        (["--lengths", "[256]"], "at most the context of 128"),
         (["--context", 8], "context=8 does not fit"),
-        (["--max_eval_tokens", 500], "lower --seq_len"),
+        (["--max_eval_tokens", 100], "lower --seq_len"),
     ],
 )
 def test_bad_arguments_are_told_in_a_sentence(compare, arguments, words):
