@@ -1,0 +1,62 @@
+"""Imports point one way: scripts -> lit_swa -> torch, and downwards within lit_swa, also those inside functions."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Config reads the tables of named shapes when it is asked for one, and they check what they read with its constants.
+ALLOWED = {("lit_swa.config", "lit_swa.families")}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """What a module imports at any depth, but for the types' sake."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from imports(node)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module of lit_swa -> those that it imports."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "lit_swa").rglob("*.py")
+    }
+    graph = {}
+    for name, path in files.items():
+        found = set(imports(ast.parse(path.read_text(encoding="utf-8"))))
+        graph[name] = {n if n in files else n.rpartition(".")[0] for n in found if n.startswith("lit_swa.")}
+    return graph
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    """Catches: a circle between modules, such as one that is hidden by an import inside a function."""
+    graph = module_graph()
+    assert len(graph) > 30
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in graph.get(name, ()):
+                if (name, other) not in ALLOWED:
+                    visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_no_script_imports_a_script_and_the_package_none() -> None:
+    """Catches: code that is shared by scripts and belongs into the package."""
+    scripts = [path for folder in ("generate", "finetune", "scripts") for path in (ROOT / folder).glob("*.py")]
+    names = {path.stem for path in scripts} | {"generate", "finetune", "scripts"}
+    for path in (*scripts, *(ROOT / "lit_swa").rglob("*.py")):
+        found = {name.split(".")[0] for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
+        assert not found & names, f"{path.name} imports {found & names}"
