@@ -34,17 +34,12 @@ def main(**training: Any) -> None:
         save_checkpoint(train.full_weights(run, gpt), run.config, directory, run.checkpoint_dir)
 
     saver = train.Saver(run, gpt, optimizer, save_model, {"full": True})
-    progress = saver.resume()
-    train.show_samples(run)
-    train.rehearse(run, model, train.validate, save_model, train.try_loading)
+    progress = train.resume_and_rehearse(run, model, saver, train.validate, train.try_loading)
     if args.dry_run:
         return
-    if progress.step == 0:
-        train.evaluate(run, model, progress)
 
-    model.train()
     with interruptible() as interrupted:
-        for step in train.steps(run, progress, interrupted):
+        for step in train.steps(run, progress, interrupted):  # seeds dropout, ends after an interrupt
             started = time.perf_counter()
             rate = train.set_rate(run, optimizer, progress)
             batches = feed.batches(step, fabric.global_rank, fabric.world_size)

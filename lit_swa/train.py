@@ -6,7 +6,15 @@ finetuning read examples.
 
 from lit_swa.training.distribution import start_fabric, use_whole_memory
 from lit_swa.training.feed import ExampleFeed, join_examples
-from lit_swa.training.finetuning import evaluate, full_weights, load_base, place, prepare, show_samples, try_loading
+from lit_swa.training.finetuning import (
+    evaluate,
+    full_weights,
+    load_base,
+    place,
+    prepare,
+    resume_and_rehearse,
+    try_loading,
+)
 from lit_swa.training.log import read_metrics
 from lit_swa.training.loop import (
     Batch,
@@ -47,8 +55,8 @@ __all__ = [
     "recompute_blocks",
     "rehearse",
     "require_finite",
+    "resume_and_rehearse",
     "set_rate",
-    "show_samples",
     "start_fabric",
     "steps",
     "train_in_float32",

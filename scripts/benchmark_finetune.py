@@ -24,26 +24,26 @@ def main(
     transformers: bool = True,
     output: Path = Path("tutorials/results/benchmark_finetune.json"),
 ) -> None:
-    """Print tokens per second and memory of LoRA steps on q, k, v and o, batch 1, random weights.
+    """Print tokens per second and memory of a training step: LoRA on q, k, v and o, batch 1, random weights.
 
-    The methods of one length take turns, `repeats` times, and medians are given: ours with every layer's activations
-    made again in the backward, ours with as many kept as fit the GPU, and with as many as fit what the peer takes; ours
-    with S2-Attn and with a window; and transformers + PEFT with gradient checkpointing.
+    peft is transformers + PEFT with gradient checkpointing. Of ours, all recomputes the activations of all layers, fast
+    recomputes only as many as the GPU's memory demands, same memory as many as keep it within peft's memory; s2 and
+    window are fast with S2-Attn and with a sliding window. The methods take turns, and the median of `repeats` counts.
 
     Args:
-        name: The model's shape.
-        lengths: Tokens of the text. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
-        methods: Which to measure, of: peft, all, fast, same memory, s2, window. By default the first four, and the rest
-            from 32768 tokens on.
-        n_layer: So many layers instead of the model's.
+        name: A named shape, such as Llama-2-7b.
+        lengths: Tokens of a step. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
+        methods: Which to measure, of peft, all, fast, same memory, s2, window. By default the first four, and from
+            32768 tokens on all.
+        n_layer: Number of layers, if not the shape's.
         r: LoRA's rank; alpha is twice that.
-        window: Keys of the window.
-        s2_group_ratio: A group's share of the text.
+        window: Size of the sliding window in tokens.
+        s2_group_ratio: Length of an S2-Attn group as a share of the text.
         device: auto, cpu or cuda.
-        dtype: float32 or bfloat16 for the frozen weights; what is trained is float32.
-        repeats: Timings of which the median is taken.
+        dtype: Of the frozen weights: float32 or bfloat16. Trained weights are float32.
+        repeats: How often each step is timed.
         transformers: Measure transformers + PEFT too.
-        output: Where the JSON goes.
+        output: The JSON file to write.
     """
     import torch
 
@@ -118,7 +118,7 @@ def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[st
 def build(
     method: str, T: int, base: Any, device: str, settings: dict[str, Any], peer_memory: float | None
 ) -> tuple[Callable[[], None], int, float]:
-    """A training step, how many layers recompute in it, and GB of the model's weights."""
+    """(a training step, how many layers recompute in it, GB of the model's weights)"""
     import torch
 
     dtype = getattr(torch, settings["dtype"])
@@ -158,7 +158,7 @@ def build(
 
 
 def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tuple[Callable[[], None], int, float]:
-    """The same with transformers and PEFT, gradient checkpointing in every layer, as their guides have it."""
+    """The same with transformers and PEFT, with gradient checkpointing in every layer, as their guides recommend."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -190,10 +190,8 @@ def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tup
 
 
 def first_steps(step: Callable[[], None], device: str, weights_gb: float) -> dict[str, float]:
-    """Seconds of the first step, in which kernels are compiled, and the memory of the second, its own weights included.
-
-    Other models that are in memory are not counted.
-    """
+    """Seconds of the first step, which compiles kernels, and memory of the second, with the weights of its own model
+    only."""
     import torch
 
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""LongLoRA's comparisons with a model of your own: python scripts/compare_longlora.py --data data/train."""
+"""Repeat LongLoRA's comparisons with a model of your own: python scripts/compare_longlora.py --data data/train."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 S2, SHORT = {"s2_attention": True}, {"s2_attention": True, "s2_shift": False}
-# What is trained (None: nothing; "full": all weights; else LoRA and these beside it), and fields of the config.
+# What is trained (None: nothing; "full": every weight; else LoRA and these weights), and fields of the config.
 METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "untrained": (None, {}),
     "full": ("full", {}),
@@ -38,37 +38,39 @@ def main(
     seed: int = 1234,
     output: Path = Path("out/compare_longlora.json"),
 ) -> None:
-    """Take a model to a longer context in several ways, and print the perplexities of all; write a JSON and a picture.
+    """Extend a model's context in several ways, and print the perplexity of each; write a JSON and a picture.
 
-    Each way is a run of finetune/full.py or finetune/lora.py with the same data, steps and learning rate: "full" trains
-    every weight with full attention, "short" with groups that are not shifted, "s2" with shifted ones; "s2 lora" trains
-    LoRA's matrices on q, k, v and o, "s2 lora+norm", "s2 lora+embed" and "s2 lora+norm+embed" these weights too;
-    "untrained" only scales the positions (linear), as all do. Every model is read with full attention. Interrupted, the
-    comparison goes on where it was when the same command is given again.
+    Each way is a run of finetune/full.py or finetune/lora.py with the same data, steps and learning rate. All scale the
+    positions linearly; "untrained" does nothing else. "full" trains every weight with full attention, "short" with
+    groups that are not shifted, "s2" with shifted groups (S2-Attn). "s2 lora" trains LoRA's matrices on q, k, v and o;
+    "s2 lora+norm", "s2 lora+embed" and "s2 lora+norm+embed" train these weights too. Perplexity is measured with full
+    attention. After an interruption, the same command goes on with the comparison.
 
     Args:
         data: Texts to train on, as finetune/full.py takes them: a directory of .txt files, or a .bin file.
-        eval_data: Texts to read: .txt files, a directory of them or a .bin file.
+        eval_data: Texts to measure perplexity on: .txt files, a directory of them or a .bin file.
         checkpoint_dir: The model. By default SmolLM2-135M-Instruct, which is downloaded once.
-        methods: Which of the ways. By default all.
+        methods: Which ways to compare. By default all.
         context: Tokens to train with. By default four times the trained length.
-        lengths: Tokens of the windows that are read. By default the context, its half and its quarter.
+        lengths: Window lengths, in tokens, for the perplexity. By default the context, a half and a quarter of it.
         steps: Optimiser steps of each way.
         batch_size: Rows of `context` tokens in a step.
-        learning_rate: After the warmup; constant.
+        learning_rate: Constant after the warmup.
         warmup_steps: Steps in which the rate rises.
         r: LoRA's rank; alpha is twice that.
-        max_eval_tokens: Read no more of the texts than this.
-        out_dir: Where the runs go, a directory each. For SmolLM2-135M all take about 10 GB.
+        max_eval_tokens: Use only so many tokens of eval_data.
+        out_dir: Holds a directory for each run. For SmolLM2-135M all take about 10 GB.
         device: auto, cpu or cuda.
-        seed: Of the order of the data and of new weights.
-        output: Where the JSON goes; the picture lies beside it, as .png.
+        seed: Decides the order of the data and the new weights.
+        output: The JSON file; the picture goes beside it, as .png.
     """
     import math
     import shlex
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.checks import check_range
+    from lit_swa.data import check_tokens
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.utils import describe_machine, pick_device
 
@@ -81,7 +83,8 @@ def main(
     config = load_config(checkpoint_dir)
     context = 4 * config.block_size if context is None else context
     lengths = [context // 4, context // 2, context] if lengths is None else lengths
-    evaluate.check_at_least(context=(context, 16), steps=(steps, 1), r=(r, 1))
+    for argument, value, least in (("context", context, 16), ("steps", steps, 1), ("r", r, 1)):
+        check_range(argument, value, least)
     if not lengths or max(lengths) > context:
         raise ValueError(f"lengths={lengths} does not fit: give lengths of at most the context of {context} tokens.")
     tokens = evaluate.read_tokens(eval_data, checkpoint_dir, config.vocab_size, max_eval_tokens)
@@ -96,7 +99,7 @@ def main(
     fields = {"block_size": max(context, config.block_size), "rope_scaling": scaling}
     arguments = {
         "methods": chosen, "training": training, "fields": fields, "r": r, "lengths": list(cuts), "out_dir": out_dir,
-        "eval_sha256": evaluate.check_tokens(tokens, config.vocab_size, eval_data),
+        "eval_sha256": check_tokens(tokens, config.vocab_size, eval_data),
         "weights": evaluate.weights_identity(checkpoint_dir),
     }  # fmt: skip
     results = evaluate.Results(output, arguments)
@@ -116,13 +119,14 @@ def main(
 def measure(
     name: str, training: dict[str, Any], fields: dict[str, Any], r: int, out_dir: Path, tokens, cuts, device: str
 ) -> dict[str, Any]:
-    """Train in this way, read the texts with what came out: the row of the table."""
+    """Train in this way and measure the perplexity of the result: a row of the table."""
     import shlex
     import statistics
 
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.files import read_json
-    from lit_swa.train import RUN_FILE, read_metrics
+    from lit_swa.training.log import read_metrics
+    from lit_swa.training.saving import RUN_FILE
     from lit_swa.utils import pick_dtype
 
     trained, own = METHODS[name]
@@ -148,7 +152,7 @@ def measure(
 
 
 def training_command(trained: str, training: dict[str, Any], fields: dict[str, Any], r: int) -> list[str]:
-    """A finetuning script and its arguments."""
+    """A finetuning script and its arguments, as they are typed."""
     import json
 
     options = dict(training)
@@ -169,7 +173,7 @@ def execute(command: list[str]) -> None:
     from lit_swa.utils import interruptible
 
     root = Path(__file__).resolve().parents[1]
-    with interruptible([signal.SIGINT]):  # Ctrl-C reaches the script too, which saves its step before it ends
+    with interruptible([signal.SIGINT]):  # Ctrl-C reaches the script too: let it save its step
         code = subprocess.run([sys.executable, str(root / command[0]), *command[1:]]).returncode
     if code == 130:
         raise KeyboardInterrupt
@@ -198,9 +202,6 @@ def read(model, tokens, cut, device: str) -> float:
     return cut.summary(sums)["ppl"]
 
 
-# ----------------------------------------------------------------------------------------------------------- the answer
-
-
 def report(result: dict[str, Any], picture: Path) -> None:
     """The table on stdout, and the picture."""
     from lit_swa.plots import save_picture
@@ -216,7 +217,7 @@ def report(result: dict[str, Any], picture: Path) -> None:
 
 
 def draw(plt, result: dict[str, Any], lengths: list[str]):
-    """Training loss on the left, perplexity by length on the right. The untrained model lies far above it."""
+    """Training loss on the left, perplexity by length on the right, without the untrained model, which is far above."""
     from lit_swa.plots import running_mean
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")

@@ -1,6 +1,7 @@
 """What the finetuning scripts share before and after their loops: data, tokenizer, base model, showing answers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from lit_swa.training.feed import ExampleFeed, ExampleValidation
 from lit_swa.training.loop import Progress, Run, validate
 from lit_swa.training.memory import choose_recompute
 from lit_swa.training.precision import train_in_float32
+from lit_swa.training.rehearsal import rehearse
+from lit_swa.training.saving import Saver
 
 
 @dataclass
@@ -115,12 +118,27 @@ def try_loading(directory: Path) -> None:
     load_model(directory, torch.float32)
 
 
-# -------------------------------------------------------------------------------------------------------- what is shown
+def resume_and_rehearse(
+    run: Finetuning,
+    model: nn.Module,
+    saver: Saver,
+    validate: Callable[..., float],
+    load: Callable[[Path], None],
+) -> Progress:
+    """Go on from a saved step if --resume says so, show three samples, and try once all that the run will do.
 
-
-def show_samples(run: Finetuning) -> None:
-    """Show three examples, with what is trained marked."""
+    Then the model is validated as it is before the first step. validate, load: see rehearse.
+    """
+    progress = saver.resume()
     run.log.say(show_examples(run.data, run.tokenizer))
+    rehearse(run, model, validate, saver.save_model, load)
+    if progress.step == 0 and not run.args.dry_run:
+        evaluate(run, model, progress)
+    model.train()
+    return progress
+
+
+# -------------------------------------------------------------------------------------------------------- what is shown
 
 
 def evaluate(run: Finetuning, model: nn.Module, progress: Progress) -> float | None:
