@@ -1,4 +1,4 @@
-"""The arguments that every finetuning script has, with what they mean: each script's --help shows them."""
+"""The arguments of every finetuning script, with what they mean: each script's --help shows them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -13,49 +13,50 @@ class Training:
     """What is trained on which data, for how long, and where the results go.
 
     Args:
-        data: A .json, .jsonl or .csv file of instructions or chats; .txt or .bin files to extend the context with; what
-            prepare_instruct.py or prepare_text.py wrote; or the name of a preset, such as alpaca or dolly.
+        data: A .json, .jsonl, .csv or .parquet file of instructions or chats; .txt or .bin files to extend the context;
+            a directory or file that prepare_instruct.py or prepare_text.py wrote; or the name of a published dataset,
+            such as alpaca or dolly.
         checkpoint_dir: The model to start from. By default SmolLM2-135M-Instruct, which is downloaded once.
-        out_dir: Where the run goes: steps to resume from, metrics.csv, and at the end final/, which generate/base.py
-            loads. By default out/ and the script's name.
-        validation_data: A file of its own to validate on. By default a part of the data is held out.
+        out_dir: The run's directory: saved steps to resume from, metrics.csv, and at the end final/, which
+            generate/base.py loads. By default out/ and the script's name.
+        validation_data: A file to validate on. By default a part of the data is held out.
         validation_fraction: The part of the data that is held out; 0 for none.
-        preset: Fields and prompt of a known data set, for a local copy of it.
-        prompt_style: How instructions become a prompt: chat (the model's own template), alpaca, llama2, ...
-        mask_prompt: Train the answers only.
-        max_seq_length: Tokens of a text, which are cut there. By default those of the longest, at most the context.
-        pack: Put several short texts into one row of max_seq_length tokens; none sees another.
-        limit: Read so many examples of the data only.
+        preset: Read a local file with the fields and the prompt of this published dataset.
+        prompt_style: How an instruction is written as a prompt: chat (the model's own template), alpaca, llama2, ...
+        mask_prompt: Train the answers only, not the prompts.
+        max_seq_length: Longer examples are cut to so many tokens. By default the longest example, at most the context.
+        pack: Put several short examples into one row of max_seq_length tokens. None sees another.
+        limit: Read only so many examples of the data.
         epochs: How often the data is read.
-        max_steps: So many optimiser steps instead.
-        batch_size: Rows (or texts, without --pack) of one optimiser step, over all devices.
-        micro_batch_size: Rows that one device reads at once; the rest of a step's gradients are accumulated. By default
-            as many as come to 1024 tokens on a CPU and 8192 on a GPU.
-        learning_rate: After the warmup. By default what suits the method.
-        lr_schedule: cosine falls to a tenth; plateau halves the rate when the validation loss stops falling.
-        warmup_steps: Steps in which the rate rises.
-        weight_decay: Of AdamW, for matrices.
-        beta2: Of AdamW; beta1 is 0.9.
-        grad_clip: Greatest norm of a step's gradient; 0 for no limit.
-        precision: 32-true; bf16-true (frozen weights and products in bfloat16, trained weights in float32); bf16-mixed
-            (autocast). By default bf16-true on a GPU that has it and 32-true elsewhere.
+        max_steps: Optimiser steps, in place of epochs.
+        batch_size: Rows (without --pack: examples) of one optimiser step, over all devices.
+        micro_batch_size: Rows that one device reads at once; gradients accumulate until the step's rows are read. By
+            default as many as make 1024 tokens on a CPU and 8192 on a GPU.
+        learning_rate: The rate after the warmup. By default one that suits the method.
+        lr_schedule: cosine falls to a tenth of the rate; plateau halves it when the validation loss stops falling.
+        warmup_steps: Steps over which the rate rises from zero.
+        weight_decay: AdamW's weight decay, for matrices only.
+        beta2: AdamW's beta2; its beta1 is 0.9.
+        grad_clip: Largest norm of a step's gradient; 0 for no limit.
+        precision: 32-true; bf16-true (frozen weights and matrix products in bfloat16, trained weights in float32); or
+            bf16-mixed (autocast). By default bf16-true on a GPU that supports it, and 32-true elsewhere.
         device: auto, cpu or cuda.
-        devices: Processes, each with a device of its own. torchrun and SLURM are understood too.
-        num_nodes: Machines.
-        strategy: ddp, or fsdp to share the weights out.
-        recompute: How many layers make their activations again in the backward instead of keeping them: auto (as many
-            as memory demands), all, none or a number.
-        eval_interval: Steps between validations. By default ten in the run.
+        devices: Number of devices on each machine, with a process each. torchrun and SLURM may start them instead.
+        num_nodes: Number of machines.
+        strategy: ddp holds the whole model on each device; fsdp shards weights, gradients and moments over devices.
+        recompute: How many layers compute their activations again in the backward to save memory: auto (as few as the
+            memory allows), all, none or a number.
+        eval_interval: Steps between validations. By default a tenth of the run.
         early_stop: Stop after so many validations without a better loss; 0 for never.
-        sample: Show what the model answers at each validation, to the first prompt that is validated on.
-        save_interval: Steps between saves. By default ten in the run.
-        keep_last: Saved steps that are kept.
-        log_interval: Steps between lines of metrics.csv and of the log.
+        sample: At each validation, show the model's answer to the first prompt that is validated on.
+        save_interval: Steps between saves. By default a tenth of the run.
+        keep_last: How many saved steps to keep.
+        log_interval: Steps between rows of metrics.csv.
         tensorboard: Write TensorBoard's files too, to out_dir/tensorboard.
-        resume: auto goes on with the run in out_dir, never refuses an out_dir that holds one, restart deletes it.
-        dry_run: Stop before the first step: show three samples, try the longest row, validation, saving and loading,
-            and tell the memory and disk that the run will need.
-        seed: Of the order of the data, dropout and new weights.
+        resume: auto goes on with the run in out_dir; never refuses an out_dir that holds a run; restart deletes it.
+        dry_run: Stop before the first step, after showing three samples, trying the longest row, validation, saving and
+            loading, and telling how much memory and disk the run needs.
+        seed: Decides the order of the data, dropout and new weights.
         model: Any field of the model's config, as --model.FIELD VALUE.
     """
 
@@ -111,7 +112,7 @@ class Training:
             raise ValueError(f"recompute={self.recompute!r} does not fit: choose auto, all, none or a number.")
 
     def as_json(self) -> dict[str, Any]:
-        """The arguments as JSON has them."""
+        """The arguments, as JSON can hold them."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
