@@ -49,6 +49,7 @@ def main(
     from dataclasses import replace
 
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
+    from lit_swa.checks import check_range
     from lit_swa.fast_decode import compile_decode, warm_up
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.generate import Sampling, Session, Stats, generate_text
@@ -61,8 +62,7 @@ def main(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise ValueError('The prompt is empty: give some text with --prompt "...".')
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} does not fit: it must be at least 1.")
+    check_range("num_samples", num_samples, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)

@@ -85,21 +85,18 @@ def main(
 def check_arguments(
     task: str, lengths: list[int], depths: int | None, trials: int, max_new_tokens: int, output: Path
 ) -> int | None:
-    """The number of depths. Raises ValueError for what does not fit, before a model is loaded."""
+    """The number of depths, with its default. Raises ValueError for what does not fit, before a model is loaded."""
+    from lit_swa.checks import check_range
+
     if not lengths:
         raise ValueError("There is no length to try: give some with --lengths '[1024,2048]'.")
     if task == "passkey" and depths is not None:
         raise ValueError(f"depths={depths} has no effect with the task passkey: add --task needle.")
     depths = 16 if depths is None and task == "needle" else depths
-    limits = (
-        ("lengths", min(lengths), 1),
-        ("depths", depths, 1),
-        ("trials", trials, 1),
-        ("max_new_tokens", max_new_tokens, 1),
-    )
-    for name, value, least in limits:
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} does not fit: it must be at least {least}.")
+    values = {"lengths": min(lengths), "depths": depths, "trials": trials, "max_new_tokens": max_new_tokens}
+    for name, value in values.items():
+        if value is not None:
+            check_range(name, value, 1)
     if output.suffix == ".png":
         raise ValueError(f"output={output} is where the picture would go: give a name that ends in .json.")
     return depths

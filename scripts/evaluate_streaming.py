@@ -91,6 +91,8 @@ def main(
 
 def check_settings(data: Path | None, chat: Path | None, given: dict[str, int | None], output: Path) -> dict[str, int]:
     """The settings of a text or of a chat, with their defaults. Raises ValueError for one that does not fit."""
+    from lit_swa.checks import check_range
+
     if (data is None) == (chat is None):
         raise ValueError("Give a text with --data FILE.txt, or questions with --chat FILE.jsonl: one of the two.")
     if output.suffix == ".png":
@@ -99,8 +101,8 @@ def check_settings(data: Path | None, chat: Path | None, given: dict[str, int | 
     for name, value in given.items():
         if value is not None and name not in defaults:
             raise ValueError(f"{name}={value} has no effect with --{'chat' if data is None else 'data'}: leave it out.")
-        if value is not None and value < (0 if name == "max_tokens" else 1):
-            raise ValueError(f"{name}={value} does not fit: it must be at least {0 if name == 'max_tokens' else 1}.")
+        if value is not None:
+            check_range(name, value, 0 if name == "max_tokens" else 1)
     return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
 
 
