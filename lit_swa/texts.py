@@ -1,4 +1,4 @@
-"""Texts and conversations that come from a user's files. What is wrong with one is said in one sentence."""
+"""Texts and questions from a user's files. An error says in one sentence what is wrong with a file."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file, without its byte order mark. Raises OSError, or ValueError when it holds no such text."""
+    """The text of a UTF-8 file, without its byte order mark. Raises OSError, or ValueError if it is not UTF-8 or empty."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: give the path of a text file (UTF-8).")
     try:
@@ -21,7 +21,7 @@ def read_text(path: Path) -> str:
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """The questions of a chat file in order, a dict {"question_id", "turn", "question"} each.
+    """The questions of a chat file in order, each as a dict with question_id, turn (counted from 1) and question.
 
     A line of the file is JSON: {"question_id": ..., "turns": ["...", ...]} as in MT-bench (question_id may be missing),
     {"prompt": "..."}, or just "...". Raises OSError, or ValueError with the number of a line that is none of these.

@@ -10,14 +10,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 def main(
     runs: list[Path], x: str = "step", smooth: int = 10, output: Path = Path("out/metrics.png"), log: bool = False
 ) -> None:
-    """Draw the training loss, smoothed, and the validation loss of one run or several beside each other.
+    """Draw the smoothed training loss and the validation loss of one run or several.
 
     Args:
-        runs: Directories with a metrics.csv; the name of each is its label.
-        x: step, tokens or seconds.
-        smooth: Steps of which the training loss is the mean.
-        output: Where the picture goes; beside it, as JSON, the figures and the arguments of the runs.
-        log: A logarithmic axis for the loss.
+        runs: Directories with a metrics.csv. The name of a directory labels its curve.
+        x: The horizontal axis: step, tokens or seconds.
+        smooth: The training loss is drawn as the mean over so many steps.
+        output: The picture. A JSON file beside it holds its figures and how the runs were started.
+        log: Draw the loss on a logarithmic axis.
     """
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json

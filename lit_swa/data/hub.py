@@ -54,8 +54,6 @@ PRESETS = {
         "Yukang/LongAlpaca-12k", ("LongAlpaca-12k.json",), Fields("instruction", "input", "output"), "longalpaca",
         "9,000 questions on long texts and 3,000 short instructions",
     ),
-
-
 }  # fmt: skip
 
 HUB_DIR = Path("data/hub")
