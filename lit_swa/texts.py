@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without its byte order mark. Raises OSError, or ValueError if it is not UTF-8 or empty."""
+    """A UTF-8 text, without its byte order mark. Raises OSError, or ValueError if it is empty or not UTF-8."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: give the path of a text file (UTF-8).")
     try:
