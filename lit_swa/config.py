@@ -1,4 +1,4 @@
-"""What shapes a model: the fields of Config, and every check of them. It imports the standard library only.
+"""What shapes a model: the fields of Config, and every check, of them and of what is asked of a model.
 
 Behaviour follows from the fields alone; `name` is for people. The attention variants are rows of VARIANTS, which
 model.py fills: a row says which fields it reads and needs, and the checks here go by what it says.
@@ -6,14 +6,16 @@ model.py fills: a row says which fields it reads and needs, and the checks here 
 
 import difflib
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from .model import Variant
+    from torch import Tensor
 
-VARIANTS: dict[str, "Variant"] = {}  # name -> row; filled by model.py, where the variants are defined
+    from .model import GPT, Mixer, Slots
+    from .rope import Span
 
 IGNORED = -100  # a target that is not trained on
 
@@ -30,6 +32,9 @@ ROPE_SCALING_KEYS: dict[str, tuple[set[str], set[str]]] = {  # type -> the keys 
     "longrope": ({*LONGROPE_LISTS, TRAINED_LENGTH}, {"factor", "attention_factor"}),
 }
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # types whose frequencies change as a text grows
+
+
+# ------------------------------------------------------------------------------------------------------- the fields
 
 
 @dataclass
@@ -367,4 +372,162 @@ def check_scaling_value(key: str, value: Any, config: Config) -> None:
         raise ValueError(
             f"rope_scaling {key} has {len(value)} numbers and RoPE {config.rope_n_elem // 2} frequencies: "
             "it must have one for each."
+        )
+
+
+# ------------------------------------------------------------------------------------------- the rows of the variants
+
+
+def own_position(pos: "Tensor", config: "Config") -> "Tensor":
+    return pos
+
+
+class Part(NamedTuple):
+    """Pairs of query and key that meet with the query rotated to one position. No pair is in two parts."""
+
+    mask: Callable[["Tensor", "Tensor", "Config"], "Tensor"]  # (q_pos, k_pos, config) -> bool; all that is needed
+    position: Callable[["Tensor", "Config"], "Tensor"] = own_position  # where a query is rotated to
+    reach: Callable[[int, int, "Config"], tuple[int, int]] | None = None  # of the queries a .. b - 1: they see no key
+    # before the first number, and none from the second on. None: the variant's window and sinks say what can be seen.
+    run: bool = False  # a query sees every key of its own reach (a, a + 1), and both ends only grow with the query
+
+
+class Variant(NamedTuple):
+    """A row of VARIANTS: what a variant is, and what saves work. Only the masks decide who sees whom."""
+
+    parts: tuple[Part, ...] = ()
+    needs: tuple[str, ...] = ()  # fields of Config that must be set
+    fields: tuple[str, ...] = ()  # other fields that it reads
+    window: Callable[["Config"], int] | None = None  # a query sees no key further back than this, itself included ...
+    sinks: Callable[["Config"], int] | None = None  # ... but for so many first tokens. None: no window, no sinks
+    always_rolls: bool = False  # its cache keeps the window only, whatever rolling_kv_cache says
+    key_position: Callable[["Tensor", "Config"], "Tensor"] = own_position  # where a key is rotated to
+    temperature: Callable[["Tensor", "Config"], Any] | None = None  # (q_pos, config): what queries are multiplied by
+    edges: Callable[[int, int, "Config"], Iterable[int]] | None = None  # positions between a and b where what queries
+    # see changes abruptly: a fast plan cuts there
+    groups: bool = False  # S2-Attn may replace it in training
+    check: Callable[["Config"], None] | None = None  # raises ValueError for fields that do not fit together
+    mixer: Callable[["Config", str], "Mixer"] | None = None  # None: softmax attention under the masks
+
+    @property
+    def own_positions(self) -> bool:
+        """True if queries and keys are rotated to their own positions."""
+        return all(p is own_position for p in (self.key_position, *(part.position for part in self.parts)))
+
+
+VARIANTS: dict[str, Variant] = {}  # name -> row; filled by model.py, where the variants are defined
+
+
+def check_row(kind: str, row: Variant, config: Config, last: int) -> None:
+    """Compare what a row says beside its masks with the masks, at a sample of positions 0 .. last.
+
+    Raises ValueError for what is wrong: a row may cost time, and never change what is computed.
+    """
+    import torch
+
+    window, first_keys = (row.window(config) if row.window else None), (row.sinks(config) if row.sinks else 0)
+    near = {p + d for p in (0, first_keys, window or 0, last // 2, last) for d in (-1, 0, 1, 2)}
+    queries = sorted(p for p in near | set(range(0, last + 1, last // 16 + 1)) if 0 <= p <= last)
+    keys = torch.arange(0, last + 1, last // 4096 | 1, device="cpu")
+    q = torch.tensor(queries, device="cpu")[:, None]
+    taken = q < 0
+
+    def refuse(what: str, wrong: Any, remedy: str) -> None:
+        i, j = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"The row of {kind!r} in VARIANTS {what}, and its mask disagrees for the query at {queries[i]} and the key "
+            f"at {int(keys[j])}: {remedy}."
+        )
+
+    for n, part in enumerate(row.parts):
+        seen = (keys <= q) & part.mask(q, keys, config)
+        if (seen & taken).any():
+            refuse("has parts that share no pair", seen & taken, f"part {n} sees what an earlier part sees")
+        taken = taken | seen
+        if window is not None and (far := seen & (q - keys >= window) & (keys >= first_keys)).any():
+            refuse(f"says window={window} and sinks={first_keys}", far, "make window or sinks larger")
+        if part.reach is None:
+            continue
+        reach = [part.reach(p, p + 1, config) for p in queries]
+        lo, hi = (torch.tensor(end, device="cpu")[:, None] for end in zip(*reach, strict=True))
+        within = (keys >= lo) & (keys < hi) & (keys <= q)
+        if (seen & ~within).any():
+            refuse(f"says how far part {n} reaches", seen & ~within, "make reach wider, or leave it out")
+        if part.run and (within & ~seen).any():
+            refuse(f"says run=True of part {n}", within & ~seen, "a query does not see all of its reach: leave run out")
+        for i, p in enumerate(queries):  # several queries reach as far as each of them
+            a, b = part.reach(p, last + 1, config)
+            if any(x < y and (x < a or y > b) for x, y in reach[i:]):
+                refuse(f"says how far the queries from {p} on reach in part {n}", q == p, "make reach(a, b) wider")
+
+
+# ------------------------------------------------------------------------------------------------- what is asked of GPT
+
+
+def check_call(model: "GPT", idx: Sequence[int], pos: Sequence[int], span: "Span", cached: bool) -> None:
+    """Refuse what would go wrong without a word. idx, pos: shapes. A compiled step knows no positions to check."""
+    (B, T), limit = idx, model.max_seq_length if cached else model.config.block_size
+    if cached and not model.cache_batch_size:
+        raise ValueError("input_pos needs a cache: call model.set_kv_cache(batch_size, max_seq_length) first.")
+    if cached and pos not in ((T,), (B, T)):
+        raise ValueError(f"input_pos has the shape {tuple(pos)}: give ({T},) or ({B}, {T}), one position a token.")
+    if T == 0:
+        raise ValueError("There are no tokens: give at least one.")
+    if cached and model.cache_batch_size != B:
+        raise ValueError(
+            f"The cache was set up for {model.cache_batch_size} rows and idx has {B}: "
+            f"call set_kv_cache(batch_size={B})."
+        )
+    if span.first is not None and span.first < 0:
+        raise ValueError(
+            f"Position {span.first} is negative, which marks padding: give input_pos as ({B}, {T}), row by row."
+        )
+    if span.last is not None and span.last >= limit and not model.unbounded(cached):
+        remedy = "set_kv_cache with a larger max_seq_length" if cached else "a larger block_size"
+        raise ValueError(
+            f"Position {span.last} lies outside the context of {limit} tokens: use {remedy}, or a sliding window."
+        )
+
+
+def check_documents(lengths: list[int], T: int, cached: bool) -> None:
+    """The lengths of texts in a sequence make up its T tokens, and no cache is used."""
+    if cached or sum(lengths) != T or min(lengths, default=0) < 1:
+        raise ValueError(
+            f"documents={lengths[:8]} do not fit {T} tokens{' in a cache' * cached}: give the length of each text of "
+            "the row, and no input_pos."
+        )
+
+
+def check_cache(model: "GPT", batch_size: int, max_seq_length: int, lookahead: int) -> None:
+    """The arguments of set_kv_cache are ones that a cache can be made for."""
+    given = {"batch_size": (batch_size, 1), "max_seq_length": (max_seq_length, 1), "lookahead": (lookahead, 0)}
+    for name, (value, least) in given.items():
+        if value < least:
+            raise ValueError(f"{name}={value} does not fit: it must be at least {least}.")
+    if max_seq_length > model.config.block_size and not model.unbounded(cached=False):
+        raise ValueError(
+            f"max_seq_length={max_seq_length} is more than the context of {model.config.block_size} tokens "
+            "(block_size): shorten it, set block_size, or give every layer a sliding window."
+        )
+
+
+def check_kept(slots: "Slots", first: "Tensor", window: int) -> None:
+    """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one replaced."""
+    if slots.copies == 1 or first.device.type != "cpu":
+        return
+    oldest = (first - window + 1).clamp(min=slots.sinks).expand(slots.pos.size(0), 1)
+    replaced = (slots.pos.gather(1, slots.slots_of(oldest)[0]) > oldest) & (oldest < first)
+    if replaced.any():
+        raise ValueError(
+            f"Position {int(first.min())} comes after later ones, and the keys that it needs are gone: a rolling "
+            f"cache takes back {slots.lookahead} tokens, more with set_kv_cache(lookahead=...)."
+        )
+
+
+def check_take_back(model: "GPT", n: int) -> None:
+    """Every cache can forget its newest n tokens."""
+    if not model.can_take_back(n):
+        raise ValueError(
+            f"The caches cannot take back {n} tokens: a rolling cache takes back {model.lookahead}, more with "
+            "set_kv_cache(lookahead=...)."
         )

@@ -107,9 +107,9 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
     if config.attention_logit_softcapping is not None:
         return None, 0
-    if pairs.whole:
-        return (None, 0) if on_cpu else (lambda queries, k, v: causal(queries[0], k, v, scale), T)
-    if not pairs.exact or not all(part.run and part.reach for part in row.parts):
+    if is_whole(pairs):
+        return (lambda queries, k, v: causal(queries[0], k, v, scale)), T
+    if not is_exact(pairs):
         return None, 0
     bands = [is_band(pairs, part) for part in row.parts]
     corners = tools.corners and any(bands)
@@ -117,7 +117,7 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
         if tools.window == "flex" or len(bands) == 1:  # torch's flash kernel gives no log-sum-exp to merge sinks by
             n = T // tools.multiple * tools.multiple
             return (window_attend(pairs, tools.window, n, bands, scale), n) if n else (None, 0)
-    merges = len(row.parts) > 1 if on_cpu else row.window is None and T >= FLEX_BLOCK
+    merges = len(row.parts) > 1 if on_cpu else pairs.window is None and T >= FLEX_BLOCK
     if tools.merge is None or not (merges or corners):
         return None, 0
     blocks = merge_blocks(pairs, bands, corners)
@@ -126,11 +126,29 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
     return (lambda queries, k, v: MergedAttention.apply(tools.merge, blocks, scale, k, v, *queries)), T
 
 
+def is_exact(pairs: "Pairs") -> bool:
+    """True if the host knows the keys' positions, and the row which of them a query sees."""
+    known = pairs.layout is not None and pairs.layout.exact
+    return known and all(part.run and part.reach is not None for part in pairs.row.parts)
+
+
+def is_whole(pairs: "Pairs") -> bool:
+    """True if every query sees the keys up to its own, and no others are there."""
+    parts, T = pairs.row.parts, pairs.q_pos.size(1)
+    return is_exact(pairs) and pairs.span.fresh and len(parts) == 1 and sees_all(pairs, parts[0], T - 1, T, 0, T)
+
+
+def sees_all(pairs: "Pairs", part: "Part", a: int, b: int, lo: int, hi: int) -> bool:
+    """True if every query at a .. b - 1 sees every key at lo .. hi - 1, but for those behind its own position."""
+    begins, ends = part.reach(b - 1, b, pairs.config)[0], part.reach(a, a + 1, pairs.config)[1]
+    return begins <= lo and min(hi, a + 1) <= ends
+
+
 def is_band(pairs: "Pairs", part: "Part") -> bool:
     """True if the part is the variant's window and nothing else, but for some first keys that it leaves out."""
-    if pairs.row.window is None:
+    window, first, T = pairs.window, pairs.layout.first, pairs.q_pos.size(1)
+    if window is None:
         return False
-    window, first, T = pairs.row.window(pairs.config), pairs.layout.first, pairs.q_pos.size(1)
     lead = max(0, part.reach(0, 1, pairs.config)[0])
     some = {first, first + T - 1, lead, lead + window - 1, lead + window, *range(first, first + T, T // 64 + 1)}
     for q in some:
@@ -184,7 +202,7 @@ def flash_attn_function() -> Callable[..., Tensor] | None:
 
 def window_attend(pairs: "Pairs", kernel: str, n: int, bands: Sequence[bool], scale: float) -> Callable[..., Tensor]:
     """The first n queries of a window: its keys by a kernel that takes windows, other parts beside it, merged."""
-    queries, window = slice(0, n), pairs.row.window(pairs.config)
+    queries, window = slice(0, n), pairs.window
     strips = [strip for i in range(len(bands)) for strip in window_strips(pairs, i, n, kernel, bands[i])]
     if kernel == "flash":
         return lambda q, k, v: flash_attention(
@@ -206,7 +224,7 @@ def window_attend(pairs: "Pairs", kernel: str, n: int, bands: Sequence[bool], sc
 
 def window_strips(pairs: "Pairs", n: int, stop: int, kernel: str, band: bool) -> "list[Strip]":
     """The keys that the queries 0 .. stop - 1 read in part n, with the window left to the kernel."""
-    part, window = pairs.row.parts[n], pairs.row.window(pairs.config)
+    part, window = pairs.row.parts[n], pairs.window
     if not band:
         return part_strips(pairs, n, slice(0, stop), band=False, corners=False, triangles=False, shared={})
     lo, hi = part.reach(pairs.layout.first, pairs.layout.first + stop, pairs.config)
@@ -271,7 +289,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
     return out.view(B, H, T, D), lse.view(B, H, T)
 
 
-# ------------------------------------------------------------------------------------- queries and keys, cut into strips
+# ------------------------------------------------------------------------------------ queries and keys, cut into strips
 
 
 class Strip(NamedTuple):
@@ -324,10 +342,10 @@ class MergeBlock(NamedTuple):
 
 def merge_blocks(pairs: "Pairs", bands: Sequence[bool], corners: bool) -> list[MergeBlock]:
     """Cut the queries into blocks as large as they can be, and for each the keys into strips that a kernel can do."""
-    T, windowed = pairs.q_pos.size(1), pairs.row.window is not None
+    T, windowed = pairs.q_pos.size(1), pairs.window is not None
     alike = T
     if windowed:
-        alike = pairs.row.window(pairs.config) if corners else MASKED_BLOCK
+        alike = pairs.window if corners else MASKED_BLOCK
     size = FOLDS * alike if corners else alike
     shared: dict[int, Tensor | None] = {}
     blocks = []
@@ -355,7 +373,7 @@ def block_edges(pairs: "Pairs", corners: bool) -> list[int]:
     stop, edges_of = first + pairs.q_pos.size(1), pairs.row.edges or (lambda a, b, c: ())
     edges = set(edges_of(first, stop, config))
     if corners:
-        window, lead = pairs.row.window(config), max(edges_of(0, stop, config), default=0)
+        window, lead = pairs.window, max(edges_of(0, stop, config), default=0)
         begin = lead + max(1, -(-(first - lead) // window)) * window
         edges |= {x for x in (begin, stop - (stop - begin) % window) if begin <= x < stop}
     return [edge - first for edge in sorted(edges)]
@@ -383,18 +401,18 @@ def part_strips(
     if lo >= hi:
         return []
     if triangles and hi == b and part.reach(b - 1, b, config)[0] <= a:  # their own keys: a triangle
-        corner = max(lo, b - pairs.row.window(config)) if band and corners else lo
-        if corner == a or pairs.sees_all(part, a, b, corner, a):
+        corner = max(lo, b - pairs.window) if band and corners else lo
+        if corner == a or sees_all(pairs, part, a, b, corner, a):
             older = [Strip(layout.keys(lo, corner), n, corner=True)] if lo < corner else []
             older += [Strip(layout.keys(corner, a), n)] if corner < a else []
             return [*older, Strip(layout.keys(a, b), n, causal=b - a > 1)]
     keys = layout.keys(lo, hi)
-    if hi <= a + 1 and pairs.sees_all(part, a, b, lo, hi):
+    if hi <= a + 1 and sees_all(pairs, part, a, b, lo, hi):
         return [Strip(keys, n, still=not band)]
     return [Strip(keys, n, mask=pairs.mask(n, queries, keys, shared))]
 
 
-# ------------------------------------------------------------------------------------------------ merging by log-sum-exp
+# ----------------------------------------------------------------------------------------------- merging by log-sum-exp
 
 
 class MergedAttention(torch.autograd.Function):

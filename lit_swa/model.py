@@ -1,8 +1,8 @@
 """A GPT with every attention variant of the project in one file: read it from the top, change it in place.
 
-GPT -> Block -> CausalSelfAttention -> VARIANTS (who sees whom) -> mixers -> plain attention, S2 -> KV caches -> MLP, norms.
-Beside it: config.py holds the fields and their checks, rope.py the rotary embedding. Copied into another project, these
-three files work. fast_attention.py only saves time; this file defines what is computed and never needs it.
+GPT -> Block -> CausalSelfAttention -> VARIANTS (who sees whom) -> mixers -> plain attention -> KV caches -> MLP, norms.
+Beside it, config.py holds the fields and their checks, rope.py the rotary embedding: copied into another project, these
+three files work. fast_attention.py only saves time; this file defines what is computed, and never needs it.
 
 Notation, used in every shape comment:
     B  batch                    C  n_embd            S  sliding_window_size
@@ -22,16 +22,16 @@ Notation, used in every shape comment:
     x x x x x x x .    . . . . x x x .    o . . . x x x .    - - - + + + x .    . . . . x x x .    . . . . . . x .
     x x x x x x x x    . . . . . x x x    o . . . . x x x    - - - + + + x x    . . . . x x x x    . . . . . . x x
 
-    o  a sink (here 1), seen from a position beside it   + -  seen from the next chunk's positions, and from the farthest
+    o  a sink (here 1), seen from a position beside it   + -  seen from the next chunk's positions, and the farthest
 
-A token's position is its place in its sequence. Masks, RoPE and cache slots are functions of positions, so any split of a
-sequence into calls gives the logits of one call. A negative position marks padding: no token sees it, no cache keeps it.
+A token's position is its place in its sequence. Masks, RoPE and cache slots are functions of positions, so any split of
+a sequence into calls gives the logits of one call. A negative position marks padding, which no token sees.
 """
 
 import functools
-import importlib
+import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,11 +42,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if __package__:
-    from .config import IGNORED, VARIANTS, Config, check_dual_chunk, check_values
-    from .rope import RoPE, apply_rope
+    from . import config as checks
+    from .config import IGNORED, VARIANTS, Config, Part, Variant
+    from .rope import RoPE, Span, apply_rope, find_span, join_angles
 else:  # copied beside a script of another project
-    from config import IGNORED, VARIANTS, Config, check_dual_chunk, check_values
-    from rope import RoPE, apply_rope
+    import config as checks
+    from config import IGNORED, VARIANTS, Config, Part, Variant
+    from rope import RoPE, Span, apply_rope, find_span, join_angles
 
 # ---------------------------------------------------------------------------------------------------------------- GPT
 
@@ -62,18 +64,14 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        check_values(config)  # again: the config may have been made before this file filled VARIANTS
+        checks.check_values(config)  # again: the config may have been made before this file filled VARIANTS
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-                "ln_f": build_norm(config, config.n_embd),
-            }
-        )
+        blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        wte, ln_f = nn.Embedding(config.padded_vocab_size, config.n_embd), build_norm(config, config.n_embd)
+        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks, "ln_f": ln_f})
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.rope = RoPE(config)
-        self.cache_options: dict[str, Any] | None = None  # what set_kv_cache was called with; None: there are no caches
+        self.cache_batch_size, self.lookahead = 0, 0  # what set_kv_cache was called with; 0: there are no caches
         self.max_seq_length = config.block_size
         self.fixed_shape_steps = False  # True: a one-token call never looks at its position, so no shape depends on it
         self.tie_weights()
@@ -88,9 +86,7 @@ class GPT(nn.Module):
         """Random weights to train from, as GPT-2's (Radford et al. 2019): matrices and embeddings from a normal
         distribution of standard deviation 0.02, the projections back into the residual stream divided by
         sqrt(2 * n_layer), biases 0, norms the identity. The same seed gives the same weights on the same device."""
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(self.transformer.wte.weight.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(self.transformer.wte.weight.device).manual_seed(seed)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 into_stream = name.endswith(("attn.proj", "mlp.proj"))
@@ -98,9 +94,7 @@ class GPT(nn.Module):
                 module.weight.normal_(0.0, std, generator=generator)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
-            elif isinstance(module, RMSNorm):
-                module.weight.fill_(0.0 if module.unit_offset else 1.0)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, (RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
 
     def forward(
@@ -128,23 +122,19 @@ class GPT(nn.Module):
         """
         # Which tokens have a target is asked before a GPU has work, since the answer waits for the GPU.
         trained = None if targets is None else (targets.flatten() != IGNORED).nonzero()[:, 0]
-        call = self.plan_call(idx, input_pos, input_pos_maxp1, documents)
+        call = self.plan_call(idx, input_pos, input_pos_maxp1=input_pos_maxp1, documents=documents)
         x = self.run_blocks(idx, call)
         if trained is not None:
             loss = self.sum_nll(x.flatten(0, 1)[trained], targets.flatten()[trained])
             return sum(call.losses, loss) if self.training else loss
         return self.project(x[:, -logits_to_keep:])  # [-0:] is all
 
-    def hidden_states(
-        self,
-        idx: Tensor,
-        input_pos: Tensor | None = None,
-        *,
-        input_pos_maxp1: int | None = None,
-        documents: Sequence[int] | None = None,
-    ) -> Tensor:
-        """What `project` makes logits of, (B, T, C): a long text's logits need not exist all at once."""
-        return self.run_blocks(idx, self.plan_call(idx, input_pos, input_pos_maxp1, documents))
+    def hidden_states(self, idx: Tensor, input_pos: Tensor | None = None, **options: Any) -> Tensor:
+        """What `project` makes logits of, (B, T, C), so that a long text's logits need not exist all at once.
+
+        options: input_pos_maxp1 and documents, as in forward().
+        """
+        return self.run_blocks(idx, self.plan_call(idx, input_pos, **options))
 
     def run_blocks(self, idx: Tensor, call: "Call") -> Tensor:
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -175,13 +165,9 @@ class GPT(nn.Module):
         pieces = zip(x.split(size), targets.split(size), strict=True)
         return torch.stack([checkpoint(piece, *p, use_reentrant=False) for p in pieces]).sum()
 
-    # what the layers of one call share
-
-    def plan_call(
-        self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None = None, documents: Sequence[int] | None = None
-    ) -> "Call":
+    def plan_call(self, idx: Tensor, input_pos: Tensor | None, **options: Any) -> "Call":
         """One plan for each kind of mixer: by how much it rotates, and which query sees which key."""
-        if documents is not None:
+        if (documents := options.get("documents")) is not None:
             return self.plan_documents(idx, input_pos, [int(n) for n in documents])
         cached, T = input_pos is not None, idx.size(1)
         pos = input_pos if cached else torch.arange(T, device=idx.device)
@@ -190,61 +176,33 @@ class GPT(nn.Module):
         elif torch.compiler.is_compiling() or (self.fixed_shape_steps and T == 1):
             span = Span(uniform=pos.dim() == 1, contiguous=T == 1)
         else:
-            span = find_span(pos, maxp1)
-        self.check_call(idx, pos, span, cached)
+            span = find_span(pos, options.get("input_pos_maxp1"))
+        checks.check_call(self, idx.shape, pos.shape, span, cached)
         span = span._replace(dtype=self.transformer.wte.weight.dtype)
         pos, plans = pos.view(-1, T), {}  # (1, T): the same for every sequence, or (B, T)
-        for block in self.transformer.h:
-            if (mixer := block.attn.mixer).kind not in plans:
-                plans[mixer.kind] = mixer.plan(pos, span, block.attn.kv_cache if cached else None, self.rope)
+        for attn in self.layers:
+            if (mixer := attn.mixer).kind not in plans:
+                plans[mixer.kind] = mixer.plan(pos, span, attn.kv_cache if cached else None, self.rope)
         return Call(plans, cached)
 
     def plan_documents(self, idx: Tensor, input_pos: Tensor | None, lengths: list[int]) -> "Call":
         """The call of several texts in a sequence: one plan for each length, joined in the texts' order."""
-        if input_pos is not None or sum(lengths) != idx.size(1) or min(lengths, default=0) < 1:
-            cached = " in a cache" if input_pos is not None else ""
-            raise ValueError(
-                f"documents={lengths[:8]} do not fit {idx.size(1)} tokens{cached}: give the length of each text, and no "
-                "input_pos."
-            )
+        checks.check_documents(lengths, idx.size(1), input_pos is not None)
         calls = {n: self.plan_call(idx[:, :n], None) for n in dict.fromkeys(lengths)}
         if len(lengths) == 1:
             return calls[lengths[0]]
-        mixers = {block.attn.mixer.kind: block.attn.mixer for block in self.transformer.h}
+        mixers = {attn.mixer.kind: attn.mixer for attn in self.layers}
         return Call({k: mixer.join([(n, calls[n].plans[k]) for n in lengths]) for k, mixer in mixers.items()})
-
-    def check_call(self, idx: Tensor, pos: Tensor, span: "Span", cached: bool) -> None:
-        """Refuse what would go wrong without a word. A compiled step knows no positions, so they are not checked."""
-        (B, T), limit = idx.shape, self.max_seq_length if cached else self.config.block_size
-        if cached and self.cache_options is None:
-            raise ValueError("input_pos needs a cache: call model.set_kv_cache(batch_size, max_seq_length) first.")
-        if cached and pos.shape not in ((T,), (B, T)):
-            raise ValueError(
-                f"input_pos has the shape {tuple(pos.shape)}: give ({T},) or ({B}, {T}), one position a token."
-            )
-        if T == 0:
-            raise ValueError("There are no tokens: give at least one.")
-        if cached and self.cache_batch_size != B:
-            raise ValueError(
-                f"The cache was set up for {self.cache_batch_size} rows and idx has {B}: call "
-                f"set_kv_cache(batch_size={B})."
-            )
-        if span.first is not None and span.first < 0:
-            raise ValueError(
-                f"Position {span.first} is negative, which marks padding: give input_pos as ({B}, {T}), row by row."
-            )
-        if span.last is not None and span.last >= limit and not self.unbounded(cached):
-            remedy = "set_kv_cache with a larger max_seq_length" if cached else "a larger block_size"
-            raise ValueError(
-                f"Position {span.last} lies outside the context of {limit} tokens: use {remedy}, or a sliding window."
-            )
-
-    # what callers may ask, and the caches
 
     @property
     def layers(self) -> "list[CausalSelfAttention]":
         """The attention of every block."""
         return [block.attn for block in self.transformer.h]
+
+    @property
+    def caches(self) -> list[nn.Module]:
+        """The caches of the layers; empty before set_kv_cache."""
+        return [attn.kv_cache for attn in self.layers if attn.kv_cache is not None]
 
     @property
     def windows(self) -> list[int | None]:
@@ -267,31 +225,16 @@ class GPT(nn.Module):
         return self.rope.depends_on_length()
 
     def unbounded(self, cached: bool) -> bool:
-        """True if text of any length can be read: no layer needs more than its window (or its state).
-
-        A cache must roll for that, and hold a whole window: one for less than S positions ends with them.
-        """
+        """True if text of any length can be read. A cache must roll for that, and hold a whole window."""
         if not cached:
             return all(attn.mixer.any_length for attn in self.layers)
-        if self.cache_options is None:
-            return self.rolls
-        return all(attn.kv_cache.unbounded for attn in self.layers)
+        return self.rolls if not self.caches else all(cache.unbounded for cache in self.caches)
 
     def cache_length(self, tokens: int) -> int:
         """The max_seq_length that a text of so many tokens needs: no more than the context, or a window, is of use."""
         if not self.rolls:
             return min(tokens, self.config.block_size)
         return max(attn.mixer.cache_length(tokens) for attn in self.layers)
-
-    @property
-    def cache_batch_size(self) -> int:
-        """How many sequences the caches are for; 0: there are no caches."""
-        return self.cache_options["batch_size"] if self.cache_options else 0
-
-    @property
-    def lookahead(self) -> int:
-        """The lookahead that set_kv_cache was called with."""
-        return self.cache_options["lookahead"] if self.cache_options else 0
 
     def set_kv_cache(
         self,
@@ -309,65 +252,48 @@ class GPT(nn.Module):
             rolls needs room for it.
         """
         max_seq_length = self.config.block_size if max_seq_length is None else max_seq_length
-        given = {"batch_size": (batch_size, 1), "max_seq_length": (max_seq_length, 1), "lookahead": (lookahead, 0)}
-        for name, (value, least) in given.items():
-            if value < least:
-                raise ValueError(f"{name}={value} does not fit: it must be at least {least}.")
-        if max_seq_length > self.config.block_size and not self.unbounded(cached=False):
-            raise ValueError(
-                f"max_seq_length={max_seq_length} is more than the context of {self.config.block_size} tokens "
-                "(block_size): shorten it, set block_size, or give every layer a sliding window."
-            )
+        checks.check_cache(self, batch_size, max_seq_length, lookahead)
         self.clear_kv_cache()
-        weight = self.transformer.wte.weight
-        place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
-        self.max_seq_length = max_seq_length
-        self.cache_options = {"batch_size": batch_size, "lookahead": lookahead, **place}
-        first: dict[str, nn.Module] = {}  # the first cache of each kind: the others share what does not differ
+        self.cache_batch_size, self.max_seq_length, self.lookahead = batch_size, max_seq_length, lookahead
+        weight, first = self.transformer.wte.weight, {}  # the first cache of each kind shares what does not differ
+        self.cache_place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         for attn in self.layers:
-            heads, mixer = (attn.n_head, attn.n_query_groups), attn.mixer
-            attn.kv_cache = mixer.new_cache(
-                batch_size, max_seq_length, lookahead, heads=heads, beside=first.get(mixer.kind), **place
-            )
-            first.setdefault(mixer.kind, attn.kv_cache)
+            heads, beside = (attn.n_head, attn.n_query_groups), first.get(attn.mixer.kind)
+            size = (batch_size, max_seq_length, lookahead, heads)
+            attn.kv_cache = attn.mixer.new_cache(*size, beside, **self.cache_place)
+            first.setdefault(attn.mixer.kind, attn.kv_cache)
 
     def extend_kv_cache(self, max_seq_length: int) -> None:
         """Make room for more positions, and keep what the caches hold."""
-        old = [attn.kv_cache for attn in self.layers]
-        self.set_kv_cache(max_seq_length=max_seq_length, **self.cache_options)
+        old = self.caches
+        self.set_kv_cache(self.cache_batch_size, max_seq_length, lookahead=self.lookahead, **self.cache_place)
         for attn, cache in zip(self.layers, old, strict=True):
             attn.kv_cache.take_over(cache)
 
     def clear_kv_cache(self) -> None:
         """Free the caches."""
-        self.cache_options, self.max_seq_length = None, self.config.block_size
+        self.cache_batch_size, self.lookahead, self.max_seq_length = 0, 0, self.config.block_size
         for attn in self.layers:
             attn.kv_cache = None
 
     def reset_kv_cache(self) -> None:
         """Empty the caches without freeing them."""
-        for attn in self.layers:
-            if attn.kv_cache is not None:
-                attn.kv_cache.reset()
+        for cache in self.caches:
+            cache.reset()
 
     def can_take_back(self, n: int) -> bool:
         """True if the newest n tokens of the caches can be forgotten, to feed others at their positions."""
-        return all(attn.kv_cache.can_take_back(n) for attn in self.layers if attn.kv_cache is not None)
+        return all(cache.can_take_back(n) for cache in self.caches)
 
     def take_back(self, n: int) -> None:
         """Forget the newest n tokens. Raises ValueError if a cache cannot."""
-        if not self.can_take_back(n):
-            raise ValueError(
-                f"The caches cannot take back {n} tokens: a rolling cache takes back {self.lookahead}, more with "
-                "set_kv_cache(lookahead=...)."
-            )
-        for attn in self.layers:
-            if attn.kv_cache is not None:
-                attn.kv_cache.take_back(n)
+        checks.check_take_back(self, n)
+        for cache in self.caches:
+            cache.take_back(n)
 
     def kv_cache_bytes(self) -> int:
         """Bytes of what the caches hold of the tokens."""
-        return sum(attn.kv_cache.bytes for attn in self.layers if attn.kv_cache is not None)
+        return sum(cache.bytes for cache in self.caches)
 
 
 @dataclass
@@ -377,37 +303,6 @@ class Call:
     plans: dict[str, Any]  # kind of mixer -> its plan
     cached: bool = False  # the call goes through the caches
     losses: list[Tensor] = field(default_factory=list)  # a block may add one: a sum over tokens, like the loss itself
-
-
-class Span(NamedTuple):
-    """What is known of a call outside the device. None and False: not known, as in a compiled step."""
-
-    uniform: bool  # all sequences are at the same positions, and none is padding
-    first: int | None = None  # position of a uniform call
-    last: int | None = None  # the greatest position of all sequences
-    contiguous: bool = False  # in every sequence each position is the one before + 1
-    fresh: bool = False  # every sequence is at 0 .. T - 1: nothing cached matters
-    dtype: torch.dtype = torch.float32  # of the weights
-
-
-def find_span(pos: Tensor, maxp1: int | None) -> Span:
-    """Look at positions (T,) or (B, T) where that costs nothing: on a CPU, and on a GPU for more than one token."""
-    uniform, T = pos.dim() == 1, pos.size(-1)
-    if pos.is_meta or pos.numel() == 0:
-        return Span(uniform, contiguous=T == 1)
-    if T == 1 and pos.device.type != "cpu":
-        last = None if maxp1 is None else maxp1 - 1
-        return Span(uniform, last if uniform else None, last, contiguous=True)
-    if pos.numel() == 1:
-        first = last = last_start = int(pos)
-        contiguous = True
-    else:
-        in_step = (pos.diff(dim=-1) == 1).all()
-        found = torch.stack([pos.min(), pos.max(), in_step, pos[..., 0].max()])
-        first, last, contiguous, last_start = found.tolist()
-    uniform = uniform or (pos.size(0) == 1 and first >= 0)
-    fresh = bool(contiguous) and first == last_start == 0
-    return Span(uniform, first if uniform else None, last, bool(contiguous), fresh)
 
 
 class Block(nn.Module):
@@ -442,8 +337,8 @@ class CausalSelfAttention(nn.Module):
         self.norm_q = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.norm_k = build_norm(config, D) if config.norm_qk else nn.Identity()
         variant = config.layer_variants[layer]
-        make_mixer = ShiftedSparseAttention if config.s2_attention else VARIANTS[variant].mixer
-        self.mixer = make_mixer(config, variant)
+        softmax = ShiftedSparseAttention if config.s2_attention else SoftmaxAttention
+        self.mixer = (VARIANTS[variant].mixer or softmax)(config, variant)
         self.kv_cache: nn.Module | None = None
         self.config = config
 
@@ -474,14 +369,6 @@ def sliding(q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
     return q_pos - k_pos < config.sliding_window_size
 
 
-def sliding_window(config: Config) -> int:
-    return config.sliding_window_size
-
-
-def sliding_reach(a: int, b: int, config: Config) -> tuple[int, int]:
-    return a - config.sliding_window_size + 1, b
-
-
 # Streaming (Xiao et al. 2023, arXiv 2309.17453): every query sees the first tokens and a recent window, as if nothing
 # lay between. So it stands no further from the sinks than in a text of just these tokens.
 
@@ -490,32 +377,16 @@ def recent(q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
     return (q_pos - k_pos < config.sliding_window_size) & (k_pos >= config.n_sink_tokens)
 
 
-def recent_reach(a: int, b: int, config: Config) -> tuple[int, int]:
-    return max(config.n_sink_tokens, a - config.sliding_window_size + 1), b
-
-
 def sinks(q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
     return k_pos < config.n_sink_tokens
-
-
-def sinks_reach(a: int, b: int, config: Config) -> tuple[int, int]:
-    return 0, min(b, config.n_sink_tokens)
 
 
 def beside_sinks(q_pos: Tensor, config: Config) -> Tensor:
     return q_pos.clamp(max=config.n_sink_tokens + config.sliding_window_size - 1)
 
 
-def n_sinks(config: Config) -> int:
-    return config.n_sink_tokens
-
-
-def sinks_end(a: int, b: int, config: Config) -> list[int]:
-    return [config.n_sink_tokens] if a < config.n_sink_tokens < b else []
-
-
 # Dual-chunk attention (An et al. 2024, arXiv 2402.17463): a key's position is its place in its chunk of s tokens; a
-# query's depends on how many chunks lie between. The w nearest keys stay at their true distance, and no distance exceeds
+# query's depends on how many chunks lie between. The w nearest keys stay at their true distance; none is farther than
 # s + w, which lies within the trained length.
 
 
@@ -543,152 +414,57 @@ def farthest(q_pos: Tensor, config: Config) -> Tensor:
     return torch.full_like(q_pos, config.chunk_size + config.chunk_local)
 
 
-def chunk_edges(a: int, b: int, config: Config) -> range:
-    return range(config.chunk_start(a) + config.chunk_size, b, config.chunk_size)
-
-
 def chunk_temperature(q_pos: Tensor, config: Config) -> Tensor | float | None:
-    """A factor for the scores, static or by the query's position, (1 or B, 1, T, 1).
-
-    The paper's code takes the text's length instead, and would read a token differently in a prompt and in a step.
-    """
+    """A factor for the scores, (1 or B, 1, T, 1), static or by the query's position. The paper's code takes the text's
+    length instead, and would read a token differently in a prompt and in a step."""
     if config.dual_chunk_temperature_slope is not None:
         length = (q_pos + 1).clamp(min=1) / config.chunk_trained
         return (1 + config.dual_chunk_temperature_slope * length.log()).clamp(min=1)[:, None, :, None]
     return None if config.dual_chunk_temperature == 1.0 else config.dual_chunk_temperature
 
 
-def own_position(pos: Tensor, config: Config) -> Tensor:
-    return pos
-
-
-class Part(NamedTuple):
-    """Pairs of query and key that meet with the query rotated to one position. No pair is in two parts."""
-
-    mask: Callable[[Tensor, Tensor, Config], Tensor]  # (q_pos, k_pos, config) -> bool
-    position: Callable[[Tensor, Config], Tensor] = own_position  # where a query is rotated to
-    reach: Callable[[int, int, Config], tuple[int, int]] | None = None  # of the queries a .. b - 1: they see no key
-    # before the first number, and none from the second on. None: the variant's window and sinks say what can be seen.
-    run: bool = False  # a query sees every key of its own reach (a, a + 1), and both ends only grow with the query
-
-
-class Variant(NamedTuple):
-    """A row of VARIANTS."""
-
-    parts: tuple[Part, ...] = ()
-    needs: tuple[str, ...] = ()  # fields of Config that must be set
-    fields: tuple[str, ...] = ()  # other fields that it reads
-    window: Callable[[Config], int] | None = None  # a query sees no key further back than this, itself included ...
-    sinks: Callable[[Config], int] | None = None  # ... but for so many first tokens. None: there is no window, no sink
-    always_rolls: bool = False  # its cache keeps the window only, whatever rolling_kv_cache says
-    key_position: Callable[[Tensor, Config], Tensor] = own_position  # where a key is rotated to
-    temperature: Callable[[Tensor, Config], Tensor | float | None] | None = None  # what queries are multiplied by
-    edges: Callable[[int, int, Config], Iterable[int]] | None = None  # positions between a and b where what queries
-    # see changes abruptly: a fast plan cuts there
-    groups: bool = False  # S2-Attn may replace it in training
-    check: Callable[[Config], None] | None = None  # raises ValueError for fields that do not fit together
-    mixer: "Callable[[Config, str], Mixer]" = lambda config, kind: SoftmaxAttention(config, kind)
-
-    @property
-    def own_positions(self) -> bool:
-        """True if queries and keys are rotated to their own positions."""
-        return all(p is own_position for p in (self.key_position, *(part.position for part in self.parts)))
-
-
 VARIANTS.update(
-    {
-        "full": Variant((Part(full, reach=lambda a, b, c: (0, b), run=True),), groups=True),
-        "sliding": Variant(
-            (Part(sliding, reach=sliding_reach, run=True),), needs=("sliding_window_size",), window=sliding_window
+    full=Variant((Part(full, reach=lambda a, b, c: (0, b), run=True),), groups=True),
+    sliding=Variant(
+        (Part(sliding, reach=lambda a, b, c: (a - c.sliding_window_size + 1, b), run=True),),
+        needs=("sliding_window_size",),
+        window=lambda c: c.sliding_window_size,
+    ),
+    streaming=Variant(
+        (
+            Part(recent, reach=lambda a, b, c: (max(c.n_sink_tokens, a - c.sliding_window_size + 1), b), run=True),
+            Part(sinks, beside_sinks, lambda a, b, c: (0, min(b, c.n_sink_tokens)), run=True),
         ),
-        "streaming": Variant(
-            (
-                Part(recent, reach=recent_reach, run=True),
-                Part(sinks, position=beside_sinks, reach=sinks_reach, run=True),
-            ),
-            needs=("sliding_window_size",),
-            fields=("n_sink_tokens",),
-            window=sliding_window,
-            sinks=n_sinks,
-            always_rolls=True,
-            edges=sinks_end,
+        needs=("sliding_window_size",),
+        fields=("n_sink_tokens",),
+        window=lambda c: c.sliding_window_size,
+        sinks=lambda c: c.n_sink_tokens,
+        always_rolls=True,
+        edges=lambda a, b, c: [c.n_sink_tokens] if a < c.n_sink_tokens < b else [],
+    ),
+    dual_chunk=Variant(
+        (
+            Part(same_chunk, in_chunk, lambda a, b, c: (c.chunk_start(a), b), run=True),
+            Part(previous_chunk, in_next_chunk, lambda a, b, c: (c.chunk_start(a, 1), c.chunk_start(b - 1)), run=True),
+            Part(older_chunks, farthest, lambda a, b, c: (0, c.chunk_start(b - 1, 1)), run=True),
         ),
-        "dual_chunk": Variant(
-            (
-                Part(same_chunk, in_chunk, lambda a, b, c: (c.chunk_start(a), b), run=True),
-                Part(
-                    previous_chunk,
-                    in_next_chunk,
-                    lambda a, b, c: (c.chunk_start(a, 1), c.chunk_start(b - 1)),
-                    run=True,
-                ),
-                Part(older_chunks, farthest, lambda a, b, c: (0, c.chunk_start(b - 1, 1)), run=True),
-            ),
-            fields=(
-                "dual_chunk_pretraining_length",
-                "dual_chunk_size",
-                "dual_chunk_local",
-                "dual_chunk_temperature",
-                "dual_chunk_temperature_slope",
-            ),
-            key_position=in_chunk,
-            temperature=chunk_temperature,
-            edges=chunk_edges,
-            check=check_dual_chunk,
-        ),
-    }
+        fields=tuple(name for name in Config.__dataclass_fields__ if name.startswith("dual_chunk_")),
+        key_position=in_chunk,
+        temperature=chunk_temperature,
+        edges=lambda a, b, c: range(c.chunk_start(a) + c.chunk_size, b, c.chunk_size),
+        check=checks.check_dual_chunk,
+    ),
 )
 
 
 def visible(part: Part, q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
     """Which of the queries at q_pos (B, T) sees which of the keys at k_pos (B, L): (B, T, L) bool.
 
-    No token sees a key at a negative position (an empty slot, padding). A padding query sees everything, since a softmax
-    over nothing is NaN and would spread through the values to the tokens of the next layer.
+    No token sees a key at a negative position (an empty slot, padding). A padding query sees everything: a softmax over
+    nothing is NaN, and would spread through the values to the tokens of the next layer.
     """
     q, k = q_pos[:, :, None], k_pos[:, None, :]
     return ((0 <= k) & (k <= q) & part.mask(q, k, config)) | (q < 0)
-
-
-def check_row(kind: str, row: Variant, config: Config, last: int) -> None:
-    """Compare what a row says beside its masks with the masks, at a sample of positions 0 .. last.
-
-    Raises ValueError for what is wrong: a row may cost time, and never change what is computed.
-    """
-    window, first_keys = (row.window(config) if row.window else None), (row.sinks(config) if row.sinks else 0)
-    near = {p + d for p in (0, first_keys, window or 0, last // 2, last) for d in (-1, 0, 1, 2)}
-    queries = sorted(p for p in near | set(range(0, last + 1, last // 16 + 1)) if 0 <= p <= last)
-    keys = torch.arange(0, last + 1, last // 4096 | 1, device="cpu")
-    q = torch.tensor(queries, device="cpu")[:, None]
-    taken = q < 0
-
-    def refuse(what: str, wrong: Tensor, remedy: str) -> None:
-        i, j = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"The row of {kind!r} in VARIANTS {what}, and its mask disagrees for the query at {queries[i]} and the key "
-            f"at {int(keys[j])}: {remedy}."
-        )
-
-    for n, part in enumerate(row.parts):
-        seen = (keys <= q) & part.mask(q, keys, config)
-        if (seen & taken).any():
-            refuse("has parts that share no pair", seen & taken, f"part {n} sees what an earlier part sees")
-        taken = taken | seen
-        if window is not None and (far := seen & (q - keys >= window) & (keys >= first_keys)).any():
-            refuse(f"says window={window} and sinks={first_keys}", far, "make window or sinks larger")
-        if part.reach is None:
-            continue
-        reach = [part.reach(p, p + 1, config) for p in queries]
-        lo, hi = (torch.tensor(end, device="cpu")[:, None] for end in zip(*reach, strict=True))
-        within = (keys >= lo) & (keys < hi) & (keys <= q)
-        if (seen & ~within).any():
-            refuse(f"says how far part {n} reaches", seen & ~within, "make reach wider, or leave it out")
-        if part.run and (within & ~seen).any():
-            refuse(f"says run=True of part {n}", within & ~seen, "a query does not see all of its reach: leave run out")
-        for i, p in enumerate(queries):  # several queries reach as far as each of them
-            a, b = part.reach(p, last + 1, config)
-            if any(x < y and (x < a or y > b) for x, y in reach[i:]):
-                refuse(f"says how far the queries from {p} on reach in part {n}", q == p, "make reach(a, b) wider")
 
 
 # ----------------------------------------------------------------------------------------------------- how tokens mix
@@ -698,7 +474,16 @@ def check_row(kind: str, row: Variant, config: Config, last: int) -> None:
 
 
 class Mixer(nn.Module):
-    """The interface, and what holds for a mixer that says nothing else."""
+    """The interface; a mixer that says nothing else has no window, and a cache that grows with the text.
+
+    new_cache(batch_size, length, lookahead, heads=, beside=, device=, dtype=): an empty cache for `length` positions,
+        of a layer with so many (query, key/value) heads, that can take back `lookahead` tokens. beside: the cache of
+        another layer of this kind, to share what does not differ. A cache has bytes, unbounded (any number of tokens
+        fits), reset(), take_over(a smaller cache), can_take_back(n) and take_back(n).
+    plan(pos, span, cache, rope): what forward() must know of a call at pos (1 or B, T); cache: its first layer's.
+    join(texts): the plan of several texts in a sequence, from pairs of their lengths and plans.
+    forward(q, k, v, plan, cache): queries (B, H, T, D) with keys and values (B, G, T, D), before RoPE, to (B, H, T, D).
+    """
 
     window: int | None = None  # how many keys back a query sees, itself included and sinks apart; None: all of them
     n_sinks: int = 0  # first tokens that stay visible behind the window
@@ -710,30 +495,8 @@ class Mixer(nn.Module):
         self.config, self.kind = config, kind  # layers of one kind share a call's plan
 
     def cache_length(self, tokens: int) -> int:
-        """The length of a cache for a text of so many tokens: what is of use."""
+        """The length of a cache for a text of so many tokens: more is of no use."""
         return tokens
-
-    def new_cache(self, batch_size: int, length: int, lookahead: int, **options: Any) -> nn.Module:
-        """An empty cache for `length` positions that can take back `lookahead` tokens.
-
-        options: heads (query heads, key/value heads), device, dtype; beside: the cache of another layer of this kind,
-        which is fed the same tokens, to share what does not differ.
-        The cache has `bytes`, `unbounded` (any number of tokens fits), reset(), take_over(smaller cache),
-        can_take_back(n) and take_back(n).
-        """
-        raise TypeError(f"{type(self).__name__} has no cache: it reads whole texts only.")
-
-    def plan(self, pos: Tensor, span: Span, cache: nn.Module | None, rope: RoPE) -> Any:
-        """What forward() needs to know of a call at positions pos (1 or B, T); cache: of the first layer of this kind."""
-        raise TypeError(f"{type(self).__name__} does not say how it plans a call.")
-
-    def join(self, texts: list[tuple[int, Any]]) -> Any:
-        """The plan of several texts in a sequence, from their lengths and plans."""
-        raise TypeError(f"{type(self).__name__} cannot read several texts in a sequence: set pack to false.")
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, cache: nn.Module | None) -> Tensor:
-        """Queries (B, H, T, D) with keys and values (B, G, T, D), before RoPE, to (B, H, T, D)."""
-        raise TypeError(f"{type(self).__name__} does not say how it mixes tokens.")
 
 
 class Plan(NamedTuple):
@@ -741,10 +504,10 @@ class Plan(NamedTuple):
 
     q_angles: list[tuple[Tensor, Tensor]]  # for every part, cos and sin, (1 or B, 1, T, rope_n_elem) each
     k_angles: tuple[Tensor, Tensor]
-    blocks: "list[QueryBlock]"  # who sees whom, in plain steps; empty where another field says it
+    rotate_read: bool  # True: keys are cached as they are, and rotated when they are read
+    blocks: "list[QueryBlock]"  # who sees whom, in plain steps, for the queries that `faster` leaves
     faster: Any = None  # what takes the place of the plain steps: rotate, causal and attend of fast_attention.py
     exchange: "Exchange | None" = None  # where the keys go in the cache, and which of its slots are read
-    rotate_read: bool = False  # True: keys are cached as they are, and rotated when they are read
     temperature: Tensor | float | None = None  # (1 or B, 1, T, 1): what queries are multiplied by
     group: int = 0  # tokens in a group of S2-Attn; 0: not S2-Attn
     texts: "list[tuple[int, Plan]]" = []  # lengths and plans of texts in a sequence; empty: one text
@@ -762,40 +525,21 @@ class Pairs(NamedTuple):
     k_pos: Tensor  # (1 or B, L)
     span: Span
     layout: "Layout | None"  # None: any key may lie anywhere
-    cached: bool = False
-
-    @property
-    def exact(self) -> bool:
-        """True if the host knows the keys' positions."""
-        return self.layout is not None and self.layout.exact
-
-    @property
-    def whole(self) -> bool:
-        """True if every query sees the keys up to its own, and no others are there."""
-        parts, T = self.row.parts, self.q_pos.size(1)
-        first = parts[0]
-        return self.exact and self.span.fresh and len(parts) == 1 and self.sees_all(first, T - 1, T, 0, T)
+    cached: bool
+    window: int | None  # the row's window and sinks
+    sinks: int
 
     def reaches(self, part: Part, a: int, b: int) -> list[tuple[int, int]]:
         """First and last + 1 of the key positions that the queries at a .. b - 1 may see: one run, or sinks and one."""
-        window = self.row.window(self.config) if self.row.window else None
-        if not self.exact:  # positions count from the first query's window on: only differences hold
-            return [(0 if window is None else a - window + 1, b)]
+        lo = 0 if self.window is None else a - self.window + 1
+        if not self.layout.exact:
+            return [(lo, b)]
         if part.reach is not None:
             lo, hi = part.reach(a, b, self.config)
             return [(max(0, lo), hi)] if max(0, lo) < hi else []
-        first_keys = self.row.sinks(self.config) if self.row.sinks else 0
-        lo = 0 if window is None else max(0, a - window + 1)
-        if lo <= first_keys:
+        if lo <= self.sinks:
             return [(0, b)]
-        return [(0, first_keys), (lo, b)] if first_keys else [(lo, b)]
-
-    def sees_all(self, part: Part, a: int, b: int, lo: int, hi: int) -> bool:
-        """True if it is known that every query at a .. b - 1 sees every key at lo .. hi - 1 up to its own."""
-        if not (part.run and part.reach and self.exact):
-            return False
-        begins, ends = part.reach(b - 1, b, self.config)[0], part.reach(a, a + 1, self.config)[1]
-        return begins <= lo and min(hi, a + 1) <= ends
+        return [(0, self.sinks), (lo, b)] if self.sinks else [(lo, b)]
 
     def mask(self, n: int, queries: slice, keys: slice, shared: dict[int, Tensor | None]) -> Tensor | None:
         """Which of some queries sees which of some keys in part n, (1 or B, 1, T, L) bool; None: all are seen.
@@ -805,10 +549,9 @@ class Pairs(NamedTuple):
         """
         q_pos, k_pos = self.q_pos[:, queries], self.k_pos[:, keys]
         mask = visible(self.row.parts[n], q_pos, k_pos, self.config)[:, None]
-        if q_pos.is_meta or self.span.last is None or torch.compiler.is_compiling():
-            return mask  # nobody may look at it
-        if self.q_pos.size(1) == 1 and q_pos.device.type != "cpu":
-            return mask  # a GPU would wait for the look, in every step
+        known = self.span.last is not None and not q_pos.is_meta and not torch.compiler.is_compiling()
+        if not known or (self.q_pos.size(1) == 1 and q_pos.device.type != "cpu"):
+            return mask  # nobody may look at it, or a GPU would wait for the look in every step
         if mask.all():
             shared[n] = None
             return None
@@ -826,83 +569,56 @@ class SoftmaxAttention(Mixer):
 
     def __init__(self, config: Config, kind: str) -> None:
         super().__init__(config, kind)
-        self.row = VARIANTS[kind]
+        self.row = row = VARIANTS[kind]
+        self.window, self.n_sinks = row.window(config) if row.window else None, row.sinks(config) if row.sinks else 0
+        self.any_length = row.window is not None
         self.faster_plan = None if config.attention_backend == "sdpa" else fast_attention()
         self.checked = 0  # the row was compared with its masks up to this position
 
     @property
-    def window(self) -> int | None:
-        return self.row.window(self.config) if self.row.window else None
-
-    @property
-    def n_sinks(self) -> int:
-        return self.row.sinks(self.config) if self.row.sinks else 0
-
-    @property
     def rolls(self) -> bool:
-        return self.row.window is not None and (self.row.always_rolls or self.config.rolling_kv_cache)
-
-    @property
-    def any_length(self) -> bool:
-        return self.row.window is not None
+        return self.window is not None and (self.row.always_rolls or self.config.rolling_kv_cache)
 
     def cache_length(self, tokens: int) -> int:
         return self.n_sinks + min(self.window, max(1, tokens - self.n_sinks)) if self.rolls else tokens
 
-    def new_cache(
-        self,
-        batch_size: int,
-        length: int,
-        lookahead: int,
-        *,
-        heads: tuple[int, int],
-        device: torch.device | str,
-        dtype: torch.dtype,
-        beside: "KVCache | None" = None,
-    ) -> "KVCache":
-        slots = beside.slots if beside else None
-        if slots is None:
+    def new_cache(self, batch: int, length: int, lookahead: int, heads: Any, beside: Any = None, **place: Any) -> Any:
+        if beside is None:
             self.check(length - 1)
             window = self.window if self.rolls else None
-            slots = Slots(batch_size, length, lookahead, window, self.n_sinks, device)
-        return KVCache(slots, heads[1], self.config.head_size, device, dtype)
+            slots = Slots(batch, length, lookahead, window, self.n_sinks, place["device"])
+        else:
+            slots = beside.slots
+        return KVCache(slots, (batch, heads[1], slots.pos.size(1), self.config.head_size), **place)
 
-    def check(self, last: int) -> None:
-        """Check the row up to a position, unless that was done. A compiler cannot look."""
-        if last >= self.checked and not torch.compiler.is_compiling():
-            check_row(self.kind, self.row, self.config, min(2 * last + 1, 2**31))  # a growing text is seldom checked
+    def check(self, last: int | None) -> None:
+        """Compare the row with its masks up to a position and twice as far, unless that was done."""
+        if last is not None and last >= self.checked and not torch.compiler.is_compiling():
+            checks.check_row(self.kind, self.row, self.config, 2 * last + 1)
             self.checked = 2 * last + 2
 
     def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
         row, config = self.row, self.config
-        if span.last is not None:
-            self.check(span.last)
+        self.check(span.last)
         exchange, k_pos, layout = None, pos, Layout(0, 0)
         if cache is not None:
             exchange = cache.slots.exchange(pos, span, self.window)
             k_pos, layout = exchange.k_pos, exchange.layout
-        pairs = Pairs(row, config, pos, k_pos, span, layout, cache is not None)
+        pairs = Pairs(row, config, pos, k_pos, span, layout, cache is not None, self.window, self.n_sinks)
         faster = None if self.faster_plan is None else self.faster_plan(pairs)
         blocks = cut_queries(pairs, 0 if faster is None else faster.n_queries)
         base = 1 if config.rope_local_base_freq is not None and self.window is not None else 0
-        if rope.depends_on_length(base):
-            length = pos.amax(dim=-1, keepdim=True) + 1  # (1 or B, 1)
-            angles, k_angles = [rope(pos, base, length)], rope(k_pos, base, length)
-            return Plan(angles, k_angles, blocks, faster, exchange, rotate_read=True)
-        made = {p: rope(p(pos, config), base) for p in {row.key_position, *(part.position for part in row.parts)}}
-        angles, k_angles = [made[part.position] for part in row.parts], made[row.key_position]
+        angles = rope.angles(pos, k_pos, base, row.key_position, [part.position for part in row.parts])
         temperature = None if row.temperature is None else row.temperature(pos, config)
-        return Plan(angles, k_angles, blocks, faster, exchange, temperature=temperature)
+        return Plan(*angles, blocks, faster, exchange, temperature)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
-        plans = [plan for _, plan in texts]
+        first, plans = texts[0][1], [plan for _, plan in texts]
         q_angles = [join_angles(angles) for angles in zip(*(plan.q_angles for plan in plans), strict=True)]
-        temperature = plans[0].temperature
-        if isinstance(temperature, Tensor):
-            temperature = torch.cat([plan.temperature for plan in plans], dim=2)
-        k_angles, faster = join_angles([plan.k_angles for plan in plans]), plans[0].faster
-        rotate_read = plans[0].rotate_read
-        return Plan(q_angles, k_angles, [], faster, None, rotate_read, temperature, texts=texts)
+        each = [plan.temperature for plan in plans]
+        temperature = torch.cat(each, dim=2) if isinstance(each[0], Tensor) else each[0]
+        k_angles = join_angles([plan.k_angles for plan in plans])
+        return Plan(q_angles, k_angles, first.rotate_read, [], first.faster, None, temperature, texts=texts)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "KVCache | None") -> Tensor:
         if plan.temperature is not None:
@@ -919,8 +635,8 @@ class SoftmaxAttention(Mixer):
         if plan.texts:
             lengths = [n for n, _ in plan.texts]
             pieces = zip(*(x.split(lengths, dim=2) for x in (k, v, *queries)), strict=True)
-            texts = zip(pieces, plan.texts, strict=True)
-            return torch.cat([self.attend(q, k, v, own) for (k, v, *q), (_, own) in texts], dim=2)
+            texts = [self.attend(q, k, v, own) for (k, v, *q), (_, own) in zip(pieces, plan.texts, strict=True)]
+            return torch.cat(texts, dim=2)
         outputs = [attend_block(queries, k, v, block, self.config) for block in plan.blocks]
         if plan.faster is not None and plan.faster.attend is not None:
             outputs.insert(0, plan.faster.attend(queries, k, v))
@@ -944,41 +660,28 @@ class ShiftedSparseAttention(SoftmaxAttention):
     def attend(self, queries: list[Tensor], k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         if not plan.group:
             return super().attend(queries, k, v, plan)
-        (q,), H, G = queries, queries[0].size(1), k.size(1)
+        (q,), H, G, g = queries, queries[0].size(1), k.size(1), plan.group
         causal = causal_attention if plan.faster is None else plan.faster.causal
-        within = functools.partial(attend_groups, g=plan.group, config=self.config, causal=causal)
         if not self.config.s2_shift:
-            return within(q, k, v, first=0)
+            return attend_groups(q, k, v, g, 0, self.config, causal)
         half = H // 2
         if half % (H // G):  # the border cuts a key head's group of query heads
             k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-        cut, shift = half * k.size(1) // H, plan.group - plan.group // 2
-        straight = within(q[:, :half], k[:, :cut], v[:, :cut], first=0) if half else q[:, :0]
-        shifted = within(q[:, half:], k[:, cut:], v[:, cut:], first=shift)
+        cut = half * k.size(1) // H
+        straight = attend_groups(q[:, :half], k[:, :cut], v[:, :cut], g, 0, self.config, causal) if half else q[:, :0]
+        shifted = attend_groups(q[:, half:], k[:, cut:], v[:, cut:], g, g - g // 2, self.config, causal)
         return torch.cat([straight, shifted], dim=1)
 
 
 def fast_attention() -> Callable[[Pairs], Any] | None:
     """fast_attention.faster_plan, if that file lies beside this one: a faster plan for a call's pairs, or None."""
-    name = "fast_attention"
-    try:
-        module = importlib.import_module(f".{name}", __package__) if __package__ else importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.endswith(name):
-            raise
-        return None
-    return module.faster_plan
-
-
-def join_angles(angles: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of pieces of a sequence, joined."""
-    cos, sin = zip(*angles, strict=True)
-    return torch.cat(cos, dim=2), torch.cat(sin, dim=2)
+    name = f"{__package__}.fast_attention" if __package__ else "fast_attention"
+    return importlib.import_module(name).faster_plan if importlib.util.find_spec(name) else None
 
 
 # ------------------------------------------------------------------------------------------- plain attention, in blocks
 #
-# The queries of a call are cut into blocks, and each block reads only the keys within the reach of its parts: T * S pairs
+# The queries of a call are cut into blocks, and each block reads the keys within the reach of its parts: T * S pairs
 # under a window. Which of these a query sees is the mask's word.
 
 QUERY_BLOCK = {"cpu": 128, "cuda": 512}  # queries in a block; on 2 CPU cores 64 to 256 take the same time
@@ -989,8 +692,7 @@ class KeyRange(NamedTuple):
     """Some keys, and which of them the queries of a block see, in which parts of the variant."""
 
     keys: slice
-    masks: dict[int, Tensor | None]  # part -> (1 or B, 1, T, L) bool; None: every query sees every key ...
-    causal: bool = False  # ... or, if this is set, the keys up to its own
+    masks: dict[int, Tensor | None]  # part -> (1 or B, 1, T, L) bool; None: every query sees every key
 
 
 class QueryBlock(NamedTuple):
@@ -1002,25 +704,15 @@ class QueryBlock(NamedTuple):
 
 def cut_queries(pairs: Pairs, start: int = 0) -> list[QueryBlock]:
     """Cut a call's queries, from `start` on, into blocks, and name for each the keys within its reach."""
-    T = pairs.q_pos.size(1)
-    if start == 0 and pairs.whole and pairs.config.attention_logit_softcapping is None:
-        return [QueryBlock(slice(0, T), [KeyRange(slice(0, T), {0: None}, causal=True)])]
-    size, blocks = block_size(pairs), []
-    shared: dict[int, Tensor | None] = {}
+    T, L, most = pairs.q_pos.size(1), pairs.k_pos.size(1), QUERY_BLOCK.get(pairs.q_pos.device.type, QUERY_BLOCK["cuda"])
+    reach = L if pairs.window is None or pairs.layout is None else min(L, pairs.window + QUERY_BLOCK["cuda"])
+    parts = len(pairs.row.parts) if pairs.layout is None else 1
+    rows = max(pairs.q_pos.size(0), pairs.k_pos.size(0)) * pairs.config.n_head * parts
+    size, blocks, shared = max(1, min(most, SCORE_ELEMENTS // (rows * reach))), [], {}
     for first in reversed(range(start, T, size)):  # the block with the most keys first: the others share its mask
         queries = slice(first, min(first + size, T))
         blocks.append(QueryBlock(queries, key_ranges(pairs, queries, shared)))
     return blocks[::-1]
-
-
-def block_size(pairs: Pairs) -> int:
-    """How many queries may meet all keys within their reach at once."""
-    kind, window, L = pairs.q_pos.device.type, pairs.row.window, pairs.k_pos.size(1)
-    most = QUERY_BLOCK.get(kind, QUERY_BLOCK["cuda"])
-    reach = L if window is None or pairs.layout is None else min(L, window(pairs.config) + QUERY_BLOCK["cuda"])
-    parts = len(pairs.row.parts) if pairs.layout is None else 1
-    sequences = max(pairs.q_pos.size(0), pairs.k_pos.size(0))
-    return max(1, min(most, SCORE_ELEMENTS // (sequences * pairs.config.n_head * parts * reach)))
 
 
 def key_ranges(pairs: Pairs, queries: slice, shared: dict[int, Tensor | None]) -> list[KeyRange]:
@@ -1032,8 +724,9 @@ def key_ranges(pairs: Pairs, queries: slice, shared: dict[int, Tensor | None]) -
     a, b = pairs.layout.first + queries.start, pairs.layout.first + queries.stop  # the queries' positions
     for n, part in enumerate(parts):
         for lo, hi in pairs.reaches(part, a, b):
-            keys, all_seen = pairs.layout.keys(lo, hi), hi <= a + 1 and pairs.sees_all(part, a, b, lo, hi)
-            ranges.append(KeyRange(keys, {n: None if all_seen else pairs.mask(n, queries, keys, shared)}))
+            keys = pairs.layout.keys(lo, hi)
+            mask = pairs.mask(n, queries, keys, shared)
+            ranges.append(KeyRange(keys, {n: mask}))
     return ranges
 
 
@@ -1045,8 +738,6 @@ def attend_block(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock,
     ((part, mask),) = first.masks.items()
     q, k, v = queries[part][:, :, block.queries], k[:, :, first.keys], v[:, :, first.keys]
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
-    if first.causal:
-        return causal_attention(q, k, v, scale)
     (B, H, T, D), G = q.shape, k.size(1)
     # The R query heads of a group are R more queries of one head: no key is copied, and any kernel will do.
     mask = mask if mask is None or T == 1 else mask.repeat(1, 1, H // G, 1)  # one query broadcasts over R by itself
@@ -1064,15 +755,14 @@ def attend_ranges(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock
     rotated = [q[:, :, block.queries] for q in queries]  # (B, H, T, D) each
     (B, H, T, D), G, scores = rotated[0].shape, k.size(1), []
     scale, cap = (config.attention_scores_scalar or config.head_size) ** -0.5, config.attention_logit_softcapping
-    for keys, masks, causal in block.ranges:
+    for keys, masks in block.ranges:
         per_part = [rotated[part].reshape(B, G, -1, D) for part in masks]  # (B, G, R * T, D) each
         per_part = per_part[0] if len(masks) == 1 else torch.cat(per_part, dim=2)  # one product: keys are read once
         s = per_part @ k[:, :, keys].mT * scale
         s = s if cap is None else softcap(s, cap)
         s = s.view(B, G, len(masks), H // G, T, -1)
-        if causal:
-            masks = {0: torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()[None, None]}
-        seen = [hide(s[:, :, n], mask) for n, mask in enumerate(masks.values())]
+        seen = zip(s.unbind(2), masks.values(), strict=True)  # (B, G, R, T, L) each
+        seen = [x if mask is None else x.masked_fill(~mask[:, :, None], -math.inf) for x, mask in seen]
         scores.append(functools.reduce(torch.maximum, seen))  # at most one part sees a pair, the others are -inf
     wide = torch.promote_types(v.dtype, torch.float32)
     weights = F.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=wide).to(v.dtype).flatten(2, 3)
@@ -1081,19 +771,12 @@ def attend_ranges(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock
     return y.view(B, H, T, D)
 
 
-def hide(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores (B, G, R, T, L) with -inf where the mask (1 or B, 1, T, L) is False."""
-    return scores if mask is None else scores.masked_fill(~mask[:, :, None], -math.inf)
-
-
 def softcap(x: Tensor, cap: float) -> Tensor:
     """Bend x smoothly into (-cap, cap)."""
     return cap * torch.tanh(x / cap)
 
 
-def attend_groups(
-    q: Tensor, k: Tensor, v: Tensor, g: int, first: int, config: Config, causal: Callable[..., Tensor]
-) -> Tensor:
+def attend_groups(q: Tensor, k: Tensor, v: Tensor, g: int, first: int, config: Config, causal: Callable) -> Tensor:
     """S2-Attn's groups: causal attention within the tokens 0 .. first - 1, then within every g tokens, then within the
     rest. causal: the kernel, as causal_attention."""
     n = max(0, q.size(2) - first) // g
@@ -1106,8 +789,8 @@ def attend_groups(
         if config.attention_logit_softcapping is None:
             y = causal(q_, k_, v_, (config.attention_scores_scalar or config.head_size) ** -0.5)
         else:
-            block = QueryBlock(slice(0, size), [KeyRange(slice(0, size), {0: None}, causal=True)])
-            y = attend_ranges([q_], k_, v_, block, config)
+            lower, all_of_it = torch.ones(1, 1, size, size, dtype=torch.bool, device=q.device).tril(), slice(0, size)
+            y = attend_ranges([q_], k_, v_, QueryBlock(all_of_it, [KeyRange(all_of_it, {0: lower})]), config)
         outputs.append(y.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3))  # (B, heads, groups * size, D)
     return torch.cat(outputs, dim=2)
 
@@ -1144,15 +827,11 @@ class Layout(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Where a call's keys and values go."""
+    """Where a call's keys and values go. Where sequences are at positions of their own, slots and tokens are (B, T)."""
 
-    slots: list[Tensor]  # per copy: (T',) for tokens of every sequence, or (B, T) where sequences differ
-    tokens: Tensor | slice = slice(
-        None
-    )  # which of the call's tokens; (B, T) where sequences differ: one for every slot
-    any_token: Tensor | None = (
-        None  # (B, 1) False for a sequence of padding alone, which writes nothing; None: all alike
-    )
+    slots: list[Tensor]  # per copy: (T',), the same for every sequence
+    tokens: Tensor | slice  # (T',): which of the call's tokens go there
+    any_token: Tensor | None = None  # (B, 1), False for a sequence of padding alone: it writes nothing
 
 
 class Exchange(NamedTuple):
@@ -1166,48 +845,33 @@ class Exchange(NamedTuple):
 
 
 class Slots(nn.Module):
-    """Which position each slot holds, -1 for an empty one. The layers of one kind share it.
+    """Which position each slot holds, -1 for an empty one: (B, sinks + copies * M). The layers of one kind share it.
 
-    (B, sinks + copies * M): the sinks' slots come first, each once, and what follows is the cache described above for
-    position - sinks.
+    The sinks' slots come first, each once, and what follows is the cache described above for position - sinks.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        length: int,
-        lookahead: int,
-        window: int | None,
-        n_sinks: int,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, batch: int, length: int, lookahead: int, window: int | None, n_sinks: int, device: Any) -> None:
         """window: what a rolling cache keeps; None: a dense cache, for positions 0 .. length - 1."""
         super().__init__()
         self.window, self.lookahead = window, lookahead
         self.sinks = min(n_sinks, length) if window is None else n_sinks
         self.n_slots = length - self.sinks if window is None else min(window, max(1, length - n_sinks)) + lookahead
         self.copies = 1 if window is None else 2
-        empty = torch.full((batch_size, self.sinks + self.copies * self.n_slots), -1, device=device)
+        empty = torch.full((batch, self.sinks + self.copies * self.n_slots), -1, device=device)
         self.register_buffer("pos", empty, persistent=False)
 
-    def slot(self, pos: Tensor) -> Tensor:
-        """The (first) slot of each position. A dense cache does not wrap: a position beyond it is an index error."""
+    def slots_of(self, pos: Tensor) -> list[Tensor]:
+        """The slots of positions, for each copy. A dense cache does not wrap: a position beyond it is an error."""
         if self.copies == 1:
-            return pos
-        rolled = self.sinks + (pos - self.sinks) % self.n_slots
-        return torch.where(pos < self.sinks, pos, rolled) if self.sinks else rolled
-
-    def every_copy(self, slots: Tensor) -> list[Tensor]:
-        if self.copies == 1:
-            return [slots]
-        second = slots + self.n_slots
-        return [slots, torch.where(slots < self.sinks, slots, second) if self.sinks else second]
+            return [pos]
+        copies = [self.sinks + n * self.n_slots + (pos - self.sinks) % self.n_slots for n in range(2)]
+        return [torch.where(pos < self.sinks, pos, slots) for slots in copies] if self.sinks else copies
 
     def take_over(self, old: "Slots") -> tuple[Tensor, Tensor, list[Tensor]]:
         """Hold the positions that smaller slots hold. Returns what moves: sequences, slots there, slots here."""
         rows, source = (old.pos[:, : old.sinks + old.n_slots] >= 0).nonzero(as_tuple=True)
         pos = old.pos[rows, source]
-        targets = self.every_copy(self.slot(pos))
+        targets = self.slots_of(pos)
         for slots in targets:
             self.pos[rows, slots] = pos
         return rows, source, targets
@@ -1215,15 +879,15 @@ class Slots(nn.Module):
     def exchange(self, pos: Tensor, span: Span, window: int | None) -> Exchange:
         """Decide where the keys of a call at pos (1 or B, T) go and which slots its queries read, and note it.
 
-        Three cases: a fresh sequence reads its own keys; a short call (one token, or as many as can be taken back) and a
-        layer without a window write first and read the cache; a long call to a layer with a window reads the last
-        window of cached keys and its own, and only then writes, since its keys may replace those its first rows see.
+        Three cases: a fresh sequence reads its own keys; a short call (one token, or one more than can be taken back)
+        and a layer without a window write first and read the cache; a long call to a layer with a window reads the last
+        window of cached keys and its own, then writes, since its keys may replace those that its first queries see.
         """
         T = pos.size(1)
         if span.fresh:
             return Exchange(self.write(pos, span), pos, Layout(0, 0))
         if span.last is not None and window is not None:
-            self.check_kept(pos[:, :1], window)
+            checks.check_kept(self, pos[:, :1], window)
         if window is None or T <= 1 + self.lookahead:
             write = self.write(pos, span)
             read, layout = self.view(T, span, window)
@@ -1234,12 +898,15 @@ class Slots(nn.Module):
 
     def write(self, pos: Tensor, span: Span) -> Write:
         """Note that the slots of pos (1 or B, T) hold these positions now; returns where their keys go."""
-        if span.uniform and (span.first is not None or pos.size(1) <= self.n_slots):
-            tokens = self.kept(pos.size(1), span.first, pos.device)
-            pos = pos[0, tokens]
-            write = Write(self.every_copy(self.slot(pos)), tokens)
+        T = pos.size(1)
+        if span.uniform and (span.first is not None or T <= self.n_slots):
+            tokens = slice(None)
+            if T > self.n_slots:  # of more than M tokens the last M stay, and the sinks
+                order, n = torch.arange(T, device=pos.device), max(0, min(T, self.sinks - span.first))
+                tokens = torch.cat([order[:n], order[T - self.n_slots :]]) if n else slice(T - self.n_slots, T)
+            write = Write(self.slots_of(pos[0, tokens]), tokens)
             for slots in write.slots:
-                self.pos.index_copy_(1, slots, pos.expand(self.pos.size(0), -1))
+                self.pos.index_copy_(1, slots, pos[:, tokens].expand(self.pos.size(0), -1))
             return write
         pos = pos.expand(self.pos.size(0), -1)
         write = self.write_each(pos)
@@ -1247,16 +914,6 @@ class Slots(nn.Module):
         for slots in write.slots:
             self.pos.scatter_(1, slots, stored)
         return write
-
-    def kept(self, T: int, first: int | None, device: torch.device) -> Tensor | slice:
-        """Which of T tokens from position `first` on stay: the sinks, and of more than M others the last M."""
-        n_sinks = 0 if first is None else max(0, min(T, self.sinks - first))
-        if T - n_sinks <= self.n_slots:
-            return slice(None)
-        if n_sinks == 0:
-            return slice(T - self.n_slots, T)
-        tokens = torch.arange(T, device=device)
-        return torch.cat([tokens[:n_sinks], tokens[T - self.n_slots :]])
 
     def write_each(self, pos: Tensor) -> Write:
         """Sequences at positions of their own, (B, T): padding is not kept, nor is a token that M later ones follow.
@@ -1270,20 +927,7 @@ class Slots(nn.Module):
         kept = token & ((pos > pos.gather(1, newest) - self.n_slots) | (pos < self.sinks))
         tokens = torch.where(kept, order, newest)
         any_token = token.any(dim=1, keepdim=True)
-        slots = torch.where(any_token, self.slot(pos.gather(1, tokens)), 0)
-        return Write(self.every_copy(slots), tokens, any_token)
-
-    def check_kept(self, first: Tensor, window: int) -> None:
-        """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one replaced."""
-        if self.copies == 1 or first.device.type != "cpu":
-            return
-        oldest = (first - window + 1).clamp(min=self.sinks).expand(self.pos.size(0), 1)
-        replaced = (self.pos.gather(1, self.slot(oldest)) > oldest) & (oldest < first)
-        if replaced.any():
-            raise ValueError(
-                f"Position {int(first.min())} comes after later ones, and the keys that it needs are gone: a rolling "
-                f"cache takes back {self.lookahead} tokens, more with set_kv_cache(lookahead=...)."
-            )
+        return Write(self.slots_of(torch.where(any_token, pos.gather(1, tokens), 0)), tokens, any_token)
 
     def view(self, T: int, span: Span, window: int | None) -> tuple[slice, Layout | None]:
         """The slots that a call of T tokens, already written, reads, and how the keys lie there; None: anyhow."""
@@ -1316,7 +960,7 @@ class Slots(nn.Module):
             first = pos[:, :1] if span.contiguous else torch.where(pos >= 0, pos, 2**40).amin(dim=1, keepdim=True)
             before = first - n + torch.arange(n, device=pos.device)  # (1 or B, n)
             most = None if self.copies == 2 else sinks + self.n_slots - 1
-            read = self.slot(before.clamp(sinks, most)).expand(self.pos.size(0), n)
+            read = self.slots_of(before.clamp(sinks, most))[0].expand(self.pos.size(0), n)
             held = self.pos.gather(1, read)
             layout = Layout(n, n, exact=False) if span.contiguous and not sinks else None
         held = torch.where(held == before, before, -1)
@@ -1326,23 +970,17 @@ class Slots(nn.Module):
 
 
 class KVCache(nn.Module):
-    """The keys, after RoPE unless it depends on the text's length, and the values of one layer.
+    """Keys, after RoPE unless it depends on the text's length, and values of a layer: (B, G, sinks + copies * M, D)."""
 
-    (B, G, sinks + copies * M, D) each.
-    """
-
-    def __init__(
-        self, slots: Slots, n_query_groups: int, head_size: int, device: torch.device | str, dtype: Any
-    ) -> None:
+    def __init__(self, slots: Slots, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         self.slots = slots
-        shape = (slots.pos.size(0), n_query_groups, slots.pos.size(1), head_size)
         self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v))
+        return 2 * self.k.numel() * self.k.element_size()
 
     @property
     def unbounded(self) -> bool:
@@ -1368,19 +1006,18 @@ class KVCache(nn.Module):
 
     def exchange(self, k: Tensor, v: Tensor, plan: Exchange) -> tuple[Tensor, Tensor]:
         """Take in the call's keys and values (B, G, T, D), and give those that its queries read (B, G, L, D)."""
-        if self.k.dtype != k.dtype:  # a key is rounded whoever reads it
-            k, v = k.to(self.k.dtype).to(k.dtype), v.to(self.v.dtype).to(v.dtype)
-        if plan.write_first:
-            write_slots(self.k, k, plan.write)
-            write_slots(self.v, v, plan.write)
-            return read_slots(self.k, plan.read[0]).to(k.dtype), read_slots(self.v, plan.read[0]).to(v.dtype)
-        all_k, all_v = k, v
-        if plan.read:
-            all_k = torch.cat([*(read_slots(self.k, read).to(k.dtype) for read in plan.read), k], dim=2)
-            all_v = torch.cat([*(read_slots(self.v, read).to(v.dtype) for read in plan.read), v], dim=2)
-        write_slots(self.k, k, plan.write)
-        write_slots(self.v, v, plan.write)
-        return all_k, all_v
+        return exchange(self.k, k, plan), exchange(self.v, v, plan)
+
+
+def exchange(held: Tensor, new: Tensor, plan: Exchange) -> Tensor:
+    new = new if new.dtype == held.dtype else new.to(held.dtype).to(new.dtype)  # a key is rounded whoever reads it
+    if plan.write_first:
+        write_slots(held, new, plan.write)
+        return read_slots(held, plan.read[0]).to(new.dtype)
+    read = [read_slots(held, slots).to(new.dtype) for slots in plan.read]
+    read = torch.cat([*read, new], dim=2) if read else new
+    write_slots(held, new, plan.write)
+    return read
 
 
 def read_slots(held: Tensor, slots: slice | Tensor) -> Tensor:
@@ -1435,16 +1072,8 @@ class PlainMLP(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "relu": F.relu,
-}
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": GELU_TANH, "relu": F.relu}
 
 
 class RMSNorm(nn.Module):
@@ -1452,8 +1081,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, unit_offset: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size) if unit_offset else torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.unit_offset = eps, unit_offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.unit_offset:

@@ -1,7 +1,8 @@
-"""Rotary position embedding, and its scalings for texts longer than those that a model was trained on."""
+"""Positions: what is known of a call's, and the rotary embedding with its scalings for texts longer than trained on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,6 +12,37 @@ if __package__:
     from .config import LONGROPE_LISTS, TRAINED_LENGTH, Config
 else:  # copied beside a script of another project
     from config import LONGROPE_LISTS, TRAINED_LENGTH, Config
+
+
+class Span(NamedTuple):
+    """What is known of a call outside the device. None and False: not known, as in a compiled step."""
+
+    uniform: bool  # all sequences are at the same positions, and none is padding
+    first: int | None = None  # position of a uniform call
+    last: int | None = None  # the greatest position of all sequences
+    contiguous: bool = False  # in every sequence each position is the one before + 1
+    fresh: bool = False  # every sequence is at 0 .. T - 1: nothing cached matters
+    dtype: torch.dtype = torch.float32  # of the weights
+
+
+def find_span(pos: Tensor, maxp1: int | None) -> Span:
+    """Look at positions (T,) or (B, T) where that costs nothing: on a CPU, and on a GPU for more than one token."""
+    uniform, T = pos.dim() == 1, pos.size(-1)
+    if pos.is_meta or pos.numel() == 0:
+        return Span(uniform, contiguous=T == 1)
+    if T == 1 and pos.device.type != "cpu":
+        last = None if maxp1 is None else maxp1 - 1
+        return Span(uniform, last if uniform else None, last, contiguous=True)
+    if pos.numel() == 1:
+        first = last = last_start = int(pos)
+        contiguous = True
+    else:
+        in_step = (pos.diff(dim=-1) == 1).all()
+        found = torch.stack([pos.min(), pos.max(), in_step, pos[..., 0].max()])
+        first, last, contiguous, last_start = found.tolist()
+    uniform = uniform or (pos.size(0) == 1 and first >= 0)
+    fresh = bool(contiguous) and first == last_start == 0
+    return Span(uniform, first if uniform else None, last, bool(contiguous), fresh)
 
 
 class RoPE(nn.Module):
@@ -51,6 +83,29 @@ class RoPE(nn.Module):
         if base == 0 and self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+    def angles(
+        self,
+        q_pos: Tensor,
+        k_pos: Tensor,
+        base: int,
+        key_position: Callable[[Tensor, Config], Tensor],
+        positions: Sequence[Callable[[Tensor, Config], Tensor]],
+    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor], bool]:
+        """(cos, sin) of queries at q_pos (1 or B, T), for each of the positions that they are rotated to, and of keys;
+        and whether the keys are those at k_pos (1 or B, L), which are rotated when they are read, and not the call's.
+        """
+        if self.depends_on_length(base):
+            length = q_pos.amax(dim=-1, keepdim=True) + 1  # (1 or B, 1)
+            return [self(q_pos, base, length)] * len(positions), self(k_pos, base, length), True
+        made = {f: self(f(q_pos, self.config), base) for f in {key_position, *positions}}
+        return [made[f] for f in positions], made[key_position], False
+
+
+def join_angles(angles: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of pieces of a sequence, joined."""
+    cos, sin = zip(*angles, strict=True)
+    return torch.cat(cos, dim=2), torch.cat(sin, dim=2)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def meet_streaming(S: int, n_sinks: int) -> Meet:
 
 
 def meet_dilated(S: int, n_sinks: int, dilation: int = 2) -> Meet:
-    """The sinks and, of the last dilation * S positions, every dilation-th from the query's own on; all where they are."""
+    """The sinks, and every dilation-th of the last dilation * S positions, all where they stand."""
 
     def meet(i: int, j: int, head: int) -> tuple[float, float] | None:
         seen = [*range(n_sinks), *range(i, i - dilation * S, -dilation)]

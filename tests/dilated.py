@@ -1,7 +1,6 @@
 """A variant from outside the package, as tutorials/attention_variants.md builds it: sinks and a dilated window.
 
-A query sees the first n_sink_tokens and, of the last 2 * S positions, every second. The names of its fields are those of
-the streaming variant.
+A query sees the first n_sink_tokens and, of the last 2 * S positions, every second.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lit_swa import Config
-from lit_swa.model import VARIANTS, Part, Variant, n_sinks
+from lit_swa.model import VARIANTS, Part, Variant
 
 # ---8<--- the tutorial shows what lies between these lines
 DILATION = 2
@@ -31,7 +30,7 @@ ROW = Variant(
     needs=("sliding_window_size",),
     fields=("n_sink_tokens",),
     window=dilated_window,
-    sinks=n_sinks,
+    sinks=lambda config: config.n_sink_tokens,
 )
 # ---8<---
 

@@ -8,8 +8,8 @@ import torch
 from tiny import tiny_config
 
 from lit_swa import GPT, Config
-from lit_swa.families import CONFIGS
 from lit_swa.config import CHOICES, RANGES
+from lit_swa.families import CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,8 +7,8 @@ import torch
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT
-from lit_swa.model import VARIANTS, SoftmaxAttention, Span, visible
-from lit_swa.rope import RoPE, rope_frequencies
+from lit_swa.model import VARIANTS, SoftmaxAttention, visible
+from lit_swa.rope import RoPE, Span, rope_frequencies
 
 WHO_SEES_WHOM = {
     "full": lambda i, j, S: j <= i,

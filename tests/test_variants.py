@@ -10,8 +10,10 @@ import torch
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
+from lit_swa.config import Part, Variant
 from lit_swa.fast_attention import FOLDS, MergedAttention, is_band, merge_blocks, window_block_mask
-from lit_swa.model import VARIANTS, Layout, Pairs, Part, Span, Variant, attend_block, cut_queries, sliding
+from lit_swa.model import VARIANTS, Layout, Pairs, attend_block, cut_queries, sliding
+from lit_swa.rope import Span
 
 pytestmark = pytest.mark.usefixtures("steps", "dilated_row")
 T = 30
@@ -222,7 +224,8 @@ def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first
         queries = [torch.randn(2, 6, T, 8, dtype=torch.float64, requires_grad=True) for _ in row.parts]
         k, v = (torch.randn(2, 2, L, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
         pos, span = torch.arange(L)[None], Span(True, first, L - 1, contiguous=True, fresh=first == 0)
-        pairs = Pairs(row, config, pos[:, first:], pos, span, Layout(first, first))
+        facts = (span, Layout(first, first), False, S, n_sinks)
+        pairs = Pairs(row, config, pos[:, first:], pos, *facts)
         blocks = merge_blocks(pairs, [is_band(pairs, part) for part in row.parts], corners=True)
         assert T == 1 or all(strip.mask is None for block in blocks for strip in block.strips)
         most_folds = max(most_folds, *(block.folds for block in blocks))
@@ -241,7 +244,8 @@ def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model, steps):
     span, mixer = Span(True, 0, T - 1, True, True), model.layers[0].mixer
     plan = mixer.plan(pos, span, None, model.rope)
     assert (plan.faster is not None and not plan.blocks) if steps == "fast" else (plan.faster is None and plan.blocks)
-    blocks = merge_blocks(Pairs(mixer.row, model.config, pos, pos, span, Layout(0, 0)), [False] * 3, corners=False)
+    pairs = Pairs(mixer.row, model.config, pos, pos, span, Layout(0, 0), False, None, 0)
+    blocks = merge_blocks(pairs, [False] * 3, corners=False)
     assert len(blocks) == 5 and all(strip.mask is None for block in blocks for strip in block.strips)
 
 
