@@ -578,33 +578,39 @@ def test_qlora_is_loaded_and_merged_as_it_was_trained(train, run_script, tmp_pat
     torch.testing.assert_close(as_trained(idx), load_model(tmp_path / "rounded")(idx), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("keep, fails_at", [(1, 1), (1, 2), (2, 3), (3, 3), (4, 6), (5, 4)])
-def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch, keep, fails_at):
+def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch):
     """Catches: an old step deleted before the new one is whole, a part of a step under its final name."""
     import errno
 
     from lit_swa.training import saving
 
-    arguments = {"max_steps": 6, "save_interval": 1, "batch_size": 4, "keep_last": keep}
+    write = saving.write_safetensors
+
+    def fill_disk_at(n: int):
+        calls = []
+
+        def full_disk(path, tensors):
+            calls.append(path)
+            if len(calls) == n:
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(path, tensors)
+
+        return full_disk
+
+    arguments = {"max_steps": 6, "save_interval": 1, "batch_size": 4}
     whole, _, _ = train(name="whole", **arguments)
-    write, calls = saving.write_safetensors, []
-
-    def full_disk(path, tensors):
-        calls.append(path)
-        if len(calls) == fails_at:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, tensors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, "write_safetensors", full_disk)
-        directory, _, err = train(code=2, **arguments)
-    left = [f"step-{n:06d}" for n in range(max(1, fails_at - keep), fails_at)]
-    assert "No space left" in err and sorted(p.name for p in directory.glob("step-*")) == left
-    for name in left:
-        load_model(directory / name)
-    train(resume="auto", **arguments)
-    assert losses(directory) == losses(whole) and not list(directory.glob(".*tmp"))
+    for keep, fails_at in ((1, 1), (1, 2), (2, 3), (3, 3), (4, 6), (5, 4)):
+        how = arguments | {"name": f"keep-{keep}-fails-{fails_at}", "keep_last": keep}
+        with monkeypatch.context() as patch:
+            patch.setattr(saving, "write_safetensors", fill_disk_at(fails_at))
+            directory, _, err = train(code=2, **how)
+        left = [f"step-{n:06d}" for n in range(max(1, fails_at - keep), fails_at)]
+        assert "No space left" in err and sorted(p.name for p in directory.glob("step-*")) == left
+        for name in left:
+            load_model(directory / name)
+        train(resume="auto", **how)
+        assert losses(directory) == losses(whole) and not list(directory.glob(".*tmp"))
 
 
 @pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
