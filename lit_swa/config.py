@@ -347,6 +347,11 @@ def check_rope_scaling(config: Config) -> None:
         raise ValueError(f"rope_scaling of type {kind!r} has no {unknown}: it takes {known}.")
     for key in given - {"truncate"}:
         check_scaling_value(key, scaling[key], config)
+    check_scaling_fits(kind, scaling, config)
+
+
+def check_scaling_fits(kind: str, scaling: dict, config: Config) -> None:
+    """The scaling's values fit each other and the other fields."""
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ValueError("rope_scaling high_freq_factor must be greater than low_freq_factor.")
     if kind in ("ntk", "dynamic") and config.rope_n_elem < 4:
@@ -429,36 +434,51 @@ def check_row(kind: str, row: Variant, config: Config, last: int) -> None:
     near = {p + d for p in (0, first_keys, window or 0, last // 2, last) for d in (-1, 0, 1, 2)}
     queries = sorted(p for p in near | set(range(0, last + 1, last // 16 + 1)) if 0 <= p <= last)
     keys = torch.arange(0, last + 1, last // 4096 | 1, device="cpu")
+    sample = Sample(f"The row of {kind!r} in VARIANTS", config, queries, keys)
     q = torch.tensor(queries, device="cpu")[:, None]
     taken = q < 0
-
-    def refuse(what: str, wrong: Any, remedy: str) -> None:
-        i, j = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"The row of {kind!r} in VARIANTS {what}, and its mask disagrees for the query at {queries[i]} and the key "
-            f"at {int(keys[j])}: {remedy}."
-        )
-
     for n, part in enumerate(row.parts):
         seen = (keys <= q) & part.mask(q, keys, config)
-        if (seen & taken).any():
-            refuse("has parts that share no pair", seen & taken, f"part {n} sees what an earlier part sees")
+        sample.refuse(seen & taken, "has parts that share no pair", f"part {n} sees what an earlier part sees")
         taken = taken | seen
-        if window is not None and (far := seen & (q - keys >= window) & (keys >= first_keys)).any():
-            refuse(f"says window={window} and sinks={first_keys}", far, "make window or sinks larger")
-        if part.reach is None:
-            continue
-        reach = [part.reach(p, p + 1, config) for p in queries]
-        lo, hi = (torch.tensor(end, device="cpu")[:, None] for end in zip(*reach, strict=True))
-        within = (keys >= lo) & (keys < hi) & (keys <= q)
-        if (seen & ~within).any():
-            refuse(f"says how far part {n} reaches", seen & ~within, "make reach wider, or leave it out")
-        if part.run and (within & ~seen).any():
-            refuse(f"says run=True of part {n}", within & ~seen, "a query does not see all of its reach: leave run out")
-        for i, p in enumerate(queries):  # several queries reach as far as each of them
-            a, b = part.reach(p, last + 1, config)
-            if any(x < y and (x < a or y > b) for x, y in reach[i:]):
-                refuse(f"says how far the queries from {p} on reach in part {n}", q == p, "make reach(a, b) wider")
+        if window is not None:
+            far = seen & (q - keys >= window) & (keys >= first_keys)
+            sample.refuse(far, f"says window={window} and sinks={first_keys}", "make window or sinks larger")
+        if part.reach is not None:
+            check_reach(part, n, seen, q, sample)
+
+
+class Sample(NamedTuple):
+    """Where a row is compared with its masks."""
+
+    what: str
+    config: Config
+    queries: list[int]
+    keys: "Tensor"
+
+    def refuse(self, wrong: "Tensor", says: str, remedy: str) -> None:
+        """Raises ValueError if any of the pairs (queries, keys) is wrong."""
+        if wrong.any():
+            i, j = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{self.what} {says}, and its mask disagrees for the query at {self.queries[i]} and the key at "
+                f"{int(self.keys[j])}: {remedy}."
+            )
+
+
+def check_reach(part: Part, n: int, seen: "Tensor", q: "Tensor", sample: Sample) -> None:
+    """The reach of part n holds all that a query sees, and with run=True nothing else; of several, that of each."""
+    last, keys = sample.queries[-1], sample.keys
+    ends = [part.reach(p, p + 1, sample.config) for p in sample.queries]
+    lo, hi = (seen.new_tensor(end, dtype=q.dtype)[:, None] for end in zip(*ends, strict=True))
+    within = (keys >= lo) & (keys < hi) & (keys <= q)
+    sample.refuse(seen & ~within, f"says how far part {n} reaches", "make reach wider, or leave it out")
+    if part.run:
+        sample.refuse(within & ~seen, f"says run=True of part {n}", "a query does not see all of its reach")
+    for i, p in enumerate(sample.queries):
+        a, b = part.reach(p, last + 1, sample.config)
+        if any(x < y and (x < a or y > b) for x, y in ends[i:]):
+            sample.refuse(q == p, f"says how far the queries from {p} on reach in part {n}", "make reach(a, b) wider")
 
 
 # ------------------------------------------------------------------------------------------------- what is asked of GPT

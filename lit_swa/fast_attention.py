@@ -103,27 +103,31 @@ def gpu_tools(choice: str, T: int, cached: bool, hopper: bool, window: int) -> T
 
 def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -> tuple[Callable | None, int]:
     """The function that makes the outputs of the first queries, and of how many; (None, 0): the plain steps do all."""
-    config, row, T, on_cpu = pairs.config, pairs.row, pairs.q_pos.size(1), pairs.q_pos.device.type == "cpu"
+    config, T = pairs.config, pairs.q_pos.size(1)
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
-    if config.attention_logit_softcapping is not None:
+    if config.attention_logit_softcapping is not None or not is_exact(pairs):
         return None, 0
     if is_whole(pairs):
         return (lambda queries, k, v: causal(queries[0], k, v, scale)), T
-    if not is_exact(pairs):
-        return None, 0
-    bands = [is_band(pairs, part) for part in row.parts]
+    bands = [is_band(pairs, part) for part in pairs.row.parts]
     corners = tools.corners and any(bands)
-    if any(bands) and not corners and tools.window is not None:
-        if tools.window == "flex" or len(bands) == 1:  # torch's flash kernel gives no log-sum-exp to merge sinks by
-            n = T // tools.multiple * tools.multiple
-            return (window_attend(pairs, tools.window, n, bands, scale), n) if n else (None, 0)
-    merges = len(row.parts) > 1 if on_cpu else pairs.window is None and T >= FLEX_BLOCK
-    if tools.merge is None or not (merges or corners):
+    # torch's flash kernel gives no log-sum-exp to merge sinks by
+    if any(bands) and not corners and (tools.window == "flex" or tools.window is not None and len(bands) == 1):
+        n = T // tools.multiple * tools.multiple
+        return (window_attend(pairs, tools.window, n, bands, scale), n) if n else (None, 0)
+    blocks = merge_blocks(pairs, bands, corners) if is_worth_merging(pairs, tools, corners) else None
+    if blocks is None:
         return None, 0
-    blocks = merge_blocks(pairs, bands, corners)
-    if not on_cpu and any(strip.mask is not None for block in blocks for strip in block.strips):
-        return None, 0  # only the CPU's kernel takes a mask
     return (lambda queries, k, v: MergedAttention.apply(tools.merge, blocks, scale, k, v, *queries)), T
+
+
+def is_worth_merging(pairs: "Pairs", tools: Tools, corners: bool) -> bool:
+    """True if strips that are merged beat the plain steps: several parts on a CPU; on a GPU, what needs no mask."""
+    if tools.merge is None or corners:
+        return tools.merge is not None
+    if pairs.q_pos.device.type == "cpu":
+        return len(pairs.row.parts) > 1
+    return pairs.window is None and pairs.q_pos.size(1) >= FLEX_BLOCK
 
 
 def is_exact(pairs: "Pairs") -> bool:
@@ -340,8 +344,11 @@ class MergeBlock(NamedTuple):
         return runs[:, :, :, : strip.keys.stop - strip.keys.start]
 
 
-def merge_blocks(pairs: "Pairs", bands: Sequence[bool], corners: bool) -> list[MergeBlock]:
-    """Cut the queries into blocks as large as they can be, and for each the keys into strips that a kernel can do."""
+def merge_blocks(pairs: "Pairs", bands: Sequence[bool], corners: bool) -> list[MergeBlock] | None:
+    """Cut the queries into blocks as large as they can be, and for each the keys into strips that a kernel can do.
+
+    None: a strip needs a mask, and the kernel takes none.
+    """
     T, windowed = pairs.q_pos.size(1), pairs.window is not None
     alike = T
     if windowed:
@@ -359,6 +366,8 @@ def merge_blocks(pairs: "Pairs", bands: Sequence[bool], corners: bool) -> list[M
             for n, band in enumerate(bands)
             for strip in part_strips(pairs, n, one, band, corners, triangles=True, shared=shared)
         ]
+        if pairs.q_pos.device.type != "cpu" and any(strip.mask is not None for strip in strips):
+            return None  # only the CPU's kernel takes a mask
         blocks.append(MergeBlock(slice(start, stop), strips, folds))
     return blocks[::-1]
 
