@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
@@ -92,11 +93,7 @@ def measure_length(
     import torch
 
     inputs = make_inputs(T, device, settings)
-    ways = ours(T, device, settings, inputs) | peers(T, device, settings, inputs)
-    unknown = set(chosen or ()) - set(ways)
-    if unknown and not any(name in slow for name in unknown):
-        raise ValueError(f"There is no method {sorted(unknown)[0]!r} here: choose from {', '.join(ways)}.")
-    ways = {name: way for name, way in ways.items() if (not chosen or name in chosen) and name not in slow}
+    ways = choose(ours(T, device, settings, inputs) | peers(T, device, settings, inputs), chosen, slow)
     grad = torch.randn_like(inputs[0])
     rows = []
     for name, way in list(ways.items()):
@@ -117,6 +114,14 @@ def measure_length(
     return rows
 
 
+def choose(ways: dict[str, Callable], chosen: list[str] | None, slow: set[str]) -> dict[str, Callable]:
+    """The methods that were asked for and were not too slow at a lesser length."""
+    unknown = set(chosen or ()) - set(ways)
+    if unknown and not any(name in slow for name in unknown):
+        raise ValueError(f"There is no method {sorted(unknown)[0]!r} here: choose from {', '.join(ways)}.")
+    return {name: way for name, way in ways.items() if (not chosen or name in chosen) and name not in slow}
+
+
 def make_inputs(T: int, device: str, settings: dict) -> list:
     """q (1, H, T, D), k and v (1, G, T, D), laid out as a projection leaves them: a token's heads side by side."""
     import torch
@@ -128,11 +133,11 @@ def make_inputs(T: int, device: str, settings: dict) -> list:
 
 
 def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callable]:
-    """lit_swa's variants; those with RoPE turn queries and keys first, dual-chunk attention the queries three times."""
+    """lit_swa's variants; those with RoPE rotate first: dual-chunk attention rotates its queries three times."""
     import torch
 
-    from lit_swa import Config
-    from lit_swa.model import VARIANTS, Plan, RoPE, Span, Turns, apply_rope, attend, build_plan, fused, pick_engine
+    from lit_swa import GPT, Config
+    from lit_swa.rope import Span
 
     window = {"sliding_window_size": settings["window"], "n_sink_tokens": settings["n_sink_tokens"]}
     fields = {
@@ -143,28 +148,21 @@ def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callabl
         "S2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
     }
     q, k, v = inputs
-    pos = torch.arange(T, device=device)[None]
     ways: dict[str, Callable] = {}
     for name, extra in fields.items():
         config = Config(
-            n_layer=1, n_head=settings["n_head"], n_query_groups=settings["n_query_groups"], block_size=T,
-            head_size=settings["head_size"], n_embd=64, attention_backend=settings["backend"], **extra,
+            n_layer=1, n_head=settings["n_head"], n_query_groups=settings["n_query_groups"], block_size=T, vocab_size=8,
+            head_size=settings["head_size"], n_embd=8, attention_backend=settings["backend"], **extra,
         )  # fmt: skip
-        variant, rope = config.attention, RoPE(config).to(device)
-        row = VARIANTS[variant]
-        if config.s2_attention:
-            plan = Plan([], pos, s2_group=config.s2_group(T))
-        else:
-            engine = pick_engine(config, pos.device, q.dtype, T, cached=False)
-            plan = build_plan(variant, config, pos, Span(True, 0, T - 1, True, True), engine)
-        turns = Turns([rope(p.position(pos, config)) for p in row.parts], rope(row.key_position(pos, config)))
+        model = GPT(config).to(device)
+        mixer, span = model.layers[0].mixer, Span(True, 0, T - 1, contiguous=True, fresh=True, dtype=q.dtype)
+        plan = mixer.plan(torch.arange(T, device=device)[None], span, None, model.rope)
 
-        def plain(plan: Plan = plan, config: Config = config, parts: int = len(row.parts)) -> torch.Tensor:
-            return attend([q] * parts, k, v, plan, config)
+        def plain(mixer: Any = mixer, plan: Any = plan) -> torch.Tensor:
+            return mixer.attend([q] * len(plan.q_angles), k, v, plan)
 
-        def with_rope(plan: Plan = plan, config: Config = config, turns: Turns = turns) -> torch.Tensor:
-            queries = [fused(apply_rope, q, *turn) for turn in turns.queries]
-            return attend(queries, fused(apply_rope, k, *turns.keys), v, plan, config)
+        def with_rope(mixer: Any = mixer, plan: Any = plan) -> torch.Tensor:
+            return mixer(q, k, v, plan, None)
 
         ways[name] = plain
         if name in ("full", "dual chunk"):

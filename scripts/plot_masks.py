@@ -90,8 +90,13 @@ def main(
 
 
 def build_config(variant: str, **fields: Any) -> "Config":
+    """A small config of the variant, with those of the fields that it reads or needs."""
     from lit_swa import Config
+    from lit_swa.config import VARIANTS, fields_read
 
+    own = fields_read(variant)
+    others = {name for other in VARIANTS for name in fields_read(other)} - own
+    fields = {name: value for name, value in fields.items() if name not in others}
     return Config(n_layer=1, n_head=2, n_embd=8, vocab_size=8, attention=variant, rolling_kv_cache=True, **fields)
 
 
@@ -99,8 +104,7 @@ def all_grids(tokens: int, fields: dict[str, Any]) -> tuple[dict[str, Grid], dic
     """What the picture of the masks and that of the distances show."""
     from lit_swa.model import VARIANTS
 
-    unwindowed = fields | {"sliding_window_size": None}  # which dual_chunk insists on
-    configs = {name: build_config(name, **unwindowed if name == "dual_chunk" else fields) for name in VARIANTS}
+    configs = {name: build_config(name, **fields) for name in VARIANTS}
     grids = {name: grid_of_variant(config, tokens) for name, config in configs.items()}
     straight, shifted = grids_of_s2(fields["s2_group_size"], tokens)
     linear = grid_of_variant(build_config("full", rope_scaling={"type": "linear", "factor": 2.0}), tokens)
@@ -133,14 +137,14 @@ def grids_of_s2(group: int, tokens: int) -> list[Grid]:
     import torch
 
     from lit_swa import GPT
-    from lit_swa.model import attend
 
     config = build_config("full", s2_attention=True, s2_group_size=group)
-    full = grid_of_variant(config, tokens)  # S2-Attn turns queries and keys as full attention does
-    plan = GPT(config).train().plan_call(torch.zeros(1, tokens, dtype=torch.long), None, None).plans["full"]
+    full = grid_of_variant(config, tokens)  # S2-Attn rotates queries and keys as full attention does
+    model = GPT(config).train()
+    plan = model.plan_call(torch.zeros(1, tokens, dtype=torch.long), None).plans["full"]
     q = torch.zeros(1, config.n_head, tokens, config.head_size)
     v = torch.eye(tokens).expand(1, config.n_head, tokens, tokens)
-    weights = attend([q], q, v, plan, config)[0]  # (H, T, T)
+    weights = model.layers[0].mixer.attend([q], q, v, plan)[0]  # (H, T, T)
     grids = []
     for kind, seen in (("straight", weights[0] > 0), ("shifted", weights[-1] > 0)):
         distance = torch.tensor(full.distance).where(seen, math.nan)
@@ -151,7 +155,7 @@ def grids_of_s2(group: int, tokens: int) -> list[Grid]:
 
 def unit_of_distance(config: "Config") -> float:
     """What RoPE's frequencies, one like the other, are multiplied by: 1 / factor for linear scaling."""
-    from lit_swa.model import rope_frequencies
+    from lit_swa.rope import rope_frequencies
 
     plain = rope_frequencies(build_config("full"))
     ratios = rope_frequencies(config) / plain
@@ -165,17 +169,17 @@ def cache_history(window: int) -> list[dict[str, Any]]:
     import torch
 
     from lit_swa import GPT
-    from lit_swa.model import find_span
+    from lit_swa.rope import find_span
 
     model = GPT(build_config("sliding", sliding_window_size=window)).eval()
     model.set_kv_cache(1, 4 * window)
-    slot_map, history = model.slot_maps["sliding"], []
+    slots, history = model.caches[0].slots, []
     with torch.no_grad():
         for p in range(2 * window + 2):
             pos = torch.tensor([p])
             model(torch.zeros(1, 1, dtype=torch.long), pos)
-            read, _ = slot_map.view(1, find_span(pos, None), window)
-            history.append({"position": p, "slots": slot_map.pos[0].tolist(), "read": [read.start, read.stop]})
+            read, _ = slots.view(1, find_span(pos, None), window)
+            history.append({"position": p, "slots": slots.pos[0].tolist(), "read": [read.start, read.stop]})
     return history
 
 
@@ -184,7 +188,7 @@ def rope_stretches() -> dict[str, Any]:
     import torch
 
     from lit_swa import Config
-    from lit_swa.model import RoPE, rope_frequencies
+    from lit_swa.rope import RoPE, rope_frequencies
 
     plain = Config.from_name("SmolLM2-135M")
     trained, f = plain.block_size, rope_frequencies(plain)[0]
