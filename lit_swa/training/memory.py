@@ -59,7 +59,7 @@ def fitting_recompute(model: GPT, batch: Batch, limit: int) -> int:
     peak = torch.cuda.max_memory_allocated(device) + moments
     recompute_blocks(model, n - 1)
     with torch.no_grad():
-        call = model.plan_call(batch.idx, None, None, batch.documents)
+        call = model.plan_call(batch.idx, None, documents=batch.documents)
         x = model.transformer.wte(batch.idx)
     x.requires_grad_()
     before = torch.cuda.memory_allocated(device)
