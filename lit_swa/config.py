@@ -89,7 +89,7 @@ class Config:
     s2_shift: bool = True  # False: no head shifts its groups, LongLoRA's "short attention", to compare with
     attention_scores_scalar: int | None = None  # scores are divided by its square root; None: head_size
     attention_logit_softcapping: float | None = None  # c: scores become c * tanh(scores / c)
-    attention_backend: str = "auto"  # sdpa: the plain steps of model.py; flex, flash: see fast_attention.py
+    attention_backend: str = "auto"  # what may take the place of the plain steps: see fast_attention.py
 
     def __post_init__(self) -> None:
         check_types(self)

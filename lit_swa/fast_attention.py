@@ -76,6 +76,8 @@ def find_tools(pairs: "Pairs") -> Tools:
     """What attention_backend allows and the device has for a call of this length."""
     config, kind, T = pairs.config, pairs.q_pos.device.type, pairs.q_pos.size(1)
     flex, compiling = "flex" if config.attention_backend == "flex" else None, torch.compiler.is_compiling()
+    if config.attention_backend == "sdpa":
+        return Tools()
     if kind == "cpu":
         return Tools(None if compiling else "cpu", flex)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pairs.span.dtype
@@ -170,7 +172,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
     gqa, long = q.size(1) != k.size(1), q.device.type == "cuda" and q.size(2) >= LONG_CALL
     if backend == "flash" and long and q.dtype != torch.float32:
         return flash_attention(q, k, v, None, scale)
-    if not long or torch.compiler.is_compiling():
+    if backend == "sdpa" or not long or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -572,7 +572,7 @@ class SoftmaxAttention(Mixer):
         self.row = row = VARIANTS[kind]
         self.window, self.n_sinks = row.window(config) if row.window else None, row.sinks(config) if row.sinks else 0
         self.any_length = row.window is not None
-        self.faster_plan = None if config.attention_backend == "sdpa" else fast_attention()
+        self.faster_plan = fast_attention()
         self.checked = 0  # the row was compared with its masks up to this position
 
     @property

@@ -32,8 +32,7 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch, ragged", [(1, False), (4, True)])
 @pytest.mark.parametrize("variant", FIELDS)
 @torch.no_grad()
 def test_a_one_token_step_is_captured_once(tiny_model, variant, batch, ragged):

@@ -60,8 +60,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("S", [1, 2, 7, 24, 40])
-@pytest.mark.parametrize("n_query_groups", [2, 1])
+@pytest.mark.parametrize("S, n_query_groups", [(1, 2), (2, 2), (7, 2), (7, 1), (24, 2), (40, 2)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @torch.no_grad()
 def test_any_split_gives_the_logits_of_one_call(tiny_model, pattern, n_query_groups, S):

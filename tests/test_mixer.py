@@ -113,7 +113,7 @@ def test_a_mixer_with_parameters_and_a_state_needs_no_branch_elsewhere(recurrent
 
 @torch.no_grad()
 def test_a_state_of_constant_size_reads_text_of_any_length(recurrent):
-    """Catches: a limit, or a cache, by the text's length for a mixer that has neither; a parameter that is not saved."""
+    """Catches: a limit, or a cache, by the text's length for a mixer that has neither; a parameter lost in a file."""
     model = build(attention="recurrent", block_size=16)
     assert model.unbounded(cached=False) and model.rolls and "transformer.h.0.attn.mixer.decay" in model.state_dict()
     tokens = list(generate(model, [1, 2, 3], max_new_tokens=40))
