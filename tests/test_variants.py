@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 
 import brute_force
 import dilated
@@ -433,6 +434,13 @@ def test_a_model_without_memory_can_be_planned():
     """Catches: a look at positions or at autocast that a meta tensor has no answer to."""
     idx = torch.zeros(1, 8, dtype=torch.long, device="meta")
     assert GPT(tiny_config()).to("meta")(idx).shape == (1, 8, 97)
+
+
+def test_the_tutorial_walks_through_this_very_code():
+    """Catches: a page that shows another variant than the one that is tested."""
+    code = Path(dilated.__file__).read_text().split("# ---8<---")[1].partition("\n")[2].strip()
+    page = Path(__file__).resolve().parents[1] / "tutorials" / "attention_variants.md"
+    assert code in page.read_text()
 
 
 def test_every_variant_is_covered_here():
