@@ -180,9 +180,9 @@ class GPT(nn.Module):
         checks.check_call(self, idx.shape, pos.shape, span, cached)
         span = span._replace(dtype=self.transformer.wte.weight.dtype)
         pos, plans = pos.view(-1, T), {}  # (1, T): the same for every sequence, or (B, T)
-        for attn in self.layers:
-            if (mixer := attn.mixer).kind not in plans:
-                plans[mixer.kind] = mixer.plan(pos, span, attn.kv_cache if cached else None, self.rope)
+        for block in self.transformer.h:
+            if (mixer := block.attn.mixer).kind not in plans:
+                plans[mixer.kind] = mixer.plan(pos, span, block.attn.kv_cache if cached else None, self.rope)
         return Call(plans, cached)
 
     def plan_documents(self, idx: Tensor, input_pos: Tensor | None, lengths: list[int]) -> "Call":
@@ -506,14 +506,12 @@ class Plan(NamedTuple):
     k_angles: tuple[Tensor, Tensor]
     rotate_read: bool  # True: keys are cached as they are, and rotated when they are read
     blocks: "list[QueryBlock]"  # who sees whom, in plain steps, for the queries that `faster` leaves
-    faster: Any = None  # what takes the place of the plain steps: rotate, causal and attend of fast_attention.py
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = apply_rope
+    faster: Any = None  # what takes the place of the plain steps: causal and attend of fast_attention.py
     exchange: "Exchange | None" = None  # where the keys go in the cache, and which of its slots are read
     temperature: Tensor | float | None = None  # (1 or B, 1, T, 1): what queries are multiplied by
     group: int = 0  # tokens in a group of S2-Attn; 0: not S2-Attn
     texts: "list[tuple[int, Plan]]" = []  # lengths and plans of texts in a sequence; empty: one text
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return apply_rope(x, cos, sin) if self.faster is None else self.faster.rotate(x, cos, sin)
 
 
 class Pairs(NamedTuple):
@@ -591,34 +589,36 @@ class SoftmaxAttention(Mixer):
             slots = beside.slots
         return KVCache(slots, (batch, heads[1], slots.pos.size(1), self.config.head_size), **place)
 
-    def check(self, last: int | None) -> None:
+    def check(self, last: int) -> None:
         """Compare the row with its masks up to a position and twice as far, unless that was done."""
-        if last is not None and last >= self.checked and not torch.compiler.is_compiling():
+        if last >= self.checked and not torch.compiler.is_compiling():
             checks.check_row(self.kind, self.row, self.config, 2 * last + 1)
             self.checked = 2 * last + 2
 
     def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
         row, config = self.row, self.config
-        self.check(span.last)
+        if span.last is not None and span.last >= self.checked:
+            self.check(span.last)
         exchange, k_pos, layout = None, pos, Layout(0, 0)
         if cache is not None:
             exchange = cache.slots.exchange(pos, span, self.window)
             k_pos, layout = exchange.k_pos, exchange.layout
         pairs = Pairs(row, config, pos, k_pos, span, layout, cache is not None, self.window, self.n_sinks)
         faster = None if self.faster_plan is None else self.faster_plan(pairs)
-        blocks = cut_queries(pairs, 0 if faster is None else faster.n_queries)
+        rotate, done = (apply_rope, 0) if faster is None else (faster.rotate, faster.n_queries)
+        blocks = cut_queries(pairs, done) if done < pos.size(1) else []
         base = 1 if config.rope_local_base_freq is not None and self.window is not None else 0
         angles = rope.angles(pos, k_pos, base, row.key_position, [part.position for part in row.parts])
         temperature = None if row.temperature is None else row.temperature(pos, config)
-        return Plan(*angles, blocks, faster, exchange, temperature)
+        return Plan(*angles, blocks, rotate, faster, exchange, temperature)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         first, plans = texts[0][1], [plan for _, plan in texts]
         q_angles = [join_angles(angles) for angles in zip(*(plan.q_angles for plan in plans), strict=True)]
         each = [plan.temperature for plan in plans]
         temperature = torch.cat(each, dim=2) if isinstance(each[0], Tensor) else each[0]
-        k_angles = join_angles([plan.k_angles for plan in plans])
-        return Plan(q_angles, k_angles, first.rotate_read, [], first.faster, None, temperature, texts=texts)
+        first = first._replace(k_angles=join_angles([plan.k_angles for plan in plans]), temperature=temperature)
+        return first._replace(q_angles=q_angles, blocks=[], texts=texts, group=0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "KVCache | None") -> Tensor:
         if plan.temperature is not None:
