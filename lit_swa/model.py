@@ -66,9 +66,9 @@ class GPT(nn.Module):
         super().__init__()
         checks.check_values(config)  # again: the config may have been made before this file filled VARIANTS
         self.config = config
+        wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        wte, ln_f = nn.Embedding(config.padded_vocab_size, config.n_embd), build_norm(config, config.n_embd)
-        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks, "ln_f": ln_f})
+        self.transformer = nn.ModuleDict({"wte": wte, "h": blocks, "ln_f": build_norm(config, config.n_embd)})
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.rope = RoPE(config)
         self.cache_batch_size, self.lookahead = 0, 0  # what set_kv_cache was called with; 0: there are no caches
