@@ -8,9 +8,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa.generate import Session, wait_for
+from lit_swa.generate import Session
 from lit_swa.linear_formats import OneTokenLinear, replace_linears
 from lit_swa.model import GPT
+from lit_swa.utils import wait_for
 
 
 def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,26 +1,24 @@
 """Text from a model: how a token is chosen (Sampling), what the caches hold (Session), and the loop (generate).
 
-Shapes: B rows, T tokens of one call, V vocab_size, C n_embd. `generate` works on token ids, `generate_text` on text.
+Shapes: B batch, T tokens of one call, V vocab_size, C n_embd. `generate` works on token ids, `generate_text` on text.
 """
 
 import functools
 import math
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_swa.checks import check_range
+from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 from lit_swa.model import GPT
-
-if TYPE_CHECKING:
-    from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
+from lit_swa.utils import free_memory, wait_for
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
@@ -63,7 +61,7 @@ class Sampling:
     def distribution(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The probabilities (B, V), float32, that the next token is drawn with, from logits (B, V).
 
-        seen: (B, V) bool, the tokens that each row's text holds already; None: nothing is penalized.
+        seen: (B, V) bool, the tokens that each sequence holds already; None: nothing is penalized.
         A pure function of its arguments. With temperature 0 the likeliest token has probability 1.
         """
         logits = self.penalize(logits.float(), seen)
@@ -92,7 +90,7 @@ class Sampling:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A token (B, 1) for each row of probabilities (B, V).
+    """A token (B, 1) for each sequence's probabilities (B, V).
 
     argmax(p / e) with e exponentially distributed is a draw from p (the exponential race), and it does not make the
     host wait for the GPU, as torch.multinomial does.
@@ -102,22 +100,22 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
 
 
 class Sampler:
-    """Chooses token after token of some texts: a Sampling, its random numbers, and the tokens that the texts hold."""
+    """Chooses token after token of a batch: a Sampling, its random numbers, and the tokens that the sequences hold."""
 
     def __init__(
-        self, sampling: Sampling, texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str
+        self, sampling: Sampling, sequences: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str
     ) -> None:
-        """texts: the ids of B texts, up to where the first tokens are chosen."""
+        """sequences: the ids of B sequences, up to where the first tokens are chosen."""
         self.sampling = sampling
         self.generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
         self.seen = None  # (B, V) bool, only where a penalty needs it
         if sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
-            for row, ids in zip(self.seen, texts, strict=True):
+            self.seen = torch.zeros(len(sequences), vocab_size, dtype=torch.bool, device=device)
+            for row, ids in zip(self.seen, sequences, strict=True):
                 row[[i for i in set(ids) if i < vocab_size]] = True
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next tokens (B, 1) for logits (B, V); they count as tokens of the texts from now on."""
+        """The next tokens (B, 1) for logits (B, V); they count as tokens of the sequences from now on."""
         if self.sampling.temperature == 0:  # the argmax of `distribution`, without making one
             token = self.sampling.penalize(logits.float(), self.seen).argmax(dim=-1, keepdim=True)
         else:
@@ -131,19 +129,20 @@ class Sampler:
 
 # model -> the ticket of the session whose tokens its caches hold, so that no session reads those of another
 OWNERS: "weakref.WeakKeyDictionary[GPT, object]" = weakref.WeakKeyDictionary()
+Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor  # what a session is fed: (T,) or (B, T)
 SMALLEST_CHUNK = 128  # so many tokens are fed in one call, however little memory there is
 
 
 class Session:
-    """B texts, fed to a model in step, with their positions and the caches that hold them.
+    """B sequences, fed to a model in step, with their positions and the caches that hold them.
 
         session = Session(model)
         logits = session.feed(prompt)  # (1, 1, V)
         logits = session.feed([token])
         session.take_back(1)  # as if the token had never been fed
 
-    The session sets up the model's caches when it needs them, and enlarges them when its texts outgrow them. A model
-    has one set of caches: when another session is fed, this one has lost its tokens, and says so if it is fed again.
+    The session sets up the model's caches when it needs them, and enlarges them when its sequences outgrow them. A
+    model has one set of caches: when another session is fed, this one has lost its tokens, and feeding it again raises.
     """
 
     def __init__(
@@ -157,11 +156,11 @@ class Session:
     ) -> None:
         """Caches are set up by the first `feed` or `reserve`, not here.
 
-        batch_size: B, the rows that are fed together.
-        lookahead: how many tokens a rolling cache shall be able to take back; a dense cache can take back any number.
-        chunk_size: how many tokens of a row to give the model in one call; None: as many as fit the free memory.
-        decode: feeds one token to each row, as a compiled step does (compile_decode): (token (B, 1), input_pos (1,) or
-            (B, 1)) -> logits (B, 1, padded_vocab_size). None: the model does it.
+        batch_size: B, the sequences that are fed together.
+        lookahead: how many tokens a rolling cache must be able to take back; a dense cache can take back any number.
+        chunk_size: how many tokens of a sequence to feed in one call; None: as many as fit the free memory.
+        decode: feeds one token to each sequence, as a compiled step does (compile_decode): (token (B, 1), input_pos
+            (1,) or (B, 1)) -> logits (B, 1, padded_vocab_size). None: the model does it.
         """
         check_range("batch_size", batch_size, 1)
         check_range("lookahead", lookahead, 0)
@@ -175,29 +174,27 @@ class Session:
 
     def reset(self) -> None:
         """Forget all tokens. The caches stay allocated for the next ones."""
-        self.length = 0  # tokens of a row, with its padding
+        self.length = 0  # tokens of a sequence, with its padding
         self.furthest = 0  # the greatest length so far, which says what a rolling cache has dropped
-        self.room = 0.0  # how long the rows can become in the caches as they are
-        self.fed: list[Tensor] = []  # the tokens (B, T) of each call, on the device: to read them, the host would wait
-        self.padding: Tensor | None = None  # (B, 1) how many tokens of padding stand in front of each row
+        self.room = 0.0  # how long the sequences can become in the caches that are there
+        self.padding: Tensor | None = None  # (B, 1) how many tokens of padding each sequence begins with
+        self.fed = [torch.empty(self.batch_size, 0, dtype=torch.long, device=self.device)]  # each call's tokens (B, T)
         if OWNERS.get(self.model) is self.ticket:
             del OWNERS[self.model]
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The tokens that the caches hold, row by row, without padding."""
-        if not self.fed:
-            return [[] for _ in range(self.batch_size)]
+        """The tokens that the caches hold, one list for each sequence, without padding. The host waits for them."""
         self.fed = [torch.cat(self.fed, dim=1)]
-        rows = self.fed[0].tolist()
-        return rows if self.padding is None else [r[n:] for r, n in zip(rows, self.padding[:, 0].tolist(), strict=True)]
+        padding = [0] * self.batch_size if self.padding is None else self.padding[:, 0].tolist()
+        return [ids[n:] for ids, n in zip(self.fed[0].tolist(), padding, strict=True)]
 
     # reading
 
     @torch.inference_mode()
     def feed(
         self,
-        ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+        ids: Ids,
         *,
         logits_to_keep: int = 1,
         should_stop: Callable[[], bool] | None = None,
@@ -205,17 +202,17 @@ class Session:
     ) -> Tensor | None:
         """Read more tokens; returns logits (B, k, V) of what follows each of the last k = logits_to_keep.
 
-        ids: (B, T), or (T,) for a session of one row. The first rows that a session is fed may differ in length: they
+        ids: (B, T), or (T,) for a session of one sequence. The first tokens of the sequences may differ in number: they
             are padded on the left.
         logits_to_keep: 0 gives the logits of all T tokens.
         should_stop: asked before each call of the model; True ends the reading, and the result is None.
-        progress: told (tokens of a row read so far, tokens of a row in all) after each of several calls.
+        progress: told (tokens of a sequence read so far, all that it will be) after each of several calls.
         Raises ValueError for tokens that do not fit the session or the context, or if another session took the caches.
         """
-        ids = self.next_rows(ids)  # (B, T)
-        T, before = ids.size(1), self.length
-        size, pieces = self.call_size(T), []
-        first_kept = 0 if logits_to_keep == 0 else max(0, T - logits_to_keep)
+        ids = self.next_tokens(ids)  # (B, T)
+        T = ids.size(1)
+        size, end, pieces = self.call_size(T), self.length + T, []
+        first_kept = max(0, T - logits_to_keep) if logits_to_keep else 0
         for start in range(0, T, size):
             if should_stop is not None and should_stop():
                 return None
@@ -226,15 +223,15 @@ class Session:
             else:
                 logits = self.call(functools.partial(self.model, logits_to_keep=max(1, kept)), chunk)
             if kept > 0:
-                pieces.append(logits[..., : self.model.config.vocab_size])  # rows of padding are no tokens
+                pieces.append(logits[..., : self.model.config.vocab_size])  # what pads the vocabulary is no token
             if progress is not None and T > size:
-                progress(self.length, before + T)
+                progress(self.length, end)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     @torch.inference_mode()
     def hidden_states(self, ids: Tensor) -> Tensor:
         """Read more tokens (B, T) in one call; returns (B, T, C), from which `model.project` makes logits."""
-        return self.call(self.model.hidden_states, self.next_rows(ids))
+        return self.call(self.model.hidden_states, self.next_tokens(ids))
 
     def call(self, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
         """One call of the model, or of a part of it, on the next tokens (B, T)."""
@@ -248,32 +245,23 @@ class Session:
         self.length = stop
         return out
 
-    def next_rows(self, ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """ids as (B, T) on the model's device, padded where rows differ; makes room for them in the caches."""
-        if self.length == 0:
-            self.padding = None
-        if isinstance(ids, Tensor):
-            ids = ids.to(self.device, torch.long)
-            ids = ids[None] if ids.dim() == 1 else ids
-        else:
-            rows = [list(ids)] if not len(ids) or isinstance(ids[0], int) else [list(row) for row in ids]
-            longest = max(map(len, rows))
-            padding = [longest - len(row) for row in rows]
-            if any(padding) and self.length:
-                raise ValueError("The rows differ in length: only the first rows of a session may.")
-            if any(padding):
-                self.padding = torch.tensor(padding, device=self.device)[:, None]
-            ids = torch.tensor([[0] * n + row for n, row in zip(padding, rows, strict=True)], device=self.device)
+    def next_tokens(self, ids: Ids) -> Tensor:
+        """ids as (B, T) on the model's device, padded if their lengths differ; makes room for them in the caches."""
+        ids, padding = to_batch(ids, self.device)
+        if padding is not None and self.length:
+            raise ValueError("The rows differ in length: only the first rows of a session may.")
         if ids.dim() != 2 or ids.size(0) != self.batch_size or ids.size(1) == 0:
             raise ValueError(f"The tokens have the shape {tuple(ids.shape)}: give {self.batch_size} rows of tokens.")
         tokens = self.length + ids.size(1)
         if tokens > self.model.config.block_size and not self.model.unbounded(cached=False):
             raise context_error(self.model, tokens, "The text")
+        if self.length == 0:
+            self.padding = padding
         self.reserve(tokens)
         return ids
 
     def call_size(self, T: int) -> int:
-        """How many of T tokens a row to feed in one call."""
+        """How many of the T next tokens of a sequence to feed in one call."""
         if self.model.depends_on_length:
             return T  # read in pieces, a token would count as one of a shorter text
         if self.chunk_size is not None:
@@ -283,7 +271,7 @@ class Session:
     # the caches
 
     def reserve(self, tokens: int) -> None:
-        """Make room in the caches for rows of so many tokens in all, and keep the tokens that are there.
+        """Make room in the caches for sequences of so many tokens in all, and keep the tokens that are there.
 
         `feed` does this itself. A call for a whole text beforehand spares copies, and a compiled step keeps its shapes.
         More than the context, or than the windows where all caches roll, is not allocated. Raises ValueError if another
@@ -318,7 +306,7 @@ class Session:
             model.reset_kv_cache()
 
     def can_take_back(self, n: int) -> bool:
-        """True if the newest n tokens of every row can be taken back.
+        """True if the newest n tokens of every sequence can be taken back.
 
         Tokens that were taken back before and not replaced count as well: for them a rolling cache has dropped older
         ones, which do not come back.
@@ -326,7 +314,7 @@ class Session:
         return n <= self.length and self.model.can_take_back(self.furthest - (self.length - n))
 
     def take_back(self, n: int) -> None:
-        """Forget the newest n tokens of every row, as if they had never been fed. Raises ValueError if it cannot."""
+        """Forget the newest n tokens of every sequence, as if never fed. Raises ValueError if it cannot."""
         if not 0 <= n <= self.length:
             raise ValueError(f"{n} tokens cannot be taken back: the session holds {self.length}.")
         if not self.can_take_back(n):
@@ -336,27 +324,36 @@ class Session:
             )
         self.model.take_back(n)
         self.length -= n
-        while n > 0:
-            newest = self.fed.pop()
-            if newest.size(1) > n:
-                self.fed.append(newest[:, :-n])
-            n -= newest.size(1)
+        self.fed = [torch.cat(self.fed, dim=1)[:, : self.length]]
 
     def keep_prefix(self, ids: Sequence[int]) -> int:
         """Keep the tokens that the session shares with the beginning of the text `ids`; returns how many those are.
 
         What differs is taken back; if that is not possible, all is forgotten. The last token of ids is never kept,
-        since its logits are wanted: ids[n:] is to be fed. Raises ValueError for a session of several rows.
+        since its logits are wanted: ids[n:] is to be fed. Raises ValueError for a session of several sequences.
         """
         if self.batch_size != 1:
             raise ValueError(f"The session has {self.batch_size} rows: give one of a single row to go on with a text.")
-        held = self.tokens[0]
-        keep = common_prefix(held, ids[:-1])
+        held, keep = self.tokens[0], 0
+        while keep < min(len(held), len(ids) - 1) and held[keep] == ids[keep]:
+            keep += 1
         if keep == 0 or OWNERS.get(self.model) is not self.ticket or not self.can_take_back(len(held) - keep):
             self.reset()
             return 0
         self.take_back(len(held) - keep)
         return keep
+
+
+def to_batch(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(ids (B, T), how many tokens of padding each sequence begins with (B, 1), or None), both on the device."""
+    if isinstance(ids, Tensor):
+        ids = ids.to(device, torch.long)
+        return (ids[None] if ids.dim() == 1 else ids), None
+    sequences = [list(ids)] if not len(ids) or isinstance(ids[0], int) else [list(sequence) for sequence in ids]
+    longest = max(map(len, sequences))
+    padding = [longest - len(sequence) for sequence in sequences]
+    batch = torch.tensor([[0] * n + sequence for n, sequence in zip(padding, sequences, strict=True)], device=device)
+    return batch, torch.tensor(padding, device=device)[:, None] if any(padding) else None
 
 
 def context_error(model: GPT, tokens: int, what: str) -> ValueError:
@@ -366,14 +363,6 @@ def context_error(model: GPT, tokens: int, what: str) -> ValueError:
         "--model.attention dual_chunk --model.block_size N, or give every layer a window with "
         "--model.attention streaming --model.sliding_window_size S."
     )
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first items two sequences share."""
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n
 
 
 def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int:
@@ -390,23 +379,6 @@ def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int
     most = 16384 if weight.device.type == "cuda" else 4096
     tokens = max(SMALLEST_CHUNK, min(most, memory // 4 // per_token))
     return 2 ** (tokens.bit_length() - 1)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device; an estimate on a CPU."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on this system
-        return 2**31
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
@@ -437,7 +409,7 @@ def generate(
     temperature ... seed: the fields of a Sampling, to be given either so or as `sampling`.
     stop_tokens: ids, or sequences of ids, that end the text. They are not yielded, and tokens that may begin such a
         sequence are held back until it is clear that they do not.
-    session: a Session(model) of one row. What it holds of prompt_ids already is not read again; afterwards it holds
+    session: a Session(model) of one sequence. What it holds of prompt_ids already is not read again; afterwards it holds
         the new tokens too, except for the last. None: a new session for this call.
     decode: a new session's decode.
     should_stop: asked before each call of the model; True ends the text.
@@ -454,35 +426,48 @@ def generate(
         raise ValueError("The session has a model and a decode step of its own: give that model, and no decode.")
     check_prompt(model, ids)
     check_range("max_new_tokens", max_new_tokens, 0, 10**9)
-    session = session or Session(model, decode=decode)
-    kept, context, stats = session.keep_prefix(ids), model.config.block_size, stats or Stats()
-    if not model.rolls:  # a last token is chosen for the position after the context, and not fed
-        max_new_tokens = min(max_new_tokens, context + 1 - len(ids))
-    session.reserve(len(ids) + max_new_tokens if model.rolls else min(len(ids) + max_new_tokens, context))
-    stats.prompt_tokens, stats.cached_tokens = len(ids), kept
+    session, stats = session or Session(model, decode=decode), stats or Stats()
+    stats.prompt_tokens, stats.cached_tokens = len(ids), session.keep_prefix(ids)
+    context = math.inf if model.rolls else model.config.block_size
+    session.reserve(min(len(ids) + max_new_tokens, context))
+    count = min(max_new_tokens, context + 1 - len(ids))  # the last one may follow the context: it is not fed
     sampler = Sampler(sampling or flat, [ids], model.config.vocab_size, session.device)
-    stops = StopFinder([[s] if isinstance(s, int) else [int(i) for i in s] for s in stop_tokens], empty=[])
-    read = functools.partial(session.feed, ids[kept:], should_stop=should_stop, progress=progress)
-    return decode_loop(session, read, sampler, max_new_tokens, stops, should_stop or (lambda: False), stats)
+    stops = StopFinder([[s] if isinstance(s, int) else list(s) for s in stop_tokens], empty=[])
+    return decode_loop(session, ids[stats.cached_tokens :], sampler, count, stops, should_stop, progress, stats)
+
+
+def check_prompt(model: GPT, ids: Sequence[int]) -> None:
+    """Raises ValueError, in one sentence, for a prompt that the model cannot read."""
+    if not ids:
+        raise ValueError("The prompt is empty: give at least one token.")
+    unknown = [i for i in ids if not 0 <= i < model.config.padded_vocab_size]
+    if unknown:
+        raise ValueError(
+            f"The prompt holds the token id {unknown[0]}, and the vocabulary has {model.config.padded_vocab_size}: "
+            "the tokenizer is another model's."
+        )
+    if len(ids) > model.config.block_size and not model.rolls:
+        raise context_error(model, len(ids), "The prompt")
 
 
 @torch.inference_mode()
 def decode_loop(
     session: Session,
-    read: Callable[[], Tensor | None],
+    ids: list[int],
     sampler: Sampler,
-    max_new_tokens: int,
+    count: int,
     stops: "StopFinder",
-    should_stop: Callable[[], bool],
+    should_stop: Callable[[], bool] | None,
+    progress: Callable[[int, int], None] | None,
     stats: "Stats",
 ) -> Iterator[int]:
-    """The loop of generate: read the prompt, then choose a token and feed it, again and again."""
+    """The loop of generate: read the ids, then choose a token and feed it, `count` times at most."""
     started = time.perf_counter()
-    logits = read()  # (1, 1, V)
+    logits = session.feed(ids, should_stop=should_stop, progress=progress)  # (1, 1, V)
     wait_for(session.device)
     stats.prefill_seconds = time.perf_counter() - started
-    for n in range(1, max_new_tokens + 1):
-        if logits is None or should_stop():
+    for n in range(1, count + 1):
+        if logits is None or (should_stop is not None and should_stop()):
             break
         token = sampler.choose(logits[:, -1])
         token_id = int(token)  # the only point where the host waits for the device
@@ -491,23 +476,10 @@ def decode_loop(
         yield from released
         if found:
             return
-        if n < max_new_tokens:
+        if n < count:
             started = time.perf_counter()
             logits = session.feed(token)
     yield from stops.held  # what was not a stop after all
-
-
-def check_prompt(model: GPT, ids: Sequence[int]) -> None:
-    """Raises ValueError, in one sentence, for a prompt that the model cannot read."""
-    if not ids:
-        raise ValueError("The prompt is empty: give at least one token.")
-    if not 0 <= min(ids) <= max(ids) < model.config.padded_vocab_size:
-        raise ValueError(
-            f"The prompt holds the token id {max(ids) if min(ids) >= 0 else min(ids)}, and the vocabulary has "
-            f"{model.config.padded_vocab_size}: the tokenizer is another model's."
-        )
-    if len(ids) > model.config.block_size and not model.rolls:
-        raise context_error(model, len(ids), "The prompt")
 
 
 @dataclass
@@ -584,7 +556,7 @@ class StopFinder:
 
 def generate_text(
     model: GPT,
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
     *,
     stop: Sequence[str] = (),
@@ -597,15 +569,13 @@ def generate_text(
     continues: the new text continues that of the prompt, so a first token " word" keeps its space. False: it begins a
         text of its own.
     """
-    from lit_swa.formats.tokenizer import StreamDecoder
-
     decoder = StreamDecoder(tokenizer)
     for token in prompt_ids if continues else ():
         decoder.push(token)
     return join_text(generate(model, prompt_ids, **arguments), decoder, StopFinder(list(stop), empty=""))
 
 
-def join_text(tokens: Iterator[int], decoder: "StreamDecoder", stops: StopFinder) -> Iterator[str]:
+def join_text(tokens: Iterator[int], decoder: StreamDecoder, stops: StopFinder) -> Iterator[str]:
     """Yield the text of the tokens as they come, up to a stop."""
     for token in tokens:
         released, found = stops.push(decoder.push(token))

@@ -224,7 +224,7 @@ def alternate(runs: dict, repeats: int, device) -> dict:
     """Median seconds of each, run in turns after one round of warming up."""
     from statistics import median
 
-    from lit_swa.generate import wait_for
+    from lit_swa.utils import wait_for
 
     times = {who: [] for who in runs}
     for round_ in range(repeats + 1):

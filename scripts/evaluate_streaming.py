@@ -211,7 +211,8 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
     import torch
     from torch.nn.functional import cross_entropy
 
-    from lit_swa.generate import Session, wait_for
+    from lit_swa.generate import Session
+    from lit_swa.utils import wait_for
 
     n, session = len(tokens) - 1, Session(gpt, chunk_size=chunk)
     text, buckets, seen = torch.tensor(tokens.tolist(), device=session.device), [], 0.0
