@@ -409,8 +409,8 @@ def generate(
     temperature ... seed: the fields of a Sampling, to be given either so or as `sampling`.
     stop_tokens: ids, or sequences of ids, that end the text. They are not yielded, and tokens that may begin such a
         sequence are held back until it is clear that they do not.
-    session: a Session(model) of one sequence. What it holds of prompt_ids already is not read again; afterwards it holds
-        the new tokens too, except for the last. None: a new session for this call.
+    session: a Session(model) of one sequence. What it holds of prompt_ids already is not read again; afterwards it
+        holds the new tokens too, except for the last. None: a new session for this call.
     decode: a new session's decode.
     should_stop: asked before each call of the model; True ends the text.
     progress: told (tokens read, tokens of the prompt) while a long prompt is read.

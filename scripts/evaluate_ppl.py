@@ -152,23 +152,20 @@ def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_si
 
     import torch
 
-    from lit_swa.evaluate import perplexity, require_finite, window_nll
+    from lit_swa.evaluate import perplexity, require_finite
     from lit_swa.utils import ProgressLine, interruptible
 
     batches = {str(a): windows.starts[i : i + batch_size] for i, a in enumerate(windows.starts) if i % batch_size == 0}
-    todo = ranks.broadcast([key for key in batches if key not in results.parts] if results else None)
-    n_targets, n_buckets = windows.seq_len - windows.first, len(set(windows.bucket_of_targets()))
-    kept = [window for key in batches if results and key in results.parts for window in results.parts[key]]
+    done = results.parts if results else {}
+    todo = ranks.broadcast([key for key in batches if key not in done])  # as rank 0 has it
+    kept = [window for key in batches for window in done.get(key, ())]
     n_done, n_windows, nll_sum = len(kept), len(windows.starts), sum(map(sum, kept))
     progress = ProgressLine(n_windows * windows.seq_len, "perplexity", done=n_done * windows.seq_len)
     with interruptible() as interrupted:
         for i in range(0, len(todo), ranks.count):
             started = time.perf_counter()
-            sums = torch.zeros(batch_size, n_buckets, dtype=torch.float64)
-            if i + ranks.rank < len(todo):
-                starts = batches[todo[i + ranks.rank]]
-                nll = window_nll(gpt, windows.batch(tokens, starts, ranks.device), windows.first, chunk_size)
-                sums[: len(starts)] = torch.tensor(windows.sums(nll), dtype=torch.float64)
+            mine = batches[todo[i + ranks.rank]] if i + ranks.rank < len(todo) else ()
+            sums = read_batch(gpt, tokens, windows, mine, batch_size, chunk_size, ranks.device)
             gathered, stop = ranks.gather(sums), ranks.gather(torch.tensor(interrupted())).any()
             round_ = {key: part[: len(batches[key])].tolist() for key, part in zip(todo[i:], gathered, strict=False)}
             for key, part in round_.items():
@@ -178,12 +175,26 @@ def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_si
                 results.add_all(round_ | {"_seconds": seconds})
                 n_done += sum(map(len, round_.values()))
                 nll_sum += sum(sum(map(sum, part)) for part in round_.values())
-                progress.show(n_done * windows.seq_len, f"ppl {perplexity(nll_sum / (n_done * n_targets)):.3f}")
+                mean = nll_sum / (n_done * (windows.seq_len - windows.first))
+                progress.show(n_done * windows.seq_len, f"ppl {perplexity(mean):.3f}")
             if stop and i + ranks.count < len(todo):
                 if results is not None:
                     results.save()
                     print(f"{n_done} of {n_windows} windows are kept: the same command goes on", file=sys.stderr)
                 raise KeyboardInterrupt
+
+
+def read_batch(gpt, tokens, windows, starts, batch_size: int, chunk_size: int, device):
+    """The sums (batch_size, buckets) of the windows at `starts`, in float64; zeros where there are fewer windows."""
+    import torch
+
+    from lit_swa.evaluate import window_nll
+
+    sums = torch.zeros(batch_size, len(set(windows.bucket_of_targets())), dtype=torch.float64)
+    if len(starts):
+        nll = window_nll(gpt, windows.batch(tokens, starts, device), windows.first, chunk_size)
+        sums[: len(starts)] = torch.tensor(windows.sums(nll), dtype=torch.float64)
+    return sums
 
 
 def report(result: dict[str, Any]) -> None:

@@ -113,19 +113,16 @@ def plan_methods(
     from lit_swa.checkpoint import load_config
 
     own = not chat if own is None else own
-    sinks = ([] if own else [4]) if sinks is None and chat else [0, 4] if sinks is None else sinks
-    shared = {name: value for name, value in fields.items() if name not in cache_fields(1, cache_size)}
-    if not own and (unused := [name for name in fields if name not in shared]):
+    rest = {name: value for name, value in fields.items() if name not in cache_fields(1, cache_size)}
+    if not own and len(rest) < len(fields):
+        unused = next(name for name in fields if name not in rest)
         raise ValueError(
-            f"model.{unused[0]}={fields[unused[0]]} has no effect on the caches of --sinks, which set it themselves: "
+            f"model.{unused}={fields[unused]} has no effect on the caches of --sinks, which set it themselves: "
             "add --own_attention true."
         )
-    methods = []
-    for n in dict.fromkeys(sinks):
-        if not 0 <= n < cache_size:
-            raise ValueError(f"sinks={n} does not fit: it must be at least 0 and less than cache_size={cache_size}.")
-        name = f"{n} sink{'s' if n > 1 else ''} + {cache_size - n}" if n else f"window {cache_size}"
-        methods.append({"name": name, "model": shared | cache_fields(n, cache_size)})
+    if sinks is None:
+        sinks = default_sinks(own, chat)
+    methods = [sink_method(n, cache_size, rest) for n in dict.fromkeys(sinks)]
     if own:
         name = load_config(checkpoint_dir).override(**fields).attention
         methods.append({"name": name, "model": fields})
@@ -136,6 +133,21 @@ def plan_methods(
     for method in methods:
         load_config(checkpoint_dir).override(**method["model"])  # a wrong field shows now and not after an hour
     return methods
+
+
+def default_sinks(own: bool, chat: bool) -> list[int]:
+    """The numbers of sinks to run when none are given: a chat has one cache, a text compares several."""
+    if not chat:
+        return [0, 4]
+    return [] if own else [4]
+
+
+def sink_method(n: int, cache_size: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """The method of n sinks, with these other fields of the config. Raises ValueError for an n that does not fit."""
+    if not 0 <= n < cache_size:
+        raise ValueError(f"sinks={n} does not fit: it must be at least 0 and less than cache_size={cache_size}.")
+    name = f"{n} sink{'s' if n > 1 else ''} + {cache_size - n}" if n else f"window {cache_size}"
+    return {"name": name, "model": fields | cache_fields(n, cache_size)}
 
 
 def cache_fields(sinks: int, cache_size: int) -> dict[str, Any]:

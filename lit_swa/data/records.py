@@ -88,17 +88,7 @@ def to_messages(turns: Any, where: str) -> list[dict[str, Any]]:
     """Messages with role and content, however the conversation is written. What follows its last answer is cut."""
     if not isinstance(turns, list):
         raise ValueError(f"{where} is a {type(turns).__name__}: it must be a list of messages.")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if isinstance(turn, str):  # LIMA: user and assistant in turn
-            turn = {"role": ("user", "assistant")[(number - 1) % 2], "content": turn}
-        if not isinstance(turn, dict) or not ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)):
-            raise ValueError(f"{where}, message {number} needs role and content (or from and value).")
-        others = {key: value for key, value in turn.items() if key not in ("role", "content", "from", "value")}
-        role, content = (turn[k] for k in (("role", "content") if "role" in turn else ("from", "value")))
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"{where}, message {number} has the role {role!r}: it must be one of {', '.join(ROLES)}.")
-        messages.append({"role": ROLES[role], "content": text_of(content, f"{where}, message {number}"), **others})
+    messages = [to_message(turn, n, f"{where}, message {n + 1}") for n, turn in enumerate(turns)]
     while messages and messages[-1]["role"] != "assistant":  # nothing after the last answer is trained
         messages.pop()
     if not messages:
@@ -106,3 +96,16 @@ def to_messages(turns: Any, where: str) -> list[dict[str, Any]]:
     if any(m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls") for m in messages):
         raise Dropped("with an empty answer")
     return messages
+
+
+def to_message(turn: Any, n: int, where: str) -> dict[str, Any]:
+    """A turn of a conversation, the first of which is n = 0, as a message with role and content."""
+    if isinstance(turn, str):  # LIMA: user and assistant take turns
+        turn = {"role": ("user", "assistant")[n % 2], "content": turn}
+    if not isinstance(turn, dict) or not ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)):
+        raise ValueError(f"{where} needs role and content (or from and value).")
+    role, content = (turn[k] for k in (("role", "content") if "role" in turn else ("from", "value")))
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{where} has the role {role!r}: it must be one of {', '.join(ROLES)}.")
+    others = {key: value for key, value in turn.items() if key not in ("role", "content", "from", "value")}
+    return {"role": ROLES[role], "content": text_of(content, where), **others}

@@ -87,28 +87,43 @@ def find_source(directory: Path) -> tuple[str, list[str], str | None]:
     Raises FileNotFoundError, naming what is there and what is missing.
     """
     for kind, pattern in (("safetensors", "*.safetensors"), ("bin", "*.bin"), ("bin", "*.pth")):
-        index = [p.name for p in directory.glob(f"{pattern}.index.json") if not p.name.startswith(STEM)]
-        names = sorted(p.name for p in directory.glob(pattern) if _is_source(p.name))
-        if index:
-            names = sorted(set(read_index(find_inside(directory, index[0])).values()))
-        elif numbered := [m for m in (re.fullmatch(r"(.+-)(\d{5})-of-(\d{5})(\..+)", name) for name in names) if m]:
-            stem, _, count, suffix = numbered[0].groups()
-            names = [f"{stem}{n:05d}-of-{count}{suffix}" for n in range(1, min(int(count), 9999) + 1)]
-        elif len(names) > 1:
-            raise ValueError(
-                f"{directory} holds {len(names)} weight files and no index that orders them ({names[0]}, "
-                f"{names[1]}): leave the one to convert."
-            )
-        if not names:
-            continue
-        has_config = (directory / "config.json").exists()
-        try:
-            require_files(
-                directory, [*([] if has_config else ["config.json"]), *names], "shards" if has_config else "files"
-            )
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}{' config.json is there.' if has_config else ''}") from None
-        return kind, names, index[0] if index else None
+        names, index = _find_shards(directory, pattern)
+        if names:
+            _require_with_config(directory, names)
+            return kind, names, index
+    return "gguf", [_find_gguf(directory)], None
+
+
+def _find_shards(directory: Path, pattern: str) -> tuple[list[str], str | None]:
+    """(weight files, index or None): the files that there should be, by the index or by the numbers in their names."""
+    index = [p.name for p in directory.glob(f"{pattern}.index.json") if not p.name.startswith(STEM)]
+    if index:
+        return sorted(set(read_index(find_inside(directory, index[0])).values())), index[0]
+    names = sorted(p.name for p in directory.glob(pattern) if _is_source(p.name))
+    numbered = [m for m in (re.fullmatch(r"(.+-)(\d{5})-of-(\d{5})(\..+)", name) for name in names) if m]
+    if numbered:
+        stem, _, count, suffix = numbered[0].groups()
+        return [f"{stem}{n:05d}-of-{count}{suffix}" for n in range(1, min(int(count), 9999) + 1)], None
+    if len(names) > 1:
+        raise ValueError(
+            f"{directory} holds {len(names)} weight files and no index that orders them ({names[0]}, "
+            f"{names[1]}): leave the one to convert."
+        )
+    return names, None
+
+
+def _require_with_config(directory: Path, names: list[str]) -> None:
+    """Raises FileNotFoundError if config.json or one of the weight files is missing."""
+    if not (directory / "config.json").exists():
+        require_files(directory, ["config.json", *names], "files")
+    try:
+        require_files(directory, names, "shards")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} config.json is there.") from None
+
+
+def _find_gguf(directory: Path) -> str:
+    """The one GGUF file; raises ValueError for several, and FileNotFoundError for none: it is looked for last."""
     names = sorted(p.name for p in directory.glob("*.gguf") if not p.name.startswith("mmproj"))
     if len(names) > 1:
         raise ValueError(
@@ -119,7 +134,7 @@ def find_source(directory: Path) -> tuple[str, list[str], str | None]:
         raise FileNotFoundError(
             f"{directory} holds {there}, but no weights to convert: no *.safetensors, *.bin or *.gguf."
         )
-    return "gguf", names, None
+    return names[0]
 
 
 def _is_source(name: str) -> bool:

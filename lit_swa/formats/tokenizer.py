@@ -289,25 +289,28 @@ def _only_appends(steps: list[dict[str, Any]]) -> bool:
 
     It is true for the decoders of language models. For others, all the text comes with `flush`.
     """
-    joined = stripped = False  # whether earlier steps made one text of the tokens, and stripped its beginning
+    joined = next((i for i, step in enumerate(steps) if step["type"] in ("Fuse", "ByteLevel")), len(steps))
+    on_text = [step for step in steps[joined + 1 :] if step["type"] != "Fuse"]  # the tokens are one text there
+    n_strips = sum(step["type"] == "Strip" for step in on_text)
+    return n_strips <= 1 and _reads_single_tokens(steps[:joined]) and all(map(_keeps_earlier_text, on_text))
+
+
+def _reads_single_tokens(steps: list[dict[str, Any]]) -> bool:
+    """True if these steps, which come before the tokens are joined, make a token's text of that token alone."""
     for i, step in enumerate(steps):
-        kind = step["type"]
-        if kind == "Fuse":
-            joined = True
-        elif kind == "Strip" and joined:
-            if stripped or step["start"] > 1 or step["stop"]:
-                return False
-            stripped = True
-        elif kind == "Replace" and joined:
-            old = step["pattern"].get("String", "")
-            if len(old) != 1 or old == "\ufffd":
-                return False
-        elif joined or kind not in ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Strip", "WordPiece"):
+        if step["type"] not in ("ByteFallback", "Metaspace", "Replace", "Strip", "WordPiece"):
             return False
-        elif kind == "ByteFallback" and any(earlier != _SPACES for earlier in steps[:i]):
-            return False  # an earlier step may turn other tokens into byte tokens
-        joined = joined or kind == "ByteLevel"
+        if step["type"] == "ByteFallback" and any(earlier != _SPACES for earlier in steps[:i]):
+            return False  # an earlier step may make byte tokens of other tokens
     return True
+
+
+def _keeps_earlier_text(step: dict[str, Any]) -> bool:
+    """True if a step on the joined text changes nothing in its beginning when text is appended."""
+    if step["type"] == "Strip":
+        return step["start"] <= 1 and not step["stop"]
+    old = step["pattern"].get("String", "") if step["type"] == "Replace" else ""
+    return len(old) == 1 and old != "\ufffd"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
