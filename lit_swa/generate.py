@@ -365,19 +365,18 @@ def context_error(model: GPT, tokens: int, what: str) -> ValueError:
     )
 
 
-def prefill_chunk(model: GPT, batch_size: int, memory: int | None = None) -> int:
+def prefill_chunk(model: GPT, batch_size: int) -> int:
     """How many tokens of a prompt to feed at once: as many as a quarter of the free memory holds activations for.
 
-    memory: free bytes; None: asks the device. The weights and the caches are allocated already, and attention bounds
-    its own memory, so what grows with the tokens is the residual stream, the projections and the MLP.
+    The weights and the caches are allocated already, and attention bounds its own memory, so what grows with the tokens
+    is the residual stream, the projections and the MLP.
     """
     config, weight = model.config, model.transformer.wte.weight
     heads = (2 * config.n_head + 3 * config.n_query_groups) * config.head_size
     elements = 4 * config.n_embd + 3 * heads + 3 * config.intermediate_size  # live at once, some of it in float32
     per_token = batch_size * elements * max(weight.element_size(), 4)
-    memory = free_memory(weight.device) if memory is None else memory
     most = 16384 if weight.device.type == "cuda" else 4096
-    tokens = max(SMALLEST_CHUNK, min(most, memory // 4 // per_token))
+    tokens = max(SMALLEST_CHUNK, min(most, free_memory(weight.device) // 4 // per_token))
     return 2 ** (tokens.bit_length() - 1)
 
 

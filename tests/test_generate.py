@@ -48,12 +48,15 @@ def test_greedy_generation_equals_the_loop_without_a_cache(tiny_model, fields):
     assert list(generate(model, [1], max_new_tokens=0)) == []
 
 
-def test_the_chunk_follows_the_memory(tiny_model):
+def test_the_chunk_follows_the_memory(tiny_model, monkeypatch):
     """Catches: a chunk that ignores how much memory there is, or the batch."""
-    model = tiny_model()
-    sizes = [prefill_chunk(model, 1, memory) for memory in (0, 2**24, 2**26, 2**40)]
-    assert sizes == sorted(sizes) and sizes[0] == 128 and sizes[-1] == 4096 and len(set(sizes)) > 2
-    assert prefill_chunk(model, 8, 2**26) < prefill_chunk(model, 1, 2**26)
+    model, sizes = tiny_model(), {}
+    for memory in (0, 2**24, 2**26, 2**40):
+        monkeypatch.setattr("lit_swa.generate.free_memory", lambda device, memory=memory: memory)
+        sizes[memory] = [prefill_chunk(model, batch_size) for batch_size in (1, 8)]
+    single = [one for one, _ in sizes.values()]
+    assert single == sorted(single) and single[0] == 128 and single[-1] == 4096 and len(set(single)) > 2
+    assert sizes[2**26][1] < sizes[2**26][0]
 
 
 # --------------------------------------------------------------------------------------------------------------- stops
