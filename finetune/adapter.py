@@ -19,7 +19,7 @@ def main(
 ) -> None:
     """Train a few learned tokens that the layers attend to through a gate; the model's weights stay frozen.
 
-    generate/base.py and chat.py load OUT_DIR/final as it is. It cannot be merged into the weights.
+    generate/base.py and chat.py load OUT_DIR/final directly. It cannot be merged into the weights.
 
     Args:
         version: 1 is the learned tokens alone; 2 adds a bias and a scale to every linear layer and trains the norms.

@@ -22,9 +22,9 @@ def main(
     quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
     **training: Any,
 ) -> None:
-    """Train pairs of small matrices beside a model's frozen weights (LoRA), and save them in PEFT's format.
+    """Train pairs of small matrices that are added to a model's frozen weights (LoRA), and save them in PEFT's format.
 
-    generate/base.py and chat.py load OUT_DIR/final as it is; scripts/merge_lora.py makes a plain checkpoint of it.
+    generate/base.py and chat.py load OUT_DIR/final directly; scripts/merge_lora.py makes a plain checkpoint of it.
     LongLoRA is --extra_trainable embed,norm with --model.s2_attention true and a RoPE scaling; QLoRA is --quantize nf4.
 
     Args:

@@ -193,7 +193,7 @@ def fold_scale_and_bias(model: GPT) -> int:
     """Fold version 2's biases and scales into the weights: (W x + c + b) * s becomes (s W) x + (c + b) s, computed in
     float32 and rounded once. Returns how many layers there were.
 
-    The layers get biases, and model.config says so. The prompts stay beside the weights, as an adapter of version 1.
+    The layers get biases, and model.config says so. The prompts stay an adapter, of version 1.
     Raises ValueError when there is nothing to fold, or a layer is quantised; the model is then unchanged.
     """
     changed = [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "adapter", None), ScaleAndBias)]

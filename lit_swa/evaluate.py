@@ -333,7 +333,7 @@ def pick_chunk_size(model: GPT, batch_size: int, seq_len: int) -> int:
     """
     if model.depends_on_length:
         return 0
-    most = 4096  # the most that prefill_chunk allows; rows side by side take as much memory as one long row
+    most = 4096  # the most that prefill_chunk allows; short sequences in a batch take as much memory as one long one
     if prefill_chunk(model, batch_size * math.ceil(seq_len / most)) >= min(most, seq_len):
         return 0
     return prefill_chunk(model, batch_size)

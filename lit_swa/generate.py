@@ -169,7 +169,7 @@ class Session:
         self.model, self.batch_size, self.lookahead = model, batch_size, lookahead
         self.chunk_size, self.decode = chunk_size, decode
         self.device = model.transformer.wte.weight.device
-        self.ticket = object()  # stands for this session in OWNERS
+        self.ticket = object()  # this session's key in OWNERS
         self.reset()
 
     def reset(self) -> None:
@@ -290,7 +290,7 @@ class Session:
         self.room = math.inf if self.model.unbounded(cached=True) else self.model.max_seq_length
 
     def set_up_caches(self, tokens: int) -> None:
-        """See to it that the model has caches for this session with room for so many tokens; those there may do."""
+        """Give the model caches with room for so many tokens of this session, unless those that it has will do."""
         model = self.model
         room = model.cache_length(tokens)
         if model.unbounded(cached=False) and not model.rolls:  # windows in dense caches: a slot for each token
@@ -420,7 +420,7 @@ def generate(
     ids = [int(i) for i in (prompt_ids.flatten().tolist() if isinstance(prompt_ids, Tensor) else prompt_ids)]
     flat = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if sampling is not None and flat != Sampling():
-        raise ValueError(f"sampling={sampling} is given, and some of its fields beside it: give one or the other.")
+        raise ValueError(f"sampling={sampling} is given together with some of its fields: give one or the other.")
     if session is not None and (decode is not None or session.model is not model):
         raise ValueError("The session has a model and a decode step of its own: give that model, and no decode.")
     check_prompt(model, ids)

@@ -19,12 +19,12 @@ ALL = "all"  # the group of all rows; the fused attn.qkv also has the groups q, 
 
 
 class LinearFormat(Protocol):
-    """What a linear layer that is not a plain nn.Linear has beside its forward, (..., in) -> (..., out)."""
+    """What a linear layer that is not a plain nn.Linear has besides its forward, (..., in) -> (..., out)."""
 
     in_features: int
     out_features: int
     bias: Tensor | None  # (out,)
-    differentiable: bool  # gradients reach the layer's input, so LoRA or an adapter can be trained beside the weight
+    differentiable: bool  # gradients reach the layer's input, so LoRA or an adapter can be trained with it
 
     def dense_weight(self) -> Tensor:
         """The numbers (out, in) that the layer multiplies with, as a new float32 tensor on the layer's device."""
@@ -47,7 +47,7 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def can_train_beside(module: nn.Module) -> bool:
-    """True for a linear layer whose input gets gradients, so that LoRA or an adapter can be put beside its weight."""
+    """True for a linear layer whose input gets gradients, so that LoRA or an adapter can be added to it."""
     return is_linear(module) and (is_plain(module) or getattr(module, "differentiable", False))
 
 
@@ -84,7 +84,7 @@ def group_rows(group: str, out_features: int, n_head: int, n_query_groups: int) 
     return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[group]
 
 
-# --------------------------------------------------------------------------------------- what is put beside the weights
+# ------------------------------------------------------------------------------------------- what is added to weights
 
 INJECTED = ("adapter", "lora")  # the names of the children that are put into modules
 
@@ -106,7 +106,7 @@ def remove_injected(module: nn.Module, name: str, hook: Callable[..., Any]) -> N
 
 
 def is_injected(module: nn.Module) -> bool:
-    """True when something stands beside the module's own weight, so that it cannot be replaced by another format."""
+    """True when something was added to the module's own weight, so that it cannot be replaced by another format."""
     return bool(module._forward_hooks) or any(isinstance(getattr(module, name, None), nn.Module) for name in INJECTED)
 
 

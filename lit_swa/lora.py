@@ -1,4 +1,4 @@
-"""LoRA and DoRA: small trainable matrices beside frozen weights, put into a built GPT and folded back into it.
+"""LoRA and DoRA: small trainable matrices added to frozen weights, put into a built GPT and folded back into it.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): y = W x + s B A x, with A (r, in), B (out, r) and s = alpha / r, or
 alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732). DoRA (Liu et al. 2024, arXiv 2402.09353)
@@ -123,7 +123,7 @@ class LoRA(nn.Module):
         drops = self.training and self.dropout > 0
         plain = F.linear(dropped, weight.to(x.dtype)) if drops else y if linear.bias is None else y - linear.bias
         changed = torch.addmm(plain.flatten(0, -2).to(h.dtype), h, B.T).view_as(y) * ratio
-        rest = y - plain if drops else linear.bias  # what DoRA leaves as it is
+        rest = y - plain if drops else linear.bias  # what DoRA does not scale
         return (changed if rest is None else changed + rest).to(y.dtype)
 
     def by_rows(self, values: list[Tensor], parts: list[LoRAPart], join: Callable[..., Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ class Trial:
     """One question."""
 
     length: int  # tokens of the prompt and of the room for the answer
-    depth: float | None  # the share of the filler that stands before the needle; None: drawn anew in every trial
+    depth: float | None  # the share of the filler that comes before the needle; None: drawn anew in every trial
     number: int  # counts the trials of one length and depth, from 0
 
     @property
@@ -113,7 +113,7 @@ def largest_fitting(size: Callable[[int], int], budget: int, most: int) -> int:
     """The n in 0 .. most with size(n) <= budget < size(n + 1); -1 if size(0) is too much, most if nothing is.
 
     size is expensive and roughly a straight line, so the next n to try is where the line through size(0) and the last
-    size meets the budget. What is known to fit and what is known to be too much close in on the answer.
+    size reaches the budget. What is known to fit and what is known to be too much close in on the answer.
     """
     at_zero = size(0)
     if at_zero > budget:

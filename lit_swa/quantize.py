@@ -1,9 +1,9 @@
 """Frozen weights in 4 or 8 bits, by bitsandbytes: QLoRA (Dettmers et al. 2023, arXiv 2305.14314) and int8.
 
-Only the linear layers of the blocks change; embeddings, lm_head and norms stay as they are. A weight is made dense for
+Only the linear layers of the blocks change; embeddings, lm_head and norms do not. A weight is made dense for
 a product, and once more for the gradient of the layer's input, and is never kept: y = x W^T with W the dense weight,
 rounded to the compute dtype, in training and evaluation, for prompts and for single tokens alike. So a quantised model
-gives the same logits however a text is split into calls, and gradients reach what was put beside the weights.
+gives the same logits however a text is split into calls, and gradients reach what was added to the weights.
 """
 
 import copy
@@ -63,7 +63,7 @@ def quantize_linears(
     """
     linears = quantizable_linears(model, mode, compute_dtype, device)
     count = len(linears)
-    while linears:  # each layer goes as soon as it is replaced
+    while linears:  # each layer is freed once it is replaced
         name, linear = linears.popitem()
         model.set_submodule(name, quantize_linear(linear, mode, compute_dtype, device))
     return count
@@ -99,7 +99,7 @@ def quantize_linear(
     compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """A frozen, quantised layer that does what `linear` (out, in) does; the layer itself stays as it is.
+    """A frozen, quantised layer that does what `linear` (out, in) does; the layer itself is not changed.
 
     compute_dtype: what products are made in. Inputs are cast to it, and outputs to the input's dtype.
     device: where the result lies, and is computed; None: where the weight is.
@@ -203,7 +203,7 @@ class Int8Product(torch.autograd.Function):
 
 
 def _dense_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers (out, in) that int8 rows stand for; scale (out,) is the largest absolute number of each row."""
+    """The dequantised rows (out, in) of int8; scale (out,) is the largest absolute number of each row."""
     return weight.to(dtype).mul_((scale / 127)[:, None])
 
 

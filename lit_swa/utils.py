@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 def run_script(main: Callable[..., Any]) -> None:
     """Run main with the command line's arguments.
 
-    The rule of the house: a ValueError or an OSError is the user's to mend and says so in one sentence, which goes to
-    stderr with exit code 2. Anything else is a bug of ours and keeps its traceback, as does everything when
-    LIT_SWA_TRACEBACK=1 is set.
+    A ValueError or an OSError is the user's to mend: its one sentence goes to stderr, with exit code 2. Anything else
+    is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is set.
     """
     from jsonargparse import CLI, ArgumentError
 
@@ -54,7 +53,7 @@ def pick_device(name: str) -> str:
 
 def count_processes(devices: int, num_nodes: int) -> tuple[int, int]:
     """Processes on each machine, and machines: as asked for or, if torchrun or SLURM's srun started this process, as
-    many as they did. Raises ValueError when both are said and do not fit."""
+    many as they did. Raises ValueError when both are given and do not agree."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         starter, world, per_node = "torchrun", int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])

@@ -1,4 +1,4 @@
-"""Measure attention over text length, method by method, beside its peers: python scripts/benchmark_attention.py."""
+"""Measure attention over text length, for each method and its peers: python scripts/benchmark_attention.py."""
 
 import shlex
 import sys
@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Print milliseconds and memory of one layer's attention, from projected queries, keys and values to its output.
 
-    All methods of one length take turns, `repeats` times, and medians are given. Masks are made before, as a model
+    All methods of one length alternate, `repeats` times, and medians are given. Masks are made before, as a model
     makes them once for all layers. By default Mistral-7B's heads on a GPU and SmolLM2-135M's on a CPU.
 
     Args:
@@ -52,7 +52,7 @@ def main(
         backward: Measure the gradients too.
         repeats: Timings of which the median is taken.
         max_seconds: A method whose first call takes longer is not measured at greater lengths.
-        output: Where the JSON goes; a picture is drawn beside it.
+        output: Where the JSON goes; a picture goes next to it.
     """
     import torch
 

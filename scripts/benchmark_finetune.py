@@ -1,4 +1,4 @@
-"""Measure a finetuning step beside transformers + PEFT: python scripts/benchmark_finetune.py."""
+"""Measure a finetuning step against transformers + PEFT: python scripts/benchmark_finetune.py."""
 
 import shlex
 import sys
@@ -28,7 +28,7 @@ def main(
 
     peft is transformers + PEFT with gradient checkpointing. Of ours, all recomputes the activations of all layers, fast
     recomputes only as many as the GPU's memory demands, same memory as many as keep it within peft's memory; s2 and
-    window are fast with S2-Attn and with a sliding window. The methods take turns, and the median of `repeats` counts.
+    window are fast with S2-Attn and with a sliding window. The methods alternate, and the median of `repeats` counts.
 
     Args:
         name: A named shape, such as Llama-2-7b.

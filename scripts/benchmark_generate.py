@@ -1,4 +1,4 @@
-"""Measure prefill and decode, beside transformers: python scripts/benchmark_generate.py."""
+"""Measure prefill and decode against transformers: python scripts/benchmark_generate.py."""
 
 import shlex
 import sys
@@ -23,9 +23,9 @@ def main(
     output: Path = Path("tutorials/results/benchmark_generate.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print tokens per second of prefill, and of decode at several positions, beside those of transformers.
+    """Print tokens per second of prefill, and of decode at several positions, with those of transformers.
 
-    All read the same random tokens with the same weights and take turns, `repeats` times; medians are given.
+    All read the same random tokens with the same weights and alternate, `repeats` times; medians are given.
 
     Args:
         checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
@@ -150,7 +150,7 @@ def measure_prefill(ways: dict[str, Any], weights, tokens: int, repeats: int) ->
 
 
 def measure_decode(ways: dict[str, Any], weights, positions: list[int], steps: int, repeats: int) -> list[dict]:
-    """A row for each position. All positions take turns, each with caches of its own."""
+    """A row for each position. All positions alternate, each with caches of its own."""
     import torch
 
     from lit_swa.generate import Session
@@ -221,7 +221,7 @@ def random_ids(weights, tokens: int):
 
 
 def alternate(runs: dict, repeats: int, device) -> dict:
-    """Median seconds of each, run in turns after one round of warming up."""
+    """Median seconds of each, run alternately after one round of warming up."""
     from statistics import median
 
     from lit_swa.utils import wait_for

@@ -35,7 +35,7 @@ def main(
 ) -> None:
     """Read the same windows of a text with several methods and lengths; print tables, write a JSON and a picture.
 
-    A method is a set of fields of the model's config, which may depend on the length; the weights stay as they are. A
+    A method is a set of fields of the model's config, which may depend on the length; the weights do not change. A
     method that cannot read a length says why, and the others go on. An interrupted run goes on where it stopped when it
     is started again with the same arguments.
 
@@ -53,7 +53,7 @@ def main(
         window: The sliding_window_size of sliding and streaming. By default half of the trained length.
         n_sink_tokens: How many first tokens streaming keeps.
         dual_chunk_size: Tokens in a chunk of dual_chunk. By default what the model derives from the trained length.
-        dual_chunk_local: The distance up to which dual_chunk leaves distances as they are. By default what the model
+        dual_chunk_local: The distance up to which dual_chunk keeps distances exact. By default what the model
             derives from the trained length.
         max_tokens: Read only so many tokens of the text.
         chunk_size: Feed a window to the model in calls of so many tokens through the KV cache, which takes less memory;
@@ -62,7 +62,7 @@ def main(
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         seed: Seeds torch's random numbers, which only a model that was changed to use some would draw.
-        output: The JSON file for the results; the picture goes beside it, as .png.
+        output: The JSON file for the results; the picture goes next to it, as .png.
         model: Any field of the model's config, as --model.FIELD VALUE, for all methods.
     """
     import torch
@@ -111,7 +111,7 @@ def main(
 
 
 class Setup(NamedTuple):
-    """What the methods make their fields from, beside the length."""
+    """What the methods make their fields from, besides the length."""
 
     trained_length: int
     window: int
@@ -124,7 +124,7 @@ Method = Callable[[int, Setup], dict[str, Any]]  # length of a window -> the fie
 
 
 def rope(length: int, s: Setup) -> dict[str, Any]:
-    """RoPE as it is, also at positions beyond those of training."""
+    """Plain RoPE, also at positions beyond those of training."""
     return {"block_size": max(length, s.trained_length)}
 
 
@@ -326,7 +326,7 @@ def draw(plt, result: dict[str, Any]):
 def draw_curve(axis, row: dict[str, Any], n: int) -> None:
     """The curve of one method at one length, each point in the middle of its positions.
 
-    A later curve is thinner, so that an earlier one shows beside it where both are the same.
+    A later curve is thinner, so that an earlier one shows behind it where both are the same.
     """
     middles = [sum(map(int, positions.split("-"))) / 2 for positions in row["buckets"]]
     style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4}

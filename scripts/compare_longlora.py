@@ -62,7 +62,7 @@ def main(
         out_dir: Holds a directory for each run. For SmolLM2-135M all take about 10 GB.
         device: auto, cpu or cuda.
         seed: Decides the order of the data and the new weights.
-        output: The JSON file; the picture goes beside it, as .png.
+        output: The JSON file; the picture goes next to it, as .png.
     """
     import math
     import shlex
@@ -152,7 +152,7 @@ def measure(
 
 
 def training_command(trained: str, training: dict[str, Any], fields: dict[str, Any], r: int) -> list[str]:
-    """A finetuning script and its arguments, as they are typed."""
+    """A finetuning script and its arguments, as typed."""
     import json
 
     options = dict(training)

@@ -7,9 +7,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 
 def main(checkpoint_dir: Path) -> None:
-    """Write lit_config.json and lit_model.safetensors beside config.json and *.safetensors or *.bin, or a *.gguf file.
+    """Write lit_config.json and lit_model.safetensors next to config.json and *.safetensors or *.bin, or a *.gguf file.
 
-    The source files stay as they are. Weights keep their dtype; quantised ones (GGUF) become float32.
+    The source files are not changed. Weights keep their dtype; quantised ones (GGUF) become float32.
 
     Args:
         checkpoint_dir: The directory that holds the checkpoint.

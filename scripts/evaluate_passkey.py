@@ -41,7 +41,7 @@ def main(
         seed: The same seed gives the same numbers at the same places.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        output: The JSON file for the results; the picture goes beside it, as .png.
+        output: The JSON file for the results; the picture goes next to it, as .png.
         model: Any field of the model's config, as --model.FIELD VALUE, such as --model.block_size 16384 to read texts
             longer than those of training.
     """

@@ -48,7 +48,7 @@ def main(
         max_gen: The longest answer of a chat, in tokens. By default 256.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        output: The JSON file for the results; the picture of a text goes beside it, as .png.
+        output: The JSON file for the results; the picture of a text goes next to it, as .png.
         model: Any field of the model's config, as --model.FIELD VALUE. Fields of attention are for own_attention only.
     """
     from lit_swa.checkpoint import check_checkpoint_dir

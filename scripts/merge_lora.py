@@ -24,7 +24,7 @@ def main(
         base_checkpoint_dir: The base checkpoint. By default the one that the adapter was trained on.
         output_dir: Where the checkpoint goes. By default the folder "merged" in checkpoint_dir.
         dtype: float32, bfloat16 or float16; auto is that of the base's weights.
-        quantize: Merge into the base's weights as this mode rounds them, which QLoRA was trained beside, instead of the
+        quantize: Merge into the base's weights as this mode rounds them, with which QLoRA was trained, instead of the
             exact ones. The result is dense, and computes what the run validated.
         model: Any field of the model's config, as --model.FIELD VALUE, for adapters that come without lit_config.json,
             such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor": 8}'.

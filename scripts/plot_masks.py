@@ -22,7 +22,7 @@ TITLES = {  # of what the fields of a config make
 
 
 class Grid(NamedTuple):
-    """What is drawn of one mask; a pair that does not meet is 0 in `part` and NaN in `distance`."""
+    """What is drawn of one mask; a key that the query does not see is 0 in `part` and NaN in `distance`."""
 
     title: str
     names: list[str]  # of the parts
@@ -40,7 +40,7 @@ def main(
     group: int = 4,
     cache_window: int = 4,
 ) -> None:
-    """Write masks.png, distances.png and rope_scalings.png, and beside each a .json that holds what was drawn.
+    """Write masks.png, distances.png and rope_scalings.png, and for each a .json that holds what was drawn.
 
     Everything comes from the model's own functions: masks and distances of every variant, the groups of S2-Attn from
     the attention of a model in training mode, a cache's slots from a model that is fed, the frequencies of RoPE.
@@ -114,7 +114,7 @@ def all_grids(tokens: int, fields: dict[str, Any]) -> tuple[dict[str, Grid], dic
 
 
 def grid_of_variant(config: "Config", tokens: int) -> Grid:
-    """Which part of the variant lets a query meet a key, and at which relative position."""
+    """Which part of the variant lets a query see a key, and at which relative position."""
     import torch
 
     from lit_swa.model import VARIANTS, visible
@@ -184,7 +184,7 @@ def cache_history(window: int) -> list[dict[str, Any]]:
 
 
 def rope_stretches() -> dict[str, Any]:
-    """By how much each scaling divides the frequencies of SmolLM2-135M, beside the waves' lengths in tokens."""
+    """By how much each scaling divides the frequencies of SmolLM2-135M, over the waves' lengths in tokens."""
     import torch
 
     from lit_swa import Config
@@ -303,7 +303,7 @@ def draw_distances(plt: Any, grids: dict[str, Grid]) -> Any:
             write_numbers(axis, grid, most)
     for axis in axes.flat[len(grids) :]:
         axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label="query's position minus key's, as RoPE turns them", shrink=0.6)
+    figure.colorbar(image, ax=axes, label="query's position minus key's, as RoPE rotates them", shrink=0.6)
     return figure
 
 

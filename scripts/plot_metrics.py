@@ -16,7 +16,7 @@ def main(
         runs: Directories with a metrics.csv. The name of a directory labels its curve.
         x: The horizontal axis: step, tokens or seconds.
         smooth: The training loss is drawn as the mean over so many steps.
-        output: The picture. A JSON file beside it holds its figures and how the runs were started.
+        output: The picture. A JSON file next to it holds its figures and how the runs were started.
         log: Draw the loss on a logarithmic axis.
     """
     from lit_swa.checks import check_range

@@ -31,7 +31,7 @@ def meet_streaming(S: int, n_sinks: int) -> Meet:
 
 
 def meet_dilated(S: int, n_sinks: int, dilation: int = 2) -> Meet:
-    """The sinks, and every dilation-th of the last dilation * S positions, all where they stand."""
+    """The sinks, and every dilation-th of the last dilation * S positions, all at their own positions."""
 
     def meet(i: int, j: int, head: int) -> tuple[float, float] | None:
         seen = [*range(n_sinks), *range(i, i - dilation * S, -dilation)]
@@ -61,7 +61,7 @@ def meet_shifted_groups(g: int, n_head: int) -> Meet:
 
 
 def turned(x: Tensor, position: float, config, scale: float, base: float) -> Tensor:
-    """x (D,) turned by RoPE to a position that is divided by scale."""
+    """x (D,) rotated by RoPE to a position that is divided by scale."""
     n = config.rope_n_elem
     out = x.clone()
     for i in range(n // 2):

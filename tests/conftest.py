@@ -29,7 +29,7 @@ def _seeded() -> None:
 
 @pytest.fixture(params=["fast", "plain"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test twice: as it is, and as if fast_attention.py were not there."""
+    """Runs a test twice: with fast_attention.py, and as if it were not there."""
     if request.param == "plain":
         monkeypatch.setattr("lit_swa.model.fast_attention", lambda: None)
     return request.param

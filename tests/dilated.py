@@ -39,7 +39,7 @@ FIELDS = {"attention": "dilated", "sliding_window_size": 4, "n_sink_tokens": 3}
 
 @contextlib.contextmanager
 def registered(row: Variant = ROW, name: str = "dilated") -> Iterator[None]:
-    """The row stands in VARIANTS, and is taken back."""
+    """Adds the row to VARIANTS, and takes it out again."""
     VARIANTS[name] = row
     try:
         yield

@@ -225,7 +225,7 @@ def by_formula(model: GPT, idx: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("fields", [{}, {"norm_qk": True, "attn_bias": True}])
 def test_logits_are_those_of_the_formula(trained, version, fields):
-    """Catches: prompts that are turned, masked, normed like text or share its softmax; another head's gate or keys."""
+    """Catches: prompts that are rotated, masked, normed like text or share its softmax; another head's gate or keys."""
     model, idx = trained(version, **fields), tokens(11)
     expected = by_formula(model, idx)
     torch.testing.assert_close(model(idx[None])[0].double(), expected, **CLOSE)
@@ -260,7 +260,7 @@ def test_version_1_equals_peft():
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "s2"])
 def test_any_split_into_cached_calls_gives_the_same_logits(trained, version, name):
-    """Catches: a prompt that enters the cache, counts as a position, or is met by some calls only."""
+    """Catches: a prompt that enters the cache, counts as a position, or is seen by some calls only."""
     model, idx = trained(version, **FIELDS[name]), tokens(2, 23)
     expected = model(idx)
     for sizes in ([23], [1] * 23, [9, 1, 1, 12], [3, 7, 13]):

@@ -415,7 +415,7 @@ def test_the_template_is_the_one_transformers_takes(source, tools, directory, tm
 
 
 def test_older_places_of_templates_are_read(directory, tmp_path):
-    """Would catch a model whose template stands only in chat_template.json or in chat_templates/."""
+    """Would catch a model whose template is only in chat_template.json or in chat_templates/."""
     path = with_files(directory, tmp_path, {"chat_template.json": config_with("J")})
     assert Tokenizer(path).render_chat(CONVERSATIONS[0]) == "J"
     path = with_files(directory, tmp_path, {"chat_templates/default.jinja": "F", "chat_templates/rag.jinja": "R"})
@@ -597,7 +597,7 @@ def test_the_process_cannot_open_files_or_start_programs(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_has_no_secrets_of_the_environment(process, monkeypatch):
-    """Would catch access tokens standing in the memory of a process that runs strangers' programs."""
+    """Would catch access tokens in the memory of a process that runs strangers' programs."""
     monkeypatch.setenv("SOME_TOKEN", "secret-of-the-user")
     process.render("warm", {})
     assert b"secret-of-the-user" not in Path(f"/proc/{process.process.pid}/environ").read_bytes()

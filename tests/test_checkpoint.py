@@ -251,7 +251,7 @@ def test_overrides_reach_the_model(tmp_path: Path, tiny_model) -> None:
     save_checkpoint(model, model.config, tmp_path)
     loaded = load_model(tmp_path, attention="sliding", sliding_window_size=4)
     assert (loaded.config.attention, loaded.config.sliding_window_size) == ("sliding", 4)
-    assert load_config(tmp_path) == model.config  # the file stays as it is
+    assert load_config(tmp_path) == model.config  # the file is not changed
     with pytest.raises(ValueError, match="asks for"):
         load_model(tmp_path, n_embd=24, n_head=3, n_query_groups=1)
     with pytest.raises(ValueError, match="layers"):
@@ -371,7 +371,7 @@ def test_a_rank_reads_the_rows_of_its_own_heads(tmp_path: Path, tiny_model, byte
         assert torch.equal(torch.cat([part.load() for part in parts]), expected)
         assert sum(bytes_read) == whole.nbytes / 2
     bytes_read.clear()
-    columns = tensors["transformer.h.1.attn.proj.weight"].columns(24, 48)  # what these heads' outputs meet
+    columns = tensors["transformer.h.1.attn.proj.weight"].columns(24, 48)  # what multiplies these heads' outputs
     assert torch.equal(columns.load(), attn.proj.weight[:, 24:48])
     assert bytes_read == [columns.n_bytes] == [attn.proj.weight.nbytes / 2]
 

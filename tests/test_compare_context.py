@@ -1,4 +1,4 @@
-"""Methods beside each other: each reads the same windows with the fields it promises, and one that fails says why."""
+"""Methods compared: each reads the same windows with the fields it promises, and one that fails says why."""
 
 import json
 import math
@@ -20,7 +20,7 @@ SCRIPT = "scripts/compare_context.py"
 
 @pytest.fixture
 def compare(monkeypatch, run_script, tiny_checkpoint, tmp_path):
-    """Run the script in this process, on 300 tokens of a model whose trained length is said to be 64."""
+    """Run the script in this process, on 300 tokens of a model whose trained length is given as 64."""
     np.random.default_rng(3).integers(0, 300, 300).astype("<u2").tofile(tmp_path / "ids.bin")
 
     pictures = plots.save_picture
@@ -41,7 +41,7 @@ def expected_nll(checkpoint, ids, length: int, starts, **fields) -> np.ndarray:
 
 
 def test_each_method_reads_the_same_windows_with_its_own_fields(compare, tiny_checkpoint, tmp_path):
-    """Catches: fields that never reach the model, one method's fields left in the next, another mean than is said."""
+    """Catches: fields that never reach the model, one method's fields left in the next, another mean than named."""
     pytest.importorskip("matplotlib")
     custom = json.dumps({"large base": {"rope_base": 1e6}})
     code, out, _ = compare("--methods", "[rope, linear, sliding]", "--custom", custom, "--windows", 3, picture=True)

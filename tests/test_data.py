@@ -590,7 +590,7 @@ def test_a_prepared_directory_that_does_not_fit_is_refused(tokenizer, tiny_check
 
 
 def test_an_interrupted_preparation_is_never_taken_for_a_finished_one(tokenizer, tmp_path, monkeypatch):
-    """Catches: new tokens beside the old description after a crash, a temporary file that stays."""
+    """Catches: new tokens with the old description after a crash, a temporary file that stays."""
     data = load(write(tmp_path / "a.json", ROWS), tokenizer)
     save_dataset(data, tmp_path / "p")
     with monkeypatch.context() as patch:

@@ -117,9 +117,9 @@ ROLLING = {"attention": "sliding", "sliding_window_size": 9, "rolling_kv_cache":
 
 @pytest.mark.parametrize("fields", [{}, WINDOWED, ROLLING], ids=["full", "mixed", "rolling"])
 def test_a_window_in_chunks_gives_the_losses_of_one_call(tiny_model, fields):
-    """Catches: a position or a target lost at a chunk's border, a window that meets what the last one left behind."""
+    """Catches: a position or a target lost at a chunk's border, a window that sees what the last one left behind."""
     model = tiny_model(**fields)
-    for _ in range(2):  # the second window meets the first one's cache
+    for _ in range(2):  # the second window comes after the first in the cache
         idx = torch.randint(0, 97, (2, 41))
         whole = evaluate.window_nll(model, idx, first=3)
         assert whole.shape == (2, 38)

@@ -298,7 +298,7 @@ def test_trained_weights_stay_in_float32_in_a_bfloat16_model(tiny_model):
 
 
 def test_full_finetuning_in_bfloat16_equals_rounded_weights(tiny_model):
-    """Catches: a layer whose float32 weight is used as it is, or whose gradient is lost by the rounding."""
+    """Catches: a layer whose float32 weight is used unrounded, or whose gradient is lost by the rounding."""
     model = tiny_model(attn_bias=True)
     rounded = tiny_model(attn_bias=True)
     rounded.load_state_dict({name: t.bfloat16().float() for name, t in model.state_dict().items()})

@@ -163,8 +163,8 @@ def test_drawn_tokens_follow_their_probabilities():
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-6).all()
 
 
-def test_a_distribution_is_pure_and_knows_no_other_row():
-    """Catches: a filter that takes its threshold from another row, and logits or seen tokens that are changed."""
+def test_a_distribution_is_pure_and_knows_no_other_sequence():
+    """Catches: a filter that takes its threshold from another sequence, and logits or seen tokens that are changed."""
     logits, seen = torch.randn(5, 60) * 3, torch.rand(5, 60) < 0.3
     before = logits.clone(), seen.clone()
     for sampling in (Sampling(), Sampling(0.8, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.3, seed=1)):
@@ -321,6 +321,6 @@ def test_statistics_name_the_window_and_the_cache(tiny_model):
 
 
 def test_windows_of_several_sizes_are_all_named(tiny_model, monkeypatch):
-    """Catches: one layer's window that is said to be every layer's."""
+    """Catches: one layer's window that is shown as every layer's."""
     monkeypatch.setattr(GPT, "windows", [4, None, 8, 8])
     assert describe_window(tiny_model()) == "4 in 1, 8 in 2 of 4 layers"

@@ -1,4 +1,4 @@
-"""LoRA and DoRA equal PEFT's in both directions, merged and beside the weights; what does not fit is refused."""
+"""LoRA and DoRA equal PEFT's in both directions, merged and apart from the weights; what does not fit is refused."""
 
 import copy
 import json
@@ -80,7 +80,7 @@ PEFTS = {
 }
 
 
-FULL = ("llama with biases", "tied llama", "gpt-neox")  # families that meet every case; the others meet the first two
+FULL = ("llama with biases", "tied llama", "gpt-neox")  # families that run every case; the others run the first two
 OURS_PAIRS = [(f, c) for f in FAMILIES for i, c in enumerate(OURS) if f in FULL or i < 2]
 PEFT_PAIRS = [(f, c) for f in FAMILIES for i, c in enumerate(PEFTS) if f in FULL or i < 2]
 
@@ -275,7 +275,7 @@ def test_dropout_acts_in_training_only(tiny_model, dora):
 
 
 def test_doras_dropout_is_pefts(families, tmp_path):
-    """Catches: a dropped input that meets A and B only; in DoRA the base's share of the change sees it too."""
+    """Catches: a dropped input that reaches A and B only; in DoRA the base's share of the change sees it too."""
     reference, base = families["llama with biases"]
     theirs = peft_model(reference, ["o_proj"], use_dora=True, lora_dropout=0.5)
     theirs.save_pretrained(tmp_path)
@@ -332,7 +332,7 @@ def test_a_copy_has_a_lora_of_its_own(tiny_model):
 
 
 def test_autocast_and_bfloat16_train(tiny_model):
-    """Catches: dtypes that do not meet in the product, and matrices that are not kept in float32."""
+    """Catches: dtypes that do not agree in the product, and matrices that are not kept in float32."""
     for dtype in (torch.float32, torch.bfloat16):
         for dora in (False, True):
             model = tiny_model().to(dtype).train()
@@ -518,7 +518,7 @@ def edit(path: Path, **fields) -> None:
 
 @pytest.fixture
 def trained(tmp_path) -> Path:
-    """A trained directory beside its base."""
+    """A trained directory and its base."""
     model = GPT(tiny_config())
     randomize(model)
     save_checkpoint(model, model.config, tmp_path / "base")

@@ -40,7 +40,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def dense_twin(model: GPT) -> GPT:
-    """The model with plain linear layers that hold what the quantised ones stand for."""
+    """The model with plain linear layers that hold the quantised ones' dense weights."""
     twin = copy.deepcopy(model)
     for name, module in list(twin.named_modules()):
         if name.startswith("transformer.h.") and isinstance(module, nn.Linear):
@@ -123,7 +123,7 @@ def test_products_are_made_in_the_compute_dtype(mode, dtype):
 
 
 def test_bytes_are_those_of_the_format(mode):
-    """Catches: a float copy of the weight kept beside the small one."""
+    """Catches: a float copy of the weight kept with the small one."""
     quantized = quantize_linear(nn.Linear(512, 256), mode, torch.float32)
     n, blocks = 512 * 256, 512 * 256 // 64
     expected = {"nf4": n // 2 + 4 * blocks, "nf4-dq": n // 2 + blocks + 4 * (blocks // 256), "int8": n + 4 * 256}

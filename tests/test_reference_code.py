@@ -105,7 +105,7 @@ def test_a_prompt_of_several_chunks_equals_chunkllama(result, fields, dtype):
 )
 @torch.no_grad()
 def test_steps_equal_chunkllamas(result, fields, prompt, dtype):
-    """Catches: a step that meets the chunks otherwise than the paper's decoding does. Prompts end within chunks, and at
+    """Catches: a step that sees the chunks otherwise than the paper's decoding does. Prompts end within chunks, and at
     a border."""
     theirs, model = FOUND[f"dual_chunk.{result}"], build(**fields).to(dtype)
     assert error(feed(model, IDX[:1], [prompt] + [1] * (T - prompt)), theirs) < TOLERANCE[dtype]
@@ -138,7 +138,7 @@ def test_default_chunks_are_chunkllamas():
 @pytest.mark.parametrize(
     "result, n_sinks, S",
     [
-        ("4_7_after", 4, 8),  # evicting after a step leaves recent_size keys beside the next query
+        ("4_7_after", 4, 8),  # evicting after a step leaves recent_size keys and the next query
         ("1_1_after", 1, 2),
         ("0_6_after", 0, 7),
         ("4_7_before", 4, 7),  # evict_for_space makes room for the query among recent_size
@@ -146,7 +146,7 @@ def test_default_chunks_are_chunkllamas():
 )
 @torch.no_grad()
 def test_streaming_equals_evicting_and_shifting_token_by_token(result, n_sinks, S, dtype):
-    """Catches: a window off by one, a sink lost, a query not turned to its place in the reference's cache."""
+    """Catches: a window off by one, a sink lost, a query not rotated to its place in the reference's cache."""
     theirs = FOUND[f"streaming.{result}"]
     model = build(attention="streaming", sliding_window_size=S, n_sink_tokens=n_sinks).to(dtype)
     assert error(model(IDX[:1]), theirs) < TOLERANCE[dtype]

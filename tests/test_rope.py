@@ -99,7 +99,7 @@ def test_logits_equal_transformers_below_and_beyond_the_trained_length(name, tmp
 @pytest.mark.parametrize("name", GROWING)
 @torch.no_grad()
 def test_scalings_by_length_turn_cached_keys_anew(name, rolling, tmp_path):
-    """Catches: keys cached after RoPE, which stay turned by the length that the text had then.
+    """Catches: keys cached after RoPE, which stay rotated by the length that the text had then.
 
     With one layer the keys come from the embeddings, so a step must equal the last row of the text read anew.
     """

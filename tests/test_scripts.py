@@ -209,7 +209,7 @@ def test_chat_equals_reading_the_whole_conversation_again(tiny_checkpoint, monke
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_checkpoint, monkeypatch, capsys, tmp_path):
-    """Catches: a program that dies with the answer, or a conversation that is broken after it."""
+    """Catches: a program that ends with the answer, or a conversation that is broken after it."""
     from lit_swa import GPT
 
     plain, calls = GPT.forward, []

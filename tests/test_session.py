@@ -79,8 +79,8 @@ def test_a_rolling_cache_takes_back_no_more_than_it_keeps(tiny_model):
 
 
 @caches
-def test_a_batch_is_its_rows(tiny_model, fields):
-    """Catches: a row that sees another's keys or padding; rows of one length, and rows padded on the left."""
+def test_a_batch_is_its_sequences(tiny_model, fields):
+    """Catches: a sequence that sees another's keys or padding, with equal lengths and padded on the left."""
     model = tiny_model(**fields)
     for lengths in ((20, 20, 20), (20, 3, 11)):
         prompts = [tokens(n).tolist() for n in lengths]
@@ -186,12 +186,12 @@ def test_a_decode_step_feeds_single_tokens(tiny_model):
 
 @pytest.mark.parametrize("ids", [[], [[1], [2]], torch.zeros(1, 2, 3), torch.zeros(1, 0)])
 def test_tokens_that_do_not_fit_are_refused(tiny_model, ids):
-    """Catches: rows broadcast over the batch, and a call without tokens."""
+    """Catches: a sequence broadcast over the batch, and a call without tokens."""
     with pytest.raises(ValueError, match="give 1 rows"):
         Session(tiny_model()).feed(ids)
 
 
-def test_rows_may_differ_in_length_only_at_first(tiny_model):
+def test_sequences_may_differ_in_length_only_at_first(tiny_model):
     """Catches: padding in the middle of a text."""
     session = Session(tiny_model(), batch_size=2)
     session.feed([[1, 2], [3]])

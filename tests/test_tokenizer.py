@@ -229,7 +229,7 @@ def test_decode_gives_the_text_back(kind, tokenizers):
 
 
 def test_bos_and_eos_are_forced(tokenizers):
-    """Would catch a flag that is ignored, or an EOS that stands twice because the model's own template adds one."""
+    """Would catch a flag that is ignored, or an EOS that comes twice because the model's own template adds one."""
     for kind, tokenizer in tokenizers.items():
         plain = tokenizer.encode("Hello", bos=False)
         assert tokenizer.encode("Hello", bos=False, eos=True) == [*plain, tokenizer.eos_id]
@@ -328,7 +328,7 @@ def test_a_tokenizer_needs_no_torch(directories):
     ("value", "expected"), [(7, [2, 7]), ([7, 2, 9, 7], [2, 7, 9]), (None, [2]), ([], [2]), (2, [2])]
 )
 def test_stop_ids_are_both_files_together(value, expected, copy_of):
-    """Would catch a chat model that never stops because its end of turn stands only in generation_config.json."""
+    """Would catch a chat model that never stops because its end of turn is only in generation_config.json."""
     directory = copy_of("byte_level")
     write_json(directory / "generation_config.json", {"eos_token_id": value})
     assert Tokenizer(directory).eos_ids == expected
@@ -600,7 +600,7 @@ def test_cost_of_a_token_does_not_grow_with_the_text(kind, text, tokenizers, mon
     assert sum(decoded) <= 16 * len(ids)
 
 
-# --- what is wrong is said in one sentence ----------------------------------------------------------------------------
+# --- what is wrong is told in one sentence ----------------------------------------------------------------------------
 
 
 def assert_one_sentence(message: str) -> None:

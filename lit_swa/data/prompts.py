@@ -1,6 +1,6 @@
 """Prompts: how an example is written as text, its token ids, and which of them are trained.
 
-A prompt has the ids that generation makes of it, so the model meets in training what it will meet in use. An answer has
+A prompt has the ids that generation makes of it, so the model sees in training what it will see in use. An answer has
 the ids that it has behind its prompt; where a token would span both, the answer is encoded by itself.
 """
 
@@ -90,7 +90,7 @@ def pick_style(wanted: str | None, tokenizer: Tokenizer) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- tokens
 #
-# The ids of a prompt are those that generation makes of it, so the model meets in use what it met in training. The
+# The ids of a prompt are those that generation makes of it, so the model sees in use what it saw in training. The
 # answer's ids are those that it has behind the prompt, where the two do not share a token; otherwise its own.
 
 
@@ -157,7 +157,7 @@ def style_pieces(record: Record, name: str, tokenizer: Tokenizer) -> list[tuple[
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if [m["role"] for m in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
         roles = ", ".join(m["role"] for m in messages[:8])
-        raise ValueError(f"The messages are of {roles}: prompt_style={name!r} needs user and assistant in turn.")
+        raise ValueError(f"The messages are of {roles}: prompt_style={name!r} needs user and assistant alternately.")
     end = [tokenizer.token_to_id(style.end) if style.end else tokenizer.eos_id]
     bos, pieces = own_bos(tokenizer), []
     for k in range(0, len(turns), 2):
@@ -196,7 +196,7 @@ def end_ids(style: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_at(where: str, record: Record, style: str, tokenizer: Tokenizer, mask_prompt: bool) -> Encoded:
-    """encode_record, with an error that says where the example stands."""
+    """encode_record, with an error that says where the example is."""
     try:
         return encode_record(record, style, tokenizer, mask_prompt)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Readers of instruction files: each gives the examples of a file with the place where they stand in it."""
+"""Readers of instruction files: each gives the examples of a file, with their place in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_swa.data.records import FIELDS
 
-Located = tuple[str, dict[str, Any]]  # where an example stands in its file, and its fields
+Located = tuple[str, dict[str, Any]]  # an example's place in its file, and its fields
 
 
 def read_lines(path: Path) -> Iterator[str]:

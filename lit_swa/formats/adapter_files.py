@@ -32,8 +32,8 @@ def write_adapter(
 ) -> None:
     """Write the tokenizer's files of base_dir, the weights, and the JSON files `descriptions` in their order.
 
-    Each file is replaced whole. lit_adapter.json stands for the files beside it: it is the last of them, and is removed
-    first unless the others keep what they say. Raises OSError when the disk is full.
+    Each file is replaced whole. lit_adapter.json says that the others are complete: it is written last, and
+    removed first unless the others keep their content. Raises OSError when the disk is full.
     """
     assert list(descriptions)[-1] == ADAPTER_FILE
     with directory_lock(directory):

@@ -79,7 +79,7 @@ def check_base(base: Path) -> None:
 
 
 def check_dtype(dtype: torch.dtype | str, device: torch.device | str) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device that the names stand for. Raises ValueError for what this machine lacks."""
+    """The dtype and device of these names. Raises ValueError for what this machine lacks."""
     names = ("float32", "bfloat16", "float16", "float64")
     chosen = getattr(torch, dtype, None) if dtype in names else dtype
     if chosen not in [getattr(torch, name) for name in names]:
@@ -114,9 +114,9 @@ def load_model(
 
     A directory with an adapter gives the base model with the adapter in it.
 
-    merge: fold an adapter into the weights, for speed; otherwise it stays beside them, as in training.
-    quantize: hold the weights of the blocks in 4 or 8 bits, a mode of lit_swa.quantize. An adapter then stays beside
-        them, as QLoRA trains it.
+    merge: fold an adapter into the weights, for speed; otherwise it stays apart from them, as in training.
+    quantize: hold the weights of the blocks in 4 or 8 bits, a mode of lit_swa.quantize. An adapter then stays
+        apart from them, as QLoRA trains it.
     config_overrides: fields of Config that replace those of lit_config.json.
     Weights are mapped from the file and go to the device one by one, where each is cast or quantised: the peak is one
     copy of the model and one more tensor. A model whose stored dtype is asked for, on the CPU, keeps using the file's
@@ -146,12 +146,12 @@ def load_adapted(
     quantize: str | None = None,
     **config_overrides: Any,
 ) -> GPT:
-    """The base model with a directory's adapter, merged into the weights or beside them, in eval mode.
+    """The base model with a directory's adapter, merged into the weights or apart from them, in eval mode.
 
-    LLaMA-Adapters always stay beside them.
+    LLaMA-Adapters always stay apart from them.
     dtype: None is that of the base's weights. Merging is done in the wider of both dtypes and rounded once.
     quantize: hold the base's blocks in this mode of lit_swa.quantize or, where the adapter is merged, round their
-        weights as it does: QLoRA was trained beside these numbers.
+        weights as it does: QLoRA was trained with these numbers.
     base_dir: the base checkpoint; None: the one that lit_adapter.json names. Without lit_config.json (PEFT's and
         LongLoRA's directories have none) the base's config counts.
     Raises FileNotFoundError or ValueError when something is missing, or base and adapter do not fit.
@@ -201,7 +201,7 @@ def _checked_base(directory: Path, base_dir: str | Path | None) -> Path:
 
 
 def tokenizer_source(directory: Path, base: Path) -> Path:
-    """Where the tokenizer of an adapted model is: beside the adapter, else beside the base."""
+    """Where the tokenizer of an adapted model is: in the adapter's directory, else in the base's."""
     return directory if has_tokenizer(directory) else base
 
 
@@ -243,6 +243,6 @@ def build_model(
 
 
 def set_parameter(module: nn.Module, key: str, tensor: Tensor) -> None:
-    """Put a tensor, as it is, in the place of a module's parameter."""
+    """Make a tensor a module's parameter, without a copy."""
     assert module.get_parameter(key).shape == tensor.shape
     setattr(module, key, nn.Parameter(tensor, requires_grad=module.get_parameter(key).requires_grad))

@@ -198,7 +198,7 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor], config:
     fields = asdict(config)
     total = sum(tensor.n_bytes for tensor in tensors.values())
     sharded = total > max_shard_bytes or (directory / index_name(STEM)).exists()
-    # lit_config.json says that the weights beside it are complete. It stays only where one rename replaces all of them.
+    # lit_config.json says that the directory's weights are complete. It stays only where one rename replaces them all.
     if sharded or not holds_json(directory / CONFIG_FILE, fields):
         (directory / CONFIG_FILE).unlink(missing_ok=True)
     write_weights(directory, STEM, tensors, max_shard_bytes)

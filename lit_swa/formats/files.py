@@ -78,7 +78,7 @@ def remove_leftovers(directory: Path) -> None:
 
 @contextmanager
 def directory_lock(directory: Path) -> Iterator[None]:
-    """One process at a time writes into a directory. The lock is the system's: it falls when its holder dies."""
+    """One process at a time writes into a directory. The system holds the lock, and frees it when the process ends."""
     from filelock import FileLock, Timeout
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     """
     is_zip = zipfile.is_zipfile(path)
     try:
-        if is_zip:  # torch stores its tensors as they are; only a bomb would be compressed
+        if is_zip:  # torch does not compress its tensors; only a bomb would be
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise zipfile.BadZipFile
@@ -342,7 +342,7 @@ def write_weights(directory: Path, stem: str, tensors: Mapping[str, LazyTensor],
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor name -> file name, which is still a stranger's word. Raises ValueError."""
+    """The weight_map of an index: tensor name -> file name, which a stranger chose. Raises ValueError."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{path} is damaged: it has no weight_map; download or convert it again.")

@@ -2,7 +2,7 @@
 
 A GGUF file comes from a stranger, and the common readers trust its counts (a file of 43 bytes makes one of them
 allocate memory without end). So this module reads the header itself and checks every count and length against the
-file before using it. The `gguf` library only turns quantised blocks into numbers.
+file before using it. The `gguf` library only dequantises blocks.
 
 Layout of the file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian:
     "GGUF" | u32 version | u64 n_tensors | u64 n_keys | keys and values | tensor infos | padding | tensor data
@@ -26,7 +26,7 @@ PLAIN_DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_ENTRIES = 100_000  # keys, or tensors
 MAX_ITEMS = 2_000_000  # strings and array elements
-DEQUANTIZE_BYTES = 8 * 2**20  # quantised bytes turned into numbers at a time
+DEQUANTIZE_BYTES = 8 * 2**20  # quantised bytes that are dequantised at a time
 
 
 class TensorInfo(NamedTuple):
@@ -296,7 +296,7 @@ def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
         n_head = _heads(file, key)
         if weight.shape[0] % (2 * n_head):
             raise ValueError(f"{file.path} is damaged: {name} has {weight.shape[0]} rows for {n_head} heads.")
-        # llama.cpp turns neighbours (2j, 2j + 1), Hugging Face (j, j + D/2): (n_head, D/2, 2) -> (n_head, 2, D/2)
+        # llama.cpp rotates the pairs (2j, 2j + 1), Hugging Face (j, j + D/2): (n_head, D/2, 2) -> (n_head, 2, D/2)
         weight = weight.view(n_head, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
     return weight.float() - 1.0 if has_offset(file, name) else weight
 
@@ -457,8 +457,8 @@ def _llama3_scaling(file: GGUFFile) -> dict[str, Any] | None:
     }
     for j, factor in enumerate(factors):
         wavelength = 2 * math.pi * theta ** (j / len(factors))
-        turns = scaling["original_max_position_embeddings"] / wavelength
-        smooth = min(max((turns - 1.0) / (4.0 - 1.0), 0.0), 1.0)
+        rotations = scaling["original_max_position_embeddings"] / wavelength
+        smooth = min(max((rotations - 1.0) / (4.0 - 1.0), 0.0), 1.0)
         expected = 1 / ((1 - smooth) / scaling["factor"] + smooth) if scaling["factor"] > 0 else math.nan
         if not math.isclose(factor, expected, rel_tol=1e-3):
             raise ValueError(

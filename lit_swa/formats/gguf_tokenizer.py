@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, as the files of a checkpoint: tokenizer.json and the small ones beside it.
+"""The tokenizer of a GGUF file, as the files of a checkpoint: tokenizer.json and the small ones that go with it.
 
     files = tokenizer_files(read_gguf(path))  # {"tokenizer.json": "...", "tokenizer_config.json": "...", ...}
 
@@ -16,7 +16,7 @@ MAX_TOKEN_CHARS = 1024
 
 # How text is cut before the merges apply: the published pattern of each tokenizer family, under llama.cpp's names for
 # it (`tokenizer.ggml.pre`). A name that is not here means GPT-2's pattern, as in transformers. "smollm" means it too,
-# although the SmolLM tokenizer itself also cuts around digits: ids differ where two or more blanks or newlines stand
+# although the SmolLM tokenizer itself also cuts around digits: ids differ where two or more blanks or newlines come
 # before a digit. This module and its test follow transformers.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -96,7 +96,7 @@ def _verify(path: Path, file: Any) -> None:
 def require_digest(path: Path, wanted: str, digest: Any) -> None:
     """Raises OSError, and deletes the file, when its content is not the one that was promised.
 
-    digest: of hashlib, fed with what stands before the content.
+    digest: of hashlib, fed with what comes before the content.
     """
     with open(path, "rb") as stream:
         while chunk := stream.read(2**22):

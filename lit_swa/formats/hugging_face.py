@@ -101,7 +101,7 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def join_qkv(parts: tuple[Tensor, ...], config: Config) -> Tensor:
     """Hugging Face's query, key and value weights (or biases) -> attn.qkv: H query heads, then G keys, then G values.
 
-    Three parts are stacked. NeoX stores one, whose rows go q, k, v for each head in turn.
+    Three parts are stacked. NeoX stores one, whose rows are q, k, v of the first head, then of the next.
     """
     if len(parts) == 3:
         return torch.cat(parts)

@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(data: bytes, path: Path, max_digits: int = 20) -> dict[str, Any]:
     """The JSON object in `data`, which comes from `path`. Raises ValueError with one sentence when it is damaged.
 
-    Refused, too, are keys that stand twice (readers disagree about which one counts), numbers of more than `max_digits`
+    Refused, too, are keys that occur twice (readers disagree about which one counts), numbers of more than `max_digits`
     digits and NaN or Infinity (no field takes them).
     """
 

@@ -1,6 +1,6 @@
 """LoRA on the disk, in the format of Hugging Face's PEFT, which both libraries load to the same logits: names, saving.
 
-A trained directory holds adapter_config.json and adapter_model.safetensors, which are PEFT's, beside what all adapter
+A trained directory holds adapter_config.json and adapter_model.safetensors, which are PEFT's, and what all adapter
 directories hold (adapter_files.py). Reading is in peft_load.py.
 """
 
@@ -54,7 +54,7 @@ def hf_modules(model: GPT) -> dict[str, tuple[str, int, int]]:
 
 
 def save_adapter(model: GPT, directory: str | Path, base_dir: str | Path, lora: LoRAConfig) -> None:
-    """Write what was trained beside the base checkpoint `base_dir`, whose tokenizer's files are copied.
+    """Write what was trained on the base checkpoint `base_dir`, whose tokenizer's files are copied.
 
     Each file is replaced whole. peft.PeftModel.from_pretrained(transformers_model, directory) loads the directory, and
     so do load_model, scripts/merge_lora.py and, into a built model, peft_load.load_adapter.
@@ -160,7 +160,7 @@ def short_names(chosen: set[str], everything: Iterable[str]) -> list[str]:
 def peft_config_of(
     entries: Mapping[str, Weights], modules: Iterable[str], to_save: list[str], lora: LoRAConfig, base_dir: Path
 ) -> dict[str, Any]:
-    """adapter_config.json. Ranks and scalings besides the config's own stand in the patterns."""
+    """adapter_config.json. Ranks and scalings other than the config's own are in the patterns."""
     ranks, alphas = {}, {}
     for name, weights in entries.items():
         r = len(weights.A)

@@ -96,7 +96,7 @@ def grow_vocabulary(model: GPT, rows: int) -> None:
 
 
 def read_adapter(directory: Path, model: GPT) -> Adapter:
-    """The adapter in a directory, with every name and shape checked against the model, which stays as it is."""
+    """The adapter in a directory, with every name and shape checked against the model, which is not changed."""
     path = find_adapter_config(directory)
     peft = read_json(path)
     check_peft_config(peft, path)

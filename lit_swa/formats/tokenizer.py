@@ -13,7 +13,7 @@
 All of these files come from strangers. Whatever is wrong with them ends in a `ValueError` or a `FileNotFoundError`
 of one sentence. A chat template is a program; chat_template.py runs it within limits.
 
-Beside this file: tokenizer_backends.py (the two libraries), tokenizer_files.py (the small files beside a vocabulary).
+See also tokenizer_backends.py (the two libraries) and tokenizer_files.py (the small files next to a vocabulary).
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ class Tokenizer:
         return self._backend.id_to_token(int(token_id))
 
     def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> list[int]:
-        """Token ids of `text`. Special tokens that stand in the text, such as "<|im_end|>", become their one id.
+        """Token ids of `text`. Special tokens in the text, such as "<|im_end|>", become their one id.
 
         Args:
             bos: None adds what the model's own tokenizer adds (the post-processor of tokenizer.json; `add_bos_token`
-                beside a tokenizer.model). True puts BOS in front and adds nothing else, False adds nothing.
+                next to a tokenizer.model). True puts BOS in front and adds nothing else, False adds nothing.
             eos: appends EOS, unless the model's own tokenizer has already put it there.
 
         Raises:
@@ -229,8 +229,8 @@ class StreamDecoder:
     A piece never ends in a part of a character. After `flush` the next push begins a new sequence.
 
     A push decodes the new id together with the few ids before it, so that its cost does not grow with the text. The
-    DecodeStream of the `tokenizers` library is not used: it fails where byte tokens such as <0xF0> turn out not to be
-    a character, and each step costs more than the last while the bytes form no character.
+    DecodeStream of the `tokenizers` library is not used: it fails where byte tokens such as <0xF0> form no
+    character, and each step costs more than the last while the bytes form no character.
     """
 
     CONTEXT = 4  # ids kept in front of the next one: a character has at most four bytes, and each may be a token

@@ -132,7 +132,7 @@ def _merges_have_prefix(spec: dict[str, Any]) -> bool:
 
 
 def _check_growth(path: Path, rust: Any) -> None:
-    """Refuses rules that make a text too long: twenty rules that each double it turn a page into a gigabyte."""
+    """Refuses rules that make a text too long: twenty rules that each double it make a gigabyte of a page."""
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         rules = getattr(rust, part)
         if rules is not None and _growth(json.loads(rules.__getstate__())) > MAX_GROWTH:

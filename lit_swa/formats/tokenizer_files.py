@@ -1,4 +1,4 @@
-"""The small files beside a vocabulary: added tokens, ids that end an answer, chat templates.
+"""The small files next to a vocabulary: added tokens, ids that end an answer, chat templates.
 
 They come from strangers. Whatever is wrong with them ends in a `ValueError` of one sentence that names the file.
 """

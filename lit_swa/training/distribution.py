@@ -1,7 +1,7 @@
 """Several devices: Lightning Fabric with DDP or FSDP, and weights that are sharded over devices made whole again.
 
 DDP holds the whole model on each device and averages gradients. FSDP2 shards every weight, its gradient and its moments
-over all devices, and gathers a block's weights when it is their turn (Zhao et al. 2023, arXiv 2304.11277).
+over all devices, and gathers a block's weights when it runs (Zhao et al. 2023, arXiv 2304.11277).
 """
 
 import logging

@@ -127,7 +127,7 @@ def resume_and_rehearse(
 ) -> Progress:
     """Go on from a saved step if --resume says so, show three samples, and try once all that the run will do.
 
-    Then the model is validated as it is before the first step. validate, load: see rehearse.
+    Then the model is validated, before the first step. validate, load: see rehearse.
     """
     progress = saver.resume()
     run.log.say(show_examples(run.data, run.tokenizer))

@@ -62,7 +62,7 @@ def test_logits_equal_plain_steps(name, backend):
 @pytest.mark.parametrize("name", [n for n in FIELDS if n != "s2"])
 @torch.no_grad()
 def test_any_split_equals_one_call(name, backend):
-    """Catches: a chunk that meets the wrong old keys in a fused kernel; a step that reads other slots than a prompt."""
+    """Catches: a chunk that sees the wrong old keys in a fused kernel; a step that reads other slots than a prompt."""
     model, plain = pair(name, backend)
     idx = torch.randint(0, 2000, (2, T), device="cuda")
     expected = plain.eval()(idx)
