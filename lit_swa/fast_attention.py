@@ -141,13 +141,7 @@ def is_exact(pairs: "Pairs") -> bool:
 def is_whole(pairs: "Pairs") -> bool:
     """True if every query sees the keys up to its own, and no others are there."""
     parts, T = pairs.row.parts, pairs.q_pos.size(1)
-    return is_exact(pairs) and pairs.span.fresh and len(parts) == 1 and sees_all(pairs, parts[0], T - 1, T, 0, T)
-
-
-def sees_all(pairs: "Pairs", part: "Part", a: int, b: int, lo: int, hi: int) -> bool:
-    """True if every query at a .. b - 1 sees every key at lo .. hi - 1, but for those behind its own position."""
-    begins, ends = part.reach(b - 1, b, pairs.config)[0], part.reach(a, a + 1, pairs.config)[1]
-    return begins <= lo and min(hi, a + 1) <= ends
+    return is_exact(pairs) and pairs.span.fresh and len(parts) == 1 and pairs.sees_all(parts[0], T - 1, T, 0, T)
 
 
 def is_band(pairs: "Pairs", part: "Part") -> bool:
@@ -413,12 +407,12 @@ def part_strips(
         return []
     if triangles and hi == b and part.reach(b - 1, b, config)[0] <= a:  # their own keys: a triangle
         corner = max(lo, b - pairs.window) if band and corners else lo
-        if corner == a or sees_all(pairs, part, a, b, corner, a):
+        if corner == a or pairs.sees_all(part, a, b, corner, a):
             older = [Strip(layout.keys(lo, corner), n, corner=True)] if lo < corner else []
             older += [Strip(layout.keys(corner, a), n)] if corner < a else []
             return [*older, Strip(layout.keys(a, b), n, causal=b - a > 1)]
     keys = layout.keys(lo, hi)
-    if hi <= a + 1 and sees_all(pairs, part, a, b, lo, hi):
+    if hi <= a + 1 and pairs.sees_all(part, a, b, lo, hi):
         return [Strip(keys, n, still=not band)]
     return [Strip(keys, n, mask=pairs.mask(n, queries, keys, shared))]
 

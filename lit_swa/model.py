@@ -130,10 +130,7 @@ class GPT(nn.Module):
         return self.project(x[:, -logits_to_keep:])  # [-0:] is all
 
     def hidden_states(self, idx: Tensor, input_pos: Tensor | None = None, **options: Any) -> Tensor:
-        """What `project` makes logits of, (B, T, C), so that a long text's logits need not exist all at once.
-
-        options: input_pos_maxp1 and documents, as in forward().
-        """
+        """What `project` makes logits of, (B, T, C). options: input_pos_maxp1 and documents, as in forward()."""
         return self.run_blocks(idx, self.plan_call(idx, input_pos, **options))
 
     def run_blocks(self, idx: Tensor, call: "Call") -> Tensor:
@@ -150,10 +147,8 @@ class GPT(nn.Module):
         return logits if cap is None else softcap(logits, cap)
 
     def sum_nll(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Sum of -log p(target) over hidden states x (N, C) and targets (N,), in float32.
-
-        At most LOSS_ELEMENTS logits exist at once. Where they are more, the backward makes them a second time.
-        """
+        """Sum of -log p(target) over hidden states x (N, C) and targets (N,), in float32. At most LOSS_ELEMENTS logits
+        exist at once; where they are more, the backward makes them a second time."""
 
         def piece(x: Tensor, targets: Tensor) -> Tensor:
             logits = self.project(x)[:, : self.config.vocab_size]  # the padding of the vocabulary holds no tokens
@@ -539,6 +534,13 @@ class Pairs(NamedTuple):
             return [(0, b)]
         return [(0, self.sinks), (lo, b)] if self.sinks else [(lo, b)]
 
+    def sees_all(self, part: Part, a: int, b: int, lo: int, hi: int) -> bool:
+        """True if the row says that the queries at a .. b - 1 see all keys at lo .. hi - 1, but for those after them."""
+        if not (part.run and part.reach and self.layout.exact):
+            return False
+        begins, ends = part.reach(b - 1, b, self.config)[0], part.reach(a, a + 1, self.config)[1]
+        return begins <= lo and min(hi, a + 1) <= ends
+
     def mask(self, n: int, queries: slice, keys: slice, shared: dict[int, Tensor | None]) -> Tensor | None:
         """Which of some queries sees which of some keys in part n, (1 or B, 1, T, L) bool; None: all are seen.
 
@@ -695,9 +697,7 @@ class KeyRange(NamedTuple):
     masks: dict[int, Tensor | None]  # part -> (1 or B, 1, T, L) bool; None: every query sees every key
 
 
-class QueryBlock(NamedTuple):
-    """Some queries and the keys that they read."""
-
+class QueryBlock(NamedTuple):  # some queries and the keys that they read
     queries: slice
     ranges: list[KeyRange]
 
@@ -724,9 +724,8 @@ def key_ranges(pairs: Pairs, queries: slice, shared: dict[int, Tensor | None]) -
     a, b = pairs.layout.first + queries.start, pairs.layout.first + queries.stop  # the queries' positions
     for n, part in enumerate(parts):
         for lo, hi in pairs.reaches(part, a, b):
-            keys = pairs.layout.keys(lo, hi)
-            mask = pairs.mask(n, queries, keys, shared)
-            ranges.append(KeyRange(keys, {n: mask}))
+            keys, all_seen = pairs.layout.keys(lo, hi), hi <= a + 1 and pairs.sees_all(part, a, b, lo, hi)
+            ranges.append(KeyRange(keys, {n: None if all_seen else pairs.mask(n, queries, keys, shared)}))
     return ranges
 
 
