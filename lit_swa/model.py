@@ -535,7 +535,7 @@ class Pairs(NamedTuple):
         return [(0, self.sinks), (lo, b)] if self.sinks else [(lo, b)]
 
     def sees_all(self, part: Part, a: int, b: int, lo: int, hi: int) -> bool:
-        """True if the row says that the queries at a .. b - 1 see all keys at lo .. hi - 1, but for those after them."""
+        """True if the row says that the queries at a .. b - 1 see all keys at lo .. hi - 1 up to their own."""
         if not (part.run and part.reach and self.layout.exact):
             return False
         begins, ends = part.reach(b - 1, b, self.config)[0], part.reach(a, a + 1, self.config)[1]
