@@ -1,4 +1,4 @@
-"""One check of ranges, with one sentence for all arguments that are out of theirs."""
+"""One check of a number's range, with one error sentence for all arguments."""
 
 from typing import Any
 

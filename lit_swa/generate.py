@@ -380,6 +380,81 @@ def prefill_chunk(model: GPT, batch_size: int) -> int:
     return 2 ** (tokens.bit_length() - 1)
 
 
+# --------------------------------------------------------------------------------------------------------------- stops
+
+
+class StopFinder:
+    """Passes a stream of tokens (lists) or text (str) on up to the first stop, and holds back what may begin one."""
+
+    def __init__(self, stops: Sequence, empty: list | str) -> None:
+        """empty: [] or "", the kind of stream."""
+        self.stops = sorted((s for s in stops if len(s)), key=len, reverse=True)
+        self.held = empty
+
+    def push(self, new: list | str) -> tuple[list | str, bool]:
+        """(what can be passed on, True if a stop follows it). The stop that is complete first counts."""
+        stream = self.held + new
+        for end in range(len(self.held) + 1, len(stream) + 1):
+            for stop in self.stops:
+                if stream[:end][-len(stop) :] == stop:
+                    self.held = stream[:0]
+                    return stream[: end - len(stop)], True
+        begins = (i for i in range(len(stream)) if any(stream[i:] == stop[: len(stream) - i] for stop in self.stops))
+        cut = next(begins, len(stream))
+        self.held = stream[cut:]
+        return stream[:cut], False
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass
+class Stats:
+    """What one call of generate did: tokens and seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # those of the prompt that the caches held already
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0  # to read the prompt
+    first_token_seconds: float = 0.0  # to read the prompt and choose the first new token
+    decode_seconds: float = 0.0  # to feed each new token and choose the next one
+    decode_steps: int = 0
+
+    def count(self, seconds: float) -> None:
+        """Count a new token. seconds: from when the tokens before it began to be fed to when it was chosen."""
+        if self.new_tokens == 0:
+            self.first_token_seconds = seconds
+        else:
+            self.decode_seconds += seconds
+            self.decode_steps += 1
+        self.new_tokens += 1
+
+    def line(self, model: GPT) -> str:
+        """The figures as a line for people."""
+        fed = self.prompt_tokens - self.cached_tokens
+        prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
+        cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
+        decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
+        return (
+            f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
+            f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB"
+        )
+
+
+def describe_window(model: GPT) -> str:
+    """How many keys a query can see, such as "none (context 8192)", "256", "512 rolling in 13 of 26 layers"."""
+    windows = model.windows
+    sizes = sorted({w for w in windows if w is not None})
+    if not sizes:
+        return f"none (context {model.config.block_size})"
+    kind = " rolling" if model.rolls or model.config.rolling_kv_cache else ""
+    sinks = f" behind {model.n_sinks} sinks" if model.n_sinks else ""
+    if len(sizes) == 1 and None not in windows:
+        return f"{sizes[0]}{kind}{sinks}"
+    parts = ", ".join(f"{size}{kind}{sinks} in {windows.count(size)}" for size in sizes)
+    return f"{parts} of {len(windows)} layers"
+
+
 # ------------------------------------------------------------------------------------------------------------- generate
 
 
@@ -400,7 +475,7 @@ def generate(
     decode: Callable[[Tensor, Tensor], Tensor] | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    stats: "Stats | None" = None,
+    stats: Stats | None = None,
 ) -> Iterator[int]:
     """Yield new tokens, one by one, as they are chosen. Wrong arguments are refused at the call, before any token.
 
@@ -455,10 +530,10 @@ def decode_loop(
     ids: list[int],
     sampler: Sampler,
     count: int,
-    stops: "StopFinder",
+    stops: StopFinder,
     should_stop: Callable[[], bool] | None,
     progress: Callable[[int, int], None] | None,
-    stats: "Stats",
+    stats: Stats,
 ) -> Iterator[int]:
     """The loop of generate: read the ids, then choose a token and feed it, `count` times at most."""
     started = time.perf_counter()
@@ -479,78 +554,6 @@ def decode_loop(
             started = time.perf_counter()
             logits = session.feed(token)
     yield from stops.held  # what was not a stop after all
-
-
-@dataclass
-class Stats:
-    """What one call of generate did: tokens and seconds."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # those of the prompt that the caches held already
-    new_tokens: int = 0
-    prefill_seconds: float = 0.0  # to read the prompt
-    first_token_seconds: float = 0.0  # to read the prompt and choose the first new token
-    decode_seconds: float = 0.0  # to feed each new token and choose the next one
-    decode_steps: int = 0
-
-    def count(self, seconds: float) -> None:
-        """Count a new token. seconds: from when the tokens before it began to be fed to when it was chosen."""
-        if self.new_tokens == 0:
-            self.first_token_seconds = seconds
-        else:
-            self.decode_seconds += seconds
-            self.decode_steps += 1
-        self.new_tokens += 1
-
-    def line(self, model: GPT) -> str:
-        """The figures as a line for people."""
-        fed = self.prompt_tokens - self.cached_tokens
-        prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
-        cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
-        decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
-        return (
-            f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
-            f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB"
-        )
-
-
-def describe_window(model: GPT) -> str:
-    """How many keys a query can see, such as "none (context 8192)", "256", "512 rolling in 13 of 26 layers"."""
-    windows = model.windows
-    sizes = sorted({w for w in windows if w is not None})
-    if not sizes:
-        return f"none (context {model.config.block_size})"
-    kind = " rolling" if model.rolls or model.config.rolling_kv_cache else ""
-    sinks = f" behind {model.n_sinks} sinks" if model.n_sinks else ""
-    if len(sizes) == 1 and None not in windows:
-        return f"{sizes[0]}{kind}{sinks}"
-    parts = ", ".join(f"{size}{kind}{sinks} in {windows.count(size)}" for size in sizes)
-    return f"{parts} of {len(windows)} layers"
-
-
-# --------------------------------------------------------------------------------------------------------------- stops
-
-
-class StopFinder:
-    """Passes a stream of tokens (lists) or text (str) on up to the first stop, and holds back what may begin one."""
-
-    def __init__(self, stops: Sequence, empty: list | str) -> None:
-        """empty: [] or "", the kind of stream."""
-        self.stops = sorted((s for s in stops if len(s)), key=len, reverse=True)
-        self.held = empty
-
-    def push(self, new: list | str) -> tuple[list | str, bool]:
-        """(what can be passed on, True if a stop follows it). The stop that is complete first counts."""
-        stream = self.held + new
-        for end in range(len(self.held) + 1, len(stream) + 1):
-            for stop in self.stops:
-                if stream[:end][-len(stop) :] == stop:
-                    self.held = stream[:0]
-                    return stream[: end - len(stop)], True
-        begins = (i for i in range(len(stream)) if any(stream[i:] == stop[: len(stream) - i] for stop in self.stops))
-        cut = next(begins, len(stream))
-        self.held = stream[cut:]
-        return stream[:cut], False
 
 
 def generate_text(

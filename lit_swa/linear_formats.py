@@ -52,8 +52,8 @@ def can_train_beside(module: nn.Module) -> bool:
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """W (out, in): the parameter itself of a plain layer, which is not to be changed; of another format the numbers
-    that it stands for, in float32. Raises ValueError for a layer that does not say what its weight is."""
+    """W (out, in): the parameter itself of a plain layer, which is not to be changed; of another format the
+    dequantised numbers, in float32. Raises ValueError for a layer that does not say what its weight is."""
     if is_plain(linear):
         return linear.weight
     if not hasattr(linear, "dense_weight"):

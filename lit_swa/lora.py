@@ -226,18 +226,18 @@ def lora_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def merge_lora(model: GPT, dtype: torch.dtype | None = None) -> int:
+def merge_lora(model: GPT) -> int:
     """Fold every LoRA into its layer's weight, in float32 and rounded once; returns how many layers there were.
 
-    A layer whose weight nothing can be merged into (a quantised one) becomes a dense nn.Linear in `dtype`, by default
-    that of the embedding. A tied lm_head that has a LoRA gets a weight of its own.
+    A layer whose weight nothing can be merged into (a quantised one) becomes a dense nn.Linear in the
+    embedding's dtype. A tied lm_head that has a LoRA gets a weight of its own.
     """
     changed = lora_linears(model)
     for name, linear in changed:
         weight = merged_weight(linear)
         remove_injected(linear, "lora", add_lora_output)
         if not is_plain(linear):
-            weight = weight.to(dtype or model.transformer.wte.weight.dtype)
+            weight = weight.to(model.transformer.wte.weight.dtype)
             model.set_submodule(name, dense_linear(linear, weight))
             continue
         linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)

@@ -79,7 +79,7 @@ def test_sinks_are_compared_under_one_budget_of_keys(stream, tiny_checkpoint):
 
 
 def test_a_window_costs_the_same_however_long_the_text(stream, capsys):
-    """Catches: a cache that grows with the text, a full cache that is not stopped or not said to be."""
+    """Catches: a cache that grows with the text, a full cache that is not stopped, or stops without notice."""
     more = ["--sinks", "[0]", "--cache_size", "24", "--chunk_size", "64"]
     short, full = stream(*more, "--max_tokens", "200", name="short.json")["methods"]
     capsys.readouterr()

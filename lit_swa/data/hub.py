@@ -60,12 +60,12 @@ HUB_DIR = Path("data/hub")
 HUB_INDEX = "files.json"  # selection -> files, written once they are all there
 
 
-def fetch_preset(name: str, selection: str = "", directory: Path | None = None) -> list[Path]:
-    """The files of a preset, downloaded into directory/NAME (by default data/hub/NAME) unless they are there.
+def fetch_preset(name: str, selection: str = "") -> list[Path]:
+    """The files of a preset, downloaded into data/hub/NAME unless they are there.
 
     selection: a pattern of file names such as "aeslc*"; "" takes all. Raises OSError in one sentence.
     """
-    directory = (directory or HUB_DIR) / name
+    directory = HUB_DIR / name
     with directory_lock(directory):
         index = read_json(directory / HUB_INDEX) if (directory / HUB_INDEX).exists() else {}
         known = [directory / file for file in index.get(selection, []) if ".." not in Path(file).parts]
