@@ -822,7 +822,7 @@ class Layout(NamedTuple):
         if hi <= self.sinks:
             return slice(lo, hi)
         shift = self.index - self.first
-        return slice(lo if lo < self.sinks else lo + shift, hi + shift)
+        return slice(lo + shift, hi + shift)
 
 
 class Write(NamedTuple):

@@ -196,3 +196,14 @@ def test_scalings_that_do_not_fit_are_refused_in_one_sentence(scaling, message):
     """Catches: an option that is accepted and not used, or lists of another head size."""
     with pytest.raises(ValueError, match=message):
         tiny_config(rope_scaling=scaling)
+
+
+@torch.no_grad()
+def test_a_local_base_knows_no_scaling(tiny_model):
+    """Catches: a scaling by length that reaches the layers with a window, whose base is their own."""
+    fields = {"attention": "sliding", "sliding_window_size": 9, "rope_local_base_freq": 500.0}
+    scaling = {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16}
+    plain, idx = tiny_model(**fields), torch.randint(0, 97, (1, 60))
+    scaled = GPT(tiny_config(**fields, rope_scaling=scaling)).eval()
+    scaled.load_state_dict(plain.state_dict())
+    assert torch.equal(scaled(idx), plain(idx))

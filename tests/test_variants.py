@@ -385,6 +385,7 @@ def test_combinations_that_cannot_be_are_refused_in_one_sentence(fields, message
     "row, message",
     [
         (dilated.ROW._replace(window=lambda c: c.sliding_window_size), "says window=4 and sinks=3"),
+        (dilated.ROW._replace(window=lambda c: 6), "says window=6 and sinks=3"),  # the farthest key is 6 back
         (dilated.ROW._replace(sinks=None), "says window=8 and sinks=0"),
         (Variant((Part(dilated.dilated, reach=lambda a, b, c: (a - 3, b)),)), "says how far part 0 reaches"),
         (Variant((Part(dilated.dilated, reach=lambda a, b, c: (b - 9, b)),)), "says how far part 0 reaches"),
