@@ -5,6 +5,7 @@ model.py fills: a row says which fields it reads and needs, and the checks here 
 """
 
 import difflib
+import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -92,6 +93,7 @@ class Config:
     attention_backend: str = "auto"  # what may take the place of the plain steps: see fast_attention.py
 
     def __post_init__(self) -> None:
+        fill_variants()
         check_types(self)
         if self.n_query_groups is None:
             self.n_query_groups = self.n_head
@@ -144,6 +146,7 @@ class Config:
 
         Raises ValueError for an unknown field, and for an override that would do nothing.
         """
+        fill_variants()
         reject_unknown_fields(values | overrides)
         if "block_size" in values:  # which was trained on; an override of it is how far to go now
             if isinstance(overrides.get("rope_scaling"), dict):
@@ -286,9 +289,7 @@ def check_values(config: Config) -> None:
 
 
 def check_attention(config: Config) -> None:
-    """The variants exist, and have the fields that they need. Where model.py was not imported, GPT checks it."""
-    if not VARIANTS:
-        return
+    """The variants exist, and have the fields that they need."""
     for variant in (v.strip() for v in config.attention.split(",")):
         if variant not in VARIANTS:
             raise ValueError(
@@ -421,6 +422,12 @@ class Variant(NamedTuple):
 
 
 VARIANTS: dict[str, Variant] = {}  # name -> row; filled by model.py, where the variants are defined
+
+
+def fill_variants() -> None:
+    """Let model.py fill VARIANTS, where this file was imported alone: no config is built unchecked."""
+    if not VARIANTS:
+        importlib.import_module(f"{__package__}.model" if __package__ else "model")
 
 
 def check_row(kind: str, row: Variant, config: Config, last: int) -> None:

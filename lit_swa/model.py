@@ -64,7 +64,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        checks.check_values(config)  # again: the config may have been made before this file filled VARIANTS
+        checks.check_values(config)  # again: a field may have been set since
         self.config = config
         wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))

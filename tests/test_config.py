@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from tiny import tiny_config
 from lit_swa import GPT, Config
 from lit_swa.config import CHOICES, RANGES
 from lit_swa.families import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -142,3 +147,15 @@ def test_a_config_survives_its_own_dictionary():
     for name in CONFIGS:
         config = Config.from_name(name)
         assert Config.from_dict(dataclasses.asdict(config)) == config
+
+
+def test_a_config_alone_is_checked_too():
+    """Catches: config.py imported without model.py, whose table of variants would be empty."""
+    program = (
+        "from lit_swa.config import Config\n"
+        "dual = Config.from_name('SmolLM2-135M').override(attention='dual_chunk', block_size=65536)\n"
+        "assert dual.chunk_trained == 8192\n"
+        "Config(attention='banana')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "ValueError: attention='banana' does not fit" in done.stderr
