@@ -43,10 +43,8 @@ class Faster(NamedTuple):
 
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]  # for rope.apply_rope
     causal: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # for model.causal_attention
-    attend: Callable[[list[Tensor], Tensor, Tensor], Tensor] | None = (
-        None  # (queries of each part, k, v) -> outputs ...
-    )
-    n_queries: int = 0  # ... of so many queries, from the first on; the plain steps do the rest
+    attend: Callable[[list[Tensor], Tensor, Tensor], Tensor] | None = None  # (queries of each part, k, v) -> outputs
+    n_queries: int = 0  # how many queries, from the first on, attend() answers; the plain steps do the rest
 
 
 class Tools(NamedTuple):
@@ -84,7 +82,7 @@ def find_tools(pairs: "Pairs") -> Tools:
     if dtype not in (torch.float16, torch.bfloat16) or config.head_size % 8 or config.head_size > 256:
         return Tools(None, flex)
     hopper = torch.cuda.get_device_capability(pairs.q_pos.device) >= (9, 0) and config.head_size <= 128
-    tools = gpu_tools(config.attention_backend, T, pairs.cached, hopper, config.sliding_window_size or 0)
+    tools = gpu_tools(config.attention_backend, T, pairs.cached, hopper, pairs.window or 0)
     return tools._replace(merge=None, corners=False) if compiling else tools
 
 
