@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_swa.config import ROPE_SCALING_KEYS, TRAINED_LENGTH
-from lit_swa.formats.files import read_json
+from lit_swa.formats.json_files import read_json
+from lit_swa.formats.reading import find_inside, is_listed
 
 # ------------------------------------------------------------------------------------------------------- named shapes
 
@@ -143,10 +144,11 @@ def config_from_hf(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
 
 def read_hf_config(path: Path) -> dict[str, Any]:
     """The content of a config.json, given as a file or by its directory."""
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"There is no {path}: a Hugging Face checkpoint directory holds a config.json.")
-    return read_json(path)
+    if not path.is_dir():
+        return read_json(path)
+    if not is_listed(path / "config.json"):
+        raise FileNotFoundError(f"There is no {path / 'config.json'}: a Hugging Face checkpoint directory holds one.")
+    return read_json(find_inside(path, "config.json"))
 
 
 def find_architecture(hf: dict[str, Any]) -> str:

@@ -390,6 +390,73 @@ def test_links_cannot_lead_outside(tmp_path: Path, name: str) -> None:
         )
 
 
+SMALL_FILES = (  # beside a vocabulary, and what they may hold
+    ("tokenizer.json", None), ("tokenizer_config.json", '{"eos_token": "a"}'), ("generation_config.json", "{}"),
+    ("special_tokens_map.json", "{}"), ("added_tokens.json", "{}"), ("chat_template.jinja", "SECRET"),
+    ("chat_template.json", "{}"), ("chat_templates/a.jinja", "SECRET"), ("additional_chat_templates/a.jinja", "SECRET"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "device", "pipe", "folder"])
+@pytest.mark.parametrize("name, text", SMALL_FILES)
+def test_a_tokenizers_files_are_regular_and_inside(tmp_path: Path, kind: str, name: str, text: str | None) -> None:
+    """Would catch one of them that is read through a link from elsewhere, or that hangs, or that is silently left."""
+    from tokenizers import Tokenizer as Rust
+    from tokenizers.models import WordLevel
+
+    from lit_swa.formats.tokenizer import Tokenizer
+
+    directory, secret = tmp_path / "a", tmp_path / "secret"
+    (directory / name).parent.mkdir(parents=True)
+    Rust(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(directory / "tokenizer.json"))
+    assert Tokenizer(directory).encode("b") == [1]
+    secret.write_text((directory / "tokenizer.json").read_text() if text is None else text)
+    (directory / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(directory / name)
+    elif kind == "folder":
+        (directory / name).mkdir()
+    else:
+        places = {"link": secret, "link to nothing": tmp_path / "nowhere", "device": "/dev/zero"}
+        (directory / name).symlink_to(places[kind])
+    with pytest.raises((ValueError, OSError), match="leads out|does not exist|not a regular file") as error:
+        Tokenizer(directory)
+    assert "\n" not in str(error.value) and "SECRET" not in str(error.value)
+
+
+def test_a_folder_of_templates_may_not_be_a_link_out(tmp_path: Path) -> None:
+    """Would catch files that are looked for in the directory that the folder itself leads to."""
+    from lit_swa.formats.tokenizer_files import read_chat_templates
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.jinja").write_text("SECRET")
+    (tmp_path / "a/chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of its directory"):
+        read_chat_templates(tmp_path / "a", {})
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "run.json", "lit_adapter.json", "lit_config.json"])
+def test_every_description_is_regular_and_inside(tmp_path: Path, name: str) -> None:
+    """Would catch a reader of a prepared dataset, a run or an adapter that takes what a link or a pipe gives."""
+    from lit_swa.checkpoint import load_config
+    from lit_swa.data.prepared import load_prepared
+    from lit_swa.formats.adapter_files import adapter_kind
+    from lit_swa.training.saving import read_record
+
+    read = {
+        "dataset.json": lambda path: load_prepared(path, None, 8, {}), "run.json": read_record,
+        "lit_adapter.json": adapter_kind, "lit_config.json": load_config,
+    }[name]  # fmt: skip
+    place = tmp_path / ("final" if name == "run.json" else ".") / name
+    place.parent.mkdir(exist_ok=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/x").write_text("{}")
+    place.symlink_to(tmp_path / "secret/x")
+    with pytest.raises(ValueError, match="leads out of its directory"):
+        read(tmp_path)
+
+
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     """Would catch a named pipe that makes a loader wait for ever."""
     from lit_swa.checkpoint import load_model
@@ -398,6 +465,42 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "lit_model.safetensors")
     with pytest.raises(ValueError, match="not a regular file"):
         load_model(tmp_path)
+
+
+def test_no_more_is_read_than_is_allowed(tmp_path: Path) -> None:
+    """Would catch a limit that goes by a size of 0, as those of /proc have."""
+    from lit_swa.formats.reading import read_bytes
+
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    assert Path("/proc/self/maps").stat().st_size == 0
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        read_bytes(Path("/proc/self/maps"), 100)
+
+
+def test_a_hugging_face_cache_is_read_through_its_own_links(tmp_path: Path) -> None:
+    """Would catch snapshots that must be copied first, and a rule that lets other links pass with them."""
+    from lit_swa.checkpoint import convert_hf_checkpoint, load_model
+
+    make_checkpoint(tmp_path / "made")
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for n, file in enumerate(sorted((tmp_path / "made/hf").glob("[!.]*"))):
+        file.rename(blobs / f"{n:040x}")
+        (snapshot / file.name).symlink_to(Path(f"../../blobs/{n:040x}"))
+    convert_hf_checkpoint(snapshot)
+    load_model(snapshot)
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../../made/lit/lit_config.json")
+    with pytest.raises(ValueError, match="leads out of its directory"):
+        convert_hf_checkpoint(snapshot)
+    blobs.rename(tmp_path / "blobs")
+    blobs.symlink_to(tmp_path / "blobs")
+    with pytest.raises(ValueError, match="leads out of its directory"):
+        (snapshot / "config.json").unlink()
+        (snapshot / "config.json").symlink_to(f"../../blobs/{0:040x}")
+        convert_hf_checkpoint(snapshot)
 
 
 # -------------------------------------------------------------------------------------------------------------- pickles

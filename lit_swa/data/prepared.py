@@ -55,7 +55,7 @@ def load_prepared(
     wanted: prompt_style, preset and mask_prompt, each None where any will do. Raises ValueError when the directory was
     prepared in another way or for another tokenizer, or is damaged.
     """
-    content = read_json(directory / INFO_NAME)
+    content = read_json(find_inside(directory, INFO_NAME))
     missing = {"format", "report", "fingerprint", *INFO_KEYS} - set(content)
     if missing or content["format"] != FORMAT:
         raise ValueError(f"{directory / INFO_NAME} is damaged or of another version: prepare the dataset again.")

@@ -17,7 +17,8 @@ from lit_swa.data.dataset import Dataset
 from lit_swa.data.prompts import encode_at
 from lit_swa.data.readers import READERS
 from lit_swa.data.records import Dropped, Fields, to_record
-from lit_swa.formats.files import atomic_file, read_json
+from lit_swa.formats.directory import load_config
+from lit_swa.formats.files import atomic_file
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.texts import read_text
 from lit_swa.utils import ProgressLine
@@ -58,7 +59,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
 def model_vocab_size(tokenizer: Tokenizer) -> int:
     """The size of the vocabulary, from the model's config if there is one: it decides between 16 and 32 bits."""
     if (tokenizer.checkpoint_dir / "lit_config.json").exists():
-        return int(read_json(tokenizer.checkpoint_dir / "lit_config.json").get("vocab_size", tokenizer.vocab_size))
+        return load_config(tokenizer.checkpoint_dir).vocab_size
     return tokenizer.vocab_size
 
 

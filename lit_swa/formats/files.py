@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
+from lit_swa.formats.reading import find_inside, require_regular
 
 LOCK_NAME = ".lit_swa.lock"
 TEMPORARY = ".lit_swa.tmp"  # how temporary names end
@@ -105,28 +106,6 @@ def require_space(directory: Path, n_bytes: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def find_inside(directory: Path, name: str) -> Path:
-    """directory / name, for a name that may come from a stranger.
-
-    Only a plain file name is accepted, and a link only if it leads to a file in the same directory: nothing outside is
-    ever opened. (The hub's cache links to files outside its snapshot directories, so a checkpoint is copied out of it,
-    or downloaded by scripts/download.py, before it is converted.) Raises ValueError, or FileNotFoundError.
-    """
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
-    if not plain or len(name.encode()) > 255:
-        raise ValueError(f"{directory} names a file {str(name)[:200]!r}: only plain file names are allowed.")
-    path = directory / name
-    if not path.exists():
-        if path.is_symlink():
-            raise FileNotFoundError(f"{path} is a link to a file that does not exist.")
-        raise FileNotFoundError(f"{path} is missing.")
-    if path.resolve().parent != directory.resolve():
-        raise ValueError(f"{path} is a link that leads out of its directory: put a copy of the file there (cp -L).")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file.")
-    return path
-
-
 def holds_json(path: Path, content: object) -> bool:
     """True when the file is there and holds this."""
     with suppress(ValueError, OSError):
@@ -187,6 +166,7 @@ def as_lazy(tensor: Tensor) -> LazyTensor:
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of a safetensors file; load() gives it memory-mapped. Raises ValueError when the file is damaged."""
+    require_regular(path)
     file_bytes = path.stat().st_size
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -285,6 +265,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
 
     Raises ValueError when the file is damaged or holds anything but a dict of tensors.
     """
+    require_regular(path)
     is_zip = zipfile.is_zipfile(path)
     try:
         if is_zip:  # torch does not compress its tensors; only a bomb would be

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lit_swa.formats.reading import read_bytes
+
 MAX_JSON_BYTES = 4 * 2**20  # parsed, it may take 25 times as much memory
 MAX_KEY_CHARS = 500
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError with one sentence when there is none in it."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MB: this is no file of a checkpoint.")
-    return parse_json(path.read_bytes(), path)
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 def parse_json(data: bytes, path: Path, max_digits: int = 20) -> dict[str, Any]:

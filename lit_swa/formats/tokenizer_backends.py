@@ -20,7 +20,8 @@ from typing import Any
 
 from lit_swa.formats.chat_template import one_line
 from lit_swa.formats.json_files import parse_json
-from lit_swa.formats.tokenizer_files import MAX_DIGITS, MAX_VOCAB_BYTES, AddedToken, TokenConfig, read_bytes
+from lit_swa.formats.reading import read_bytes
+from lit_swa.formats.tokenizer_files import MAX_DIGITS, MAX_VOCAB_BYTES, AddedToken, TokenConfig
 
 MAX_GROWTH = 4096  # how many times longer a file's replacement rules may make a text
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lit_swa.formats.chat_template import one_line
 from lit_swa.formats.json_files import parse_json
+from lit_swa.formats.reading import find_inside, is_listed, read_bytes
 
 MAX_CONFIG_BYTES = 8 * 2**20  # tokenizer_config.json and the other small files; real ones are below 2 MB
 MAX_DIGITS = 40  # tokenizer_config.json writes "no limit" as model_max_length 10**30
@@ -23,20 +24,13 @@ def find_vocab_file(directory: Path) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(f"There is no directory {directory}: give the directory of a checkpoint.")
     for name in ("tokenizer.json", "tokenizer.model"):
-        if (directory / name).is_file():
-            return directory / name
+        if is_listed(directory / name):
+            return find_inside(directory, name)
     there = sorted(entry.name for entry in directory.iterdir())
     listed = ", ".join(there[:12]) + (" ..." if len(there) > 12 else "") if there else "nothing"
     raise FileNotFoundError(
         f"{directory} holds no tokenizer: copy tokenizer.json or tokenizer.model into it (it holds {listed})."
     )
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    size = path.stat().st_size
-    if size > limit:
-        raise ValueError(f"{path} has {size:,} bytes, and more than {limit:,} are not read: it is not such a file.")
-    return path.read_bytes()
 
 
 def read_text(path: Path) -> str:
@@ -47,8 +41,10 @@ def read_text(path: Path) -> str:
 
 
 def read_small_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, empty where there is no such file."""
-    return parse_json(read_bytes(path, MAX_CONFIG_BYTES), path, MAX_DIGITS) if path.is_file() else {}
+    """The JSON object in `path`, a file of a checkpoint's directory; empty where there is no such file."""
+    if not is_listed(path):
+        return {}
+    return parse_json(read_bytes(find_inside(path.parent, path.name), MAX_CONFIG_BYTES), path, MAX_DIGITS)
 
 
 def read_stop_ids(directory: Path) -> list[int]:
@@ -177,9 +173,9 @@ def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, st
     templates = {}
     for folder in ("chat_templates", "additional_chat_templates"):
         for path in sorted((directory / folder).glob("*.jinja")):
-            templates[path.stem] = read_text(path)
-    if (directory / "chat_template.jinja").is_file():
-        templates["default"] = read_text(directory / "chat_template.jinja")
+            templates[path.stem] = read_text(find_inside(directory, path.name, folder))
+    if is_listed(directory / "chat_template.jinja"):
+        templates["default"] = read_text(find_inside(directory, "chat_template.jinja"))
     if templates:
         return templates
     if config.get("chat_template") is not None:

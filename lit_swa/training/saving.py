@@ -23,6 +23,7 @@ from lit_swa.formats.files import (
     TEMPORARY,
     LazyTensor,
     directory_lock,
+    find_inside,
     open_safetensors,
     read_json,
     remove_leftovers,
@@ -150,7 +151,7 @@ class Saver:
         if path is None:
             self.run.log.rewind(-1)  # rows of a run that ended before it saved anything
             return Progress()
-        record = read_json(path / RUN_FILE)
+        record = read_json(find_inside(path, RUN_FILE))
         for key, value in self.identity.items():
             if value != (before := record["identity"].get(key)):
                 raise ValueError(
@@ -160,7 +161,7 @@ class Saver:
         progress = Progress(**record["progress"])
         if progress.step > self.run.steps:
             raise ValueError(f"{path} is beyond the {self.run.steps} steps of this run: raise --max_steps or --epochs.")
-        restore(self.model, self.optimizer, open_safetensors(path / STATE_FILE), path)
+        restore(self.model, self.optimizer, open_safetensors(find_inside(path, STATE_FILE)), path)
         self.run.log.rewind(progress.step)
         self.run.log.say(f"going on from {path}")
         self.saved = progress.step
@@ -224,7 +225,8 @@ def find_run(resume: str, out_dir: Path) -> Path | None:
 def read_record(run: Path) -> dict[str, Any]:
     """How a run was started, with which versions and on what machine, from its newest directory."""
     found = [path for path in (run / "final", *reversed(saved_steps(run))) if (path / RUN_FILE).is_file()]
-    return {key: read_json(found[0] / RUN_FILE).get(key) for key in ("command", "machine", "versions")} if found else {}
+    record = read_json(find_inside(found[0], RUN_FILE)) if found else {}
+    return {key: record.get(key) for key in ("command", "machine", "versions")} if found else {}
 
 
 def require_finite(run: Run, step: int, loss: float, norm: float, batches: Sequence[Batch]) -> None:
