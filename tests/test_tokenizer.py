@@ -797,7 +797,7 @@ def test_files_of_absurd_size_are_not_read(copy_of):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         directory = copy_of("byte_level")
         os.truncate(directory / name, 2**40)
-        with pytest.raises(ValueError, match=f"{name} has 1,099,511,627,776 bytes"):
+        with pytest.raises(ValueError, match=f"{name} has more than [0-9,]+ bytes"):
             Tokenizer(directory)
 
 
