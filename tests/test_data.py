@@ -436,13 +436,10 @@ def hub(monkeypatch, tmp_path) -> list[str]:
             siblings.append(types.SimpleNamespace(rfilename=name, size=len(data), lfs=None, blob_id=blob))
         return types.SimpleNamespace(id=repo, sha="abc", siblings=siblings)
 
-    def hf_hub_download(repo, name, *, repo_type, revision, local_dir, token):
-        assert repo_type == "dataset" and revision == "abc"
-        path = Path(local_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content(repo, name))
-        fetched.append(name)
-        return str(path)
+    def receive(published, partial, token):
+        repo = published.url.partition("/datasets/")[2].partition("/resolve/abc/")[0]
+        partial.write_bytes(content(repo, published.name))
+        fetched.append(published.name)
 
     class ParquetFile:
         def __init__(self, path):
@@ -452,7 +449,7 @@ def hub(monkeypatch, tmp_path) -> list[str]:
             yield types.SimpleNamespace(to_pylist=lambda: self.rows)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("lit_swa.formats.hub._receive", receive)
     monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", types.SimpleNamespace(ParquetFile=ParquetFile))
     monkeypatch.chdir(tmp_path)
