@@ -35,9 +35,9 @@ def main(
 ) -> None:
     """Write each book to a .txt file named after its title, without Project Gutenberg's header and licence.
 
-    A book whose file is there already is not fetched again. The site publishes no checksums: a book counts as whole when
-    all bytes that were announced came, with the lines that mark its start and its end. The site is meant for people: for hundreds of books, give
-    one of its mirrors (https://www.gutenberg.org/MIRRORS.ALL) as --base_url.
+    A book whose file is there already is not fetched again. The site publishes no checksums: a book counts as whole
+    when all announced bytes came, with the lines that mark its start and its end. The site is meant for people: for
+    hundreds of books, give one of its mirrors (https://www.gutenberg.org/MIRRORS.ALL) as --base_url.
 
     Args:
         ids: The numbers of the books, as '[158,36]'. A book's number is in the address of its page.
