@@ -317,42 +317,74 @@ else:
 
 
 @pytest.fixture
-def bytes_read(monkeypatch) -> list[int]:
-    """Sizes of what is taken out of safetensors files from here on."""
-    import safetensors
+def mappings(monkeypatch) -> list:
+    """The mappings of files that are made from here on; each has the ranges of bytes that were given back."""
+    import mmap
 
-    real, sizes = safetensors.safe_open, []
+    made = []
 
-    class Counted:
-        def __init__(self, *args, **kwargs) -> None:
-            self.file = real(*args, **kwargs)
+    class Recorded(mmap.mmap):
+        def __new__(cls, *args, **kwargs) -> "Recorded":
+            made.append(super().__new__(cls, *args, **kwargs))
+            made[-1].given_back = []
+            return made[-1]
 
-        def __enter__(self) -> "Counted":
-            return self
+        def madvise(self, option: int, start: int, length: int) -> None:
+            self.given_back.append((start, start + length))
+            super().madvise(option, start, length)
 
-        def __exit__(self, *error) -> None:
-            pass
+    monkeypatch.setattr(mmap, "mmap", Recorded)
+    return made
 
-        def get_tensor(self, name: str) -> torch.Tensor:
-            sizes.append(self.file.get_tensor(name).nbytes)
-            return self.file.get_tensor(name)
 
-        def get_slice(self, name: str) -> "Counted":
-            part = Counted.__new__(Counted)
-            part.file = self.file.get_slice(name)
-            return part
+def test_a_file_is_mapped_once_and_its_pages_are_given_back(tmp_path: Path, mappings: list) -> None:
+    """Would catch address space of tensors x file size, and a loader that holds the file beside the cast model."""
+    config = tiny_config(n_embd=96, n_head=2, intermediate_size=512, vocab_size=4096)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in GPT(config).state_dict().items()}
+    save_checkpoint({name: torch.zeros(s, dtype=torch.bfloat16) for name, s in shapes.items()}, config, tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16")
+    file_bytes = (tmp_path / "lit_model.safetensors").stat().st_size
+    assert [len(mapping) for mapping in mappings] == [file_bytes] * 2  # one to check the file, one to load it
+    assert mappings[-1].given_back == []  # the model uses them
+    model.transformer.wte.weight.data.add_(1)  # which changes no file
+    assert load_model(tmp_path).transformer.wte.weight.abs().max() == 0
+    large = [t for t in open_weights(tmp_path).values() if t.n_bytes > 3 * mmap_page()]
+    assert len(mappings[3].given_back) == len(large) > 5  # all were cast
+    assert sum(stop - start for start, stop in mappings[3].given_back) > 0.8 * file_bytes
+    tensor = open_weights(tmp_path)["lm_head.weight"]
+    loaded, again = tensor.load(), tensor.load()
+    assert loaded.data_ptr() == again.data_ptr() and loaded.untyped_storage().nbytes() == tensor.n_bytes
+    del loaded
+    assert mappings[-1].given_back == []
+    del again
+    [(start, stop)] = mappings[-1].given_back
+    assert tensor.n_bytes - 2 * mmap_page() < stop - start <= tensor.n_bytes
 
-        def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-            sizes.append(self.file[index].nbytes)
-            return self.file[index]
 
-    monkeypatch.setattr(safetensors, "safe_open", Counted)
-    return sizes
+def mmap_page() -> int:
+    import mmap
+
+    return mmap.PAGESIZE
+
+
+def test_a_limit_on_address_space_is_one_sentence(tmp_path: Path, tiny_model, monkeypatch) -> None:
+    """Would catch a traceback of "Cannot allocate memory" under ulimit -v."""
+    import mmap
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    model = tiny_model()
+    save_checkpoint(model, model.config, tmp_path)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(OSError, match=r"lit_model.safetensors cannot be mapped .*GB of address space.*ulimit -v"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
-def test_a_rank_reads_the_rows_of_its_own_heads(tmp_path: Path, tiny_model, bytes_read, max_shard_bytes: int) -> None:
-    """Would catch a tensor-parallel rank, or a split of q, k and v, that reads whole weights, or other heads' rows."""
+def test_a_rank_reads_the_rows_of_its_own_heads(tmp_path: Path, tiny_model, max_shard_bytes: int) -> None:
+    """Would catch a tensor-parallel rank, or a split of q, k and v, that copies whole weights, or other heads' rows."""
     model = tiny_model(attn_bias=True)  # 6 query heads and 2 groups of 8 channels
     save_checkpoint(model, model.config, tmp_path, max_shard_bytes=max_shard_bytes)
     tensors, attn = open_weights(tmp_path), model.transformer.h[1].attn
@@ -366,14 +398,13 @@ def test_a_rank_reads_the_rows_of_its_own_heads(tmp_path: Path, tiny_model, byte
         assert [part.shape[0] for part in parts] == [24, 8, 8] and sum(
             part.n_bytes for part in parts
         ) == whole.nbytes / 2
-        expected = torch.cat([whole[24:48], whole[56:64], whole[72:80]])
-        bytes_read.clear()
-        assert torch.equal(torch.cat([part.load() for part in parts]), expected)
-        assert sum(bytes_read) == whole.nbytes / 2
-    bytes_read.clear()
+        loaded, mapped = [part.load() for part in parts], stored.load()
+        assert torch.equal(torch.cat(loaded), torch.cat([whole[24:48], whole[56:64], whole[72:80]]))
+        row_bytes = whole.nbytes // len(whole)
+        assert [part.data_ptr() - mapped.data_ptr() for part in loaded] == [row_bytes * n for n in (24, 56, 72)]
     columns = tensors["transformer.h.1.attn.proj.weight"].columns(24, 48)  # what multiplies these heads' outputs
     assert torch.equal(columns.load(), attn.proj.weight[:, 24:48])
-    assert bytes_read == [columns.n_bytes] == [attn.proj.weight.nbytes / 2]
+    assert columns.load().untyped_storage().nbytes() == columns.n_bytes == attn.proj.weight.nbytes / 2
 
 
 def test_parts_that_are_not_there_are_refused_and_any_tensor_has_parts() -> None:

@@ -570,6 +570,22 @@ def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: object) 
         convert_hf_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["meta", "expanded"])
+def test_a_pickled_tensor_without_its_numbers_is_refused(tmp_path: Path, kind: str) -> None:
+    """Would catch a traceback while the weights are written, and a KB that becomes terabytes."""
+    import torch
+
+    from lit_swa.checkpoint import convert_hf_checkpoint
+
+    make_config(tmp_path)
+    tensor = torch.ones(1).expand(2**20, 2**20) if kind == "expanded" else torch.ones(8, 8, device="meta")
+    torch.save(
+        {"model.norm.weight": torch.ones(8), "model.embed_tokens.weight": tensor}, tmp_path / "pytorch_model.bin"
+    )
+    with pytest.raises(ValueError, match="'model.embed_tokens.weight' without all of its numbers"):
+        convert_hf_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_damaged_pickle_is_one_sentence(tmp_path: Path, seed: int) -> None:
     """Would catch a truncated or compressed .bin file that crashes torch's reader or fills the memory."""

@@ -165,7 +165,7 @@ def _with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, La
                 bar.close()
             return loaded
 
-        return tensor._replace(load=load, load_part=None)
+        return tensor._replace(load=load)
 
     return {name: counted(tensor) for name, tensor in tensors.items()}
 

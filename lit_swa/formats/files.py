@@ -6,14 +6,16 @@ shape and offset is compared with the file itself, in Python ints, which do not 
 
 import json
 import math
+import mmap
 import os
 import shutil
 import sys
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -132,21 +134,20 @@ class LazyTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
-    load_part: Callable[[tuple[slice, ...]], Tensor] | None = None  # reads a slice of each dimension and nothing else
 
     @property
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> "LazyTensor":
-        """The rows start .. stop of a tensor (rows, ...). Of a safetensors file nothing else is read.
+        """The rows start .. stop of a tensor (rows, ...). Of a safetensors file the other pages are not read.
 
         Raises ValueError when the tensor does not have these rows.
         """
         return self._part(0, start, stop)
 
     def columns(self, start: int, stop: int) -> "LazyTensor":
-        """The columns start .. stop of a tensor (rows, columns, ...), as rows() gives rows."""
+        """The columns start .. stop of a tensor (rows, columns, ...), as rows() gives rows; a copy."""
         return self._part(1, start, stop)
 
     def _part(self, dim: int, start: int, stop: int) -> "LazyTensor":
@@ -154,46 +155,94 @@ class LazyTensor(NamedTuple):
             raise ValueError(f"A tensor of shape {list(self.shape)} has no part {start} to {stop} of dimension {dim}.")
         index = (slice(None),) * dim + (slice(start, stop),)
         shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
-        load, load_part = self.load, self.load_part
-        return LazyTensor(shape, self.dtype, lambda: load_part(index) if load_part else load()[index])
+        return LazyTensor(shape, self.dtype, lambda: self.load()[index].contiguous())
 
 
 def as_lazy(tensor: Tensor) -> LazyTensor:
     """A tensor in memory as one that is loaded: load() gives the tensor itself, without its history of gradients."""
     tensor = tensor.detach()
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor, lambda index: tensor[index])
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+class MappedFile:
+    """One mapping of a file for all of its tensors, which lasts as long as any of them is in use.
+
+    Each tensor is a private view: writing to it changes no file. When the last tensor on a view is gone, its pages are
+    given back, so that a loader that casts one tensor after another never holds the file beside the model.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        try:
+            self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            n_bytes = os.fstat(stream.fileno()).st_size
+            raise OSError(
+                f"{path} cannot be mapped ({error.strerror}): it takes {n_bytes / 1e9:.2f} GB of address space; raise "
+                "the limit (ulimit -v)."
+            ) from None
+        self.views: weakref.WeakValueDictionary[int, memoryview] = weakref.WeakValueDictionary()
+
+    def tensor(self, begin: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The bytes begin .. end as a tensor. Asked for again while it is in use, it is the same memory."""
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        view = self.views.get(begin)
+        if view is None:
+            self.views[begin] = view = memoryview(self.data)[begin:end]
+            weakref.finalize(view, give_back, self.data, begin, end).atexit = False
+        return torch.frombuffer(view, dtype=dtype).view(shape)
+
+
+def give_back(data: mmap.mmap, begin: int, end: int) -> None:
+    """Let the system have the whole pages between two bytes of a mapping that nothing uses any more."""
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of a safetensors file; load() gives it memory-mapped. Raises ValueError when the file is damaged."""
     require_regular(path)
-    file_bytes = path.stat().st_size
     with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if file_bytes < 8 or length > file_bytes - 8:
-            raise ValueError(f"{path} is truncated, or no safetensors file: download or convert it again.")
-        if length > MAX_JSON_BYTES:
-            raise ValueError(f"{path} has a header of {length} bytes: no checkpoint has more than {MAX_JSON_BYTES}.")
-        header = parse_json(stream.read(length), path)
+        file_bytes = os.fstat(stream.fileno()).st_size
+        length, header = _read_header(path, stream, file_bytes)
+        places = {name: _checked_entry(path, name, entry) for name, entry in header.items()}
+        _require_no_holes(path, places, file_bytes - 8 - length)
+        file = MappedFile(stream, path)
+
+    def lazy(shape: tuple[int, ...], dtype: torch.dtype, begin: int, end: int) -> LazyTensor:
+        start, stop = 8 + length + begin, 8 + length + end
+        return LazyTensor(shape, dtype, lambda: file.tensor(start, stop, shape, dtype))
+
+    return {name: lazy(*place) for name, place in places.items()}
+
+
+def _read_header(path: Path, stream: BinaryIO, file_bytes: int) -> tuple[int, dict[str, Any]]:
+    """The header's length in bytes, and its entries by the tensors' names."""
+    length = int.from_bytes(stream.read(8), "little")
+    if file_bytes < 8 or length > file_bytes - 8:
+        raise ValueError(f"{path} is truncated, or no safetensors file: download or convert it again.")
+    if length > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has a header of {length} bytes: no checkpoint has more than {MAX_JSON_BYTES}.")
+    header = parse_json(stream.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{path} is damaged: its metadata is not text; download or convert it again.")
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        shape, dtype, begin, end = _checked_entry(path, name, entry)
-        spans.append((begin, end, name))
-        tensors[name] = _lazy(path, name, shape, dtype)
+    return length, header
+
+
+def _require_no_holes(path: Path, places: Mapping[str, tuple], data_bytes: int) -> None:
+    """The tensors fill the data, one after the other."""
     at = 0
-    for begin, end, name in sorted(spans):
+    for begin, end, name in sorted((begin, end, name) for name, (_, _, begin, end) in places.items()):
         if begin != at:
             raise ValueError(f"{path} is damaged: tensor {name[:80]!r} starts at byte {begin} instead of {at}.")
         at = end
-    if at != file_bytes - 8 - length:
+    if at != data_bytes:
         raise ValueError(
-            f"{path} is truncated or damaged: its tensors take {at} bytes and the file holds "
-            f"{file_bytes - 8 - length}; download or convert it again."
+            f"{path} is truncated or damaged: its tensors take {at} bytes and the file holds {data_bytes}; download or "
+            "convert it again."
         )
-    return tensors
 
 
 def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...], torch.dtype, int, int]:
@@ -218,24 +267,6 @@ def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{where} has {end - begin} bytes for the shape {shape}; download or convert it again.")
     return shape, dtype, begin, end
-
-
-def _lazy(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    """One tensor of a safetensors file, memory-mapped when it is loaded.
-
-    The file is opened anew for every tensor: the pages of the last one are given back once it is cast or dropped.
-    """
-
-    def read(index: tuple[slice, ...] | None = None) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name) if index is None else file.get_slice(name)[index]
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): download or convert it again.") from None
-
-    return LazyTensor(shape, dtype, read, read)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
@@ -284,6 +315,9 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         for name, t in state.items()
     ):
         raise ValueError(f"{path} holds something other than a dict of weights: use a checkpoint in safetensors.")
+    for name, t in state.items():  # one on the meta device has none, and stride 0 makes gigabytes of one
+        if t.device.type != "cpu" or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise ValueError(f"{path} holds {name[:80]!r} without all of its numbers: save the checkpoint again.")
     return {name: as_lazy(t) for name, t in state.items()}
 
 

@@ -196,7 +196,7 @@ def to_hf(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTe
             result[names[0]] = tensor
             continue
         if len(names) == 1:
-            result[names[0]] = tensor._replace(load=_in_their_order(tensor, config), load_part=None)
+            result[names[0]] = tensor._replace(load=_in_their_order(tensor, config))
             continue
         for group, name in zip("qkv", names, strict=True):
             result[name] = tensor.rows(*group_rows(group, tensor.shape[0], config.n_head, config.n_query_groups))
