@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_swa.checks import check_range
-from lit_swa.formats.adapter_files import adapter_kind, describe_base, write_adapter
+from lit_swa.formats.adapter_files import adapter_kind, describe_base, load_finite, write_adapter
 from lit_swa.formats.directory import ADAPTER_FILE, CONFIG_FILE
 from lit_swa.formats.files import as_lazy, find_inside, open_safetensors, read_json
 from lit_swa.linear_formats import (
@@ -249,7 +249,7 @@ def load_adapter(model: GPT, directory: str | Path) -> AdapterConfig:
     tensors = {name.replace(".attn.meet.", ".attn.mixer."): tensor for name, tensor in tensors.items()}
     adapter_targets(model, config)  # which has no adapter yet
     check_state(tensors, expected_state(model, config), directory / WEIGHTS_FILE)
-    loaded = {name: tensor.load() for name, tensor in tensors.items()}
+    loaded = {name: load_finite(tensor, name, directory / WEIGHTS_FILE) for name, tensor in tensors.items()}
     add_adapter(model, config)
     for name, tensor in loaded.items():
         model.get_parameter(name).copy_(tensor)

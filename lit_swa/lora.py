@@ -230,7 +230,8 @@ def merge_lora(model: GPT) -> int:
     """Fold every LoRA into its layer's weight, in float32 and rounded once; returns how many layers there were.
 
     A layer whose weight nothing can be merged into (a quantised one) becomes a dense nn.Linear in the
-    embedding's dtype. A tied lm_head that has a LoRA gets a weight of its own.
+    embedding's dtype. A tied lm_head that has a LoRA gets a weight of its own. Raises ValueError when a merged weight
+    is NaN or infinite.
     """
     changed = lora_linears(model)
     for name, linear in changed:
@@ -240,7 +241,11 @@ def merge_lora(model: GPT) -> int:
             weight = weight.to(model.transformer.wte.weight.dtype)
             model.set_submodule(name, dense_linear(linear, weight))
             continue
-        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
+        weight = weight.to(dtype := linear.weight.dtype)
+        if not bool(weight.isfinite().all()):
+            held = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} with its LoRA is beyond what {held} holds: merge in bfloat16 or float32.")
+        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         if name == "lm_head":
             model.config.tie_embeddings = False
     return len(changed)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import randomize, tiny_config
 from torch import nn
 
@@ -71,6 +72,18 @@ PEFTS = {
         [*LLAMA_QV, "down_proj"],
         [*NEOX_QV, "dense"],
         {"rank_pattern": {"v_proj": 2, "dense": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3, "dense": 7}},
+    ),
+    "patterns with carets": (  # which fit whole names only
+        LLAMA_QV,
+        NEOX_QV,
+        {
+            "alpha_pattern": {
+                "^q_proj": 100,
+                "^query_key_value": 100,
+                r"^model\.layers\.1\.self_attn\.v_proj$": 3,
+                "proj": 50,
+            }
+        },
     ),
     "rank-stabilised": (LLAMA_QV, NEOX_QV, {"use_rslora": True}),
     "dora": ([*LLAMA_QV, "up_proj"], [*NEOX_QV, "dense"], {"use_dora": True}),
@@ -178,6 +191,21 @@ def test_what_peft_saves_gives_us_the_same_logits(families, family, case, tmp_pa
     assert error(model(idx), expected) < 2e-5
     merge_lora(model)
     assert error(model(idx), expected) < 2e-5
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
+@pytest.mark.parametrize("family", ["llama", "tied llama"])
+@torch.no_grad()
+def test_added_tokens_are_pefts(families, family, saved, tmp_path):
+    """Catches: original_module, which PEFT stores beside what was trained, refused or taken for the trained weights."""
+    reference, base = families[family]
+    larger = copy.deepcopy(reference)
+    larger.resize_token_embeddings(101, mean_resizing=False)
+    theirs = peft_model(larger, LLAMA_QV, modules_to_save=saved)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model, idx = load_model(base), torch.cat([tokens(), torch.tensor([[97, 98], [99, 100]])], dim=1)
+    load_adapter(model, tmp_path)
+    assert error(model(idx), theirs(idx).logits) < 2e-5
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True}])
@@ -541,7 +569,20 @@ def trained(tmp_path) -> Path:
         ({"alpha_pattern": {"(a+)+$": 3}}, "only plain names"),
         ({"rank_pattern": [1]}, "no proper rank_pattern"),
         ({"use_dora": True}, "lacks .*lora_magnitude_vector"),
-        ({"target_modules": ["q_proj", "up_proj"]}, "lacks a LoRA for model.layers.0.mlp.up_proj"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}, "lacks a LoRA for .*0.mlp.up_proj"),
+        (
+            {"target_modules": ["q_proj"]},
+            "holds a LoRA for model.layers.0.self_attn.k_proj.* leaves out, as PEFT would",
+        ),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "holds a LoRA for model.layers.1.self_attn.q_proj"),
+        ({"layers_to_transform": [0]}, "holds a LoRA for model.layers.1.self_attn.q_proj"),
+        *[
+            (
+                {"init_lora_weights": k},
+                f"init_lora_weights='{k}', so the adapter belongs to a changed base: make it a plain",
+            )
+            for k in ("pissa", "pissa_niter_16", "OLoRA", "loftq", "corda", "lora_ga", "of 2030")
+        ],
     ],
 )
 def test_an_adapter_config_that_is_not_supported_is_refused(trained, fields, message):
@@ -569,6 +610,30 @@ def test_an_adapter_of_another_model_is_refused(trained, tiny_model, fields, mes
     with pytest.raises(ValueError, match=message):
         load_adapter(model, trained)
     assert not lora_linears(model)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.lora_B", "transformer.ln_f.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_diverged_is_refused(trained, name, value):
+    """Catches: a checkpoint of NaN, merged without a word."""
+    file = trained / "adapter_model.safetensors"
+    tensors = load_file(file)
+    stored = next(n for n in tensors if name.replace("transformer.ln_f", "model.norm") in n)
+    tensors[stored].view(-1)[3] = value
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors holds NaN or infinity in {name}: its training"):
+        load_model(trained)
+
+
+def test_a_merge_beyond_the_dtype_is_refused(tiny_model):
+    """Catches: a finite adapter whose product is infinite in the base's float16."""
+    model = tiny_model().half()
+    add_lora(model, LoRAConfig(alpha=10**9))
+    shake(p for p in model.parameters() if p.requires_grad)
+    with pytest.raises(
+        ValueError, match="transformer.h.0.attn.qkv with its LoRA is beyond what float16 holds: merge in"
+    ):
+        merge_lora(model)
 
 
 class Code:

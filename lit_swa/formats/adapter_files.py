@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lit_swa.formats.directory import ADAPTER_FILE, copy_tokenizer, open_weights
 from lit_swa.formats.files import (
     LazyTensor,
@@ -53,6 +55,14 @@ def adapter_kind(directory: Path) -> str | None:
         return None
     kind = read_json(find_inside(directory, ADAPTER_FILE)).get("kind")
     return kind if isinstance(kind, str) else None
+
+
+def load_finite(tensor: LazyTensor, name: str, file: Path | None) -> Tensor:
+    """The numbers of an adapter's tensor. Raises ValueError for NaN and infinity, which a diverged training leaves."""
+    values = tensor.load()
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{file} holds NaN or infinity in {name[:120]}: its training diverged; take an earlier step.")
+    return values
 
 
 # -------------------------------------------------------------------------------------------------- the base checkpoint

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa.config import Config
+from lit_swa.formats.adapter_files import load_finite
 from lit_swa.formats.directory import ADAPTER_FILE
 from lit_swa.formats.files import LazyTensor, find_inside, open_pickle, open_safetensors, read_json
 from lit_swa.formats.hugging_face import PREFIXES, join_qkv
@@ -32,10 +33,23 @@ KNOWN_PEFT_KEYS = {  # any other key that is set asks for something that is not 
     "task_type", "use_dora", "use_rslora", "megatron_core", "qalora_group_size", "runtime_config", "enable_lora",
     "merge_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # how the weights were initialised
 }  # fmt: skip
+# The ways to initialise A and B that leave the base as it is. PiSSA and its like take A and B's product out of it, so
+# that their adapter belongs to other weights than the base's.
+KEEPS_BASE = ("none", "true", "false", "gaussian", "orthogonal", "eva", "mica")
 LORA_NAME = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.[\w-]+?)?(\.weight)?")
+PLAIN_PATTERN = re.compile(r"\^?[\w-]+(\\?\.[\w-]+)*\$?")  # an expression of PEFT's that is read: it cannot run long
+UNTRAINED = re.compile(r"\.original_module(\.[\w-]+)?$")  # what modules_to_save began as, which PEFT may store too
 SAVED_NAME = re.compile(
     r"(?P<module>.+?)(\.modules_to_save(\.[\w-]+?)?|\.(?P<base>base_layer))?\.(?P<kind>weight|bias)"
 )
+
+
+@dataclass
+class Found:
+    """LoRA's tensors for one module: lora_A, lora_B and, for DoRA, lora_magnitude_vector."""
+
+    own_name: str  # the module's in the model that was trained, which PEFT's patterns are for
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,7 +133,8 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
         raise ValueError(f"{more_file} holds {left[0][:120]!r}, which this model has no place for.")
     config = config_of(peft, path)
     adapter = Adapter(config, rows=model.config.padded_vocab_size)
-    read_saved(adapter, saved | also_saved, model, file)
+    read_saved(adapter, saved, model, file)
+    read_saved(adapter, also_saved, model, more_file)
     if "transformer.wte.weight" in adapter.trained and "lm_head" in extra_modules(model, ("embed",)):
         adapter.trained |= {"lm_head.weight"} & set(adapter.saved)  # also where it is a LoRA's base
     adapter.untie = unties(adapter, model, has_own_embedding(peft, modules) and not also_saved)
@@ -171,6 +186,11 @@ def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path} has bias={str(peft['bias'])[:40]!r}: only 'none' is supported.")
     if peft.get("fan_in_fan_out"):
         raise ValueError(f"{path} has fan_in_fan_out, which no supported model needs.")
+    if (start := str(peft.get("init_lora_weights"))[:40]).lower() not in KEEPS_BASE:
+        raise ValueError(
+            f"{path} has init_lora_weights={start!r}, so the adapter belongs to a changed base: make it a plain LoRA "
+            "first, with path_initial_model_for_weight_conversion of PEFT's save_pretrained."
+        )
     unknown = [key for key, value in peft.items() if key not in KNOWN_PEFT_KEYS and value not in (None, False, {}, [])]
     if unknown:
         raise ValueError(f"{path} asks for {unknown[0][:60]}, which is not supported.")
@@ -179,7 +199,7 @@ def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
         if not isinstance(pattern, dict) or any(type(v) not in (int, float) for v in pattern.values()):
             raise ValueError(f"{path} has no proper {key}: it must give numbers by the modules' names.")
         for name in pattern:
-            if not re.fullmatch(r"\^?[\w-]+(\\?\.[\w-]+)*\$?", name):
+            if not PLAIN_PATTERN.fullmatch(name):
                 raise ValueError(f"{path} has the {key} {name[:80]!r}: only plain names are supported there.")
 
 
@@ -212,72 +232,94 @@ def open_tensors(directory: Path, stem: str) -> tuple[Path | None, dict[str, Laz
 
 def sort_tensors(
     tensors: Mapping[str, LazyTensor], modules: Mapping[str, tuple[str, int, int]]
-) -> tuple[dict[str, dict[str, LazyTensor]], dict[tuple[str, bool], LazyTensor], list[str]]:
+) -> tuple[dict[str, Found], dict[tuple[str, bool], LazyTensor], list[str]]:
     """(LoRA's tensors by module and kind; whole weights by lit name and whether they are a LoRA's base; the rest)."""
-    lora: dict[str, dict[str, LazyTensor]] = {}
+    lora: dict[str, Found] = {}
     saved, left = {}, []
     for full_name, tensor in tensors.items():
-        name = full_name
-        while name.startswith("base_model.model."):
-            name = name.removeprefix("base_model.model.")
-        name = re.sub(r"^embed_out\.", "lm_head.", name)  # of GPT-NeoX, renamed in transformers 5
+        if UNTRAINED.search(full_name):
+            continue
+        own_name = re.sub(r"^(base_model\.model\.)*", "", full_name)
+        name = re.sub(r"^embed_out\.", "lm_head.", own_name)  # of GPT-NeoX, renamed in transformers 5
         for prefix, plain in PREFIXES.items():
             name = plain + name.removeprefix(prefix) if name.startswith(prefix) else name
         if (match := LORA_NAME.fullmatch(name)) and match["module"] in modules:
-            lora.setdefault(match["module"], {})[match["kind"]] = tensor
+            found = lora.setdefault(match["module"], Found(LORA_NAME.fullmatch(own_name)["module"]))
+            found.tensors[match["kind"]] = tensor
         elif (match := SAVED_NAME.fullmatch(name)) and modules.get(match["module"], ("", 0, 3))[2:] == (1,):
             lit = modules[match["module"]][0]
-            saved[f"{lit}.{match['kind']}", bool(match["base"])] = tensor
+            key = f"{lit}.{match['kind']}", bool(match["base"])
+            saved[key] = saved.get(key, tensor) if ".modules_to_save" in name else tensor  # the plain name counts
             left += [full_name] if lit.endswith(".attn.qkv") else []  # whose rows would have another order
         else:
             left.append(full_name)
     return lora, saved, left
 
 
-def check_complete(
-    lora: Mapping[str, Mapping[str, LazyTensor]], modules: Iterable[str], peft: Mapping[str, Any], file: Path
-) -> None:
-    """Every changed module has its A and B, and every module that the config names is changed.
-
-    A target that is a regular expression is a stranger's program and is not run: the weights say what it matched.
-    """
+def check_complete(lora: Mapping[str, Found], modules: Iterable[str], peft: Mapping[str, Any], file: Path) -> None:
+    """Every changed module has its A and B, and the config names those that are changed, and no other."""
     if not lora:
         raise ValueError(f"{file} holds no LoRA for any layer of this model.")
     for name, found in lora.items():
         for kind in ("lora_A", "lora_B", *(("lora_magnitude_vector",) if peft.get("use_dora") else ())):
-            if kind not in found:
+            if kind not in found.tensors:
                 raise ValueError(f"{file} lacks {name}.{kind}: it is incomplete.")
-    targets = peft.get("target_modules")
-    if not isinstance(targets, list) or any(peft.get(key) for key in ("layers_to_transform", "exclude_modules")):
-        return
+        if "lora_magnitude_vector" in found.tensors and not peft.get("use_dora"):
+            raise ValueError(f"{file} holds a DoRA for {name} and {PEFT_CONFIG} describes a LoRA: set use_dora there.")
     for name in modules:
-        if name not in lora and any(name == t or (isinstance(t, str) and name.endswith(f".{t}")) for t in targets):
+        named = is_named(lora[name].own_name if name in lora else name, peft)
+        if named and name not in lora:
             raise ValueError(
                 f"{file} lacks a LoRA for {name}, which {PEFT_CONFIG} names: the adapter was made for another model."
             )
+        if named is False and name in lora:
+            raise ValueError(
+                f"{file} holds a LoRA for {name}, which {PEFT_CONFIG} leaves out, as PEFT would: they do not belong "
+                "together."
+            )
 
 
-def read_weights(
-    name: str, found: Mapping[str, LazyTensor], peft: Mapping[str, Any], config: LoRAConfig, file: Path
-) -> Weights:
-    """A module's tensors with its scaling, as PEFT computes it: the first pattern that fits the name counts."""
+def is_named(name: str, peft: Mapping[str, Any]) -> bool | None:
+    """Whether adapter_config.json gives the module a LoRA, as PEFT reads it; None where only a regular expression says
+    so: it is a stranger's program and is not run."""
+    targets, layers = peft.get("target_modules"), peft.get("layers_to_transform")
+    excluded, whole = peft.get("exclude_modules") or [], peft.get("modules_to_save") or []
+    if not all(isinstance(names, list) for names in (targets, excluded, whole)) or peft.get("layers_pattern"):
+        return None
+    if not ends_as(name, targets) or ends_as(name, excluded) or any(f".{part}." in f".{name}." for part in whole):
+        return False
+    if name in targets or layers is None or layers == []:
+        return True
+    index = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return index is not None and int(index[1]) in (layers if isinstance(layers, list) else [layers])
 
-    def lookup(key: str, default: float) -> float:
-        for pattern, value in (peft.get(key) or {}).items():
-            plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-            if name == plain or name.endswith(f".{plain}"):
-                return value
-        return default
 
-    r, alpha = lookup("rank_pattern", config.r), lookup("alpha_pattern", config.alpha)
-    A, B = found["lora_A"], found["lora_B"]
+def ends_as(name: str, ends: list[Any]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def value_for(name: str, patterns: Mapping[str, float] | None, default: float) -> float:
+    """The value of the first pattern that fits a module's name, as PEFT reads them: a pattern fits the name's end, and
+    with a caret the whole name only."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def read_weights(name: str, found: Found, peft: Mapping[str, Any], config: LoRAConfig, file: Path) -> Weights:
+    """A module's tensors with its scaling, as PEFT computes it."""
+    r = value_for(found.own_name, peft.get("rank_pattern"), config.r)
+    alpha = value_for(found.own_name, peft.get("alpha_pattern"), config.alpha)
+    A, B = found.tensors["lora_A"], found.tensors["lora_B"]
     if len(A.shape) != 2 or len(B.shape) != 2 or r < 1 or A.shape[0] != r or B.shape[1] != r:
         raise ValueError(
             f"{file} has the LoRA of {name} as {list(A.shape)} and {list(B.shape)}, and {PEFT_CONFIG} says that its "
             f"rank is {r}: they do not belong together."
         )
-    magnitude = found.get("lora_magnitude_vector")
-    return Weights(A.load(), B.load(), config.scaling(int(r), alpha), magnitude and magnitude.load())
+    loaded = {kind: load_finite(tensor, f"{name}.{kind}", file) for kind, tensor in found.tensors.items()}
+    scaling = config.scaling(int(r), alpha)
+    return Weights(loaded["lora_A"], loaded["lora_B"], scaling, loaded.get("lora_magnitude_vector"))
 
 
 def check_part(hf_name: str, name: str, part: str, weights: Weights, adapter: Adapter, model: GPT, file: Path) -> None:
@@ -331,7 +373,7 @@ def split_blocks(A: Tensor, B: Tensor, parts: list[str], config: Config) -> dict
     return None if left.any() else result
 
 
-def read_saved(adapter: Adapter, saved: Mapping[tuple[str, bool], LazyTensor], model: GPT, file: Path) -> None:
+def read_saved(adapter: Adapter, saved: Mapping[tuple[str, bool], LazyTensor], model: GPT, file: Path | None) -> None:
     """The weights that are stored whole, checked; those of the vocabulary may have more rows than the model's."""
     for (name, is_base), tensor in saved.items():
         try:
@@ -348,7 +390,7 @@ def read_saved(adapter: Adapter, saved: Mapping[tuple[str, bool], LazyTensor], m
             )
         if name in adapter.saved and is_base:
             continue
-        adapter.saved[name] = tensor.load()
+        adapter.saved[name] = load_finite(tensor, name, file)
         adapter.trained |= set() if is_base else {name}
 
 
