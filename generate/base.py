@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 def main(
     prompt: str = "Once upon a time, in a small village by the sea,",
     checkpoint_dir: Path | None = None,
+    base_checkpoint_dir: Path | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -29,7 +30,9 @@ def main(
 
     Args:
         prompt: The text to go on from. "-" reads it from standard input.
-        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        checkpoint_dir: A checkpoint directory, or one with an adapter. By default SmolLM2-135M-Instruct, which is
+            downloaded once.
+        base_checkpoint_dir: The base checkpoint of an adapter, instead of the one that it names.
         max_new_tokens: How many tokens to add at most.
         temperature: 0 takes the likeliest token each time; a higher temperature gives more varied text.
         top_k: Sample among the k likeliest tokens.
@@ -51,6 +54,7 @@ def main(
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.checks import check_range
     from lit_swa.fast_decode import compile_decode, warm_up
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.generate import Sampling, Session, Stats, generate_text
     from lit_swa.linear_formats import pack_for_cpu
@@ -65,10 +69,11 @@ def main(
     check_range("num_samples", num_samples, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
-    check_checkpoint_dir(checkpoint_dir)
-    tokenizer = Tokenizer(checkpoint_dir)
+    check_checkpoint_dir(checkpoint_dir, base_dir=base_checkpoint_dir)
+    tokenizer = Tokenizer(tokenizer_dir(checkpoint_dir, base_checkpoint_dir))
     ids = tokenizer.encode(prompt)
-    gpt = load_model(checkpoint_dir, dtype=dtype, device=device, quantize=quantize, **(model or {}))
+    where = {"dtype": dtype, "device": device, "base_dir": base_checkpoint_dir}
+    gpt = load_model(checkpoint_dir, quantize=quantize, **where, **(model or {}))
     session = Session(gpt, decode=compile_decode(gpt) if compile else None)
     if compile:
         print(f"compiled in {warm_up(session, len(ids) + max_new_tokens):.1f} s", file=sys.stderr)

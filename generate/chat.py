@@ -14,6 +14,7 @@ LOOKAHEAD = 64  # tokens that a rolling cache can take back: a template may writ
 
 def main(
     checkpoint_dir: Path | None = None,
+    base_checkpoint_dir: Path | None = None,
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
@@ -31,7 +32,9 @@ def main(
     """Read turns from standard input, print answers on stdout, and statistics and hints on stderr.
 
     Args:
-        checkpoint_dir: A checkpoint directory with a chat template. By default SmolLM2-135M-Instruct, downloaded once.
+        checkpoint_dir: A checkpoint directory with a chat template, or one with an adapter. By default
+            SmolLM2-135M-Instruct, downloaded once.
+        base_checkpoint_dir: The base checkpoint of an adapter, instead of the one that it names.
         system: A system message to begin every conversation with. Without one, the template's own, if it has one.
         max_new_tokens: How long an answer may become, in tokens.
         temperature: 0 takes the likeliest token each time; a higher temperature gives more varied answers.
@@ -49,6 +52,7 @@ def main(
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.fast_decode import compile_decode, warm_up
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.generate import Sampling, Session
     from lit_swa.linear_formats import pack_for_cpu
@@ -59,13 +63,13 @@ def main(
     dtype = pick_dtype(dtype, device)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
-    check_checkpoint_dir(checkpoint_dir)
-    tokenizer = Tokenizer(checkpoint_dir)
+    check_checkpoint_dir(checkpoint_dir, base_dir=base_checkpoint_dir)
+    tokenizer = Tokenizer(tokenizer_dir(checkpoint_dir, base_checkpoint_dir))
     if not tokenizer.has_chat_template:
         raise ValueError(
             f"The tokenizer of {checkpoint_dir} has no chat template: use generate/base.py to complete text."
         )
-    gpt = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
+    gpt = load_model(checkpoint_dir, dtype=dtype, device=device, base_dir=base_checkpoint_dir, **(model or {}))
     session = Session(gpt, lookahead=LOOKAHEAD, decode=compile_decode(gpt) if compile else None)
     if compile:
         print(f"compiled in {warm_up(session, min(1024, gpt.config.block_size)):.1f} s", file=sys.stderr)

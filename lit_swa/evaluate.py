@@ -133,9 +133,10 @@ def read_tokens(
     files = find_data(data)
     if files[0].suffix == ".bin":
         return open_token_file(files[0], vocab_size)[:max_tokens]
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.tokenizer import Tokenizer
 
-    tokenizer, parts, n = Tokenizer(checkpoint_dir), [], 0
+    tokenizer, parts, n = Tokenizer(tokenizer_dir(checkpoint_dir)), [], 0
     for file in files:
         parts.append(encode_file(tokenizer, file))
         n += len(parts[-1])

@@ -105,6 +105,7 @@ def check_arguments(
 def ask_all(plan: list, results, text: str) -> None:
     """Ask the questions that results.parts has no answer to yet. Ctrl-C keeps the answers and ends the program."""
     from lit_swa.checkpoint import load_model
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.generate import Session
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.passkey import split_words
@@ -112,7 +113,7 @@ def ask_all(plan: list, results, text: str) -> None:
     from lit_swa.utils import ProgressLine, interruptible
 
     a, words = results.arguments, split_words(text)
-    tokenizer = Tokenizer(a["checkpoint_dir"])
+    tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
     check_prompts(plan, tokenizer, a, words)
     gpt = load_model(a["checkpoint_dir"], dtype=a["dtype"], device=a["device"], **a["model"])
     check_context(gpt, plan[-1].length)

@@ -295,12 +295,13 @@ def draw(plt, methods: list[dict[str, Any]]):
 
 def run_chat(results, questions: list[dict[str, Any]]) -> dict[str, Any]:
     """Ask all questions in one conversation. Ctrl-C keeps the answers; the next start reads them again and goes on."""
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.generate import Session
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import interruptible
 
     a = results.arguments
-    tokenizer = Tokenizer(a["checkpoint_dir"])
+    tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
     if not tokenizer.has_chat_template:
         raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: take an instruct model.")
     session = Session(load(results, a["methods"][0]))

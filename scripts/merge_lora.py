@@ -21,7 +21,8 @@ def main(
 
     Args:
         checkpoint_dir: The directory with the adapter.
-        base_checkpoint_dir: The base checkpoint. By default the one that the adapter was trained on.
+        base_checkpoint_dir: The base checkpoint. By default the one that the adapter names, by its path or as a
+            repository that was downloaded.
         output_dir: Where the checkpoint goes. By default the folder "merged" in checkpoint_dir.
         dtype: float32, bfloat16 or float16; auto is that of the base's weights.
         quantize: Merge into the base's weights as this mode rounds them, with which QLoRA was trained, instead of the
@@ -31,7 +32,7 @@ def main(
     """
     from lit_swa.adapter import is_llama_adapter
     from lit_swa.checkpoint import check_dtype, save_checkpoint
-    from lit_swa.formats.checkpoint import find_base, load_adapted, tokenizer_source
+    from lit_swa.formats.checkpoint import base_of, load_adapted, tokenizer_dir
 
     if is_llama_adapter(checkpoint_dir):
         raise ValueError(
@@ -39,7 +40,7 @@ def main(
         )
     output_dir = output_dir or checkpoint_dir / "merged"
     chosen, device = check_dtype("float32" if dtype == "auto" else dtype, "cpu")
-    base = base_checkpoint_dir or find_base(checkpoint_dir)[0]
+    base = base_of(checkpoint_dir, base_checkpoint_dir)
     for directory in (checkpoint_dir, base):
         if directory.resolve() == output_dir.resolve():
             raise ValueError(f"{output_dir} is one of the two that are merged: choose another output_dir.")
@@ -47,7 +48,7 @@ def main(
         checkpoint_dir, None if dtype == "auto" else chosen, device, base_dir=base_checkpoint_dir, quantize=quantize,
         **(model or {})
     )  # fmt: skip
-    save_checkpoint(gpt, gpt.config, output_dir, source_dir=tokenizer_source(checkpoint_dir, base))
+    save_checkpoint(gpt, gpt.config, output_dir, source_dir=tokenizer_dir(checkpoint_dir, base))
     print(output_dir)
 
 

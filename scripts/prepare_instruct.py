@@ -39,6 +39,7 @@ def main(
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.checks import check_range
     from lit_swa.data import check_dataset, load_dataset, save_dataset, show_examples
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import ProgressLine
@@ -48,7 +49,7 @@ def main(
         raise ValueError(f"{output_dir} is a file: give a directory to write to.")
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
-    tokenizer, progress = Tokenizer(checkpoint_dir), ProgressLine(None, "examples")
+    tokenizer, progress = Tokenizer(tokenizer_dir(checkpoint_dir)), ProgressLine(None, "examples")
     dataset = load_dataset(
         data,
         tokenizer,

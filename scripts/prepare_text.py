@@ -20,6 +20,7 @@ def main(data: list[Path] | Path, output: Path, checkpoint_dir: Path | None = No
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.data import write_token_file
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import ProgressLine
@@ -34,7 +35,7 @@ def main(data: list[Path] | Path, output: Path, checkpoint_dir: Path | None = No
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
     progress = ProgressLine(None, "documents")
-    documents, tokens = write_token_file(files, Tokenizer(checkpoint_dir), output, progress)
+    documents, tokens = write_token_file(files, Tokenizer(tokenizer_dir(checkpoint_dir)), output, progress)
     progress.clear()
     print(f"{documents} documents, {tokens} tokens, {output.stat().st_size} bytes", file=sys.stderr)
     print(output)

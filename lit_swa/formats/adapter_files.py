@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_swa.formats.directory import ADAPTER_FILE, copy_tokenizer, open_weights
+from lit_swa.formats.directory import ADAPTER_FILE, PEFT_CONFIG, copy_tokenizer, open_weights
 from lit_swa.formats.files import (
     LazyTensor,
     directory_lock,
@@ -95,19 +95,52 @@ def weights_fingerprint(checkpoint_dir: str | Path) -> str:
 
 
 def read_base(directory: Path) -> tuple[Path, str | None]:
-    """The base checkpoint that lit_adapter.json names, and the fingerprint that its weights had.
+    """The base checkpoint that lit_adapter.json or, where PEFT wrote the adapter, adapter_config.json names, and the
+    fingerprint that its weights had.
 
-    Raises FileNotFoundError or ValueError, with the remedy, when it names none or there is none.
+    Raises FileNotFoundError or ValueError, with the remedy, when they name none or there is none.
     """
     path = directory / ADAPTER_FILE
-    content = read_json(find_inside(directory, ADAPTER_FILE)) if path.exists() else {}
-    base, fingerprint = content.get("base_checkpoint_dir"), content.get("base_identity")
-    if not isinstance(base, str) or not base or "\0" in base or not isinstance(fingerprint, str | None):
-        raise ValueError(f"{directory} does not say which base checkpoint it belongs to: give base_checkpoint_dir.")
+    if not path.exists():
+        return find_named_base(directory), None
+    base = read_json(find_inside(directory, ADAPTER_FILE)).get("base_checkpoint_dir")
+    if not is_base_name(base):
+        raise ValueError(f"{directory} does not say which base checkpoint it belongs to: give --base_checkpoint_dir.")
     where = directory / base
     if not where.is_dir():
         raise FileNotFoundError(
             f"The base checkpoint {where} of the adapter {directory} is missing: move it back, or write its place "
             f"into {path}."
         )
-    return where, fingerprint
+    return where, read_fingerprint(directory)
+
+
+def read_fingerprint(directory: Path) -> str | None:
+    """The fingerprint that the weights of an adapter's base checkpoint had, where lit_adapter.json notes one."""
+    if not (directory / ADAPTER_FILE).exists():
+        return None
+    path = find_inside(directory, ADAPTER_FILE)
+    fingerprint = read_json(path).get("base_identity")
+    if not isinstance(fingerprint, str | None):
+        raise ValueError(f"{path} is damaged: its base_identity must be a text.")
+    return fingerprint
+
+
+def find_named_base(directory: Path) -> Path:
+    """The directory that base_model_name_or_path means: a path, or a repository that was downloaded."""
+    name = read_json(find_inside(directory, PEFT_CONFIG)).get("base_model_name_or_path")
+    remedy = f"run python scripts/merge_lora.py --checkpoint_dir {directory} --base_checkpoint_dir BASE"
+    if not is_base_name(name):
+        raise ValueError(f"{directory} does not say which base checkpoint it belongs to: {remedy}.")
+    places = [Path(name), directory / name, Path("checkpoints", name)]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"The base checkpoint {name} of the adapter {directory} is not here: download it with scripts/download.py, "
+            f"or {remedy} (generate/base.py and chat.py take --base_checkpoint_dir, too)."
+        )
+    return found
+
+
+def is_base_name(name: Any) -> bool:
+    return isinstance(name, str) and 0 < len(name) < 1000 and name.isprintable()

@@ -3,6 +3,7 @@
 This is the top of the formats: it decides by what the directory holds (directory.py, adapter_files.py) and hands over.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lit_swa import adapter
 from lit_swa.config import Config
-from lit_swa.formats.adapter_files import read_base, weights_fingerprint
+from lit_swa.formats.adapter_files import read_base, read_fingerprint, weights_fingerprint
 from lit_swa.formats.directory import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -22,9 +23,9 @@ from lit_swa.formats.directory import (
     check_weights_dir,
     has_tokenizer,
     is_adapter_dir,
-    load_config,
     open_weights,
 )
+from lit_swa.formats.directory import load_config as read_config
 from lit_swa.formats.files import LazyTensor, find_inside, open_safetensors
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.peft_load import check_peft_dir, find_adapter_config, load_adapter
@@ -36,24 +37,28 @@ from lit_swa.rope import RoPE
 # --------------------------------------------------------------------------------------------------------------- check
 
 
-def check_checkpoint_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> None:
+def check_checkpoint_dir(
+    checkpoint_dir: str | Path, tokenizer: bool = True, base_dir: str | Path | None = None
+) -> None:
     """Return if the directory can be loaded. Raises an error that names what is there, what is missing and what to do.
 
     The weight files' headers are read, so a truncated file is noticed; their numbers are not. A directory with an
-    adapter needs its base checkpoint too.
+    adapter needs its base checkpoint too: base_dir, or the one that it names.
     """
     directory = Path(checkpoint_dir)
     if not is_adapter_dir(directory):
+        if base_dir is not None:
+            raise ValueError(f"{directory} is no adapter: leave base_checkpoint_dir out.")
         return check_weights_dir(directory, tokenizer)
-    if tokenizer and not has_tokenizer(directory):
-        raise FileNotFoundError(f"{directory} has no tokenizer.json: copy the base checkpoint's there.")
     if adapter.is_llama_adapter(directory):
         adapter.read_adapter_config(directory)
         open_safetensors(find_inside(directory, adapter.WEIGHTS_FILE))
     else:
         check_peft_dir(directory)
-    load_config(directory)
-    check_base(find_base(directory)[0])
+    check_base(base_of(directory, base_dir))
+    load_config(directory, base_dir)
+    if tokenizer and not has_tokenizer(tokenizer_dir(directory, base_dir)):
+        raise FileNotFoundError(f"{directory} has no tokenizer.json, and neither has its base: put one there.")
 
 
 def is_complete(checkpoint_dir: str | Path) -> bool:
@@ -70,6 +75,28 @@ def find_base(directory: Path) -> tuple[Path, str | None]:
     if not adapter.is_llama_adapter(directory):
         find_adapter_config(directory)
     return read_base(directory)
+
+
+def base_of(directory: Path, base_dir: str | Path | None) -> Path:
+    """The base checkpoint of an adapter: the one that is given, else the one that it names."""
+    return Path(base_dir) if base_dir is not None else find_base(directory)[0]
+
+
+def tokenizer_dir(checkpoint_dir: str | Path, base_dir: str | Path | None = None) -> Path:
+    """Where the tokenizer is: in the directory itself or, for an adapter that has none, in its base checkpoint."""
+    directory = Path(checkpoint_dir)
+    own = not is_adapter_dir(directory) or has_tokenizer(directory)
+    return directory if own else base_of(directory, base_dir)
+
+
+def load_config(checkpoint_dir: str | Path, base_dir: str | Path | None = None) -> Config:
+    """The config of a checkpoint directory or, for an adapter of PEFT's own, which has none, of its base checkpoint.
+
+    Raises FileNotFoundError or ValueError, which names the file.
+    """
+    directory = Path(checkpoint_dir)
+    own = not is_adapter_dir(directory) or (directory / CONFIG_FILE).exists() or (directory / ADAPTER_FILE).exists()
+    return read_config(directory if own else base_of(directory, base_dir))
 
 
 def check_base(base: Path) -> None:
@@ -107,6 +134,7 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     merge: bool = True,
+    base_dir: str | Path | None = None,
     quantize: str | None = None,
     **config_overrides: Any,
 ) -> GPT:
@@ -115,6 +143,7 @@ def load_model(
     A directory with an adapter gives the base model with the adapter in it.
 
     merge: fold an adapter into the weights, for speed; otherwise it stays apart from them, as in training.
+    base_dir: the base checkpoint of an adapter, instead of the one that it names.
     quantize: hold the weights of the blocks in 4 or 8 bits, a mode of lit_swa.quantize. An adapter then stays
         apart from them, as QLoRA trains it.
     config_overrides: fields of Config that replace those of lit_config.json.
@@ -126,11 +155,11 @@ def load_model(
     """
     directory = Path(checkpoint_dir)
     dtype, device = check_dtype(dtype, device)
-    check_checkpoint_dir(directory, tokenizer=False)
+    check_checkpoint_dir(directory, tokenizer=False, base_dir=base_dir)
     if is_adapter_dir(directory):
-        merge = merge and not quantize
-        return load_adapted(directory, dtype, device, merge=merge, quantize=quantize, **config_overrides)
-    config = load_config(directory).override(**config_overrides)
+        how = {"merge": merge and not quantize, "base_dir": base_dir, "quantize": quantize}
+        return load_adapted(directory, dtype, device, **how, **config_overrides)
+    config = read_config(directory).override(**config_overrides)
     tensors = open_weights(directory)
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, directory)
     return build_model(config, tensors, dtype, device, quantize)
@@ -152,15 +181,15 @@ def load_adapted(
     dtype: None is that of the base's weights. Merging is done in the wider of both dtypes and rounded once.
     quantize: hold the base's blocks in this mode of lit_swa.quantize or, where the adapter is merged, round their
         weights as it does: QLoRA was trained with these numbers.
-    base_dir: the base checkpoint; None: the one that lit_adapter.json names. Without lit_config.json (PEFT's and
+    base_dir: the base checkpoint; None: the one that the directory names. Without lit_config.json (PEFT's and
         LongLoRA's directories have none) the base's config counts.
     Raises FileNotFoundError or ValueError when something is missing, or base and adapter do not fit.
     """
     directory = Path(directory)
     llama_adapter = adapter.is_llama_adapter(directory)
     base = _checked_base(directory, base_dir)
-    base_config, tensors = load_config(base), open_weights(base)
-    trained = load_config(directory) if (directory / CONFIG_FILE).exists() else base_config
+    base_config, tensors = read_config(base), open_weights(base)
+    trained = read_config(directory) if (directory / CONFIG_FILE).exists() else base_config
     own = ("padded_vocab_size", "vocab_size", "tie_embeddings")  # which the adapter may change
     config = replace(trained.override(**config_overrides), **{name: getattr(base_config, name) for name in own})
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, base)
@@ -187,22 +216,22 @@ def load_adapted(
 
 
 def _checked_base(directory: Path, base_dir: str | Path | None) -> Path:
-    """The base checkpoint to load an adapter into: whole, and the one that the adapter was trained on."""
+    """The base checkpoint to load an adapter into: whole, and the one that the adapter was trained on. Another one that
+    is given by hand is taken, and stderr says so."""
     if not adapter.is_llama_adapter(directory):
         find_adapter_config(directory)
-    base, fingerprint = (Path(base_dir), None) if base_dir is not None else find_base(directory)
+    base, fingerprint = find_base(directory) if base_dir is None else (Path(base_dir), read_fingerprint(directory))
     check_base(base)
-    if fingerprint is not None and weights_fingerprint(base) != fingerprint:
+    if fingerprint is None or weights_fingerprint(base) == fingerprint:
+        return base
+    if base_dir is not None:
+        print(f"note: the weights in {base} are not those that {directory} was trained on.", file=sys.stderr)
+    else:
         raise ValueError(
             f"The weights in {base} are not those that {directory} was trained on: restore them, or take "
             f"base_identity out of {directory / ADAPTER_FILE} to use them all the same."
         )
     return base
-
-
-def tokenizer_source(directory: Path, base: Path) -> Path:
-    """Where the tokenizer of an adapted model is: in the adapter's directory, else in the base's."""
-    return directory if has_tokenizer(directory) else base
 
 
 # --------------------------------------------------------------------------------------------------------------- build

@@ -20,6 +20,7 @@ from lit_swa.formats.directory import (
     copy_tokenizer,
     load_config,
     open_weights,
+    refuse_adapter,
     require_directory,
     write_checkpoint,
 )
@@ -91,6 +92,7 @@ def find_source(directory: Path) -> tuple[str, list[str], str | None]:
         if names:
             _require_with_config(directory, names)
             return kind, names, index
+    refuse_adapter(directory)
     return "gguf", [_find_gguf(directory)], None
 
 

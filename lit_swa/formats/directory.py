@@ -34,6 +34,7 @@ from lit_swa.formats.hugging_face import expected_shapes, require_layers
 
 CONFIG_FILE, STEM = "lit_config.json", "lit_model"
 ADAPTER_FILE = "lit_adapter.json"  # an adapter has it in place of weights: see adapter_files.py
+PEFT_CONFIG = "adapter_config.json"  # and so has a LoRA in PEFT's format, be it ours or PEFT's own
 MAX_SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is enough
 COPIED_FILES = (
@@ -81,10 +82,10 @@ def check_weights_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> Non
 
 
 def is_adapter_dir(checkpoint_dir: str | Path) -> bool:
-    """True for a directory that holds an adapter and no weights of its own."""
-    directory = Path(checkpoint_dir)
-    weights = (f"{STEM}.safetensors", index_name(STEM))
-    return (directory / ADAPTER_FILE).exists() and not any((directory / name).exists() for name in weights)
+    """True for a directory that holds an adapter, ours or PEFT's, and no weights of its own."""
+    directory, weights = Path(checkpoint_dir), (f"{STEM}.safetensors", index_name(STEM))
+    marked = any((directory / name).exists() for name in (ADAPTER_FILE, PEFT_CONFIG))
+    return marked and not any((directory / name).exists() for name in weights)
 
 
 def has_tokenizer(checkpoint_dir: str | Path) -> bool:

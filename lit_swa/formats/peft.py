@@ -16,14 +16,14 @@ from torch import Tensor
 
 from lit_swa.config import Config
 from lit_swa.formats.adapter_files import describe_base, write_adapter
-from lit_swa.formats.directory import ADAPTER_FILE, CONFIG_FILE, STEM
+from lit_swa.formats.directory import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG, STEM
 from lit_swa.formats.files import as_lazy
 from lit_swa.formats.hugging_face import hf_module_names, split_qkv
 from lit_swa.linear_formats import ALL, dense_weight, is_linear
 from lit_swa.lora import LoRAConfig, extra_modules, lora_linears
 from lit_swa.model import GPT
 
-PEFT_CONFIG, PEFT_STEM = "adapter_config.json", "adapter_model"
+PEFT_STEM = "adapter_model"
 
 
 @dataclass
@@ -168,7 +168,8 @@ def peft_config_of(
         ranks |= {name: r} if r != lora.r else {}
         alphas |= {name: round(alpha, 9)} if abs(alpha - lora.alpha) > 1e-9 * max(1.0, lora.alpha) else {}
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_dir), "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
+        "base_model_name_or_path": str(base_dir.resolve()),  # in full, for AutoPeftModelForCausalLM from anywhere
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "r": lora.r,
         "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "use_rslora": lora.rslora, "use_dora": lora.dora,
         "target_modules": short_names(set(entries), modules), "modules_to_save": to_save or None,

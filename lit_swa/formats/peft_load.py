@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lit_swa.config import Config
 from lit_swa.formats.adapter_files import load_finite
-from lit_swa.formats.directory import ADAPTER_FILE
+from lit_swa.formats.directory import ADAPTER_FILE, PEFT_CONFIG
 from lit_swa.formats.files import LazyTensor, find_inside, open_pickle, open_safetensors, read_json
 from lit_swa.formats.hugging_face import PREFIXES, join_qkv
-from lit_swa.formats.peft import PEFT_CONFIG, PEFT_STEM, Weights, hf_modules
+from lit_swa.formats.peft import PEFT_STEM, Weights, hf_modules
 from lit_swa.linear_formats import ALL, group_rows, is_plain
 from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears, rows_of_part
 from lit_swa.model import GPT
