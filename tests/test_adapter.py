@@ -394,6 +394,9 @@ def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(trained, ti
     tensors[first] = tensors[first].long()
     write_safetensors(weights, {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in tensors.items()})
     refused("int64: it must be of floating point")
+    tensors[first] = tensors[first].float() / 0
+    write_safetensors(weights, {k: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for k, t in tensors.items()})
+    refused(f"holds NaN or infinity in {first}")
     weights.unlink()
     refused("lit_adapter.safetensors is missing", error=FileNotFoundError)
     with pytest.raises(ValueError, match="The model has no transformer.h.0.attn.mixer.adapter.prompt"):

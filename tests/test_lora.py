@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -470,6 +471,63 @@ def test_generate_takes_the_trained_directory(tiny_checkpoint, tmp_path, run_scr
         for directory in (tmp_path / "trained" / "merged", tiny_checkpoint)
     ]
     assert adapted == outputs[0] != outputs[1]
+
+
+def test_an_adapter_that_peft_wrote_runs_where_it_is(tiny_checkpoint, tmp_path, run_script, monkeypatch):
+    """Catches: an adapter that each script sends to the next one, though it names its base; a tokenizer asked for."""
+    model, config = with_lora(tiny_checkpoint, targets=(*QKVO, "mlp"))
+    ours, plain, base = tmp_path / "ours", tmp_path / "plain", tmp_path / "checkpoints/org/name"
+    save_adapter(model, ours, tiny_checkpoint, config)
+    plain.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (plain / name).write_bytes((ours / name).read_bytes())
+    base.parent.mkdir(parents=True)
+    base.symlink_to(tiny_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--prompt", "the quick brown", "--max_new_tokens", 8, "--temperature", 0, "--device", "cpu")
+    expected = run_script("generate/base.py", "--checkpoint_dir", ours, *arguments)[1]
+    for name in (str(tiny_checkpoint), "org/name", "../checkpoints/org/name", "checkpoints/org/name"):
+        edit(plain / "adapter_config.json", base_model_name_or_path=name)
+        assert run_script("generate/base.py", "--checkpoint_dir", plain, *arguments)[1] == expected
+    for name, reason in (
+        ("org/gone", "org/gone of the adapter .*plain is not here"),
+        (None, "does not say which base"),
+    ):
+        edit(plain / "adapter_config.json", base_model_name_or_path=name)
+        code, _, stderr = run_script("generate/base.py", "--checkpoint_dir", plain, *arguments)
+        assert code == 2 and re.search(reason + ".*--base_checkpoint_dir", stderr) and stderr.count("\n") == 1
+    given = ("--checkpoint_dir", plain, "--base_checkpoint_dir", base)
+    assert run_script("generate/base.py", *given, *arguments)[1] == expected
+    assert run_script("scripts/merge_lora.py", *given)[0] == 0
+    assert run_script("generate/base.py", "--checkpoint_dir", plain / "merged", *arguments)[1] == expected
+    code, _, stderr = run_script("scripts/convert_hf.py", "--checkpoint_dir", plain)
+    assert code == 2 and "plain is an adapter: make a checkpoint of it with scripts/merge_lora.py" in stderr
+
+
+@torch.no_grad()
+def test_auto_peft_finds_the_base_from_anywhere(families, tmp_path, monkeypatch):
+    """Catches: a base that is named by a path from where the training was started."""
+    base = families["llama"][1]
+    model, config = with_lora(base)
+    monkeypatch.chdir(base.parent)
+    save_adapter(model, tmp_path / "trained", Path(base.name), config)
+    monkeypatch.chdir(tmp_path)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained("trained")
+    assert error(theirs(tokens()).logits, model(tokens())) < 2e-5
+
+
+def test_another_base_given_by_hand_is_said(trained, tmp_path, capsys):
+    """Catches: an adapter that is merged into another base of the same shape without a word."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    load_model(trained, base_dir=base)
+    assert capsys.readouterr().err == ""
+    model = load_model(base)
+    randomize(model)
+    save_checkpoint(model, model.config, other)
+    load_model(trained, base_dir=other)
+    assert f"the weights in {other} are not those that {trained} was trained on" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is no adapter: leave base_checkpoint_dir out"):
+        load_model(other, base_dir=base)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
