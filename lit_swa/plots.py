@@ -1,11 +1,71 @@
-"""Pictures of results. matplotlib is optional: without it no picture is drawn, and a line on stderr says so."""
+"""Pictures of results: one style a method, readable axes, and what is done where matplotlib, an optional package, is
+missing."""
 
+import io
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_swa.formats.files import atomic_file
+
+MISSING = "no picture can be drawn without matplotlib: pip install matplotlib"
+
+
+class Style(NamedTuple):
+    """How a method is drawn in every picture."""
+
+    colour: str
+    marker: str = "o"
+    line: str = "-"
+
+    def of_line(self) -> dict[str, str]:
+        """Arguments of matplotlib's plot."""
+        return {"color": self.colour, "marker": self.marker, "linestyle": self.line}
+
+
+# Colours of Okabe and Ito and of Tol, which colour-blind readers tell apart; dashes and markers tell them apart in grey.
+STYLES = {
+    # which keys a query sees
+    "full": Style("#000000", "o"),
+    "sliding": Style("#0072B2", "P"),
+    "streaming": Style("#E69F00", "X"),
+    "dual_chunk": Style("#009E73", "D"),
+    "s2": Style("#CC79A7", "s"),
+    "short": Style("#8C510A", "v", "--"),  # groups as in s2 that are not shifted
+    # how RoPE is scaled
+    "linear": Style("#7F7F7F", "s", "--"),
+    "ntk": Style("#56B4E9", "^", "--"),
+    "dynamic": Style("#882255", "v", ":"),
+    "yarn": Style("#D55E00", "*", "-."),
+    "llama3": Style("#999933", "p", "-."),
+    # what is trained; all weights are drawn as full
+    "lora": Style("#332288", "o"),
+    "adapter": Style("#44AA99", "^"),
+    "adapter_v2": Style("#117733", "D"),
+}
+OTHERS = ("#AA4499", "#A6761D", "#66A61E", "#6A3D9A", "#B15928", "#1F9E89")  # of names that are not in the table
+DASHES = ("-", "--", ":", "-.")
+
+
+def style_of(name: str) -> Style:
+    """The style of this method; that of an unknown name follows from the name, not from its place among others."""
+    if name in STYLES:
+        return STYLES[name]
+    number = zlib.crc32(name.encode())
+    return Style(OTHERS[number % len(OTHERS)], "osv^D"[number // 7 % 5], DASHES[number // 41 % 4])
+
+
+def shades(colour: str, n: int) -> list[tuple[float, float, float]]:
+    """n shades of a colour, each lighter than the one before it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    lightness = [0.75 * i / max(1, n) for i in range(n)]
+    return [(c[0], c[1], c[2]) for c in ([x + (1 - x) * light for x in channels] for light in lightness)]
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
 
 
 def running_mean(values: Sequence[float], n: int) -> list[float]:
@@ -13,19 +73,124 @@ def running_mean(values: Sequence[float], n: int) -> list[float]:
     return [sum(values[max(0, i - n) : i]) / min(i, n) for i in range(1, len(values) + 1)]
 
 
+def short_count(n: float) -> str:
+    """A number of tokens: 8192 is 8k."""
+    return f"{n / 1024:g}k" if n and n % 512 == 0 and n >= 1024 else f"{n:g}"
+
+
+def names_of(paths: Any) -> str:
+    """The names of one text or of several, for a title. paths: a path, a list, or one as a command line gives it."""
+    paths = paths if isinstance(paths, list) else str(paths).strip("[]").split(",")
+    names = [Path(str(path).strip()).name for path in paths]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more texts"
+
+
+def model_of(arguments: dict[str, Any]) -> str:
+    """The name of the checkpoint that was measured, and the fields that were given with --model, for a title."""
+    fields = ", ".join(f"{name} {value}" for name, value in (arguments.get("model") or {}).items())
+    return Path(arguments["checkpoint_dir"]).name + (f" with {fields}" if fields else "")
+
+
+def argument_of(command: str, name: str) -> str:
+    """What a command line gives for --name; nothing if it does not."""
+    words = shlex.split(command)
+    values = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+    values += [value for word, value in zip(words, words[1:], strict=False) if word == f"--{name}"]
+    return values[-1] if values else ""
+
+
+def spread(places: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """The places moved apart until each two differ by `gap`, in the same order, from `low` to `high` as far as it
+    fits."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = [min(max(place, low), high) for place in places]
+    for before, after in zip(order, order[1:], strict=False):
+        moved[after] = max(moved[after], moved[before] + gap)
+    ceiling = high
+    for i in reversed(order):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
+    return moved
+
+
+# ---------------------------------------------------------------------------------------------------------------- axes
+
+
+def token_axis(axis: Any, stop: int) -> None:
+    """A horizontal axis of positions from 0 to `stop` with up to seven ticks, at multiples of a power of two."""
+    step = 1
+    while step * 6 < stop:
+        step *= 2
+    ticks = range(0, stop + 1, step)
+    axis.set(xlim=(0, stop), xticks=ticks, xticklabels=[short_count(tick) for tick in ticks])
+
+
+def log_axis(axis: Any) -> None:
+    """A logarithmic vertical axis with plain numbers. To be called when all curves are drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    steps = (1, 2, 3, 5) if high < 100 * low else (1, 2, 5) if high < 1e4 * low else (1,)
+    axis.yaxis.set_major_locator(MaxNLocator(6) if high < 4 * low else LogLocator(subs=steps))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def label_ends(axis: Any, ends: Iterable[tuple[float, float, str, str]], size: float = 9) -> None:
+    """Write each (x, y, text, colour) beside the right edge, at the height of y or where there is room next to it.
+
+    To be called when the limits of all axes are final.
+    """
+    ends = list(ends)
+    axis.figure.draw_without_rendering()  # makes the layout, which decides how much room a line of text needs
+    height = axis.get_window_extent().height / axis.figure.dpi * 72
+    to_axes = axis.transAxes.inverted()
+    places = [to_axes.transform(axis.transData.transform((x, y)))[1] for x, y, _, _ in ends]
+    for (x, y, text, colour), place in zip(ends, spread(places, 1.25 * size / height), strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
+        low, high = axis.get_ylim()
+        axis.annotate(text, (x, min(max(y, low), high)), (1.03, place), textcoords="axes fraction", color=colour,
+                      fontsize=size, va="center", arrowprops=line, annotation_clip=False)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def require_matplotlib() -> None:
+    """For a script that only draws, before it does anything. Raises ValueError."""
+    if not has_matplotlib():
+        raise ValueError(f"{MISSING[0].upper()}{MISSING[1:]}.")
+
+
+def tell_without_matplotlib(output: Path) -> None:
+    """For a script that measures, before it does: that results will have no picture, and how to draw it later."""
+    if not has_matplotlib():
+        print(f"{MISSING} (now, or later for: python scripts/redraw.py --results {output})", file=sys.stderr)
+
+
 def save_picture(path: Path, draw: Callable[[Any], Any]) -> bool:
     """Write the figure that `draw(matplotlib.pyplot)` returns to a PNG. Returns False where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no picture {path}: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    if not has_matplotlib():
         return False
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image  # matplotlib depends on it
 
-    figure = draw(plt)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as stream:
-        figure.savefig(stream, format="png", dpi=110)
+    figure, pixels = draw(plt), io.BytesIO()
+    figure.savefig(pixels, format="png", dpi=110)
     plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as stream:  # a palette makes lines and text three times as small, and changes no pixel visibly
+        Image.open(pixels).convert("RGB").quantize(256).save(stream, format="png", optimize=True)
     return True

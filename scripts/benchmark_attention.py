@@ -74,15 +74,15 @@ def main(
     rows: list[dict] = []
     slow: set[str] = set()
     output.parent.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(device)
-    result = {"command": "python " + shlex.join(sys.argv).partition(" --output")[0], "machine": machine}
+    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    result = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": rows}
     for T in lengths:
         torch.manual_seed(0)
         for row in measure_length(T, device, settings, methods, backward, slow, max_seconds):
             rows.append(row)
             report(row)
-        write_json(output, result | {"settings": settings, "rows": rows})  # a length that is done is kept
-        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, rows, settings, machine))
+        write_json(output, result)  # a length that is done is kept
+        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, result))
     print(f"written to {output}", file=sys.stderr)
 
 
@@ -284,34 +284,70 @@ def report(row: dict) -> None:
     print(f"T {row['T']:7d}  {row['method']:32s} {'  '.join(parts)}  first {row['first_s']:.1f} s", flush=True)
 
 
-def draw(plt, rows: list[dict], settings: dict, machine: str):
-    """Time and memory over the text's length, one line a method."""
-    panels = {
-        "forward_ms": "forward, ms",
-        "forward_backward_ms": "forward and backward, ms",
-        "forward_backward_GB": "memory of forward and backward, GB",
-    }
-    panels = {key: label for key, label in panels.items() if any(key in row for row in rows)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 5.2), layout="constrained", squeeze=False)
-    methods = list(dict.fromkeys(row["method"] for row in rows if "RoPE" not in row["method"]))
-    own = [m for m in methods if m.split()[0] in ("full", "sliding", "streaming", "dual", "S2")]
-    colours = plt.get_cmap("tab10").colors
-    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
-        for n, method in enumerate(methods):
-            points = [(row["T"], row[key]) for row in rows if row["method"] == method and key in row]
-            style = "-" if method in own else "--"
+PANELS = {
+    "forward_ms": ("forward", "microseconds per token", 1e3),
+    "forward_backward_ms": ("forward and backward", "microseconds per token", 1e3),
+    "forward_backward_GB": ("memory of forward and backward", "kilobytes per token", 1e6),
+}
+
+
+def draw(plt, result: dict[str, Any]):
+    """Time and memory per token over the text's length, one line a method: what grows as the text does is level."""
+    from lit_swa.plots import log_axis, short_count
+
+    rows, s = [row for row in result["rows"] if "RoPE" not in row["method"]], result["settings"]
+    panels = {key: panel for key, panel in PANELS.items() if any(key in row for row in rows)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 5.4), layout="constrained", squeeze=False)
+    lengths = sorted({row["T"] for row in rows})
+    for axis, (key, (title, unit, factor)) in zip(axes[0], panels.items(), strict=True):
+        for method in sorted(dict.fromkeys(row["method"] for row in rows), key=is_peer):
+            points = [(row["T"], factor * row[key] / row["T"]) for row in rows if row["method"] == method and key in row]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), style, marker="o", markersize=4, color=colours[n % 10], label=method
-                )
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=label)
-        axis.set_xticks(sorted({row["T"] for row in rows}), [f"{T // 1024}k" for T in sorted({r["T"] for r in rows})])
+                only = f" (at {short_count(points[0][0])} only)" if len(points) == 1 < len(lengths) else ""
+                axis.plot(*zip(*points, strict=True), label=term(method) + only, **look(method))
+        axis.set(xscale="log", xlabel="length of the text, tokens", title=title, ylabel=unit)
+        axis.set_xticks(lengths, map(short_count, lengths))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    heads = f"{settings['n_head']} query and {settings['n_query_groups']} key heads of {settings['head_size']}"
-    figure.suptitle(f"one layer's attention, {heads}, {settings['dtype']}, batch 1 | {machine}", fontsize=10)
+        axis.set_ylim(0) if key.endswith("GB") else log_axis(axis)
+    heads = f"{s['n_head']} query and {s['n_query_groups']} key heads of {s['head_size']}, {s['dtype']}, batch 1"
+    machine = f"{result['machine']}, median of {s['repeats']}; filled: ours, hollow and dashed: others' kernels"
+    figure.suptitle(f"attention of one layer per token, lower is better: {heads}\n{machine}", fontsize=11)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(4, len(handles[0]) or 1), fontsize=9, frameon=False)
     return figure
+
+
+PEERS = {  # how the name begins: what it computes, marker and line
+    "torch SDPA": ("full", "s", "--"),
+    "cuDNN": ("full", "s", "--"),
+    "FlashAttention-2": ("full", "^", ":"),
+    "window": ("sliding", "s", "--"),
+    "LongLoRA's S2": ("s2", "o", "--"),
+}
+
+
+def is_peer(method: str) -> bool:
+    return method.startswith(tuple(PEERS))
+
+
+def term(method: str) -> str:
+    """The name that the method has in all pictures, with what it keeps."""
+    kind, _, size = {"dual chunk": "dual_chunk", "S2": "s2"}.get(method, method).partition(" ")
+    ours = {"sliding": f"sliding, {size} keys", "streaming": f"streaming, {size}", "dual_chunk": kind, "s2": kind}
+    return method if is_peer(method) else ours.get(kind, method)
+
+
+def look(method: str) -> dict[str, Any]:
+    """The colour is that of what is computed. A peer has a large hollow marker, so that ours shows inside."""
+    from lit_swa.plots import style_of
+
+    if not is_peer(method):
+        name = term(method).partition(",")[0]
+        return style_of(name).of_line() | {"markersize": 5, "linewidth": 3 if name == "full" else 1.5}
+    kind, marker, line = next(peer for start, peer in PEERS.items() if method.startswith(start))
+    style = {"color": style_of(kind).colour, "marker": marker, "linestyle": line, "linewidth": 1.2}
+    return style | {"markersize": 10, "markerfacecolor": "none"}
 
 
 if __name__ == "__main__":

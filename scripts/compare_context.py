@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#7F7F7F")  # Okabe and Ito
-MARKERS = "osv^DPX*"
-
 
 def main(
     data: list[Path] | Path,
@@ -294,44 +291,103 @@ def table(rows: list[dict[str, Any]], title: str, figure: str) -> str:
 
 
 def draw(plt, result: dict[str, Any]):
-    """A panel for each length: perplexity over the position in the window."""
-    lengths = list(dict.fromkeys(row["length"] for row in result["rows"]))
-    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
-    columns = min(2, len(lengths))
-    n_rows = -(-len(lengths) // columns)
+    """Perplexity over position: a panel for each length at which the methods differ, on one logarithmic axis."""
+    from lit_swa.plots import log_axis, model_of, names_of, short_count, token_axis
+
+    a, rows = result["arguments"], [row for row in result["rows"] if "error" not in row]
+    by_length = {n: [row for row in rows if row["length"] == n] for n in dict.fromkeys(row["length"] for row in rows)}
+    shown = {n: same for n, same in by_length.items() if spread_of(same) > 0.02} or dict(list(by_length.items())[-1:])
+    ratios = {"width_ratios": [length**0.5 for length in shown] or [1]}
     figure, axes = plt.subplots(
-        n_rows, columns, figsize=(6.5 * columns + 1.5, 4.2 * n_rows), layout="constrained", squeeze=False
-    )
-    trained = result["arguments"]["trained_length"]
-    for axis, length in zip(axes.flat, lengths, strict=False):
-        for row in result["rows"]:
-            if row["length"] == length and "error" not in row:
-                draw_curve(axis, row, methods.index(row["method"]))
-        if trained < length:
-            axis.axvline(trained, color="grey", linestyle=":", linewidth=1)
-            axis.text(trained, 0.99, " trained", transform=axis.get_xaxis_transform(), va="top", color="grey")
-        axis.set(title=f"{length} tokens", xlabel="position", ylabel="perplexity", yscale="log", xlim=(0, length))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "2357" else "")
-        axis.grid(which="both", alpha=0.25)
-    for axis in axes.flat[len(lengths) :]:
-        axis.remove()
-    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if handles:
-        ordered = [name for name in methods if name in handles]
-        figure.legend([handles[name] for name in ordered], ordered, loc="outside right upper")
+        1, len(shown) or 1, figsize=(2.9 * len(shown) + 2.8, 5), layout="constrained", sharey=True, squeeze=False,
+        gridspec_kw=ratios,
+    )  # fmt: skip
+    for axis, (length, curves) in zip(axes[0], shown.items(), strict=False):
+        for row in curves:
+            draw_curve(axis, row)
+        token_axis(axis, length)
+        axis.set(title=f"windows of {short_count(length)} tokens", xlabel="position in the window, tokens")
+        axis.grid(alpha=0.3)
+        if a["trained_length"] < length:
+            axis.axvline(a["trained_length"], color="grey", linestyle=":", linewidth=1)
+            place = {"transform": axis.get_xaxis_transform(), "va": "top", "ha": "right"}
+            axis.text(a["trained_length"], 0.99, "trained ", color="grey", **place)
+    axes[0][0].set(ylabel=f"perplexity, mean of {a['bucket']} positions", ylim=limits(rows))
+    log_axis(axes[0][0])
+    model = f"{model_of(a)}, trained to {short_count(a['trained_length'])} tokens"
+    number = f"{a['windows']} windows of each length" if a["windows"] > 1 else "one window of each length"
+    figure.suptitle(f"{model}, reads {names_of(a['data'])}\nperplexity (lower is better), {number}", fontsize=11)
+    if notes := notes_of(result, by_length, shown):
+        figure.supxlabel(notes, fontsize=9, color="dimgrey")
+    label_curves(axes[0], shown, a)
     return figure
 
 
-def draw_curve(axis, row: dict[str, Any], n: int) -> None:
-    """The curve of one method at one length, each point in the middle of its positions.
+def spread_of(rows: list[dict[str, Any]]) -> float:
+    """By what share the curves of one length differ at most."""
+    columns = zip(*(row["buckets"].values() for row in rows), strict=True)
+    return max(max(column) / min(column) - 1 for column in columns)
 
-    A later curve is thinner, so that an earlier one shows behind it where both are the same.
-    """
+
+def limits(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Of the axis: a curve of more than ten times the lowest perplexity leaves it, or the others would be one line."""
+    lowest = min((ppl for row in rows for ppl in row["buckets"].values()), default=1.0)
+    return 0.93 * lowest, 1.07 * min(highest(rows), 10 * lowest)
+
+
+def highest(rows: list[dict[str, Any]]) -> float:
+    return max((ppl for row in rows for ppl in row["buckets"].values()), default=1.0)
+
+
+def notes_of(result: dict[str, Any], by_length: dict[int, list], shown: dict[int, list]) -> str:
+    """What has no curve, and why."""
+    from lit_swa.plots import short_count
+
+    rows = [row for row in result["rows"] if "error" not in row]
+    notes = ["\u2191: beyond the axis, with the last perplexity."] if limits(rows)[1] < highest(rows) else []
+    if alike := [n for n in by_length if n not in shown]:
+        most = max(spread_of(by_length[n]) for n in alike)
+        lengths = ", ".join(map(short_count, alike))
+        notes.append(f"No panel for {lengths} tokens: there all methods agree within {max(most, 0.001):.1%}.")
+    failed = [f"{row['method']} at {short_count(row['length'])}" for row in result["rows"] if "error" in row]
+    return " ".join(notes + ([f"Not readable: {', '.join(failed)}."] if failed else []))
+
+
+def draw_curve(axis, row: dict[str, Any]) -> None:
+    """The curve of one method at one length, each point in the middle of its positions."""
+    from lit_swa.plots import style_of
+
     middles = [sum(map(int, positions.split("-"))) / 2 for positions in row["buckets"]]
-    style = {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)], "markersize": 4}
-    style |= {"linestyle": ("-", "--", ":")[n // len(COLOURS) % 3], "linewidth": max(1.0, 3.4 - 0.3 * n)}
-    axis.plot(middles, row["buckets"].values(), label=row["method"], **style)
+    style = style_of(STYLES.get(row["method"], row["method"])).of_line()
+    # What takes every key and scales RoPE begins as plain RoPE does, which is drawn wide, for it to be seen behind.
+    width = 3.5 if row["method"] == "rope" else 1.5
+    axis.plot(middles, row["buckets"].values(), markersize=5, markevery=max(1, len(middles) // 8), linewidth=width, **style)
+
+
+def label_curves(axes, shown: dict[int, list[dict[str, Any]]], arguments: dict[str, Any]) -> None:
+    """Each method's name at the end of its curve in the last panel that has one; the end of what leaves the axis."""
+    from lit_swa.plots import label_ends, style_of
+
+    last = {row["method"]: length for length, rows in shown.items() for row in rows}
+    for axis, (length, rows) in zip(axes, shown.items(), strict=False):
+        ends, top = [], axis.get_ylim()[1]
+        for row in rows:
+            colour, end = style_of(STYLES.get(row["method"], row["method"])).colour, list(row["buckets"].values())[-1]
+            name = term(row["method"], arguments) if last[row["method"]] == length else ""
+            text = f"{name} \u2191 {end:,.0f}".strip() if end > top else name
+            if text:
+                ends.append((length, end, text, colour))
+        label_ends(axis, ends)
+
+
+STYLES = {"rope": "full"}  # all keys, at the positions of training
+
+
+def term(method: str, arguments: dict[str, Any]) -> str:
+    """A method's name with what it keeps."""
+    sinks, window = arguments["n_sink_tokens"], arguments["window"]
+    own = {"rope": "full, plain RoPE", "sliding": f"sliding, {window} keys", "streaming": f"streaming, {sinks} + {window}"}
+    return own.get(method, method)
 
 
 if __name__ == "__main__":

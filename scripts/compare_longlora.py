@@ -111,8 +111,9 @@ def main(
                 results.add(name, measure(name, training, fields, r, out_dir, tokens, cuts, device), every=0)
         rows = [{"method": name} | results.parts[name] for name in chosen]
         command, machine = "python " + shlex.join(sys.argv), describe_machine(device)
-        results.finish({"command": command, "machine": machine, "rows": rows})
-        finished = {"arguments": results.arguments, "rows": rows}
+        finished = {"command": command, "machine": machine, "rows": rows}
+        results.finish(finished)
+        finished["arguments"] = results.arguments
     report(finished, output.with_suffix(".png"))
 
 
@@ -213,28 +214,95 @@ def report(result: dict[str, Any], picture: Path) -> None:
         cells.append(f"{row['tok_s']:,.0f}" if "tok_s" in row else "")
         cells.append(row.get("memory", ""))
         print(f"| {row['method']} | " + " | ".join(cells) + " |")
-    save_picture(picture, lambda plt: draw(plt, result, lengths))
+    save_picture(picture, lambda plt: draw(plt, result))
 
 
-def draw(plt, result: dict[str, Any], lengths: list[str]):
-    """Training loss on the left, perplexity by length on the right, without the untrained model, which is far above."""
-    from lit_swa.plots import running_mean
+def draw(plt, result: dict[str, Any]):
+    """Training loss on the left, perplexity by length on the right."""
+    from lit_swa.plots import argument_of, log_axis, names_of, running_mean, short_count
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    for n, row in enumerate(result["rows"]):
-        if "loss" not in row:
-            continue
-        style, loss = {"color": f"C{n}", "label": row["method"]}, row["loss"]
-        left.plot(range(1, len(loss) + 1), running_mean(loss, 5), **style)
-        right.plot(lengths, [row["ppl"][n] for n in lengths], marker="o", **style)
-    left.set(xlabel="step", title="training loss, mean of 5 steps", yscale="log")
-    right.set(xlabel="tokens of the window", title="perplexity of the validation texts", yscale="log")
-    for axis in (left, right):
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-        axis.grid(which="both", alpha=0.25)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
+    rows, training, fields = result["rows"], result["arguments"]["training"], result["arguments"]["fields"]
+    figure = plt.figure(figsize=(11, 5.8), layout="constrained")
+    left, axes = panels(figure, rows)
+    for row in rows:
+        if "loss" in row:
+            loss = running_mean(row["loss"], 5)
+            left.plot(range(1, len(loss) + 1), loss, **look(row["method"]), markevery=max(1, len(loss) // 7))
+    left.set(xlabel="optimiser step", ylabel="loss, nats per token", title="training loss, mean of 5 steps")
+    left.grid(alpha=0.3)
+    log_axis(left)
+    draw_perplexities(axes, rows)
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names = [explain(row["method"]) for row in rows]
+    figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    steps = f"{training['max_steps']} steps of {training['batch_size']} rows at a rate of {training['learning_rate']:g}"
+    factor = f"positions divided by {fields['rope_scaling']['factor']:g}"
+    texts = names_of(argument_of(result["command"], "eval_data"))
+    figure.suptitle(
+        f"{Path(training['checkpoint_dir']).name} extended to {short_count(training['max_seq_length'])} tokens, {factor}:"
+        f" one run of {steps} each way\nperplexity of {texts}, lower is better", fontsize=11
+    )  # fmt: skip
     return figure
+
+
+def panels(figure, rows: list[dict[str, Any]]) -> tuple[Any, list[Any]]:
+    """The axis of the loss, and those of the perplexity: what is not trained is far above and has one of its own."""
+    both = len({"loss" in row for row in rows}) == 2
+    places = figure.add_gridspec(2, 2, height_ratios=[1, 4])
+    left = figure.add_subplot(places[:, 0])
+    if not both:
+        return left, [figure.add_subplot(places[:, 1])]
+    top, bottom = (figure.add_subplot(places[n, 1]) for n in (0, 1))
+    top.spines.bottom.set_linestyle(":")
+    bottom.spines.top.set_linestyle(":")
+    return left, [bottom, top]
+
+
+def draw_perplexities(axes: list[Any], rows: list[dict[str, Any]]) -> None:
+    """On the last axis what is not trained, on the first what is, each with its name at the end."""
+    from lit_swa.plots import label_ends, log_axis, short_count
+
+    lengths = sorted(map(int, rows[0]["ppl"]))
+    for axis, trained in zip(axes, (True, False), strict=False):
+        here = [row for row in rows if ("loss" in row) == trained] if len(axes) == 2 else rows
+        for row in here:
+            axis.plot(lengths, [row["ppl"][str(n)] for n in lengths], **look(row["method"]), label=explain(row["method"]))
+        axis.set(xscale="log", ylabel="perplexity" if trained else "")
+        axis.set_xticks(lengths, map(short_count, lengths) if trained else [])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.margins(y=0.4 if not trained else 0.08)
+        log_axis(axis)
+    axes[0].set_xlabel("length of the windows, tokens")
+    axes[-1].set_title("perplexity with full attention")
+    for axis, trained in zip(axes, (True, False), strict=False):
+        here = [row for row in rows if ("loss" in row) == trained] if len(axes) == 2 else rows
+        ends = [(lengths[-1], row["ppl"][str(lengths[-1])], row["method"], look(row["method"])["color"]) for row in here]
+        label_ends(axis, ends)
+
+
+TRAINED = {"": "LoRA on q, k, v, o", "norm": "LoRA and norms", "embed": "LoRA and embeddings"}
+TRAINED["embed,norm"] = "LoRA, norms and embeddings"
+
+
+def explain(method: str) -> str:
+    """What a method trains, and what its queries see in training."""
+    trained, fields = METHODS[method]
+    if trained is None:
+        return f"{method}: positions divided, nothing else"
+    seen = {(): "full attention", tuple(S2): "shifted groups (S2-Attn)"}.get(tuple(fields), "groups that are not shifted")
+    return f"{method}: {TRAINED.get(trained, 'all weights')}, {seen}"
+
+
+def look(method: str) -> dict[str, Any]:
+    """All ways to train LoRA have one colour."""
+    from lit_swa.plots import style_of
+
+    name, _, extra = method.partition(" lora")
+    if " lora" not in method:
+        return style_of({"untrained": "linear"}.get(name, name)).of_line() | {"markersize": 6}
+    n = ["", "+norm", "+embed", "+norm+embed"].index(extra)
+    return {"color": style_of("lora").colour, "marker": "os^D"[n], "linestyle": ("-", "--", ":", "-.")[n], "markersize": 6}
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main(
         content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
         content |= {"accuracy": accuracy_rows(parts), "trials": parts}
         results.finish(content)
-    save_picture(output.with_suffix(".png"), lambda plt: draw(plt, content["accuracy"], content["trials"]))
+    save_picture(output.with_suffix(".png"), lambda plt: draw(plt, {"arguments": results.arguments} | content))
     print("\n".join(table_of(content["accuracy"])))
     print(f"results: {output}, picture: {output.with_suffix('.png')}", file=sys.stderr)
 
@@ -198,28 +198,48 @@ def table_of(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(plt, rows: list[dict[str, Any]], trials: list[dict[str, Any]]):
+def draw(plt, result: dict[str, Any]):
     """Depth over length: a heat map of the accuracy, or a point for each trial if the depths are random."""
+    from lit_swa.plots import model_of
+
+    a, rows = result["arguments"], result["accuracy"]
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     depths = list(dict.fromkeys(row["depth"] for row in rows))
-    figure, axis = plt.subplots(figsize=(2.5 + 0.7 * len(lengths), 4.6), layout="constrained")
-    if depths == [None]:
-        for right, marker, colour in ((True, "o", "#2a9d5c"), (False, "x", "#c8373a")):
-            chosen = [t for t in trials if t["right"] == right]
-            x, y = [lengths.index(t["length"]) for t in chosen], [t["depth"] for t in chosen]
-            axis.scatter(x, y, marker=marker, color=colour, label="found" if right else "missed")
-        names = [f"{row['length']}\n{row['accuracy']:.0%}" for row in rows]
-        axis.set(xlim=(-0.5, len(lengths) - 0.5), ylim=(1.02, -0.02), xticks=range(len(lengths)), xticklabels=names)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    else:
-        cells = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
-        grid = [[cells[n, depth] for n in lengths] for depth in depths]
-        image = axis.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        axis.set_xticks(range(len(lengths)), lengths)
-        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        figure.colorbar(image, ax=axis, label="accuracy")
-    axis.set(xlabel="tokens", ylabel="depth of the pass key")
+    height = max(4.6, 0.34 * len(depths) + 1.4)
+    figure, axis = plt.subplots(figsize=(max(5.2, 2.4 + 0.9 * len(lengths)), height), layout="constrained")
+    draw_trials(axis, lengths, rows, result["trials"]) if depths == [None] else draw_map(axis, lengths, depths, rows)
+    axis.set(xlabel="length of the prompt, tokens", ylabel="depth of the number in the text (0%: beginning)")
+    hidden_in = Path(a["haystack"]["file"]).name if a["haystack"] else "short sentences"
+    each = "random depths, " if depths == [None] else "found in % of "
+    each += f"{a['trials']} trials at each length" + (" and depth" if depths != [None] else "")
+    figure.suptitle(f"{model_of(a)}: a number hidden in {hidden_in},\n{each}", fontsize=11)
     return figure
+
+
+def draw_trials(axis, lengths: list[int], rows: list[dict[str, Any]], trials: list[dict[str, Any]]) -> None:
+    from lit_swa.plots import short_count
+
+    for right, marker, colour, name in ((True, "o", "#009E73", "found"), (False, "x", "#D55E00", "not found")):
+        chosen = [t for t in trials if t["right"] == right]
+        x, y = [lengths.index(t["length"]) for t in chosen], [100 * t["depth"] for t in chosen]
+        axis.scatter(x, y, marker=marker, color=colour, label=name)
+    names = [f"{short_count(row['length'])}\nfound {row['accuracy']:.0%}" for row in rows]
+    axis.set(xlim=(-0.5, len(lengths) - 0.5), ylim=(102, -2), xticks=range(len(lengths)), xticklabels=names)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axis.figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+
+def draw_map(axis, lengths: list[int], depths: list[float], rows: list[dict[str, Any]]) -> None:
+    from lit_swa.plots import short_count
+
+    cells = {(row["length"], row["depth"]): 100 * row["accuracy"] for row in rows}
+    grid = [[cells[n, depth] for n in lengths] for depth in depths]
+    axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for i, row in enumerate(grid):
+        for j, found in enumerate(row):
+            axis.text(j, i, f"{found:.0f}", ha="center", va="center", color="black" if found > 50 else "white")
+    axis.set_xticks(range(len(lengths)), map(short_count, lengths))
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
 
 
 if __name__ == "__main__":

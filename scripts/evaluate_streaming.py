@@ -84,7 +84,7 @@ def main(
         for part in content.get("answers", []):
             print_answer(part)
     if data is not None:
-        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, content["methods"]))
+        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, {"arguments": results.arguments} | content))
         print("\n".join(table_of(content["methods"])))
     print(f"results: {output}", file=sys.stderr)
 
@@ -277,17 +277,61 @@ def table_of(methods: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(plt, methods: list[dict[str, Any]]):
-    """Log-perplexity and milliseconds per token over position."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for m in methods:
+def draw(plt, result: dict[str, Any]):
+    """Perplexity and milliseconds per token over position."""
+    from lit_swa.plots import log_axis, names_of, short_count, token_axis
+
+    a, methods = result["arguments"], result["methods"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    wide = [m for m in methods if m["model"].get("n_sink_tokens")][:0:-1]  # all numbers of sinks but the first
+    for m in [*wide, *(m for m in methods if m not in wide)]:
         middle = [(b["start"] + b["stop"]) / 2 for b in m["buckets"]]
-        for axis, key in zip(axes, ("nll", "ms_per_token"), strict=True):
-            axis.plot(middle, [b[key] for b in m["buckets"]], label=m["name"], marker="." if len(middle) < 40 else "")
-    axes[0].set(xlabel="position", ylabel="log-perplexity")
-    axes[1].set(xlabel="position", ylabel="ms per token", ylim=(0, None))
-    axes[0].legend(frameon=False)
+        for axis, key in zip(axes, ("ppl", "ms_per_token"), strict=True):
+            axis.plot(middle, [b[key] for b in m["buckets"]], label=term(m), **look(m, wide))
+    for axis in axes:
+        token_axis(axis, result["text_tokens"])
+        axis.set_xlabel("position in the text, tokens")
+        axis.grid(alpha=0.3)
+    axes[0].set(title="what the cache costs: lower is better", ylabel=f"perplexity, mean of {a['bucket_size']} positions")
+    log_axis(axes[0])
+    fed = "one at a time" if a["chunk_size"] == 1 else f"{a['chunk_size']} at a time"
+    axes[1].set(title=f"time, tokens fed {fed}", ylabel="milliseconds per token")
+    cut_peaks(axes[1], methods)
+    tokens = f"{short_count(result['text_tokens'])} tokens of {names_of(a['data'])}"
+    figure.suptitle(f"{Path(a['checkpoint_dir']).name} reads {tokens}, once with each cache", fontsize=11)
+    lines = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    handles = [lines[term(m)] for m in methods]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(methods), frameon=False)
     return figure
+
+
+def term(method: dict[str, Any]) -> str:
+    """A cache's name behind that of its attention."""
+    attention = method["model"].get("attention", method["name"])
+    return method["name"] if attention == method["name"] else f"{attention}, {method['name']}"
+
+
+def look(method: dict[str, Any], wide: list[dict[str, Any]]) -> dict[str, Any]:
+    """How one method's curve is drawn; those that are drawn wide and pale show behind the others."""
+    from lit_swa.plots import style_of
+
+    style = style_of(method["model"].get("attention", method["name"]))
+    if method in wide:
+        width = 3 + 3 * (len(wide) - wide.index(method))
+        return {"color": style.colour, "linewidth": width, "alpha": 0.35, "solid_capstyle": "butt"}
+    return {"color": style.colour, "linewidth": 1.5, "marker": "." if len(method["buckets"]) < 40 else ""}
+
+
+def cut_peaks(axis, methods: list[dict[str, Any]]) -> None:
+    """End the axis of the times where the first call, which loads kernels, would set its scale, and say so."""
+    times = sorted(b["ms_per_token"] for m in methods for b in m["buckets"])
+    top = 3 * times[len(times) // 2]
+    top = max([top, *(1.1 * b["ms_per_token"] for m in methods for b in m["buckets"][2:])])
+    axis.set_ylim(0, min(top, 1.1 * times[-1]))
+    peaks = [(m["name"], max(b["ms_per_token"] for b in m["buckets"])) for m in methods]
+    if cut := [f"{name} begins with up to {peak:.1f} ms" for name, peak in peaks if peak > top]:
+        note = f"beyond the axis: {', '.join(cut)}"
+        axis.text(0.98, 0.96, note, transform=axis.transAxes, ha="right", va="top", color="dimgrey", fontsize=9)
 
 
 # -------------------------------------------------------------------------------------------------------- a long chat
