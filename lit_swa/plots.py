@@ -26,7 +26,7 @@ class Style(NamedTuple):
         return {"color": self.colour, "marker": self.marker, "linestyle": self.line}
 
 
-# Colours of Okabe and Ito and of Tol, which colour-blind readers tell apart; dashes and markers tell them apart in grey.
+# Colours of Okabe and Ito and of Tol, which colour-blind readers tell apart; markers and dashes help.
 STYLES = {
     # which keys a query sees
     "full": Style("#000000", "o"),
@@ -36,11 +36,11 @@ STYLES = {
     "s2": Style("#CC79A7", "s"),
     "short": Style("#8C510A", "v", "--"),  # groups as in s2 that are not shifted
     # how RoPE is scaled
-    "linear": Style("#7F7F7F", "s", "--"),
+    "linear": Style("#7F7F7F", "s"),
     "ntk": Style("#56B4E9", "^", "--"),
     "dynamic": Style("#882255", "v", ":"),
-    "yarn": Style("#D55E00", "*", "-."),
-    "llama3": Style("#999933", "p", "-."),
+    "yarn": Style("#D55E00", "*"),
+    "llama3": Style("#999933", "p", "--"),
     # what is trained; all weights are drawn as full
     "lora": Style("#332288", "o"),
     "adapter": Style("#44AA99", "^"),
@@ -61,7 +61,7 @@ def style_of(name: str) -> Style:
 def shades(colour: str, n: int) -> list[tuple[float, float, float]]:
     """n shades of a colour, each lighter than the one before it."""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    lightness = [0.75 * i / max(1, n) for i in range(n)]
+    lightness = [0.55 * i / max(1, n - 1) for i in range(n)]
     return [(c[0], c[1], c[2]) for c in ([x + (1 - x) * light for x in channels] for light in lightness)]
 
 
@@ -191,6 +191,6 @@ def save_picture(path: Path, draw: Callable[[Any], Any]) -> bool:
     figure.savefig(pixels, format="png", dpi=110)
     plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as stream:  # a palette makes lines and text three times as small, and changes no pixel visibly
+    with atomic_file(path) as stream:  # with a palette, a third of the bytes and no visible difference
         Image.open(pixels).convert("RGB").quantize(256).save(stream, format="png", optimize=True)
     return True

@@ -57,7 +57,7 @@ def main(
     import torch
 
     from lit_swa.formats.files import write_json
-    from lit_swa.plots import save_picture
+    from lit_swa.plots import save_picture, tell_without_matplotlib
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
@@ -71,6 +71,7 @@ def main(
     lengths = lengths or ([8192, 32768, 65536, 131072] if cuda else [1024, 2048, 4096, 8192])
     if min(lengths) < 2 or repeats < 1:
         raise ValueError("lengths must be at least 2 and repeats at least 1.")
+    tell_without_matplotlib(output)
     rows: list[dict] = []
     slow: set[str] = set()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +302,8 @@ def draw(plt, result: dict[str, Any]):
     lengths = sorted({row["T"] for row in rows})
     for axis, (key, (title, unit, factor)) in zip(axes[0], panels.items(), strict=True):
         for method in sorted(dict.fromkeys(row["method"] for row in rows), key=is_peer):
-            points = [(row["T"], factor * row[key] / row["T"]) for row in rows if row["method"] == method and key in row]
+            measured = [row for row in rows if row["method"] == method and key in row]
+            points = [(row["T"], factor * row[key] / row["T"]) for row in measured]
             if points:
                 only = f" (at {short_count(points[0][0])} only)" if len(points) == 1 < len(lengths) else ""
                 axis.plot(*zip(*points, strict=True), label=term(method) + only, **look(method))

@@ -67,6 +67,7 @@ def main(
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
     from lit_swa.formats.download import download_checkpoint
+    from lit_swa.plots import tell_without_matplotlib
     from lit_swa.utils import pick_device, pick_dtype
 
     device = pick_device(device)
@@ -81,6 +82,7 @@ def main(
     evaluate.check_at_least(
         trained_length=(trained, 1), window=(window, 1), last=(last, 1), chunk_size=(chunk_size or 0, 0)
     )
+    tell_without_matplotlib(output)
     setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
     chosen = choose_methods(methods, custom or {})
     tokens = evaluate.read_tokens(data, checkpoint_dir, config.vocab_size, max_tokens)
@@ -358,10 +360,10 @@ def draw_curve(axis, row: dict[str, Any]) -> None:
     from lit_swa.plots import style_of
 
     middles = [sum(map(int, positions.split("-"))) / 2 for positions in row["buckets"]]
-    style = style_of(STYLES.get(row["method"], row["method"])).of_line()
+    style: dict[str, Any] = style_of(STYLES.get(row["method"], row["method"])).of_line()
     # What takes every key and scales RoPE begins as plain RoPE does, which is drawn wide, for it to be seen behind.
-    width = 3.5 if row["method"] == "rope" else 1.5
-    axis.plot(middles, row["buckets"].values(), markersize=5, markevery=max(1, len(middles) // 8), linewidth=width, **style)
+    style |= {"linewidth": 3.5 if row["method"] == "rope" else 1.5, "markersize": 5}
+    axis.plot(middles, row["buckets"].values(), markevery=max(1, len(middles) // 8), **style)
 
 
 def label_curves(axes, shown: dict[int, list[dict[str, Any]]], arguments: dict[str, Any]) -> None:
@@ -386,8 +388,8 @@ STYLES = {"rope": "full"}  # all keys, at the positions of training
 def term(method: str, arguments: dict[str, Any]) -> str:
     """A method's name with what it keeps."""
     sinks, window = arguments["n_sink_tokens"], arguments["window"]
-    own = {"rope": "full, plain RoPE", "sliding": f"sliding, {window} keys", "streaming": f"streaming, {sinks} + {window}"}
-    return own.get(method, method)
+    own = {"sliding": f"sliding, {window} keys", "streaming": f"streaming, {sinks} + {window}"}
+    return "full, plain RoPE" if method == "rope" else own.get(method, method)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def main(
     from lit_swa.checks import check_range
     from lit_swa.data import check_tokens
     from lit_swa.formats.download import download_checkpoint
+    from lit_swa.plots import tell_without_matplotlib
     from lit_swa.utils import describe_machine, pick_device
 
     chosen = list(METHODS) if methods is None else methods
@@ -87,6 +88,7 @@ def main(
         check_range(argument, value, least)
     if not lengths or max(lengths) > context:
         raise ValueError(f"lengths={lengths} does not fit: give lengths of at most the context of {context} tokens.")
+    tell_without_matplotlib(output)
     tokens = evaluate.read_tokens(eval_data, checkpoint_dir, config.vocab_size, max_eval_tokens)
     cuts = {n: evaluate.full_windows(len(tokens), n, n, "all", data=eval_data) for n in dict.fromkeys(lengths)}
     scaling = {"type": "linear", "factor": float(max(1, math.ceil(context / config.block_size)))}
@@ -238,10 +240,9 @@ def draw(plt, result: dict[str, Any]):
     steps = f"{training['max_steps']} steps of {training['batch_size']} rows at a rate of {training['learning_rate']:g}"
     factor = f"positions divided by {fields['rope_scaling']['factor']:g}"
     texts = names_of(argument_of(result["command"], "eval_data"))
-    figure.suptitle(
-        f"{Path(training['checkpoint_dir']).name} extended to {short_count(training['max_seq_length'])} tokens, {factor}:"
-        f" one run of {steps} each way\nperplexity of {texts}, lower is better", fontsize=11
-    )  # fmt: skip
+    model = f"{Path(training['checkpoint_dir']).name} extended to {short_count(training['max_seq_length'])} tokens"
+    title = f"{model}, {factor}: one run of {steps} each way\nperplexity of {texts}, lower is better"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -264,9 +265,9 @@ def draw_perplexities(axes: list[Any], rows: list[dict[str, Any]]) -> None:
 
     lengths = sorted(map(int, rows[0]["ppl"]))
     for axis, trained in zip(axes, (True, False), strict=False):
-        here = [row for row in rows if ("loss" in row) == trained] if len(axes) == 2 else rows
-        for row in here:
-            axis.plot(lengths, [row["ppl"][str(n)] for n in lengths], **look(row["method"]), label=explain(row["method"]))
+        for row in [row for row in rows if len(axes) == 1 or ("loss" in row) == trained]:
+            style = look(row["method"]) | {"label": explain(row["method"])}
+            axis.plot(lengths, [row["ppl"][str(n)] for n in lengths], **style)
         axis.set(xscale="log", ylabel="perplexity" if trained else "")
         axis.set_xticks(lengths, map(short_count, lengths) if trained else [])
         axis.minorticks_off()
@@ -276,9 +277,9 @@ def draw_perplexities(axes: list[Any], rows: list[dict[str, Any]]) -> None:
     axes[0].set_xlabel("length of the windows, tokens")
     axes[-1].set_title("perplexity with full attention")
     for axis, trained in zip(axes, (True, False), strict=False):
-        here = [row for row in rows if ("loss" in row) == trained] if len(axes) == 2 else rows
-        ends = [(lengths[-1], row["ppl"][str(lengths[-1])], row["method"], look(row["method"])["color"]) for row in here]
-        label_ends(axis, ends)
+        here = [row for row in rows if len(axes) == 1 or ("loss" in row) == trained]
+        ends = {row["method"]: row["ppl"][str(lengths[-1])] for row in here}
+        label_ends(axis, [(lengths[-1], ppl, name, look(name)["color"]) for name, ppl in ends.items()])
 
 
 TRAINED = {"": "LoRA on q, k, v, o", "norm": "LoRA and norms", "embed": "LoRA and embeddings"}
@@ -290,19 +291,25 @@ def explain(method: str) -> str:
     trained, fields = METHODS[method]
     if trained is None:
         return f"{method}: positions divided, nothing else"
-    seen = {(): "full attention", tuple(S2): "shifted groups (S2-Attn)"}.get(tuple(fields), "groups that are not shifted")
+    seen = (
+        "full attention"
+        if not fields
+        else "shifted groups (S2-Attn)"
+        if fields == S2
+        else "groups that are not shifted"
+    )
     return f"{method}: {TRAINED.get(trained, 'all weights')}, {seen}"
 
 
 def look(method: str) -> dict[str, Any]:
     """All ways to train LoRA have one colour."""
-    from lit_swa.plots import style_of
+    from lit_swa.plots import DASHES, style_of
 
     name, _, extra = method.partition(" lora")
     if " lora" not in method:
         return style_of({"untrained": "linear"}.get(name, name)).of_line() | {"markersize": 6}
     n = ["", "+norm", "+embed", "+norm+embed"].index(extra)
-    return {"color": style_of("lora").colour, "marker": "os^D"[n], "linestyle": ("-", "--", ":", "-.")[n], "markersize": 6}
+    return {"color": style_of("lora").colour, "marker": "os^D"[n], "linestyle": DASHES[n], "markersize": 6}
 
 
 if __name__ == "__main__":

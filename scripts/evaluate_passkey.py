@@ -49,7 +49,7 @@ def main(
     from lit_swa.evaluate import Results, weights_identity
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.passkey import accuracy_rows, plan_trials, spread_depths
-    from lit_swa.plots import save_picture
+    from lit_swa.plots import save_picture, tell_without_matplotlib
     from lit_swa.texts import read_text
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
@@ -57,6 +57,7 @@ def main(
     dtype = pick_dtype(dtype, device)
     lengths = sorted(set([1024, 2048, 4096] if lengths is None else lengths))
     depths = check_arguments(task, lengths, depths, trials, max_new_tokens, output)
+    tell_without_matplotlib(output)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
     text = "" if haystack is None else read_text(haystack)
@@ -77,9 +78,9 @@ def main(
         content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
         content |= {"accuracy": accuracy_rows(parts), "trials": parts}
         results.finish(content)
-    save_picture(output.with_suffix(".png"), lambda plt: draw(plt, {"arguments": results.arguments} | content))
+    drawn = save_picture(output.with_suffix(".png"), lambda plt: draw(plt, {"arguments": results.arguments} | content))
     print("\n".join(table_of(content["accuracy"])))
-    print(f"results: {output}, picture: {output.with_suffix('.png')}", file=sys.stderr)
+    print(f"results: {output}" + f", picture: {output.with_suffix('.png')}" * drawn, file=sys.stderr)
 
 
 def check_arguments(

@@ -54,7 +54,7 @@ def main(
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.evaluate import Results, weights_identity
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.plots import save_picture
+    from lit_swa.plots import save_picture, tell_without_matplotlib
     from lit_swa.texts import read_questions
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
@@ -62,6 +62,8 @@ def main(
     dtype = pick_dtype(dtype, device)
     given = {"max_tokens": max_tokens, "chunk_size": chunk_size, "bucket_size": bucket_size, "max_gen": max_gen}
     settings = check_settings(data, chat, given, output)
+    if data is not None:
+        tell_without_matplotlib(output)
     questions = [] if chat is None else read_questions(chat)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
@@ -292,7 +294,7 @@ def draw(plt, result: dict[str, Any]):
         token_axis(axis, result["text_tokens"])
         axis.set_xlabel("position in the text, tokens")
         axis.grid(alpha=0.3)
-    axes[0].set(title="what the cache costs: lower is better", ylabel=f"perplexity, mean of {a['bucket_size']} positions")
+    axes[0].set(title="perplexity: lower is better", ylabel=f"perplexity, mean of {a['bucket_size']} positions")
     log_axis(axes[0])
     fed = "one at a time" if a["chunk_size"] == 1 else f"{a['chunk_size']} at a time"
     axes[1].set(title=f"time, tokens fed {fed}", ylabel="milliseconds per token")

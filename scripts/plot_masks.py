@@ -11,9 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 if TYPE_CHECKING:
     from lit_swa import Config
 
-UNSEEN, HELD, NEW = "#F0F0F0", "#BBD7EA", "#E69F00"
-PARTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
-LINES = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00")
+UNSEEN = "#F0F0F0"
 TITLES = {  # of what the fields of a config make
     "sliding": "sliding, S = {sliding_window_size}",
     "streaming": "streaming, {n_sink_tokens} sinks, S = {sliding_window_size}",
@@ -58,8 +56,9 @@ def main(
     if min(tokens, cache_window) < 1 or max(tokens, cache_window) > 100:
         raise ValueError("tokens and cache_window must be between 1 and 100.")
     from lit_swa.formats.files import write_json
-    from lit_swa.plots import save_picture
+    from lit_swa.plots import require_matplotlib, save_picture
 
+    require_matplotlib()
     fields = {
         "sliding_window_size": window,
         "n_sink_tokens": sinks,
@@ -69,21 +68,19 @@ def main(
         "s2_group_size": group,
     }
     (masks, distances), history, stretches = all_grids(tokens, fields), cache_history(cache_window), rope_stretches()
+    command, sizes = {"command": "python " + shlex.join(sys.argv)}, {"tokens": tokens, "fields": fields}
     mask_records = {name: mask_record(grid) for name, grid in masks.items()}
     distance_records = {name: distance_record(grid) for name, grid in distances.items()}
-    sizes = {"tokens": tokens, "fields": fields}
-    for name, draw, content in (
-        (
-            "masks",
-            lambda plt: draw_masks(plt, masks, history),
-            sizes | {"masks": mask_records, "cache_window": cache_window, "cache": history},
-        ),
-        ("distances", lambda plt: draw_distances(plt, distances), sizes | {"distances": distance_records}),
-        ("rope_scalings", lambda plt: draw_stretches(plt, stretches), stretches),
-    ):
-        if save_picture(output_dir / f"{name}.png", draw):
-            print(output_dir / f"{name}.png")
-        write_json(output_dir / f"{name}.json", {"command": "python " + shlex.join(sys.argv)} | content)
+    contents = {
+        "masks": sizes | {"masks": mask_records, "cache_window": cache_window, "cache": history},
+        "distances": sizes | {"distances": distance_records},
+        "rope_scalings": stretches,
+    }
+    for name, content in contents.items():
+        content = command | content
+        save_picture(output_dir / f"{name}.png", lambda plt, content=content: draw(plt, content))
+        write_json(output_dir / f"{name}.json", content)
+        print(output_dir / f"{name}.png")
 
 
 # -------------------------------------------------------------------------------------------------- from the model
@@ -231,32 +228,45 @@ def greatest(grid: Grid) -> float:
 # ------------------------------------------------------------------------------------------------------- drawing
 
 
-def draw_masks(plt: Any, grids: dict[str, Grid], history: list[dict[str, Any]]) -> Any:
+def draw(plt: Any, content: dict[str, Any]) -> Any:
+    """The picture of one of the three JSON files."""
+    if "masks" in content:
+        return draw_masks(plt, content["masks"], content["cache"])
+    return draw_distances(plt, content["distances"]) if "distances" in content else draw_stretches(plt, content)
+
+
+def draw_masks(plt: Any, masks: dict[str, dict[str, Any]], history: list[dict[str, Any]]) -> Any:
     """Two rows of masks, and the cache on their right."""
-    columns = math.ceil(len(grids) / 2)
-    figure = plt.figure(figsize=(2.75 * columns + 4.4, 6.4), layout="constrained")
+    columns = math.ceil(len(masks) / 2)
+    figure = plt.figure(figsize=(2.75 * columns + 4.4, 6.7), layout="constrained")
     places = figure.add_gridspec(2, columns + 1, width_ratios=[1] * columns + [1.5])
-    for n, grid in enumerate(grids.values()):
-        draw_mask(figure.add_subplot(places[n // columns, n % columns]), grid, n % columns == 0, n >= columns)
+    for n, (name, mask) in enumerate(masks.items()):
+        axis = figure.add_subplot(places[n // columns, n % columns])
+        draw_mask(axis, name, mask)
+        label_grid(axis, mask["title"], len(mask["rows"]), n % columns == 0, n >= columns)
     draw_cache(figure.add_subplot(places[:, columns]), history)
+    figure.suptitle("the keys that each query attends to (coloured), made by the model's own functions", fontsize=12)
     return figure
 
 
-def draw_mask(axis: Any, grid: Grid, first_column: bool, last_row: bool) -> None:
+def draw_mask(axis: Any, name: str, mask: dict[str, Any]) -> None:
+    """In the colour of the variant, its parts in shades of it."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    colours = [PARTS[n % len(PARTS)] for n in range(len(grid.names))]
-    axis.imshow(grid.part, cmap=ListedColormap([UNSEEN, *colours]), vmin=0, vmax=len(colours))
-    frame_grid(axis, grid, first_column, last_row)
-    if len(grid.names) > 1:
-        patches = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, grid.names, strict=True)]
+    from lit_swa.plots import shades, style_of
+
+    names = list(mask["parts"].values())
+    colours = shades(style_of(name.split()[0]).colour, len(names))
+    parts = [[0 if part == "." else int(part) for part in row] for row in mask["rows"]]
+    axis.imshow(parts, cmap=ListedColormap([UNSEEN, *colours]), vmin=0, vmax=len(colours))
+    if len(names) > 1:
+        patches = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, names, strict=True)]
         axis.legend(handles=patches, loc="upper right", fontsize=9, frameon=False, handlelength=1, borderpad=0)
 
 
-def frame_grid(axis: Any, grid: Grid, first_column: bool, last_row: bool) -> None:
-    n = len(grid.part)
-    axis.set_title(grid.title, fontsize=11)
+def label_grid(axis: Any, title: str, n: int, first_column: bool, last_row: bool) -> None:
+    axis.set_title(title, fontsize=11)
     axis.set(xticks=range(0, n, 5), yticks=range(0, n, 5))
     axis.set_xlabel("key position" if last_row else "")
     axis.set_ylabel("query position" if first_column else "")
@@ -269,63 +279,75 @@ def frame_grid(axis: Any, grid: Grid, first_column: bool, last_row: bool) -> Non
 def draw_cache(axis: Any, history: list[dict[str, Any]]) -> None:
     from matplotlib.patches import Rectangle
 
+    from lit_swa.plots import shades, style_of
+
+    new, held = shades(style_of("sliding").colour, 2)
     n_slots = len(history[0]["slots"])
     for row, step in enumerate(history):
         for slot, position in enumerate(step["slots"]):
-            face = NEW if position == step["position"] else UNSEEN if position < 0 else HELD
+            is_new = position == step["position"]
+            face = new if is_new else UNSEEN if position < 0 else held
             axis.add_patch(Rectangle((slot, row), 1, 1, facecolor=face, edgecolor="white"))
             text = str(position) if position >= 0 else ""
-            axis.text(slot + 0.5, row + 0.5, text, ha="center", va="center", fontsize=10)
+            colour = "white" if is_new else "black"
+            axis.text(slot + 0.5, row + 0.5, text, ha="center", va="center", fontsize=10, color=colour)
         start, stop = step["read"]
         frame = {"fill": False, "edgecolor": "black", "linewidth": 1.6}
         axis.add_patch(Rectangle((start + 0.04, row + 0.06), stop - start - 0.08, 0.88, **frame))
     axis.axvline(n_slots / 2, color="black", linestyle=":", linewidth=1)
-    title = f"rolling cache, S = {n_slots // 2}: positions in its {n_slots} slots\n(orange: written now, frame: read)"
+    title = f"rolling cache, S = {n_slots // 2}: positions in its {n_slots} slots\n(dark: written now, framed: read)"
     axis.set_title(title, fontsize=11)
-    axis.set(xlim=(0, n_slots), ylim=(len(history), 0), xlabel="slot", ylabel="token just fed")
+    axis.set(xlim=(0, n_slots), ylim=(len(history), 0), xlabel="slot", ylabel="position of the token just fed")
     axis.set_xticks([s + 0.5 for s in range(n_slots)], range(n_slots))
     axis.set_yticks([r + 0.5 for r in range(len(history))], [step["position"] for step in history])
     axis.tick_params(length=0)
 
 
-def draw_distances(plt: Any, grids: dict[str, Grid]) -> Any:
+def draw_distances(plt: Any, records: dict[str, dict[str, Any]]) -> Any:
     """Two rows of grids, coloured by distance on one scale."""
-    columns = math.ceil(len(grids) / 2)
+    columns = math.ceil(len(records) / 2)
     figure, axes = plt.subplots(2, columns, figsize=(3.0 * columns + 0.6, 6.6), layout="constrained", squeeze=False)
-    most = max(greatest(grid) for grid in grids.values())
-    for n, grid in enumerate(grids.values()):
-        axis = axes[n // columns, n % columns]
-        image = axis.imshow(grid.distance, cmap="cividis", vmin=0, vmax=max(1, most))
-        grid = grid._replace(title=f"{grid.title}\ngreatest distance {greatest(grid):g}")
-        frame_grid(axis, grid, n % columns == 0, n >= columns)
+    most = max(record["greatest"] for record in records.values())
+    for n, record in enumerate(records.values()):
+        axis, rows = axes[n // columns, n % columns], [row.split() for row in record["rows"]]
+        numbers = [[math.nan if d == "." else float(d) for d in row] for row in rows]
+        image = axis.imshow(numbers, cmap="cividis", vmin=0, vmax=max(1, most))
+        title = f"{record['title']}\ngreatest distance {record['greatest']:g}"
+        label_grid(axis, title, len(rows), n % columns == 0, n >= columns)
         axis.set_facecolor(UNSEEN)
-        if len(grid.part) <= 24:
-            write_numbers(axis, grid, most)
-    for axis in axes.flat[len(grids) :]:
+        if len(rows) <= 24:
+            write_numbers(axis, rows, most)
+    for axis in axes.flat[len(records) :]:
         axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label="query's position minus key's, as RoPE rotates them", shrink=0.6)
+    figure.colorbar(image, ax=axes, label="distance: query's position minus key's, as RoPE rotates them", shrink=0.8)
     return figure
 
 
-def write_numbers(axis: Any, grid: Grid, most: float) -> None:
-    for i, row in enumerate(grid.distance):
-        for j, d in enumerate(row):
-            if not math.isnan(d) and len(text := f"{d:g}") <= 2:  # halves do not fit
-                colour = "black" if d > 0.55 * most else "white"
+def write_numbers(axis: Any, rows: list[list[str]], most: float) -> None:
+    for i, row in enumerate(rows):
+        for j, text in enumerate(row):
+            if text != "." and len(text) <= 2:  # halves do not fit
+                colour = "black" if float(text) > 0.5 * most else "white"
                 axis.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
 
 
 def draw_stretches(plt: Any, content: dict[str, Any]) -> Any:
-    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    styles = ("-", "--", "-", "-.", ":")
-    for n, (name, stretch) in enumerate(content["stretch"].items()):
-        axis.plot(content["wavelengths"], stretch, styles[n], color=LINES[n], label=name, linewidth=2)
+    from lit_swa.plots import log_axis, short_count, style_of
+
+    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    for name, stretch in content["stretch"].items():
+        style = style_of(name.partition(",")[0])
+        wide = {"linewidth": 5, "alpha": 0.5} if name == "linear" else {"linewidth": 2}  # others end on it
+        axis.plot(content["wavelengths"], stretch, style.line, color=style.colour, label=name, **wide)
     axis.axvline(content["trained_length"], color="grey", linewidth=1)
-    axis.text(content["trained_length"] * 1.1, 14, "trained length", color="dimgrey", va="top")
-    axis.set(xscale="log", yscale="log", xlabel="wavelength before scaling, in tokens", ylabel="frequency divided by")
+    axis.set_xscale("log")
+    axis.set(xlabel="wavelength of a pair of dimensions before scaling, tokens", ylabel="its frequency is divided by")
+    log_axis(axis)
     axis.set_yticks([1, 2, 4, 8, 13], ["1", "2", "4", "8", "13"])
     axis.minorticks_off()
-    axis.set_title(f"RoPE scalings by {content['factor']:g}, frequencies of {content['model']}", fontsize=11)
+    top = {"transform": axis.get_xaxis_transform(), "va": "top", "color": "dimgrey"}
+    axis.text(content["trained_length"], 0.98, f" trained length, {short_count(content['trained_length'])}", **top)
+    axis.set_title(f"RoPE scalings by {content['factor']:g} of the frequencies of {content['model']}", fontsize=11)
     axis.legend(frameon=False, loc="upper left")
     return figure
 

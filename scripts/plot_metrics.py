@@ -3,6 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
@@ -21,45 +22,115 @@ def main(
     """
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
-    from lit_swa.plots import save_picture
-    from lit_swa.training.log import read_metrics
-    from lit_swa.training.saving import read_record
+    from lit_swa.plots import require_matplotlib, save_picture
 
+    require_matplotlib()
     if x not in ("step", "tokens", "seconds"):
         raise ValueError(f"x={x!r} does not fit: choose from step, tokens, seconds.")
     check_range("smooth", smooth, 1)
-    read = {run.name: read_metrics(run) for run in runs}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(output, lambda plt: draw(plt, read, x, smooth, log))
-    result = {"command": "python " + shlex.join(sys.argv), "runs": {}}
-    for run in runs:
-        metrics = {key: [None if y != y else y for y in values] for key, values in read[run.name].items()}
-        result["runs"][run.name] = {**read_record(run), "metrics": metrics}
+    if output.suffix == ".json":
+        raise ValueError(f"output={output} is where the figures would go: give a name that ends in .png.")
+    result = {"command": "python " + shlex.join(sys.argv), "axes": {"x": x, "smooth": smooth, "log": log}}
+    result["runs"] = read_runs(runs)
+    save_picture(output, lambda plt: draw(plt, result))
     write_json(output.with_suffix(".json"), result)
     print(output)
 
 
-def draw(plt, runs: dict[str, dict[str, list[float]]], x: str, smooth: int, log: bool):
+def read_runs(runs: list[Path]) -> dict[str, dict[str, Any]]:
+    """Metrics of each run and how it was started, by the name of its directory, or its path if two have one name."""
+    from lit_swa.training.log import read_metrics
+    from lit_swa.training.saving import read_record
+
+    names = [run.resolve().name for run in runs]
+    read = {}
+    for run, name in zip(runs, names, strict=True):
+        metrics = {key: [None if y != y else y for y in values] for key, values in read_metrics(run).items()}
+        read[name if names.count(name) == 1 else str(run)] = {**read_record(run), "metrics": metrics}
+    return read
+
+
+def draw(plt, result: dict[str, Any]):
     """Training loss on the left, validation loss on the right."""
+    from lit_swa.plots import log_axis
+
+    options = {"x": "step", "smooth": 10, "log": False} | result.get("axes", {})
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    for name, (style, label) in styles_of(result["runs"]).items():
+        columns = result["runs"][name]["metrics"]
+        for axis, key in zip(axes, ("loss", "val_loss"), strict=True):
+            if points := points_of(columns, key, options):
+                marks = {"markevery": max(1, len(points) // 6), "markersize": 5} if key == "loss" else {}
+                axis.plot(*zip(*points, strict=True), label=label, **style, **marks)
+    units = {"step": "optimiser step", "tokens": "tokens read", "seconds": "seconds"}
+    titles = (f"training loss, mean of {options['smooth']} steps", "validation loss")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(xlabel=units[options["x"]], title=title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss, nats per token")
+    axes[1].tick_params(labelleft=True)
+    if options["log"]:
+        log_axis(axes[0])
+    handles = axes[0].get_legend_handles_labels()
+    columns = 1 if len(handles[0]) == 1 else 2 if len(handles[0]) < 5 else 3
+    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    figure.suptitle(title_of(result["runs"]), fontsize=11)
+    return figure
+
+
+def points_of(columns: dict[str, list], key: str, options: dict[str, Any]) -> list[tuple[float, float]]:
+    """The places where this loss was measured and its values, those of training as a running mean."""
     import itertools
 
     from lit_swa.plots import running_mean
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, columns in runs.items():
-        places = list(itertools.accumulate(columns[x])) if x == "seconds" else columns[x]
-        for axis, key in zip(axes, ("loss", "val_loss"), strict=True):
-            points = [(p, y) for p, y in zip(places, columns[key], strict=True) if y == y]  # NaN: not measured there
-            if key == "loss":
-                means = running_mean([y for _, y in points], smooth)
-                points = [(p, y) for (p, _), y in zip(points, means, strict=True)]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o" if key == "val_loss" else None, label=name)
-    for axis, title in zip(axes, (f"training loss, mean of {smooth} steps", "validation loss"), strict=True):
-        axis.set(xlabel=x, title=title, yscale="log" if log else "linear")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    return figure
+    places = [place or 0 for place in columns[options["x"]]]
+    places = list(itertools.accumulate(places)) if options["x"] == "seconds" else places
+    points = [(place, y) for place, y in zip(places, columns[key], strict=True) if y is not None]
+    if key == "val_loss":
+        return points
+    means = running_mean([y for _, y in points], options["smooth"])
+    return [(place, mean) for (place, _), mean in zip(points, means, strict=True)]
+
+
+def styles_of(runs: dict[str, dict[str, Any]]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Line and label of each run. The colour is that of the method; several runs of one method differ in their lines,
+    and more than four in their colours too."""
+    from lit_swa.plots import DASHES, style_of
+
+    styles, seen = {}, {}
+    for name, run in runs.items():
+        method = method_of(run, name)
+        n = seen[method] = seen.get(method, -1) + 1
+        style = style_of(method if n < len(DASHES) else name).of_line()
+        if n:
+            style |= {"linestyle": DASHES[n % len(DASHES)], "marker": "os^D"[n % 4]}
+        rates = [rate for rate in run["metrics"]["learning_rate"] if rate]
+        terms = {"full": "all weights", "lora": "LoRA", "adapter": "LLaMA-Adapter", "adapter_v2": "LLaMA-Adapter v2"}
+        words = [terms.get(method, method)] + [f"highest rate {max(rates):.3g}"] * bool(rates)
+        styles[name] = style, f"{name}: {', '.join(words)}"
+    return styles
+
+
+def method_of(run: dict[str, Any], name: str) -> str:
+    """What was trained, as the command says: lora, adapter, adapter_v2 or full; else the run's name."""
+    from lit_swa.plots import argument_of
+
+    command = run.get("command") or ""
+    method = next((word.removesuffix(".py") for word in ("lora.py", "adapter.py", "full.py") if word in command), name)
+    return "adapter_v2" if method == "adapter" and argument_of(command, "version") == "2" else method
+
+
+def title_of(runs: dict[str, dict[str, Any]]) -> str:
+    """The model and the data of the runs."""
+    from lit_swa.formats.download import DEFAULT_REPO
+    from lit_swa.plots import argument_of, names_of
+
+    commands = [run["command"] for run in runs.values() if run.get("command")]
+    models = dict.fromkeys(Path(argument_of(c, "checkpoint_dir") or DEFAULT_REPO).name for c in commands)
+    data = dict.fromkeys(names_of(argument_of(c, "data")) for c in commands)
+    what = f"{', '.join(models)} finetuned on {', '.join(data)}: " if commands else ""
+    return f"{what}one run each" if len(runs) > 1 else f"{what}one run"
 
 
 if __name__ == "__main__":
