@@ -171,10 +171,20 @@ def require_matplotlib() -> None:
         raise ValueError(f"{MISSING[0].upper()}{MISSING[1:]}.")
 
 
-def tell_without_matplotlib(output: Path) -> None:
-    """For a script that measures, before it does: that results will have no picture, and how to draw it later."""
+def check_output(output: Path) -> None:
+    """For a script that measures, before it does: refuses a name of results that their picture would take, and says so
+    when there will be no picture. Raises ValueError."""
+    if output.suffix == ".png":
+        raise ValueError(f"output={output} is where the picture would go: give a name that ends in .json.")
     if not has_matplotlib():
         print(f"{MISSING} (now, or later for: python scripts/redraw.py --results {output})", file=sys.stderr)
+
+
+def draw_results(output: Path, draw: Callable[[Any], Any]) -> None:
+    """The picture of results, next to their file; says on stderr where both are."""
+    picture = output.with_suffix(".png")
+    drawn = save_picture(picture, draw)
+    print(f"results: {output}" + (f", picture: {picture}" if drawn else ""), file=sys.stderr)
 
 
 def save_picture(path: Path, draw: Callable[[Any], Any]) -> bool:

@@ -57,7 +57,7 @@ def main(
     import torch
 
     from lit_swa.formats.files import write_json
-    from lit_swa.plots import save_picture, tell_without_matplotlib
+    from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
@@ -71,7 +71,7 @@ def main(
     lengths = lengths or ([8192, 32768, 65536, 131072] if cuda else [1024, 2048, 4096, 8192])
     if min(lengths) < 2 or repeats < 1:
         raise ValueError("lengths must be at least 2 and repeats at least 1.")
-    tell_without_matplotlib(output)
+    check_output(output)
     rows: list[dict] = []
     slow: set[str] = set()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +83,7 @@ def main(
             rows.append(row)
             report(row)
         write_json(output, result)  # a length that is done is kept
-        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, result))
-    print(f"written to {output}", file=sys.stderr)
+    draw_results(output, lambda plt: draw(plt, result))
 
 
 def measure_length(

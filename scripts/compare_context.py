@@ -67,7 +67,7 @@ def main(
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.plots import tell_without_matplotlib
+    from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import pick_device, pick_dtype
 
     device = pick_device(device)
@@ -82,7 +82,7 @@ def main(
     evaluate.check_at_least(
         trained_length=(trained, 1), window=(window, 1), last=(last, 1), chunk_size=(chunk_size or 0, 0)
     )
-    tell_without_matplotlib(output)
+    check_output(output)
     setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
     chosen = choose_methods(methods, custom or {})
     tokens = evaluate.read_tokens(data, checkpoint_dir, config.vocab_size, max_tokens)
@@ -103,7 +103,8 @@ def main(
         finished = run(results, arguments, chosen, setup, tokens, cuts)
     else:
         print(f"{output} holds the results of these arguments already", file=sys.stderr)
-    report(finished, output.with_suffix(".png"))
+    report(finished)
+    draw_results(output, lambda plt: draw(plt, finished))
 
 
 # ---------------------------------------------------------------------------------------------------------- the methods
@@ -265,10 +266,8 @@ def summarize(parts: list[dict[str, Any]], cut, last: int) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- the answer
 
 
-def report(result: dict[str, Any], picture: Path) -> None:
-    """The tables on stdout, and the picture."""
-    from lit_swa.plots import save_picture
-
+def report(result: dict[str, Any]) -> None:
+    """The tables on stdout."""
     last = result["arguments"]["last"]
     print(table(result["rows"], f"perplexity of the last {last} tokens", "last_ppl"))
     print()
@@ -279,7 +278,6 @@ def report(result: dict[str, Any], picture: Path) -> None:
             reasons.setdefault((row["method"], row["error"]), []).append(str(row["length"]))
     for (method, reason), lengths in reasons.items():
         print(f"\n{method} fails at {', '.join(lengths)}: {reason}")
-    save_picture(picture, lambda plt: draw(plt, result))
 
 
 def table(rows: list[dict[str, Any]], title: str, figure: str) -> str:
@@ -306,7 +304,7 @@ def draw(plt, result: dict[str, Any]):
     )  # fmt: skip
     for axis, (length, curves) in zip(axes[0], shown.items(), strict=False):
         for row in curves:
-            draw_curve(axis, row)
+            draw_curve(axis, row, term(row["method"], a))
         token_axis(axis, length)
         axis.set(title=f"windows of {short_count(length)} tokens", xlabel="position in the window, tokens")
         axis.grid(alpha=0.3)
@@ -355,7 +353,7 @@ def notes_of(result: dict[str, Any], by_length: dict[int, list], shown: dict[int
     return " ".join(notes + ([f"Not readable: {', '.join(failed)}."] if failed else []))
 
 
-def draw_curve(axis, row: dict[str, Any]) -> None:
+def draw_curve(axis, row: dict[str, Any], label: str) -> None:
     """The curve of one method at one length, each point in the middle of its positions."""
     from lit_swa.plots import style_of
 
@@ -363,7 +361,7 @@ def draw_curve(axis, row: dict[str, Any]) -> None:
     style: dict[str, Any] = style_of(STYLES.get(row["method"], row["method"])).of_line()
     # What takes every key and scales RoPE begins as plain RoPE does, which is drawn wide, for it to be seen behind.
     style |= {"linewidth": 3.5 if row["method"] == "rope" else 1.5, "markersize": 5}
-    axis.plot(middles, row["buckets"].values(), markevery=max(1, len(middles) // 8), **style)
+    axis.plot(middles, row["buckets"].values(), markevery=max(1, len(middles) // 8), label=label, **style)
 
 
 def label_curves(axes, shown: dict[int, list[dict[str, Any]]], arguments: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def main(
     from lit_swa.checks import check_range
     from lit_swa.data import check_tokens
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.plots import tell_without_matplotlib
+    from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_machine, pick_device
 
     chosen = list(METHODS) if methods is None else methods
@@ -88,7 +88,7 @@ def main(
         check_range(argument, value, least)
     if not lengths or max(lengths) > context:
         raise ValueError(f"lengths={lengths} does not fit: give lengths of at most the context of {context} tokens.")
-    tell_without_matplotlib(output)
+    check_output(output)
     tokens = evaluate.read_tokens(eval_data, checkpoint_dir, config.vocab_size, max_eval_tokens)
     cuts = {n: evaluate.full_windows(len(tokens), n, n, "all", data=eval_data) for n in dict.fromkeys(lengths)}
     scaling = {"type": "linear", "factor": float(max(1, math.ceil(context / config.block_size)))}
@@ -116,7 +116,8 @@ def main(
         finished = {"command": command, "machine": machine, "rows": rows}
         results.finish(finished)
         finished["arguments"] = results.arguments
-    report(finished, output.with_suffix(".png"))
+    report(finished)
+    draw_results(output, lambda plt: draw(plt, finished))
 
 
 def measure(
@@ -205,10 +206,8 @@ def read(model, tokens, cut, device: str) -> float:
     return cut.summary(sums)["ppl"]
 
 
-def report(result: dict[str, Any], picture: Path) -> None:
-    """The table on stdout, and the picture."""
-    from lit_swa.plots import save_picture
-
+def report(result: dict[str, Any]) -> None:
+    """The table on stdout."""
     lengths = [str(n) for n in sorted(result["arguments"]["lengths"])]
     print("| | " + " | ".join(lengths) + " | tokens / s | memory |\n| --- |" + " ---: |" * (len(lengths) + 2))
     for row in result["rows"]:
@@ -216,7 +215,6 @@ def report(result: dict[str, Any], picture: Path) -> None:
         cells.append(f"{row['tok_s']:,.0f}" if "tok_s" in row else "")
         cells.append(row.get("memory", ""))
         print(f"| {row['method']} | " + " | ".join(cells) + " |")
-    save_picture(picture, lambda plt: draw(plt, result))
 
 
 def draw(plt, result: dict[str, Any]):

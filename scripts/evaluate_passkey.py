@@ -49,15 +49,15 @@ def main(
     from lit_swa.evaluate import Results, weights_identity
     from lit_swa.formats.download import download_checkpoint
     from lit_swa.passkey import accuracy_rows, plan_trials, spread_depths
-    from lit_swa.plots import save_picture, tell_without_matplotlib
+    from lit_swa.plots import check_output, draw_results
     from lit_swa.texts import read_text
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     lengths = sorted(set([1024, 2048, 4096] if lengths is None else lengths))
-    depths = check_arguments(task, lengths, depths, trials, max_new_tokens, output)
-    tell_without_matplotlib(output)
+    depths = check_arguments(task, lengths, depths, trials, max_new_tokens)
+    check_output(output)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
     text = "" if haystack is None else read_text(haystack)
@@ -78,14 +78,11 @@ def main(
         content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
         content |= {"accuracy": accuracy_rows(parts), "trials": parts}
         results.finish(content)
-    drawn = save_picture(output.with_suffix(".png"), lambda plt: draw(plt, {"arguments": results.arguments} | content))
     print("\n".join(table_of(content["accuracy"])))
-    print(f"results: {output}" + f", picture: {output.with_suffix('.png')}" * drawn, file=sys.stderr)
+    draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
 
 
-def check_arguments(
-    task: str, lengths: list[int], depths: int | None, trials: int, max_new_tokens: int, output: Path
-) -> int | None:
+def check_arguments(task: str, lengths: list[int], depths: int | None, trials: int, max_new_tokens: int) -> int | None:
     """The number of depths, with its default. Raises ValueError for what does not fit, before a model is loaded."""
     from lit_swa.checks import check_range
 
@@ -98,8 +95,6 @@ def check_arguments(
     for name, value in values.items():
         if value is not None:
             check_range(name, value, 1)
-    if output.suffix == ".png":
-        raise ValueError(f"output={output} is where the picture would go: give a name that ends in .json.")
     return depths
 
 

@@ -54,16 +54,16 @@ def main(
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.evaluate import Results, weights_identity
     from lit_swa.formats.download import download_checkpoint
-    from lit_swa.plots import save_picture, tell_without_matplotlib
+    from lit_swa.plots import check_output, draw_results
     from lit_swa.texts import read_questions
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     given = {"max_tokens": max_tokens, "chunk_size": chunk_size, "bucket_size": bucket_size, "max_gen": max_gen}
-    settings = check_settings(data, chat, given, output)
+    settings = check_settings(data, chat, given)
     if data is not None:
-        tell_without_matplotlib(output)
+        check_output(output)
     questions = [] if chat is None else read_questions(chat)
     checkpoint_dir = checkpoint_dir or download_checkpoint()
     check_checkpoint_dir(checkpoint_dir)
@@ -85,20 +85,19 @@ def main(
         content = finished
         for part in content.get("answers", []):
             print_answer(part)
-    if data is not None:
-        save_picture(output.with_suffix(".png"), lambda plt: draw(plt, {"arguments": results.arguments} | content))
-        print("\n".join(table_of(content["methods"])))
-    print(f"results: {output}", file=sys.stderr)
+    if data is None:
+        print(f"results: {output}", file=sys.stderr)
+        return
+    print("\n".join(table_of(content["methods"])))
+    draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
 
 
-def check_settings(data: Path | None, chat: Path | None, given: dict[str, int | None], output: Path) -> dict[str, int]:
+def check_settings(data: Path | None, chat: Path | None, given: dict[str, int | None]) -> dict[str, int]:
     """The settings of a text or of a chat, with their defaults. Raises ValueError for one that does not fit."""
     from lit_swa.checks import check_range
 
     if (data is None) == (chat is None):
         raise ValueError("Give a text with --data FILE.txt, or questions with --chat FILE.jsonl: one of the two.")
-    if output.suffix == ".png":
-        raise ValueError(f"output={output} is where the picture would go: give a name that ends in .json.")
     defaults = {"max_gen": 256} if data is None else {"max_tokens": 16384, "chunk_size": 1, "bucket_size": 512}
     for name, value in given.items():
         if value is not None and name not in defaults:

@@ -270,10 +270,11 @@ def label_grid(axis: Any, title: str, n: int, first_column: bool, last_row: bool
     axis.set(xticks=range(0, n, 5), yticks=range(0, n, 5))
     axis.set_xlabel("key position" if last_row else "")
     axis.set_ylabel("query position" if first_column else "")
-    axis.set_xticks([i - 0.5 for i in range(1, n)], minor=True)
-    axis.set_yticks([i - 0.5 for i in range(1, n)], minor=True)
-    axis.grid(which="minor", color="white", linewidth=0.8)
-    axis.tick_params(which="both", length=0)
+    borders, ends = [i - 0.5 for i in range(1, n)], (-0.5, n - 0.5)
+    axis.vlines(borders, *ends, color="white", linewidth=0.8)
+    axis.hlines(borders, *ends, color="white", linewidth=0.8)
+    axis.set(xlim=ends, ylim=ends[::-1])
+    axis.tick_params(length=0)
 
 
 def draw_cache(axis: Any, history: list[dict[str, Any]]) -> None:
@@ -290,7 +291,8 @@ def draw_cache(axis: Any, history: list[dict[str, Any]]) -> None:
             axis.add_patch(Rectangle((slot, row), 1, 1, facecolor=face, edgecolor="white"))
             text = str(position) if position >= 0 else ""
             colour = "white" if is_new else "black"
-            axis.text(slot + 0.5, row + 0.5, text, ha="center", va="center", fontsize=10, color=colour)
+            place = {"ha": "center", "va": "center", "in_layout": False}
+            axis.text(slot + 0.5, row + 0.5, text, fontsize=10, color=colour, **place)
         start, stop = step["read"]
         frame = {"fill": False, "edgecolor": "black", "linewidth": 1.6}
         axis.add_patch(Rectangle((start + 0.04, row + 0.06), stop - start - 0.08, 0.88, **frame))
@@ -328,7 +330,12 @@ def write_numbers(axis: Any, rows: list[list[str]], most: float) -> None:
         for j, text in enumerate(row):
             if text != "." and len(text) <= 2:  # halves do not fit
                 colour = "black" if float(text) > 0.5 * most else "white"
-                axis.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+                place = {
+                    "ha": "center",
+                    "va": "center",
+                    "in_layout": False,
+                }  # in a cell, so of no import for the layout
+                axis.text(j, i, text, fontsize=7, color=colour, **place)
 
 
 def draw_stretches(plt: Any, content: dict[str, Any]) -> Any:

@@ -233,9 +233,10 @@ def test_the_plots_are_drawn_from_the_model(tmp_path, monkeypatch):
     """Catches: a picture drawn by hand, and a mask, a group of S2-Attn or a distance that is not the method's."""
     pytest.importorskip("matplotlib")
     sizes = ["--tokens", "17", "--window", "5", "--sinks", "3", "--chunk", "4", "--local", "2", "--group", "5"]
-    assert run("scripts/plot_masks.py", ["--output_dir", str(tmp_path), *sizes], monkeypatch) == 0
+    directory = tmp_path / "of" / "its own"
+    assert run("scripts/plot_masks.py", ["--output_dir", str(directory), *sizes], monkeypatch) == 0
     masks, distances, scalings = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("masks", "distances", "rope_scalings")
+        json.loads((directory / f"{name}.json").read_text()) for name in ("masks", "distances", "rope_scalings")
     )
     definitions = {
         "full": brute_force.meet_full,
@@ -259,4 +260,4 @@ def test_the_plots_are_drawn_from_the_model(tmp_path, monkeypatch):
     assert masks["masks"]["dual_chunk"]["rows"][9] == "33332222" + "11" + 7 * "."  # its parts
     assert masks["cache"][-1]["slots"] == [8, 9, 6, 7, 8, 9, 6, 7] and masks["cache"][-1]["read"] == [2, 6]
     assert set(scalings["stretch"]["linear"]) == {4.0} and scalings["stretch"]["ntk"][-1] == pytest.approx(4.0)
-    assert all(5000 < (tmp_path / f"{name}.png").stat().st_size for name in ("masks", "distances", "rope_scalings"))
+    assert all(5000 < (directory / f"{name}.png").stat().st_size for name in ("masks", "distances", "rope_scalings"))
