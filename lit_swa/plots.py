@@ -4,8 +4,9 @@ missing."""
 import io
 import shlex
 import sys
+import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +37,10 @@ STYLES = {
     "s2": Style("#CC79A7", "s"),
     "short": Style("#8C510A", "v", "--"),  # groups as in s2 that are not shifted
     # how RoPE is scaled
-    "linear": Style("#7F7F7F", "s"),
+    "linear": Style("#707070", "s"),
     "ntk": Style("#56B4E9", "^", "--"),
     "dynamic": Style("#882255", "v", ":"),
-    "yarn": Style("#D55E00", "*"),
+    "yarn": Style("#B23A00", "*"),
     "llama3": Style("#999933", "p", "--"),
     # what is trained; all weights are drawn as full
     "lora": Style("#332288", "o"),
@@ -137,21 +138,26 @@ def log_axis(axis: Any) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def label_ends(axis: Any, ends: Iterable[tuple[float, float, str, str]], size: float = 9) -> None:
-    """Write each (x, y, text, colour) beside the right edge, at the height of y or where there is room next to it.
+def set_title(figure: Any, *lines: str) -> None:
+    """The title of a whole figure; a line that is too long for its width is broken."""
+    width = int(12 * figure.get_size_inches()[0])
+    figure.suptitle("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines), fontsize=11)
+
+
+def label_ends(figure: Any, ends: dict[Any, list[tuple[float, float, str, str]]], size: float = 9) -> None:
+    """Write each (x, y, text, colour) of an axis beside its right edge, at the height of y or where there is room.
 
     To be called when the limits of all axes are final.
     """
-    ends = list(ends)
-    axis.figure.draw_without_rendering()  # makes the layout, which decides how much room a line of text needs
-    height = axis.get_window_extent().height / axis.figure.dpi * 72
-    to_axes = axis.transAxes.inverted()
-    places = [to_axes.transform(axis.transData.transform((x, y)))[1] for x, y, _, _ in ends]
-    for (x, y, text, colour), place in zip(ends, spread(places, 1.25 * size / height), strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
-        low, high = axis.get_ylim()
-        axis.annotate(text, (x, min(max(y, low), high)), (1.03, place), textcoords="axes fraction", color=colour,
-                      fontsize=size, va="center", arrowprops=line, annotation_clip=False)  # fmt: skip
+    figure.draw_without_rendering()  # makes the layout, which decides how much room a line of text needs
+    heights = {axis: axis.get_window_extent().height / figure.dpi * 72 for axis in ends}
+    for axis, labels in ends.items():
+        to_axes, (low, high) = axis.transAxes.inverted(), axis.get_ylim()
+        places = [to_axes.transform(axis.transData.transform((x, y)))[1] for x, y, _, _ in labels]
+        for (x, y, text, colour), place in zip(labels, spread(places, 1.25 * size / heights[axis]), strict=True):
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
+            axis.annotate(text, (x, min(max(y, low), high)), (1.03, place), textcoords="axes fraction", color=colour,
+                          fontsize=size, va="center", arrowprops=line, annotation_clip=False)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- files

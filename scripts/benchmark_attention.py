@@ -293,13 +293,13 @@ PANELS = {
 
 def draw(plt, result: dict[str, Any]):
     """Time and memory per token over the text's length, one line a method: what grows as the text does is level."""
-    from lit_swa.plots import log_axis, short_count
+    from lit_swa.plots import log_axis, set_title, short_count
 
     rows, s = [row for row in result["rows"] if "RoPE" not in row["method"]], result["settings"]
     panels = {key: panel for key, panel in PANELS.items() if any(key in row for row in rows)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 5.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels) or 1, figsize=(11, 5.4), layout="constrained", squeeze=False)
     lengths = sorted({row["T"] for row in rows})
-    for axis, (key, (title, unit, factor)) in zip(axes[0], panels.items(), strict=True):
+    for axis, (key, (title, unit, factor)) in zip(axes[0], panels.items(), strict=False):
         for method in sorted(dict.fromkeys(row["method"] for row in rows), key=is_peer):
             measured = [row for row in rows if row["method"] == method and key in row]
             points = [(row["T"], factor * row[key] / row["T"]) for row in measured]
@@ -313,7 +313,7 @@ def draw(plt, result: dict[str, Any]):
         axis.set_ylim(0) if key.endswith("GB") else log_axis(axis)
     heads = f"{s['n_head']} query and {s['n_query_groups']} key heads of {s['head_size']}, {s['dtype']}, batch 1"
     machine = f"{result['machine']}, median of {s['repeats']}; filled: ours, hollow and dashed: others' kernels"
-    figure.suptitle(f"attention of one layer per token, lower is better: {heads}\n{machine}", fontsize=11)
+    set_title(figure, f"attention of one layer per token, lower is better: {heads}", machine)
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=min(4, len(handles[0]) or 1), fontsize=9, frameon=False)
     return figure

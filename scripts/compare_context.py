@@ -292,16 +292,16 @@ def table(rows: list[dict[str, Any]], title: str, figure: str) -> str:
 
 def draw(plt, result: dict[str, Any]):
     """Perplexity over position: a panel for each length at which the methods differ, on one logarithmic axis."""
-    from lit_swa.plots import log_axis, model_of, names_of, short_count, token_axis
+    from lit_swa.plots import log_axis, model_of, names_of, set_title, short_count, token_axis
 
     a, rows = result["arguments"], [row for row in result["rows"] if "error" not in row]
     by_length = {n: [row for row in rows if row["length"] == n] for n in dict.fromkeys(row["length"] for row in rows)}
-    shown = {n: same for n, same in by_length.items() if spread_of(same) > 0.02} or dict(list(by_length.items())[-1:])
-    ratios = {"width_ratios": [length**0.5 for length in shown] or [1]}
+    shown = pick_lengths(by_length)
+    ratios = {"width_ratios": [max(length, max(shown) / 5) ** 0.5 for length in shown] or [1]}
+    size = (max(7.5, 2.9 * len(shown) + 2.8), 5)
     figure, axes = plt.subplots(
-        1, len(shown) or 1, figsize=(2.9 * len(shown) + 2.8, 5), layout="constrained", sharey=True, squeeze=False,
-        gridspec_kw=ratios,
-    )  # fmt: skip
+        1, len(shown) or 1, figsize=size, layout="constrained", sharey=True, squeeze=False, gridspec_kw=ratios
+    )
     for axis, (length, curves) in zip(axes[0], shown.items(), strict=False):
         for row in curves:
             draw_curve(axis, row, term(row["method"], a))
@@ -316,11 +316,18 @@ def draw(plt, result: dict[str, Any]):
     log_axis(axes[0][0])
     model = f"{model_of(a)}, trained to {short_count(a['trained_length'])} tokens"
     number = f"{a['windows']} windows of each length" if a["windows"] > 1 else "one window of each length"
-    figure.suptitle(f"{model}, reads {names_of(a['data'])}\nperplexity (lower is better), {number}", fontsize=11)
+    set_title(figure, f"{model}, reads {names_of(a['data'])}", f"perplexity (lower is better), {number}")
     if notes := notes_of(result, by_length, shown):
         figure.supxlabel(notes, fontsize=9, color="dimgrey")
     label_curves(axes[0], shown, a)
     return figure
+
+
+def pick_lengths(by_length: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
+    """The lengths that get a panel: up to four at which the methods differ, the longest ones; the last if none does."""
+    ordered = dict(sorted(by_length.items()))
+    differing = [n for n, rows in ordered.items() if spread_of(rows) > 0.02]
+    return {n: ordered[n] for n in (differing or list(ordered))[-4 if differing else -1 :]}
 
 
 def spread_of(rows: list[dict[str, Any]]) -> float:
@@ -345,10 +352,13 @@ def notes_of(result: dict[str, Any], by_length: dict[int, list], shown: dict[int
 
     rows = [row for row in result["rows"] if "error" not in row]
     notes = ["\u2191: beyond the axis, with the last perplexity."] if limits(rows)[1] < highest(rows) else []
-    if alike := [n for n in by_length if n not in shown]:
+    left_out = sorted(n for n in by_length if n not in shown)
+    if alike := [n for n in left_out if spread_of(by_length[n]) <= 0.02]:
         most = max(spread_of(by_length[n]) for n in alike)
         lengths = ", ".join(map(short_count, alike))
         notes.append(f"No panel for {lengths} tokens: there all methods agree within {max(most, 0.001):.1%}.")
+    if others := [short_count(n) for n in left_out if n not in alike]:
+        notes.append(f"No panel for {', '.join(others)} tokens either: their figures are in the JSON file.")
     failed = [f"{row['method']} at {short_count(row['length'])}" for row in result["rows"] if "error" in row]
     return " ".join(notes + ([f"Not readable: {', '.join(failed)}."] if failed else []))
 
@@ -369,15 +379,16 @@ def label_curves(axes, shown: dict[int, list[dict[str, Any]]], arguments: dict[s
     from lit_swa.plots import label_ends, style_of
 
     last = {row["method"]: length for length, rows in shown.items() for row in rows}
+    ends: dict[Any, list[tuple[float, float, str, str]]] = {axis: [] for axis in axes}
     for axis, (length, rows) in zip(axes, shown.items(), strict=False):
-        ends, top = [], axis.get_ylim()[1]
+        top = axis.get_ylim()[1]
         for row in rows:
             colour, end = style_of(STYLES.get(row["method"], row["method"])).colour, list(row["buckets"].values())[-1]
             name = term(row["method"], arguments) if last[row["method"]] == length else ""
             text = f"{name} \u2191 {end:,.0f}".strip() if end > top else name
             if text:
-                ends.append((length, end, text, colour))
-        label_ends(axis, ends)
+                ends[axis].append((length, end, text, colour))
+    label_ends(axes[0].figure, ends)
 
 
 STYLES = {"rope": "full"}  # all keys, at the positions of training

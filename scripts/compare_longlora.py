@@ -219,7 +219,7 @@ def report(result: dict[str, Any]) -> None:
 
 def draw(plt, result: dict[str, Any]):
     """Training loss on the left, perplexity by length on the right."""
-    from lit_swa.plots import argument_of, log_axis, names_of, running_mean, short_count
+    from lit_swa.plots import argument_of, log_axis, names_of, running_mean, set_title, short_count
 
     rows, training, fields = result["rows"], result["arguments"]["training"], result["arguments"]["fields"]
     figure = plt.figure(figsize=(11, 5.8), layout="constrained")
@@ -239,8 +239,7 @@ def draw(plt, result: dict[str, Any]):
     factor = f"positions divided by {fields['rope_scaling']['factor']:g}"
     texts = names_of(argument_of(result["command"], "eval_data"))
     model = f"{Path(training['checkpoint_dir']).name} extended to {short_count(training['max_seq_length'])} tokens"
-    title = f"{model}, {factor}: one run of {steps} each way\nperplexity of {texts}, lower is better"
-    figure.suptitle(title, fontsize=11)
+    set_title(figure, f"{model}, {factor}: one run of {steps} each way", f"perplexity of {texts}, lower is better")
     return figure
 
 
@@ -274,10 +273,11 @@ def draw_perplexities(axes: list[Any], rows: list[dict[str, Any]]) -> None:
         log_axis(axis)
     axes[0].set_xlabel("length of the windows, tokens")
     axes[-1].set_title("perplexity with full attention")
-    for axis, trained in zip(axes, (True, False), strict=False):
-        here = [row for row in rows if len(axes) == 1 or ("loss" in row) == trained]
-        ends = {row["method"]: row["ppl"][str(lengths[-1])] for row in here}
-        label_ends(axis, [(lengths[-1], ppl, name, look(name)["color"]) for name, ppl in ends.items()])
+    ends: dict[Any, list[tuple[float, float, str, str]]] = {axis: [] for axis in axes}
+    for row in rows:
+        end = (lengths[-1], row["ppl"][str(lengths[-1])], row["method"], look(row["method"])["color"])
+        ends[axes[0] if "loss" in row else axes[-1]].append(end)
+    label_ends(axes[0].figure, ends)
 
 
 TRAINED = {"": "LoRA on q, k, v, o", "norm": "LoRA and norms", "embed": "LoRA and embeddings"}

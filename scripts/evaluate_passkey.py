@@ -196,7 +196,7 @@ def table_of(rows: list[dict[str, Any]]) -> list[str]:
 
 def draw(plt, result: dict[str, Any]):
     """Depth over length: a heat map of the accuracy, or a point for each trial if the depths are random."""
-    from lit_swa.plots import model_of
+    from lit_swa.plots import model_of, set_title
 
     a, rows = result["arguments"], result["accuracy"]
     lengths = list(dict.fromkeys(row["length"] for row in rows))
@@ -208,7 +208,7 @@ def draw(plt, result: dict[str, Any]):
     hidden_in = Path(a["haystack"]["file"]).name if a["haystack"] else "short sentences"
     each = "random depths, " if depths == [None] else "found in % of "
     each += f"{a['trials']} trials at each length" + (" and depth" if depths != [None] else "")
-    figure.suptitle(f"{model_of(a)}: a number hidden in {hidden_in},\n{each}", fontsize=11)
+    set_title(figure, f"{model_of(a)}: a number hidden in {hidden_in},", each)
     return figure
 
 

@@ -280,7 +280,7 @@ def table_of(methods: list[dict[str, Any]]) -> list[str]:
 
 def draw(plt, result: dict[str, Any]):
     """Perplexity and milliseconds per token over position."""
-    from lit_swa.plots import log_axis, names_of, short_count, token_axis
+    from lit_swa.plots import log_axis, names_of, set_title, short_count, token_axis
 
     a, methods = result["arguments"], result["methods"]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
@@ -299,7 +299,7 @@ def draw(plt, result: dict[str, Any]):
     axes[1].set(title=f"time, tokens fed {fed}", ylabel="milliseconds per token")
     cut_peaks(axes[1], methods)
     tokens = f"{short_count(result['text_tokens'])} tokens of {names_of(a['data'])}"
-    figure.suptitle(f"{Path(a['checkpoint_dir']).name} reads {tokens}, once with each cache", fontsize=11)
+    set_title(figure, f"{Path(a['checkpoint_dir']).name} reads {tokens}, once with each cache")
     lines = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     handles = [lines[term(m)] for m in methods]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(methods), frameon=False)

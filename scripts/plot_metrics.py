@@ -52,7 +52,7 @@ def read_runs(runs: list[Path]) -> dict[str, dict[str, Any]]:
 
 def draw(plt, result: dict[str, Any]):
     """Training loss on the left, validation loss on the right."""
-    from lit_swa.plots import log_axis
+    from lit_swa.plots import log_axis, set_title
 
     options = {"x": "step", "smooth": 10, "log": False} | result.get("axes", {})
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
@@ -66,15 +66,16 @@ def draw(plt, result: dict[str, Any]):
     titles = (f"training loss, mean of {options['smooth']} steps", "validation loss")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel=units[options["x"]], title=title)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss, nats per token")
     axes[1].tick_params(labelleft=True)
     if options["log"]:
         log_axis(axes[0])
     handles = axes[0].get_legend_handles_labels()
-    columns = 1 if len(handles[0]) == 1 else 2 if len(handles[0]) < 5 else 3
+    columns = max(1, min(3, 150 // max((len(label) + 8 for label in handles[1]), default=150)))
     figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    figure.suptitle(title_of(result["runs"]), fontsize=11)
+    set_title(figure, title_of(result["runs"]))
     return figure
 
 
@@ -114,22 +115,27 @@ def styles_of(runs: dict[str, dict[str, Any]]) -> dict[str, tuple[dict[str, Any]
 
 def method_of(run: dict[str, Any], name: str) -> str:
     """What was trained, as the command says: lora, adapter, adapter_v2 or full; else the run's name."""
-    from lit_swa.plots import argument_of
-
     command = run.get("command") or ""
     method = next((word.removesuffix(".py") for word in ("lora.py", "adapter.py", "full.py") if word in command), name)
-    return "adapter_v2" if method == "adapter" and argument_of(command, "version") == "2" else method
+    return "adapter_v2" if method == "adapter" and argument(run, "version") == "2" else method
+
+
+def argument(run: dict[str, Any], name: str) -> str:
+    """An argument of a run, from its record or, in results that have none, from its command."""
+    from lit_swa.plots import argument_of
+
+    return str((run.get("arguments") or {}).get(name) or argument_of(run.get("command") or "", name))
 
 
 def title_of(runs: dict[str, dict[str, Any]]) -> str:
     """The model and the data of the runs."""
     from lit_swa.formats.download import DEFAULT_REPO
-    from lit_swa.plots import argument_of, names_of
+    from lit_swa.plots import names_of
 
-    commands = [run["command"] for run in runs.values() if run.get("command")]
-    models = dict.fromkeys(Path(argument_of(c, "checkpoint_dir") or DEFAULT_REPO).name for c in commands)
-    data = dict.fromkeys(names_of(argument_of(c, "data")) for c in commands)
-    what = f"{', '.join(models)} finetuned on {', '.join(data)}: " if commands else ""
+    known = [run for run in runs.values() if argument(run, "data")]
+    models = dict.fromkeys(Path(argument(run, "checkpoint_dir") or DEFAULT_REPO).name for run in known)
+    data = dict.fromkeys(names_of(argument(run, "data")) for run in known)
+    what = f"{', '.join(models)} finetuned on {', '.join(data)}: " if known else ""
     return f"{what}one run each" if len(runs) > 1 else f"{what}one run"
 
 

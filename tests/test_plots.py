@@ -118,6 +118,15 @@ def test_pictures_name_model_text_and_trials(figures):
         assert title.startswith("SmolLM2-135M-Instruct"), name
         assert ("instruction-data.json" if name == "finetune_lora_cpu" else "emma.txt") in title
     assert "8 windows" in figures("compare_context").get_suptitle()
+
+    def record(content: dict) -> None:
+        run = content["runs"]["lora"]
+        run["command"], run["arguments"] = (
+            "python finetune/lora.py --config c.yaml",
+            {"checkpoint_dir": "b/M", "data": "my"},
+        )
+
+    assert figures("finetune_lora_cpu", record).get_suptitle() == "M finetuned on my: one run"
     assert "10 trials" in figures("evaluate_needle").get_suptitle()
     assert all(
         f"rate {rate}" in words(figures("finetune_methods_cpu")) for rate in ("0.0002", "0.001", "0.003", "2e-05")
@@ -143,6 +152,18 @@ def test_pictures_say_what_they_leave_out(figures):
     )
     cells = [text.get_text() for text in figures("evaluate_needle").axes[0].texts]
     assert cells[:4] == ["80", "80", "50", "0"] and len(cells) == 44
+
+
+def test_a_comparison_of_many_lengths_has_four_panels(figures):
+    """Catches: panels as narrow as their ticks, a length that is left out without a word."""
+
+    def lengthen(content: dict) -> None:
+        rows = [row for row in content["rows"] if row["length"] == 8192]
+        content["rows"] += [row | {"length": 8192 + 1024 * n} for row in rows for n in range(1, 5)]
+
+    figure = figures("compare_context", lengthen)
+    assert [axis.get_title().split()[2] for axis in figure.axes] == ["11k", "12k", "16k", "32k"]
+    assert "No panel for 8k, 9k, 10k tokens either" in words(figure)
 
 
 def test_a_method_that_cannot_read_a_length_is_named(figures):

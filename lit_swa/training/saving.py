@@ -223,10 +223,10 @@ def find_run(resume: str, out_dir: Path) -> Path | None:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """How a run was started, with which versions and on what machine, from its newest directory."""
+    """How a run was started, with which arguments and versions and on what machine, from its newest directory."""
     found = [path for path in (run / "final", *reversed(saved_steps(run))) if (path / RUN_FILE).is_file()]
     record = read_json(find_inside(found[0], RUN_FILE)) if found else {}
-    return {key: record.get(key) for key in ("command", "machine", "versions")} if found else {}
+    return {key: record.get(key) for key in ("command", "machine", "versions", "arguments")} if found else {}
 
 
 def require_finite(run: Run, step: int, loss: float, norm: float, batches: Sequence[Batch]) -> None:
