@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +19,35 @@ def run_script(main: Callable[..., Any]) -> None:
     """Run main with the command line's arguments.
 
     A ValueError or an OSError is the user's to mend: its one sentence goes to stderr, with exit code 2. Anything else
-    is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is set.
+    is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is set. Lines on a stderr that
+    nobody reads any more change neither the work nor the exit code.
     """
     from jsonargparse import CLI, ArgumentError
 
+    if sys.stderr is None:  # it was closed before the start
+        sys.stderr = open(os.devnull, "w")
     try:
         CLI(main, as_positional=False, exit_on_error=False)
     except (ArgumentError, ValueError, OSError) as e:
         if os.environ.get("LIT_SWA_TRACEBACK") == "1":
             raise
         hint = " (--help lists the arguments)" if isinstance(e, ArgumentError) else ""
-        print(f"error: {' '.join(str(e).split())}{hint}", file=sys.stderr)
+        print_line(f"error: {' '.join(str(e).split())}{hint}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_line("interrupted")
         sys.exit(130)
+    finally:
+        drop_unread_lines()
+
+
+def drop_unread_lines() -> None:
+    """Let what a stderr without a reader still holds go nowhere: Python would exit with 120 when it cannot flush it."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 def pick_device(name: str) -> str:
@@ -79,23 +93,31 @@ def pick_dtype(name: str, device: str) -> str:
     return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 
+HANGUP = getattr(signal, "SIGHUP", None)  # a terminal was closed; Windows has none
+
+
 @contextmanager
 def interruptible(signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C, or a SIGTERM such as SLURM sends before it kills, is only noted, and the function that it gives
-    says whether: a step is never cut in two.
+    """Within it Ctrl-C, a SIGTERM such as SLURM sends before it kills, or the terminal's end is only noted, and the
+    function that it gives says whether: a step is never cut in two.
 
-    A second one interrupts at once. Outside the main thread, where signals cannot be caught, it changes nothing.
+    A second Ctrl-C or SIGTERM interrupts at once. The terminal's end is left alone under nohup, which ignores it.
+    Outside the main thread, where signals cannot be caught, it changes nothing.
     """
-    noted = threading.Event()
+    noted, asked = threading.Event(), threading.Event()
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if noted.is_set():
+        if asked.is_set() and signum != HANGUP:  # a hangup comes twice, from the shell and from the terminal
             raise KeyboardInterrupt
         noted.set()
+        if signum != HANGUP:
+            asked.set()
 
     if threading.current_thread() is not threading.main_thread():
         yield noted.is_set
         return
+    if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        signals = (*signals, HANGUP)
     before = {number: signal.signal(number, note) for number in signals}
     try:
         yield noted.is_set
@@ -120,10 +142,15 @@ def describe_machine(device: str) -> str:
 
 
 def print_line(text: str, stays: bool = True) -> None:
-    """Print a line on stderr. On a terminal it replaces a line that does not stay; a log file keeps every line."""
+    """Print a line on stderr. On a terminal it replaces a line that does not stay; a log file keeps every line.
+
+    A line that nobody reads any more (a pipe whose reader ended, a closed terminal, a full disk) is dropped: no work
+    ends for it.
+    """
     terminal = sys.stderr.isatty()
     end = "\n" if stays or not terminal else ""
-    print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
 
 
 def show_reading(done: int, total: int) -> None:
@@ -205,6 +232,19 @@ def wait_for(device: "torch.device") -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def format_number(x: float, decimals: int = 2) -> str:
+    """12.34, from a million on 1.2e+304; inf and nan as they are."""
+    return f"{x:.{decimals}f}" if abs(x) < 1e6 else f"{x:.1e}"
+
+
+def format_perplexity(nll: float) -> str:
+    """exp(nll) for a mean of -log p, as format_number writes it; inf where it is beyond every float."""
+    try:
+        return format_number(math.exp(nll))
+    except OverflowError:
+        return "inf"
 
 
 def format_seconds(seconds: float) -> str:

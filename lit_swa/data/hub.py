@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_swa.data.records import Fields
-from lit_swa.formats.files import directory_lock, read_json, require_space, write_json
+from lit_swa.formats.files import directory_lock, named_when_full, read_json, require_space, write_json
 from lit_swa.formats.hub import ask_hub, fetch_file
 
 
@@ -66,7 +66,7 @@ def fetch_preset(name: str, selection: str = "") -> list[Path]:
     selection: a pattern of file names such as "aeslc*"; "" takes all. Raises OSError in one sentence.
     """
     directory = HUB_DIR / name
-    with directory_lock(directory):
+    with directory_lock(directory), named_when_full(directory):
         index = read_json(directory / HUB_INDEX) if (directory / HUB_INDEX).exists() else {}
         known = [directory / file for file in index.get(selection, []) if ".." not in Path(file).parts]
         if known and all(path.is_file() for path in known):

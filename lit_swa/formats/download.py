@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 from lit_swa.formats.checkpoint import check_checkpoint_dir, is_complete
 from lit_swa.formats.convert import convert_hf_checkpoint
 from lit_swa.formats.directory import COPIED_FILES
-from lit_swa.formats.files import TEMPORARY, atomic_file, directory_lock, remove_leftovers, require_space
+from lit_swa.formats.files import (
+    TEMPORARY,
+    atomic_file,
+    directory_lock,
+    named_when_full,
+    remove_leftovers,
+    require_space,
+)
 from lit_swa.formats.hub import ask_hub, fetch_file, remove_partials, require_sha256
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -66,7 +73,7 @@ def download_checkpoint(
     if is_complete(directory):
         return directory
     info = _find(repo_id, access_token)  # before the directory is made: a wrong name leaves nothing behind
-    with directory_lock(directory):
+    with directory_lock(directory), named_when_full(directory):
         if is_complete(directory):  # another process was faster
             return directory
         remove_leftovers(directory)

@@ -4,12 +4,13 @@ Writing: to a temporary name in the same directory, flushed to the disk, then re
 shape and offset is compared with the file itself, in Python ints, which do not overflow.
 """
 
+import ctypes
+import errno
 import json
 import math
 import mmap
 import os
 import shutil
-import sys
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,27 +24,54 @@ from torch import Tensor
 
 from lit_swa.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
 from lit_swa.formats.reading import find_inside, require_regular
+from lit_swa.utils import print_line
 
 LOCK_NAME = ".lit_swa.lock"
 TEMPORARY = ".lit_swa.tmp"  # how temporary names end
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, the user's quota, the longest file that is allowed
 
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary stream whose content appears under `path` whole, when the block ends without an error, or not at all."""
+def atomic_file(path: Path, n_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """A binary stream whose content appears under `path` whole, when the block ends without an error, or not at all.
+
+    n_bytes: how long it is going to be, for the message of a disk that is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with named_when_full(path, n_bytes):
+        try:
+            with open(temporary, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def named_when_full(path: Path, n_bytes: int | None = None) -> Iterator[None]:
+    """The system's error of a full disk says neither where nor what to do. Within this block it does.
+
+    path: what is written. n_bytes: its length, where that is known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = path if path.is_dir() else path.parent
+        needs = "" if n_bytes is None else f"it takes {format_bytes(n_bytes)} and "
+        with suppress(OSError):
+            needs += f"{where} has {format_bytes(shutil.disk_usage(where).free)} left: "
+        raise OSError(
+            f"{error.strerror} for {path}: {needs}free some space, or choose another directory, and start again "
+            "(a training run goes on with --resume auto)."
+        ) from None
 
 
 def sync_directory(directory: Path) -> None:
@@ -70,6 +98,39 @@ def copy_file(source: Path, path: Path) -> None:
         shutil.copyfileobj(reader, writer)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory: at once under its name, so that no part of it is ever met there, then file by file."""
+    hidden = path.with_name(f".{path.name}.old{TEMPORARY}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Rename `new` to `path`, and delete the directory that was there. At every moment a whole one is under `path`,
+    where the system can exchange two names (Linux, on most file systems); elsewhere there is none for a moment."""
+    if not path.exists():
+        new.rename(path)
+    elif exchange_names(new, path):
+        shutil.rmtree(new, ignore_errors=True)  # the old one, which has a temporary name now
+    else:
+        hidden = path.with_name(f".{path.name}.old{TEMPORARY}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        new.rename(path)
+        shutil.rmtree(hidden, ignore_errors=True)
+    sync_directory(path.parent)
+
+
+def exchange_names(a: Path, b: Path) -> bool:
+    """Give each of two directories the other's name in one step. Returns False where the system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+    except (AttributeError, OSError, TypeError):  # no such function, or no C library to ask
+        return False
+
+
 def remove_leftovers(directory: Path) -> None:
     """Delete what a killed run left behind. Call it with the directory locked: nobody else is writing then."""
     for path in directory.glob(f".*{TEMPORARY}"):
@@ -84,13 +145,14 @@ def directory_lock(directory: Path) -> Iterator[None]:
     """One process at a time writes into a directory. The system holds the lock, and frees it when the process ends."""
     from filelock import FileLock, Timeout
 
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / LOCK_NAME, is_singleton=True)  # within one process, the blocks may be nested
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process is writing to {directory}: waiting for it.", file=sys.stderr)
-        lock.acquire()
+    with named_when_full(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK_NAME, is_singleton=True)  # within one process, the blocks may be nested
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print_line(f"Another process is writing to {directory}: waiting for it.")
+            lock.acquire()
     try:
         yield
     finally:
@@ -103,6 +165,11 @@ def require_space(directory: Path, n_bytes: int) -> None:
         raise OSError(
             f"{directory} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some space."
         )
+
+
+def format_bytes(n: float) -> str:
+    """12.3 MB, or 4.56 GB."""
+    return f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.2f} GB"
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -279,7 +346,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as stream:
+    with atomic_file(path, 8 + len(text) + at) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, lazy in ordered:
             tensor = lazy.load().detach()
