@@ -39,7 +39,7 @@ def main(**training: Any) -> None:
         return
 
     with interruptible() as interrupted:
-        for step in train.steps(run, progress, interrupted):  # seeds dropout, ends after an interrupt
+        for step in train.steps(run, progress, interrupted):  # seeds dropout, ends after an interrupt or --early_stop
             started = time.perf_counter()
             rate = train.set_rate(run, optimizer, progress)
             batches = feed.batches(step, fabric.global_rank, fabric.world_size)
@@ -60,12 +60,10 @@ def main(**training: Any) -> None:
 
             val_loss = train.evaluate(run, model, progress) if run.validates_after(progress.step) else None
             run.log.step(progress, loss, rate, norm, val_loss)
-            if progress.step % run.save_interval == 0:
+            if run.saves_after(progress):
                 saver.save_step(progress)
-            if val_loss is not None and run.stops_early(progress):
-                break
     final = saver.finish(progress)
-    run.log.say(f"trained: python generate/base.py --checkpoint_dir {final} --prompt ...")
+    train.tell_end(run, progress, final)
 
 
 if __name__ == "__main__":

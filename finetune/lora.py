@@ -8,6 +8,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from lit_swa.arguments import Training
+from lit_swa.checks import check_range
 
 
 def main(
@@ -29,16 +30,20 @@ def main(
 
     Args:
         r: Rank of the matrices.
-        alpha: The product of a pair is scaled by alpha / r.
+        alpha: The product of a pair is scaled by alpha / r, with an alpha above 0.
         dropout: Probability that an input of the matrices is set to zero in training.
         targets: The layers that get a pair of matrices, of q, k, v, o, mlp, head.
         extra_trainable: Weights that are trained in full as well, of embed, norm.
-        loraplus_lr_ratio: Learning rate of the B matrices, divided by that of the A matrices (LoRA+ of Hayou et al.).
+        loraplus_lr_ratio: Learning rate of the B matrices, divided by that of the A matrices (LoRA+ of Hayou et al.):
+            0.001 to 1000.
         rslora: Scale by alpha / sqrt(r) instead.
         dora: Train the length of each row of a weight apart from its direction (DoRA).
         quantize: Hold the frozen weights in 4 or 8 bits (QLoRA).
     """
     args = Training(**training)
+    check_range("loraplus_lr_ratio", loraplus_lr_ratio, 1e-3, 1e3)
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha!r} does not fit: it must be greater than 0, or nothing is trained.")
 
     import torch
 
@@ -48,7 +53,7 @@ def main(
     from lit_swa.utils import interruptible
 
     lora = LoRAConfig(r, alpha, dropout, targets, extra_trainable or (), rslora, dora)
-    run = train.prepare(args, "lora", rate=2e-4)
+    run = train.prepare(args, "lora", rate=2e-4, small_rate=1e-3)
     fabric, feed = run.fabric, run.feed
     gpt = train.load_base(run, quantize)
     torch.manual_seed(args.seed)  # the same new weights on every device
@@ -66,7 +71,7 @@ def main(
         return
 
     with interruptible() as interrupted:
-        for step in train.steps(run, progress, interrupted):  # seeds dropout, ends after an interrupt
+        for step in train.steps(run, progress, interrupted):  # seeds dropout, ends after an interrupt or --early_stop
             started = time.perf_counter()
             rate = train.set_rate(run, optimizer, progress)
             batches = feed.batches(step, fabric.global_rank, fabric.world_size)
@@ -87,12 +92,10 @@ def main(
 
             val_loss = train.evaluate(run, model, progress) if run.validates_after(progress.step) else None
             run.log.step(progress, loss, rate, norm, val_loss)
-            if progress.step % run.save_interval == 0:
+            if run.saves_after(progress):
                 saver.save_step(progress)
-            if val_loss is not None and run.stops_early(progress):
-                break
     final = saver.finish(progress)
-    run.log.say(f"trained: python generate/base.py --checkpoint_dir {final} --prompt ...")
+    train.tell_end(run, progress, final)
 
 
 if __name__ == "__main__":

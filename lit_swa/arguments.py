@@ -32,9 +32,10 @@ class Training:
         batch_size: Rows (without --pack: examples) of one optimiser step, over all devices.
         micro_batch_size: Rows that one device reads at once; gradients accumulate until the step's rows are read. By
             default as many as make 1024 tokens on a CPU and 8192 on a GPU.
-        learning_rate: The rate after the warmup. By default one that suits the method.
+        learning_rate: The rate after the warmup. By default one that suits the method and the model's size.
         lr_schedule: cosine falls to a tenth of the rate; plateau halves it when the validation loss stops falling.
-        warmup_steps: Steps over which the rate rises from zero.
+        warmup_steps: Steps over which the rate rises from zero. By default 20, at most a tenth of the run; more than
+            the run has are cut to a tenth.
         weight_decay: AdamW's weight decay, for matrices only.
         beta2: AdamW's beta2; its beta1 is 0.9.
         grad_clip: Largest norm of a step's gradient; 0 for no limit.
@@ -47,13 +48,15 @@ class Training:
         recompute: How many layers compute their activations again in the backward to save memory: auto (as few as the
             memory allows), all, none or a number.
         eval_interval: Steps between validations. By default a tenth of the run.
-        early_stop: Stop after so many validations without a better loss; 0 for never.
-        sample: At each validation, show the model's answer to the first prompt that is validated on.
+        early_stop: Stop after so many validations without a better loss, and keep the weights of the best one in
+            final/; 0 for never.
+        sample: At a validation, show the model's answer to the first prompt that is validated on when it has changed.
         save_interval: Steps between saves. By default a tenth of the run.
         keep_last: How many saved steps to keep.
         log_interval: Steps between rows of metrics.csv.
         tensorboard: Write TensorBoard's files too, to out_dir/tensorboard.
-        resume: auto goes on with the run in out_dir; never refuses an out_dir that holds a run; restart deletes it.
+        resume: auto goes on with the run in out_dir; never refuses an out_dir that holds a run; restart deletes it once
+            the new one is known to start.
         dry_run: Stop before the first step, after showing three samples, trying the longest row, validation, saving and
             loading, and telling how much memory and disk the run needs.
         seed: Decides the order of the data, dropout and new weights.
@@ -77,7 +80,7 @@ class Training:
     micro_batch_size: int | None = None
     learning_rate: float | None = None
     lr_schedule: Literal["cosine", "constant", "plateau"] = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     beta2: float = 0.95
     grad_clip: float = 1.0
@@ -108,7 +111,9 @@ class Training:
             raise ValueError("epochs and learning_rate must be greater than 0.")
         if isinstance(self.recompute, str) and self.recompute.isdigit():
             self.recompute = int(self.recompute)
-        if isinstance(self.recompute, str) and self.recompute not in ("auto", "all", "none"):
+        if isinstance(self.recompute, int):
+            check_range("recompute", self.recompute, 0, 2**31)
+        elif self.recompute not in ("auto", "all", "none"):
             raise ValueError(f"recompute={self.recompute!r} does not fit: choose auto, all, none or a number.")
 
     def as_json(self) -> dict[str, Any]:

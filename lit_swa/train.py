@@ -1,7 +1,7 @@
 """What a training script calls, under one name. The loop itself is in each script: finetune/lora.py is the one to read.
 
-distribution (Fabric, DDP, FSDP), precision, memory, loop, log, saving, rehearsal know nothing of texts; feed and
-finetuning read examples.
+distribution (Fabric, DDP, FSDP), precision, memory, loop, log, resuming, saving, rehearsal know nothing of texts;
+feed and finetuning read examples.
 """
 
 from lit_swa.training.distribution import start_fabric, use_whole_memory
@@ -13,6 +13,7 @@ from lit_swa.training.finetuning import (
     place,
     prepare,
     resume_and_rehearse,
+    tell_end,
     try_loading,
 )
 from lit_swa.training.log import read_metrics
@@ -30,7 +31,8 @@ from lit_swa.training.loop import (
 from lit_swa.training.memory import fitting_recompute, recompute_blocks
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
-from lit_swa.training.saving import RUN_FILE, STATE_FILE, Saver, read_record, require_finite
+from lit_swa.training.resuming import RUN_FILE, STATE_FILE
+from lit_swa.training.saving import Saver, read_record, require_finite
 
 __all__ = [
     "RUN_FILE",
@@ -59,6 +61,7 @@ __all__ = [
     "set_rate",
     "start_fabric",
     "steps",
+    "tell_end",
     "train_in_float32",
     "try_loading",
     "use_whole_memory",

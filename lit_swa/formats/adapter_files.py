@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_swa.formats.directory import ADAPTER_FILE, PEFT_CONFIG, copy_tokenizer, open_weights
+from lit_swa.formats.directory import ADAPTER_FILE, PEFT_CONFIG, copy_tokenizer, is_adapter_dir, open_weights
 from lit_swa.formats.files import (
     LazyTensor,
     directory_lock,
     find_inside,
     holds_json,
+    open_safetensors,
     read_json,
     remove_leftovers,
     write_json,
@@ -86,8 +87,24 @@ def relative_path(base_dir: Path, directory: Path) -> str:
 
 def weights_fingerprint(checkpoint_dir: str | Path) -> str:
     """A hash of the names and shapes of a checkpoint's weights and of 64 numbers of each: a copy has the same."""
+    return fingerprint(open_weights(checkpoint_dir))
+
+
+def base_identity(checkpoint_dir: Path) -> str:
+    """weights_fingerprint of what a run starts from; for an adapter, of its base and its own weights."""
+    if not is_adapter_dir(checkpoint_dir):
+        return weights_fingerprint(checkpoint_dir)
+    own = {
+        f"{path.name}.{name}": tensor
+        for path in checkpoint_dir.glob("*.safetensors")
+        for name, tensor in open_safetensors(find_inside(checkpoint_dir, path.name)).items()
+    }
+    return f"{weights_fingerprint(read_base(checkpoint_dir)[0])} {fingerprint(own)}"
+
+
+def fingerprint(tensors: Mapping[str, LazyTensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(open_weights(checkpoint_dir).items()):
+    for name, tensor in sorted(tensors.items()):
         values = tensor.load().flatten()
         step = max(1, len(values) // 64)
         digest.update(repr((name, tensor.shape)).encode() + values[::step][:64].float().numpy().tobytes())

@@ -1,9 +1,12 @@
 """What the finetuning scripts share before and after their loops: data, tokenizer, base model, showing answers."""
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,20 +15,33 @@ from torch import Tensor
 
 from lit_swa.arguments import Training
 from lit_swa.config import IGNORED, Config
-from lit_swa.data import Dataset, check_dataset, load_dataset, show_examples, split_dataset, unheard_end
+from lit_swa.data import (
+    Dataset,
+    Record,
+    check_dataset,
+    encode_record,
+    load_dataset,
+    show_examples,
+    split_dataset,
+    unheard_end,
+)
 from lit_swa.evaluate import check_context
+from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
 from lit_swa.formats.download import download_checkpoint
+from lit_swa.formats.hugging_face import expected_shapes
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate
 from lit_swa.model import GPT
 from lit_swa.training.distribution import is_sharded, start_fabric, unwrapped
 from lit_swa.training.feed import ExampleFeed, ExampleValidation
-from lit_swa.training.loop import Progress, Run, validate
+from lit_swa.training.loop import Progress, Run, validate, warmup_steps
 from lit_swa.training.memory import choose_recompute
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
+from lit_swa.training.resuming import find_run, what_remains
 from lit_swa.training.saving import Saver
+from lit_swa.utils import format_number, format_perplexity
 
 
 @dataclass
@@ -37,13 +53,27 @@ class Finetuning(Run):
     tokenizer: Tokenizer
     data: Dataset  # what is trained on
     valid: ExampleValidation | None
+    shown: str = field(init=False, default="")  # the sample answer that was shown last
+
+    def identity(self) -> dict[str, Any]:
+        """What was read, on which base, and the fields of its config that decide what a weight means."""
+        free = ("name", "attention_backend", "rolling_kv_cache")
+        shaped = {f.name: getattr(self.config, f.name) for f in fields(Config) if f.name not in free}
+        shaped = {name: value for name, value in shaped.items() if value != getattr(Config, name, MISSING)}
+        return {**super().identity(), "base": base_identity(self.checkpoint_dir), "model": shaped}
 
 
-def prepare(args: Training, method: str, rate: float) -> Finetuning:
-    """Processes, tokenizer, data, and the number of steps. rate: the method's own learning rate.
+SMALL = 10**9  # weights
+
+
+def prepare(args: Training, method: str, rate: float, small_rate: float | None = None) -> Finetuning:
+    """Processes, tokenizer, data, and the number of steps. rate: the method's own learning rate; small_rate: that of
+    models below SMALL.
 
     Raises ValueError or OSError for what does not fit, before any weight is read.
     """
+    out_dir = args.out_dir or Path("out") / method
+    find_run(args.resume, out_dir)
     fabric, dtype = start_fabric(args)
     checkpoint_dir = args.checkpoint_dir
     if checkpoint_dir is None:
@@ -53,6 +83,9 @@ def prepare(args: Training, method: str, rate: float) -> Finetuning:
     config = load_config(checkpoint_dir).override(**(args.model or {}))
     tokenizer = Tokenizer(checkpoint_dir)
     data, held_out = read_data(args, tokenizer, config)
+    size = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    if small_rate is not None and size < SMALL:
+        rate = small_rate
     longest = max(int(d.lengths.max()) for d in (data, held_out) if d is not None)
     max_seq_length = args.max_seq_length or min(longest, config.block_size)
     feed = ExampleFeed(data, args, max_seq_length, fabric.device.type)
@@ -62,7 +95,7 @@ def prepare(args: Training, method: str, rate: float) -> Finetuning:
         args=args,
         fabric=fabric,
         dtype=dtype,
-        out_dir=args.out_dir or Path("out") / method,
+        out_dir=out_dir,
         feed=feed,
         valid=valid,
         peak_rate=args.learning_rate or rate,
@@ -72,9 +105,23 @@ def prepare(args: Training, method: str, rate: float) -> Finetuning:
         data=data,
     )
     run.log.say(data.report + ("" if held_out is None else f" {len(held_out)} more are held out for validation."))
+    if chosen := describe_choices(run, size):
+        run.log.say(chosen)
     if note := unheard_end(data, tokenizer):
         run.log.say(note)
     return run
+
+
+def describe_choices(run: Finetuning, size: int) -> str:
+    """What was chosen for the model and the run where the arguments left it open, or do not fit them."""
+    args, chosen, warmup = run.args, [], warmup_steps(run.steps, run.args)
+    if args.learning_rate is None:
+        chosen.append(f"--learning_rate {run.peak_rate:g} for a model of {size / 1e6:,.0f} million weights")
+    if args.warmup_steps is None:
+        chosen.append(f"--warmup_steps {warmup} of {run.steps}")
+    elif args.warmup_steps != warmup:
+        chosen.append(f"a warmup of {warmup} steps, since the run has {run.steps} and not {args.warmup_steps}")
+    return f"chosen: {', '.join(chosen)}" if chosen else ""
 
 
 def read_data(args: Training, tokenizer: Tokenizer, config: Config) -> tuple[Dataset, Dataset | None]:
@@ -84,11 +131,29 @@ def read_data(args: Training, tokenizer: Tokenizer, config: Config) -> tuple[Dat
     how = {"max_seq_length": length, "prompt_style": args.prompt_style, "preset": args.preset}
     data = load_dataset(args.data, tokenizer, mask_prompt=args.mask_prompt, limit=args.limit, **how)
     check_dataset(data, tokenizer)
+    require_known_tokens(data, args.data, tokenizer, config)
     if args.validation_data is not None:
-        return data, load_dataset(args.validation_data, tokenizer, mask_prompt=args.mask_prompt, **how)
+        held_out = load_dataset(args.validation_data, tokenizer, mask_prompt=args.mask_prompt, **how)
+        require_known_tokens(held_out, args.validation_data, tokenizer, config)
+        return data, held_out
     if args.validation_fraction == 0 or len(data) < 2:
         return data, None
     return split_dataset(data, max(1, round(args.validation_fraction * len(data))), args.seed)
+
+
+def require_known_tokens(data: Dataset, name: object, tokenizer: Tokenizer, config: Config) -> None:
+    """Raises ValueError for a text with a token that the model has no row for."""
+    for i in range(len(data)):
+        ids = data[i].ids.tolist()
+        unknown = next((j for j, token_id in enumerate(ids) if not 0 <= token_id < config.vocab_size), None)
+        if unknown is not None:
+            text = tokenizer.decode(ids[max(0, unknown - 20) : unknown + 1], skip_special_tokens=False)
+            raise ValueError(
+                f"Example {i} (counted from 0) of {name} has the token {tokenizer.id_to_token(ids[unknown])!r} of number "
+                f"{ids[unknown]}, behind {shorten_front(' '.join(text.split()), 60)!r}: the tokenizer has "
+                f"{tokenizer.vocab_size} tokens and the model {config.vocab_size}; take the model's own tokenizer, or "
+                "leave this token out of the data."
+            )
 
 
 def load_base(run: Finetuning, quantize: str | None = None) -> GPT:
@@ -130,10 +195,16 @@ def resume_and_rehearse(
     Then the model is validated, before the first step. validate, load: see rehearse.
     """
     progress = saver.resume()
+    if run.is_over(progress):
+        return progress
     run.log.say(show_examples(run.data, run.tokenizer))
     rehearse(run, model, validate, saver.save_model, load)
-    if progress.step == 0 and not run.args.dry_run:
-        evaluate(run, model, progress)
+    if not run.args.dry_run:
+        saver.remove_old_run()
+        if progress.step == 0 and progress.best is None:
+            evaluate(run, model, progress)
+            if run.saves_after(progress):
+                saver.save_step(progress)
     model.train()
     return progress
 
@@ -146,17 +217,23 @@ def evaluate(run: Finetuning, model: nn.Module, progress: Progress) -> float | N
     if run.valid is None:
         return None
     loss = validate(run.fabric, model, run.valid)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"The validation loss after step {progress.step} is {loss}; {what_remains(run.out_dir)}. Lower "
+            "--learning_rate, or look at the examples of the data that is held out."
+        )
     progress.note_validation(loss)
     if progress.step == 0:
         run.log.write(0, val_loss=loss)
-    run.log.say(f"step {progress.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}")
+    said = f"validation loss {format_number(loss, 4)}, perplexity {format_perplexity(loss)}"
+    run.log.say(f"step {progress.step}: {said}")
     if run.args.sample:
         show_answer(run, unwrapped(model))
     return loss
 
 
 def show_answer(run: Finetuning, model: GPT, tokens: int = 40) -> None:
-    """Show what the model answers, greedily, to the first prompt that is validated on."""
+    """Show what the model answers, greedily, to the first prompt that is validated on, if the answer is a new one."""
     if is_sharded(run.fabric) or not run.fabric.is_global_zero:
         return
     example = run.valid.dataset[0]
@@ -166,11 +243,47 @@ def show_answer(run: Finetuning, model: GPT, tokens: int = 40) -> None:
     if room < 1 or not prompt:
         return
     model.eval()
-    answer = list(generate(model, prompt, room, stop_tokens=run.tokenizer.eos_ids))
+    ids = list(generate(model, prompt, room, stop_tokens=run.tokenizer.eos_ids))
     model.clear_kv_cache()
     model.train()
-    shown = shorten_front(" ".join(run.tokenizer.decode(prompt).split()), 120)
-    run.log.say(f"  asked:    {shown}\n  answered: {' '.join(run.tokenizer.decode(answer).split())}")
+    answer = " ".join(run.tokenizer.decode(ids).split())
+    if answer != run.shown:
+        question = " ".join(question_of(run, prompt).split())
+        run.log.say(f"  asked:    {shorten_front(question, 120)}\n  answered: {answer}")
+    run.shown = answer
+
+
+PROBES = ((("one", ""), ("2", "")), (("one", "more"), ("2", "x")))  # (question, input) twice: nothing in common
+
+
+def question_of(run: Finetuning, prompt: list[int]) -> str:
+    """The text of a prompt, without what the prompt style writes before and behind every question."""
+    text, info = run.tokenizer.decode(prompt, skip_special_tokens=False), run.data.info
+    for probes in PROBES if info["kind"] == "instruction" else ():
+        with suppress(ValueError):  # the template refuses so short a conversation
+            prompts = [prompt_text(run.tokenizer, info["prompt_style"], *probe) for probe in probes]
+            before = os.path.commonprefix(prompts)
+            behind = os.path.commonprefix([p[::-1] for p in prompts])[::-1]
+            if text.startswith(before) and text.endswith(behind) and len(before) + len(behind) < len(text):
+                return text[len(before) : len(text) - len(behind)]
+    return run.tokenizer.decode(prompt)
+
+
+def prompt_text(tokenizer: Tokenizer, style: str, question: str, more: str) -> str:
+    """What the prompt style makes of a question."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "b"}]
+    ids, trained = encode_record(Record(messages=messages, input=more), style, tokenizer)
+    return tokenizer.decode(ids[: trained.index(True)], skip_special_tokens=False)
+
+
+def tell_end(run: Finetuning, progress: Progress, final: Path) -> None:
+    """Say which weights are the result, and how to use them."""
+    if (best := run.best_step(progress)) is not None:
+        loss = f"validation loss {format_number(progress.best, 4)}"
+        run.log.say(f"{final} holds the weights of step {best}, which has the best {loss}")
+    chats = run.data.info["kind"] == "instruction" and run.data.info["prompt_style"] == "chat"
+    command = "generate/chat.py --checkpoint_dir {}" if chats else "generate/base.py --checkpoint_dir {} --prompt ..."
+    run.log.say(f"trained: python {command.format(final)}")
 
 
 def shorten_front(text: str, most: int) -> str:

@@ -1,10 +1,10 @@
 """What a run tells: metrics.csv, TensorBoard if asked for, and a line on stderr."""
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_swa.utils import ProgressLine, print_line
+from lit_swa.formats.files import named_when_full, write_text
+from lit_swa.utils import ProgressLine, format_number, print_line
 
 if TYPE_CHECKING:
     from lit_swa.training.loop import Progress
@@ -17,12 +17,28 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
     path = run / "metrics.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{run} holds no metrics.csv: give directories that a finetuning script wrote.")
-    with open(path, newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    try:
-        return {name: [float(row[name] or "nan") for row in rows] for name in METRICS}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is damaged: it must have the columns {', '.join(METRICS)}.") from None
+    rows = [[float(value or "nan") for value in line.split(",")] for line in read_lines(path)]
+    return {name: [row[i] for row in rows] for i, name in enumerate(METRICS)}
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a metrics.csv below its header, each with a number of a step and numbers or nothing behind it.
+
+    A last line without its end, which a full disk leaves, is not among them. Raises ValueError for anything else.
+    """
+    text = path.read_bytes().decode(errors="replace").replace("\r\n", "\n")
+    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
+    if lines and lines[0] != ",".join(METRICS):
+        raise ValueError(f"{path} is damaged: its first line must be {','.join(METRICS)}; mend it or move it away.")
+    for number, line in enumerate(lines[1:], start=2):
+        step, *values = line.split(",")
+        try:
+            fits = 0 <= int(step) and len([float(value or "nan") for value in values]) == len(METRICS) - 1
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{path} is damaged in line {number}, {line[:60]!r}: mend it or move it away.")
+    return lines[1:]
 
 
 class Log:
@@ -41,12 +57,10 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Remove the rows of later steps than this one, which a resumed run makes again."""
-        if self.active and self.path.exists():
-            with open(self.path, newline="") as stream:
-                rows = list(csv.reader(stream))
-            kept = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= step]
-            with open(self.path, "w", newline="") as stream:
-                csv.writer(stream).writerows(kept)
+        if self.path.exists():
+            kept = [line for line in read_lines(self.path) if int(line.partition(",")[0]) <= step]
+            if self.active:
+                self.write_lines(kept)
 
     def step(self, progress: "Progress", loss: float, rate: float, norm: float, val_loss: float | None) -> None:
         """Tell of a step: a row every log_interval steps and where there is a validation loss, and the line."""
@@ -55,7 +69,7 @@ class Log:
             more = {} if val_loss is None else {"val_loss": val_loss}
             self.write(progress.step, **values, seconds=progress.step_seconds, **more)
         if self.active:
-            text = f"loss {loss:.3f} | {progress.step_seconds * 1e3:.0f} ms"
+            text = f"loss {format_number(loss, 3)} | {progress.step_seconds * 1e3:.0f} ms"
             self.line.show(progress.step, text, tokens=progress.tokens, seconds=progress.seconds)
 
     def write(self, step: int, **values: float) -> None:
@@ -64,12 +78,18 @@ class Log:
             return
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(",".join(METRICS) + "\n")
-        with open(self.path, "a", newline="") as stream:
-            csv.writer(stream).writerow([step, *(repr(values[n]) if n in values else "" for n in METRICS[1:])])
-        for name, value in values.items():
-            if self.board is not None:
-                self.board.add_scalar(name, value, step)
+            self.write_lines([])
+        line = ",".join([str(step), *(repr(values[n]) if n in values else "" for n in METRICS[1:])])
+        with named_when_full(self.path):
+            with open(self.path, "a", newline="") as stream:
+                stream.write(line + "\n")
+            for name, value in values.items():
+                if self.board is not None:
+                    self.board.add_scalar(name, value, step)
+
+    def write_lines(self, lines: list[str]) -> None:
+        """The whole of metrics.csv, in one step: a kill leaves what was there."""
+        write_text(self.path, "\n".join([",".join(METRICS), *lines]) + "\n")
 
     def say(self, text: str) -> None:
         if self.active:

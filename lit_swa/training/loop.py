@@ -93,6 +93,13 @@ class Run:
         self.steps = args.max_steps or max(1, round(args.epochs * self.feed.steps_per_epoch))
         tenth = max(1, math.ceil(self.steps / 10))
         self.eval_interval, self.save_interval = args.eval_interval or tenth, args.save_interval or tenth
+        waits = [f"early_stop={args.early_stop}"] * (args.early_stop > 0)
+        waits += ["lr_schedule=plateau"] * (args.lr_schedule == "plateau")
+        if waits and self.valid is None:
+            raise ValueError(
+                f"{waits[0]} waits for a validation loss, and nothing is validated on: give validation_data, or more "
+                "data and a validation_fraction above 0."
+            )
         self.log = Log(self.out_dir, args, self.steps, active=self.fabric.is_global_zero)
 
     def validates_after(self, step: int) -> bool:
@@ -102,6 +109,23 @@ class Run:
     def stops_early(self, progress: "Progress") -> bool:
         """True if --early_stop validations have brought no better loss."""
         return 0 < self.args.early_stop <= progress.since_best
+
+    def is_over(self, progress: "Progress") -> bool:
+        """True if no step is left to be made."""
+        return progress.step >= self.steps or self.stops_early(progress)
+
+    def best_step(self, progress: "Progress") -> int | None:
+        """The step whose weights are the run's result, if not the last: with --early_stop, that of the best loss."""
+        return progress.best_step if self.args.early_stop > 0 else None
+
+    def saves_after(self, progress: "Progress") -> bool:
+        """True if the step that was just made is saved: every save_interval steps, and where it is the best so far."""
+        step = progress.step
+        return step > 0 and step % self.save_interval == 0 or self.best_step(progress) == step
+
+    def identity(self) -> dict[str, Any]:
+        """What was read and what is trained: a resumed run must have the same. As JSON."""
+        return dict(self.feed.identity)
 
 
 @dataclass
@@ -113,6 +137,7 @@ class Progress:
     seconds: float = 0.0
     step_seconds: float = 0.0  # of the last step
     best: float | None = None  # validation loss
+    best_step: int | None = None  # after which step that was
     since_best: int = 0  # validations
     plateau: int = 0  # validations since the best one, or since the rate was halved
     scale: float = 1.0  # of the rate, for lr_schedule plateau
@@ -123,7 +148,7 @@ class Progress:
 
     def note_validation(self, loss: float, patience: int = 2) -> None:
         if self.best is None or loss < self.best:
-            self.best, self.since_best, self.plateau = loss, 0, 0
+            self.best, self.best_step, self.since_best, self.plateau = loss, self.step, 0, 0
             return
         self.since_best, self.plateau = self.since_best + 1, self.plateau + 1
         if self.plateau >= patience:
@@ -139,7 +164,7 @@ def steps(run: Run, progress: Progress, interrupted: Callable[[], bool]) -> Iter
     Dropout of a step depends on the step alone, so a resumed run goes on as if it had not stopped.
     """
     fabric = run.fabric
-    while progress.step < run.steps:
+    while not run.is_over(progress):
         stop = torch.tensor(float(interrupted()), device=fabric.device)
         if fabric.all_reduce(stop, reduce_op="sum") > 0:
             return
@@ -165,12 +190,20 @@ def build_optimizer(model: nn.Module, args: Any, rate: float, b_ratio: float = 1
 
 def learning_rate(step: int, steps: int, args: Any, peak: float, scale: float = 1.0) -> float:
     """The rate of a step, counted from 0: it rises over the warmup, then follows lr_schedule. scale: the plateau's."""
-    if step < args.warmup_steps:
-        return peak * (step + 1) / args.warmup_steps
+    warmup = warmup_steps(steps, args)
+    if step < warmup:
+        return peak * (step + 1) / warmup
     if args.lr_schedule != "cosine":
         return peak * (scale if args.lr_schedule == "plateau" else 1.0)
-    done = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    done = (step - warmup) / max(1, steps - warmup)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def warmup_steps(steps: int, args: Any) -> int:
+    """Steps of the warmup: as many as were asked for, unless the run has fewer. Then, and by default, a tenth of it."""
+    tenth = math.ceil(steps / 10)
+    wanted = min(20, tenth) if args.warmup_steps is None else args.warmup_steps
+    return wanted if wanted <= steps else tenth
 
 
 def set_rate(run: Run, optimizer: torch.optim.Optimizer, progress: Progress) -> float:

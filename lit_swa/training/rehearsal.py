@@ -12,6 +12,7 @@ from lit_swa.config import IGNORED
 from lit_swa.formats.files import TEMPORARY, directory_lock, require_space
 from lit_swa.training.distribution import unwrapped, whole_weights
 from lit_swa.training.loop import Run
+from lit_swa.training.resuming import all_steps
 from lit_swa.utils import memory_in_use
 
 
@@ -38,15 +39,21 @@ def rehearse(
         size = try_saving(run, save_model, load) if fabric.is_global_zero else 0
     if fabric.is_global_zero:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        kept = run.args.keep_last + 1  # a new step is whole before the old one goes
+        kept = run.args.keep_last + 1 + (run.args.early_stop > 0)  # a new step is whole before the old one goes
         needed = (kept + 1) * size + kept * 12 * trained  # with weights and two moments in float32
         run.log.say(
             f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} weights are trained. The longest row has "
             f"{tokens} tokens: {seconds:.1f} s, {memory_in_use()} of memory. The disk needs "
             f"{needed / 1e9:.2f} GB under {out_dir}. {run.steps} steps of {run.feed.batch_size} rows."
         )
-        require_space(out_dir, needed)
+        require_space(out_dir, needed - bytes_of_run(out_dir))  # which the new steps replace
     fabric.barrier()
+
+
+def bytes_of_run(out_dir: Path) -> int:
+    """What the steps and final/ of a run that is there take."""
+    held = [path for directory in (*all_steps(out_dir), out_dir / "final") for path in directory.rglob("*")]
+    return sum(path.stat().st_size for path in held if path.is_file())
 
 
 def try_step(run: Run, model: nn.Module) -> int:

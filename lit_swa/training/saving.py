@@ -7,9 +7,9 @@ and its moments in float32, and run.json with the arguments and the progress.
 import json
 import math
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,40 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_swa.formats.checkpoint import is_complete
 from lit_swa.formats.files import (
     LOCK_NAME,
     TEMPORARY,
     LazyTensor,
+    copy_file,
     directory_lock,
     find_inside,
+    named_when_full,
     open_safetensors,
     read_json,
+    remove_directory,
     remove_leftovers,
-    sync_directory,
+    replace_directory,
     write_json,
     write_safetensors,
 )
-from lit_swa.training.distribution import copy_into, gather, reshard, trained_parameters, whole_weights
+from lit_swa.training.distribution import gather, reshard, trained_parameters, whole_weights
 from lit_swa.training.loop import Batch, Progress, Run
+from lit_swa.training.resuming import (
+    RUN_FILE,
+    STATE_FILE,
+    all_steps,
+    compare_identity,
+    damaged,
+    find_run,
+    half_deleted_steps,
+    read_progress,
+    restore,
+    saved_steps,
+    step_dir,
+    what_remains,
+)
 from lit_swa.utils import describe_machine, memory_in_use
-
-STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
-
 
 # -------------------------------------------------------------------------------------------------- weights and moments
 
@@ -53,25 +68,16 @@ def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, LazyTensor], where: Path) -> None:
-    """Put back what trained_state took. Raises ValueError when it is another model's."""
-    trained = trained_parameters(model)
-    saved = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
-    if other := sorted(trained.keys() ^ saved):
+def require_finite_weights(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raises ValueError, on every process, when what the step trained is no number: it must not replace a good one."""
+    held = [t for p in trained_parameters(model).values() for t in (p, *optimizer.state.get(p, {}).values())]
+    held = [t.detach().to_local() if hasattr(t, "to_local") else t.detach() for t in held]
+    broken = torch.stack([~t.isfinite().all().to(run.fabric.device) for t in held]).any().float()
+    if run.fabric.all_reduce(broken, reduce_op="sum") > 0:
         raise ValueError(
-            f"{where} was saved with other trained weights ({other[0]}): use the same arguments as before."
+            f"The weights are no numbers after step {step}, and are not saved; {what_remains(run.out_dir)}. Lower "
+            "--learning_rate or --grad_clip, or look at the examples of this step."
         )
-    count_on_device = optimizer.param_groups[0].get("fused")  # where AdamW counts its steps
-    for name, p in trained.items():
-        if tuple(p.shape) != tensors[f"weight.{name}"].shape:
-            raise ValueError(f"{where} has {name} in another shape: use the same arguments as before.")
-        copy_into(p, tensors[f"weight.{name}"].load())
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}.{name}" in tensors:
-                counter = torch.zeros((), device=p.device if count_on_device else "cpu")
-                held = counter if key == "step" else torch.zeros_like(p)
-                copy_into(held, tensors[f"{key}.{name}"].load())
-                optimizer.state[p][key] = held
 
 
 # ---------------------------------------------------------------------------------------------------------------- a run
@@ -92,46 +98,54 @@ class Saver:
         resumed run must have the same."""
         self.run, self.model, self.optimizer, self.save_model = run, model, optimizer, save_model
         self.identity = json.loads(json.dumps(identity_of(run, method)))
-        self.saved = 0  # the last step that was
+        self.saved = -1  # the last step that was
 
     def save_step(self, progress: Progress) -> None:
         """out_dir/step-N, unless it is saved already."""
         if self.saved < progress.step:
-            self.save(f"step-{progress.step:06d}", progress)
+            self.save(step_dir(self.run.out_dir, progress.step), progress)
             self.saved = progress.step
 
-    def save(self, name: str, progress: Progress, state: bool = True) -> Path:
-        """out_dir/name, with state.safetensors if a run may go on from it. Every process must call it; the first
-        writes."""
-        out_dir, fabric = self.run.out_dir, self.run.fabric
-        path, tensors = out_dir / name, trained_state(self.model, self.optimizer) if state else {}
-        with whole_weights(self.model, keep=fabric.is_global_zero):
-            if fabric.is_global_zero:
-                self.write(path, tensors, progress)
-        fabric.barrier()
-        return path
+    def save(self, path: Path, progress: Progress, state: bool = True) -> None:
+        """The model as it is, with state.safetensors if a run may go on from it. Every process must call it; the first
+        writes.
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
-        """The directory, under another name until it is whole. Older steps go after that."""
+        Raises ValueError, with all that was saved untouched, when a weight is no number.
+        """
+        require_finite_weights(self.run, self.model, self.optimizer, progress.step)
+        tensors = trained_state(self.model, self.optimizer) if state else {}
+        lazy = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
+
+        def fill(directory: Path) -> None:
+            self.save_model(directory)
+            if lazy:
+                write_safetensors(directory / STATE_FILE, lazy)
+                open_safetensors(directory / STATE_FILE)
+
+        with whole_weights(self.model, keep=self.run.fabric.is_global_zero):
+            if self.run.fabric.is_global_zero:
+                self.write(path, fill, progress, progress.step)
+        self.run.fabric.barrier()
+
+    def write(self, path: Path, fill: Callable[[Path], None], progress: Progress, step: int) -> None:
+        """What `fill` writes of a step, in a directory that has another name until it is whole. Older steps go after
+        that."""
         out_dir, temporary = path.parent, path.parent / f".{path.name}{TEMPORARY}"
-        with directory_lock(out_dir):
+        with directory_lock(out_dir), named_when_full(out_dir):
             remove_leftovers(out_dir)
             temporary.mkdir()
-            self.save_model(temporary)
-            if tensors:
-                lazy = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
-                write_safetensors(temporary / STATE_FILE, lazy)
-                open_safetensors(temporary / STATE_FILE)
-            write_json(temporary / RUN_FILE, self.record(progress))
+            fill(temporary)
+            write_json(temporary / RUN_FILE, self.record(progress, step))
             (temporary / LOCK_NAME).unlink(missing_ok=True)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-            sync_directory(out_dir)
-            for old in saved_steps(out_dir)[: -self.run.args.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+            replace_directory(temporary, path)
+            best = self.run.best_step(progress)
+            kept = [*saved_steps(out_dir)[-self.run.args.keep_last :], best is not None and step_dir(out_dir, best)]
+            for old in [*saved_steps(out_dir), *half_deleted_steps(out_dir)]:
+                if old not in kept:
+                    with suppress(OSError):
+                        remove_directory(old)
 
-    def record(self, progress: Progress) -> dict[str, Any]:
+    def record(self, progress: Progress, step: int) -> dict[str, Any]:
         return {
             "command": "python " + shlex.join(sys.argv),
             "machine": describe_machine(str(self.run.fabric.device)),
@@ -140,43 +154,103 @@ class Saver:
             "arguments": self.run.args.as_json(),
             "identity": self.identity,
             "progress": asdict(progress),
+            "weights_of_step": step,
         }
 
     def resume(self) -> Progress:
         """Load weights, moments and progress of the run in out_dir, if there is one and --resume says so.
 
-        Raises ValueError when there is one and --resume does not say what to do with it, or when it is another run.
+        Raises ValueError when there is one and --resume does not say what to do with it, when it is another run, or is
+        damaged.
         """
-        path = find_run(self.run.args.resume, self.run.out_dir)
+        run = self.run
+        path = find_run(run.args.resume, run.out_dir)
         if path is None:
-            self.run.log.rewind(-1)  # rows of a run that ended before it saved anything
+            if run.args.resume != "restart":
+                run.log.rewind(-1)  # rows of a run that ended before it saved anything
             return Progress()
-        record = read_json(find_inside(path, RUN_FILE))
-        for key, value in self.identity.items():
-            if value != (before := record["identity"].get(key)):
-                raise ValueError(
-                    f"{path} differs in its {key} ({str(before)[:60]}, now {str(value)[:60]}): use the same "
-                    "arguments and data as before, or another --out_dir."
-                )
-        progress = Progress(**record["progress"])
-        if progress.step > self.run.steps:
-            raise ValueError(f"{path} is beyond the {self.run.steps} steps of this run: raise --max_steps or --epochs.")
-        restore(self.model, self.optimizer, open_safetensors(find_inside(path, STATE_FILE)), path)
-        self.run.log.rewind(progress.step)
-        self.run.log.say(f"going on from {path}")
+        try:
+            record = read_json(find_inside(path, RUN_FILE))
+        except ValueError:
+            raise damaged(path, f"{RUN_FILE} cannot be read") from None
+        if unsaid := compare_identity(record.get("identity"), self.identity, path):
+            run.log.say(f"note: {path} does not say its {', '.join(unsaid)}, which cannot be compared")
+        progress = read_progress(record.get("progress"), path)
+        if progress.step > run.steps:
+            raise ValueError(f"{path} is beyond the {run.steps} steps of this run: raise --max_steps or --epochs.")
+        restore(self.model, self.optimizer, path)
+        run.log.rewind(progress.step)
         self.saved = progress.step
+        self.look_for_best_anew(progress)
+        run.log.say(self.end_of(progress) if run.is_over(progress) else f"going on from {path}")
         return progress
+
+    def look_for_best_anew(self, progress: Progress) -> None:
+        """Where --early_stop comes to a run whose best step was not kept, only steps from here on can be the best."""
+        best, out_dir = self.run.best_step(progress), self.run.out_dir
+        if self.run.args.early_stop > 0 and (best is None or step_dir(out_dir, best) not in saved_steps(out_dir)):
+            if progress.best is not None:
+                self.run.log.say(f"note: the step with the best validation loss, {best}, was not kept")
+            progress.best, progress.best_step, progress.since_best = None, None, 0
+
+    def end_of(self, progress: Progress) -> str:
+        """What is said of a run that is started again after its end."""
+        more = "another --out_dir makes another run"
+        if self.run.stops_early(progress):
+            more = "a greater --early_stop goes on"
+        elif self.run.args.lr_schedule != "cosine":
+            more = "more --max_steps or --epochs go on"
+        return f"{self.run.out_dir} holds this run, and it ended after step {progress.step}: no step is made; {more}"
+
+    def remove_old_run(self) -> None:
+        """Delete the run that --resume restart replaces. Call it when all is tried that could keep the new one from
+        starting."""
+        out_dir, fabric = self.run.out_dir, self.run.fabric
+        if self.run.args.resume == "restart" and fabric.is_global_zero:
+            with directory_lock(out_dir):
+                for path in (*all_steps(out_dir), out_dir / "final"):
+                    if path.exists():
+                        remove_directory(path)
+                (out_dir / "metrics.csv").unlink(missing_ok=True)
+        fabric.barrier()
 
     def finish(self, progress: Progress) -> Path:
         """Save the last step and out_dir/final; returns the latter.
 
-        Raises KeyboardInterrupt, with the last step saved, when the run was interrupted before its end.
+        final/ holds the last step or, with --early_stop, the one with the best validation loss. Raises
+        KeyboardInterrupt, with the last step saved, when the run was interrupted before its end.
         """
+        run = self.run
         self.save_step(progress)
-        if progress.step < self.run.steps and not self.run.stops_early(progress):
-            self.run.log.say(f"stopped after step {progress.step} of {self.run.steps}: --resume auto goes on")
+        if not run.is_over(progress):
+            run.log.say(f"stopped after step {progress.step} of {run.steps}: --resume auto goes on")
             raise KeyboardInterrupt
-        return self.save("final", progress, state=False)
+        path, best = run.out_dir / "final", run.best_step(progress)
+        step = progress.step if best is None else best
+        if run.fabric.broadcast(is_final(path, asdict(progress), step)):
+            return path
+        if step == progress.step:
+            self.save(path, progress, state=False)
+        elif run.fabric.is_global_zero:
+            saved = step_dir(run.out_dir, step)
+            self.write(path, lambda directory: copy_model(saved, directory), progress, step)
+        run.fabric.barrier()
+        return path
+
+
+def is_final(path: Path, progress: dict[str, Any], step: int) -> bool:
+    """True if final/ is there already, of a run that ended in the same way."""
+    with suppress(ValueError, OSError):
+        record = read_json(find_inside(path, RUN_FILE))
+        return record.get("progress") == progress and record.get("weights_of_step") == step and is_complete(path)
+    return False
+
+
+def copy_model(step: Path, directory: Path) -> None:
+    """The files of a saved step that the next command loads."""
+    for path in sorted(step.iterdir()):
+        if path.is_file() and path.name not in (STATE_FILE, RUN_FILE):
+            copy_file(path, directory / path.name)
 
 
 def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
@@ -185,41 +259,11 @@ def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
     names = ("lr_schedule", "warmup_steps", "weight_decay", "beta2", "grad_clip")
     return {
         "method": method,
-        **run.feed.identity,
+        **run.identity(),
         "optimiser": [run.peak_rate, *(getattr(args, name) for name in names)],
         "precision": str(run.dtype).removeprefix("torch.") if args.precision != "bf16-mixed" else "bf16-mixed",
         "steps": run.steps if args.lr_schedule == "cosine" else None,
     }
-
-
-def saved_steps(out_dir: Path) -> list[Path]:
-    """The complete steps of a run, oldest first."""
-    found = [p for p in out_dir.glob("step-*") if (p / RUN_FILE).is_file() and (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")) if p.name[5:].isdigit() else -1)
-
-
-def find_run(resume: str, out_dir: Path) -> Path | None:
-    """The step to go on from, None to start anew. resume: auto, never or restart (which deletes the run that is there).
-
-    Raises ValueError when a run is there and this one must not touch it, or cannot go on.
-    """
-    steps, final = saved_steps(out_dir), out_dir / "final"
-    if not steps and not final.exists():
-        return None
-    if resume == "never":
-        there = steps[-1].name if steps else "final"
-        raise ValueError(
-            f"{out_dir} holds a run ({there}): --resume auto goes on with it, --resume restart deletes it, or choose "
-            "another --out_dir."
-        )
-    if resume == "restart":
-        for path in (*steps, final):
-            shutil.rmtree(path, ignore_errors=True)
-        (out_dir / "metrics.csv").unlink(missing_ok=True)
-        return None
-    if not steps:
-        raise ValueError(f"{out_dir} has a final model and no step to go on from: choose another --out_dir.")
-    return steps[-1]
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -237,9 +281,7 @@ def require_finite(run: Run, step: int, loss: float, norm: float, batches: Seque
     what = "loss" if not math.isfinite(loss) else "gradient"
     numbers = sorted({i for batch in batches for i in batch.examples})
     shown = ", ".join(map(str, numbers[:12])) + (", ..." if len(numbers) > 12 else "")
-    kept = saved_steps(run.out_dir)
-    remains = f"{kept[-1]} is untouched" if kept else "nothing was saved yet"
     raise ValueError(
         f"The {what} of step {step + 1} is {loss if what == 'loss' else norm}: it read the examples {shown} (counted "
-        f"from 0) of the data; {remains}. Lower --learning_rate, or look at these examples."
+        f"from 0) of the data; {what_remains(run.out_dir)}. Lower --learning_rate, or look at these examples."
     )
