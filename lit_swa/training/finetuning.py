@@ -144,13 +144,14 @@ def read_data(args: Training, tokenizer: Tokenizer, config: Config) -> tuple[Dat
 def require_known_tokens(data: Dataset, name: object, tokenizer: Tokenizer, config: Config) -> None:
     """Raises ValueError for a text with a token that the model has no row for."""
     for i in range(len(data)):
-        ids = data[i].ids.tolist()
-        unknown = next((j for j, token_id in enumerate(ids) if not 0 <= token_id < config.vocab_size), None)
-        if unknown is not None:
-            text = tokenizer.decode(ids[max(0, unknown - 20) : unknown + 1], skip_special_tokens=False)
+        ids = data[i].ids
+        unknown = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
+        if unknown.size:
+            at, token_id = int(unknown[0]), int(ids[unknown[0]])
+            text = tokenizer.decode(ids[max(0, at - 20) : at + 1].tolist(), skip_special_tokens=False)
             raise ValueError(
-                f"Example {i} (counted from 0) of {name} has the token {tokenizer.id_to_token(ids[unknown])!r} of number "
-                f"{ids[unknown]}, behind {shorten_front(' '.join(text.split()), 60)!r}: the tokenizer has "
+                f"Example {i} (counted from 0) of {name} has the token {tokenizer.id_to_token(token_id)!r}, number "
+                f"{token_id}, at the end of {shorten_front(' '.join(text.split()), 60)!r}: the tokenizer has "
                 f"{tokenizer.vocab_size} tokens and the model {config.vocab_size}; take the model's own tokenizer, or "
                 "leave this token out of the data."
             )
