@@ -55,7 +55,8 @@ def main(
     from lit_swa.checks import check_range
     from lit_swa.fast_decode import compile_decode, warm_up
     from lit_swa.formats.checkpoint import tokenizer_dir
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
+    from lit_swa.formats.places import locate
     from lit_swa.generate import Sampling, Session, Stats, generate_text
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
@@ -68,7 +69,8 @@ def main(
         raise ValueError('The prompt is empty: give some text with --prompt "...".')
     check_range("num_samples", num_samples, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
+    base_checkpoint_dir = base_checkpoint_dir and locate(base_checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir, base_dir=base_checkpoint_dir)
     tokenizer = Tokenizer(tokenizer_dir(checkpoint_dir, base_checkpoint_dir))
     ids = tokenizer.encode(prompt)

@@ -53,7 +53,8 @@ def main(
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.fast_decode import compile_decode, warm_up
     from lit_swa.formats.checkpoint import tokenizer_dir
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
+    from lit_swa.formats.places import locate
     from lit_swa.generate import Sampling, Session
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
@@ -62,7 +63,8 @@ def main(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
+    base_checkpoint_dir = base_checkpoint_dir and locate(base_checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir, base_dir=base_checkpoint_dir)
     tokenizer = Tokenizer(tokenizer_dir(checkpoint_dir, base_checkpoint_dir))
     if not tokenizer.has_chat_template:

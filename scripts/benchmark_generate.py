@@ -81,10 +81,10 @@ def load(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str,
 
     from lit_swa import GPT, Config
     from lit_swa.checkpoint import load_model
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
 
     if name is None:
-        return load_model(checkpoint_dir or download_checkpoint(), dtype=dtype, device=device, **overrides)
+        return load_model(find_checkpoint(checkpoint_dir), dtype=dtype, device=device, **overrides)
     config = Config.from_name(name, **overrides)
     torch.set_default_dtype(getattr(torch, dtype))
     with torch.device(device):

@@ -71,7 +71,7 @@ def main(
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.checks import check_range
     from lit_swa.data import check_tokens
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_machine, pick_device
 
@@ -79,7 +79,7 @@ def main(
     if unknown := [name for name in chosen if name not in METHODS]:
         raise ValueError(f"There is no method {unknown[0]!r}: choose from {', '.join(METHODS)}.")
     device = pick_device(device)
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     config = load_config(checkpoint_dir)
     context = 4 * config.block_size if context is None else context

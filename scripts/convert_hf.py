@@ -12,10 +12,12 @@ def main(checkpoint_dir: Path) -> None:
     The source files are not changed. Weights keep their dtype; quantised ones (GGUF) become float32.
 
     Args:
-        checkpoint_dir: The directory that holds the checkpoint.
+        checkpoint_dir: The directory that holds the checkpoint, or its GGUF file.
     """
     from lit_swa.checkpoint import convert_hf_checkpoint
+    from lit_swa.formats.places import locate
 
+    checkpoint_dir = locate(checkpoint_dir, convert=True)
     convert_hf_checkpoint(checkpoint_dir)
     print(checkpoint_dir)
 

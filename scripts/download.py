@@ -10,6 +10,7 @@ def main(
     repo_id: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     checkpoint_dir: Path | None = None,
     access_token: str | None = None,
+    list: bool = False,
 ) -> None:
     """Download a checkpoint from the Hugging Face hub, verify its checksums, convert it, and print its directory.
 
@@ -18,11 +19,18 @@ def main(
 
     Args:
         repo_id: The repository, <organisation>/<name>.
-        checkpoint_dir: Where to put it. Default: checkpoints/<organisation>/<name>.
+        checkpoint_dir: Where to put it. Default: checkpoints/<organisation>/<name> in the project's directory, where
+            every script finds it by its name, wherever it is started.
         access_token: For private and gated repositories. Default: the token of the hub's own login, if there is one.
+        list: Download nothing; list the checkpoints that are there, and say what can be downloaded.
     """
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import describe_downloads, download_checkpoint
+    from lit_swa.formats.places import table_of_present
 
+    if list:
+        print("\n".join(["There is, for --checkpoint_dir NAME:", *(table_of_present() or ["nothing"])]))
+        print(describe_downloads())
+        return
     print(download_checkpoint(repo_id, checkpoint_dir, access_token))
 
 

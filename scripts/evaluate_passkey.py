@@ -47,7 +47,7 @@ def main(
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.evaluate import Results, weights_identity
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
     from lit_swa.passkey import accuracy_rows, plan_trials, spread_depths
     from lit_swa.plots import check_output, draw_results
     from lit_swa.texts import read_text
@@ -58,7 +58,7 @@ def main(
     lengths = sorted(set([1024, 2048, 4096] if lengths is None else lengths))
     depths = check_arguments(task, lengths, depths, trials, max_new_tokens)
     check_output(output)
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     text = "" if haystack is None else read_text(haystack)
     hidden_in = haystack and {"file": str(haystack), "sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -62,7 +62,7 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
     from lit_swa.utils import pick_device, pick_dtype
 
     device = pick_device(device)
@@ -72,7 +72,7 @@ def main(
     evaluate.check_cut(seq_len, stride, score, bucket)
     evaluate.check_at_least(batch_size=(batch_size, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
     evaluate.check_at_least(chunk_size=(chunk_size or 0, 0))
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir, tokenizer=False)
     config = load_config(checkpoint_dir).override(**model or {})
     evaluate.check_context(config, seq_len)

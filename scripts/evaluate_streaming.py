@@ -53,7 +53,7 @@ def main(
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.evaluate import Results, weights_identity
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
     from lit_swa.texts import read_questions
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
@@ -65,7 +65,7 @@ def main(
     if data is not None:
         check_output(output)
     questions = [] if chat is None else read_questions(chat)
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     tokens, digest = ([], digest_of(questions)) if data is None else read_text(data, checkpoint_dir, settings)
     methods = plan_methods(checkpoint_dir, sinks, cache_size, own_attention, model or {}, chat is not None)

@@ -14,8 +14,9 @@ def main(checkpoint_dir: Path, output_dir: Path) -> None:
         output_dir: Where config.json, model.safetensors and the tokenizer's files go.
     """
     from lit_swa.checkpoint import export_hf_checkpoint
+    from lit_swa.formats.places import locate
 
-    export_hf_checkpoint(checkpoint_dir, output_dir)
+    export_hf_checkpoint(locate(checkpoint_dir), output_dir)
     print(output_dir)
 
 

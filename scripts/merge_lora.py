@@ -33,7 +33,10 @@ def main(
     from lit_swa.adapter import is_llama_adapter
     from lit_swa.checkpoint import check_dtype, save_checkpoint
     from lit_swa.formats.checkpoint import base_of, load_adapted, tokenizer_dir
+    from lit_swa.formats.places import locate
 
+    checkpoint_dir = locate(checkpoint_dir)
+    base_checkpoint_dir = base_checkpoint_dir and locate(base_checkpoint_dir)
     if is_llama_adapter(checkpoint_dir):
         raise ValueError(
             f"{checkpoint_dir} is a LLaMA-Adapter, which no weights can express: use the directory as it is."

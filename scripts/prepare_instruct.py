@@ -40,14 +40,14 @@ def main(
     from lit_swa.checks import check_range
     from lit_swa.data import check_dataset, load_dataset, save_dataset, show_examples
     from lit_swa.formats.checkpoint import tokenizer_dir
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import ProgressLine
 
     check_range("show", show, 0)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file: give a directory to write to.")
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     tokenizer, progress = Tokenizer(tokenizer_dir(checkpoint_dir)), ProgressLine(None, "examples")
     dataset = load_dataset(

@@ -21,7 +21,7 @@ def main(data: list[Path] | Path, output: Path, checkpoint_dir: Path | None = No
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.data import write_token_file
     from lit_swa.formats.checkpoint import tokenizer_dir
-    from lit_swa.formats.download import download_checkpoint
+    from lit_swa.formats.download import find_checkpoint
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import ProgressLine
 
@@ -32,7 +32,7 @@ def main(data: list[Path] | Path, output: Path, checkpoint_dir: Path | None = No
         files += sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{data} holds no .txt file: give texts.")
-    checkpoint_dir = checkpoint_dir or download_checkpoint()
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     progress = ProgressLine(None, "documents")
     documents, tokens = write_token_file(files, Tokenizer(tokenizer_dir(checkpoint_dir)), output, progress)

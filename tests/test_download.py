@@ -22,7 +22,7 @@ from tiny_gguf import write_tiny_gguf
 
 from lit_swa import GPT, Config
 from lit_swa.checkpoint import export_hf_checkpoint, is_complete, load_model, save_checkpoint
-from lit_swa.formats import download
+from lit_swa.formats import download, places
 from lit_swa.formats import hub as hub_client
 from lit_swa.formats.download import PyPIMirror, download_checkpoint
 
@@ -194,9 +194,10 @@ def no_network(monkeypatch) -> list[str]:
 
 def test_a_repository_becomes_a_checkpoint(hub: FakeHub, tmp_path: Path, monkeypatch) -> None:
     """Would catch code, other formats or files of other folders being fetched, and a directory that does not load."""
+    monkeypatch.setattr(places, "PROJECT", tmp_path)
     monkeypatch.chdir(tmp_path)
     directory = download_checkpoint(REPO)
-    assert directory == Path("checkpoints", *REPO.split("/"))
+    assert directory == Path("checkpoints", *REPO.split("/")) == download_checkpoint(REPO)
     assert hub.fetched() == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
     assert load_model(directory).config.n_layer == 2
     assert not (directory / ".cache/huggingface").exists() and not list(directory.rglob("*.py"))

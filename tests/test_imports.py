@@ -1,6 +1,9 @@
 """Imports point one way: scripts -> lit_swa -> torch, and downwards within lit_swa, also those inside functions."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +74,25 @@ def test_no_script_imports_a_script_and_the_package_none() -> None:
     for path in (*scripts, *(ROOT / "lit_swa").rglob("*.py")):
         found = {name.split(".")[0] for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
         assert not found & names, f"{path.name} imports {found & names}"
+
+
+def test_what_is_imported_is_declared_and_pinned() -> None:
+    """Catches: a package that is there by chance only, because another one needs it; a folder that is not shipped."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+    def names(lines: list[str]) -> set[str]:
+        found = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in lines if line[:1].isalpha()}
+        return found
+
+    needed = names(project["project"]["dependencies"])
+    declared = needed.union(*map(names, project["project"]["optional-dependencies"].values()))
+    folders = ("lit_swa", "generate", "finetune", "scripts")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    found = {name.split(".")[0] for path in files for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
+    own = {"lit_swa", "config", "rope"}  # the latter two where model.py is copied without the package
+    assert found - set(sys.stdlib_module_names) - own - declared == {"flash_attn"}  # used where it is there
+    assert needed <= names((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    shipped = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lit_swa").rglob("__init__.py")}
+    assert shipped == set(project["tool"]["setuptools"]["packages"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {project['project']['requires-python'].removeprefix('>=')} " in readme

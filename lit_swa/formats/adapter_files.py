@@ -24,6 +24,7 @@ from lit_swa.formats.files import (
     write_json,
     write_safetensors,
 )
+from lit_swa.formats.places import places
 
 
 def write_adapter(
@@ -149,8 +150,7 @@ def find_named_base(directory: Path) -> Path:
     remedy = f"run python scripts/merge_lora.py --checkpoint_dir {directory} --base_checkpoint_dir BASE"
     if not is_base_name(name):
         raise ValueError(f"{directory} does not say which base checkpoint it belongs to: {remedy}.")
-    places = [Path(name), directory / name, Path("checkpoints", name)]
-    found = next((place for place in places if place.is_dir()), None)
+    found = next((place for place in (*places(name), directory / name) if place.is_dir()), None)
     if found is None:
         raise FileNotFoundError(
             f"The base checkpoint {name} of the adapter {directory} is not here: download it with scripts/download.py, "

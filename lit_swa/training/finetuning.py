@@ -28,7 +28,7 @@ from lit_swa.data import (
 from lit_swa.evaluate import check_context
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
-from lit_swa.formats.download import download_checkpoint
+from lit_swa.formats.download import find_checkpoint
 from lit_swa.formats.hugging_face import expected_shapes
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate
@@ -75,10 +75,8 @@ def prepare(args: Training, method: str, rate: float, small_rate: float | None =
     out_dir = args.out_dir or Path("out") / method
     find_run(args.resume, out_dir)
     fabric, dtype = start_fabric(args)
-    checkpoint_dir = args.checkpoint_dir
-    if checkpoint_dir is None:
-        with fabric.rank_zero_first():
-            checkpoint_dir = download_checkpoint()
+    with fabric.rank_zero_first():
+        checkpoint_dir = find_checkpoint(args.checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     config = load_config(checkpoint_dir).override(**(args.model or {}))
     tokenizer = Tokenizer(checkpoint_dir)
