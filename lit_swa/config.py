@@ -312,9 +312,9 @@ def check_attention(config: Config) -> None:
 def check_dual_chunk(config: Config) -> None:
     """Dual-chunk attention: the greatest distance lies within the trained length, and there is no window."""
     c, s, w = config.chunk_trained, config.chunk_size, config.chunk_local
-    if s < 1 or s + w >= c:
+    if s < 1 or s + w > c:
         raise ValueError(
-            f"dual_chunk_size={s} + dual_chunk_local={w} must be less than the trained length of {c} tokens "
+            f"dual_chunk_size={s} + dual_chunk_local={w} must be at most the trained length of {c} tokens "
             "(dual_chunk_pretraining_length), since it is the greatest distance that occurs: make them smaller."
         )
     if config.sliding_window_size is not None:
@@ -328,7 +328,8 @@ def check_dual_chunk(config: Config) -> None:
 
 def with_trained_length(scaling: dict | None, trained: int) -> dict | None:
     """A scaling that needs the trained length and does not say it, with it; others as they are."""
-    needed = ROPE_SCALING_KEYS.get(scaling.get("type") if scaling else None, (set(), set()))[0]
+    kind = scaling.get("type") if scaling else None
+    needed = ROPE_SCALING_KEYS[kind][0] if isinstance(kind, str) and kind in ROPE_SCALING_KEYS else set()
     return {**scaling, TRAINED_LENGTH: trained} if TRAINED_LENGTH in needed - set(scaling or ()) else scaling
 
 
@@ -336,7 +337,7 @@ def check_rope_scaling(config: Config) -> None:
     scaling = config.rope_scaling
     if scaling is None:
         return
-    if scaling.get("type") not in ROPE_SCALING_KEYS:
+    if not isinstance(scaling.get("type"), str) or scaling["type"] not in ROPE_SCALING_KEYS:
         given = f"type {scaling['type']!r} is none of" if "type" in scaling else "needs a type, one of"
         raise ValueError(f"rope_scaling {given} {', '.join(ROPE_SCALING_KEYS)}.")
     kind, given = scaling["type"], set(scaling) - {"type"}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tiny import randomize
 
 from lit_swa import Config
@@ -178,7 +179,7 @@ def test_older_config_files_say_the_same():
         ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM.* not supported.*LlamaForCausalLM"),
         ({"model_type": "mamba"}, "mamba"),
         ({}, "not supported"),
-        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "no 'num_attention_heads'"),
+        ({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}, "head_size=0"),
         (SHAPE | {"architectures": ["LlamaForCausalLM"], "hidden_act": "xielu"}, "activation 'xielu'"),
         (SHAPE | {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"type": "magic", "factor": 2}}, "'magic'"),
         (SHAPE | {"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4}, "does not divide"),
@@ -191,3 +192,203 @@ def test_configs_that_cannot_be_built_are_refused_in_one_sentence(content, messa
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         Config.from_hf(tmp_path)
+
+
+# ---------------------------------------------------------------------------- what a config.json leaves out, or adds
+
+PLAIN = {
+    "vocab_size": 500, "hidden_size": 8192, "intermediate_size": 99, "num_hidden_layers": 5, "num_attention_heads": 64,
+    "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 777, "rms_norm_eps": 1e-4,
+    "tie_word_embeddings": False, "hidden_act": "gelu",
+}  # fmt: skip
+WINDOWS = {"use_sliding_window": True, "sliding_window": 33, "max_window_layers": 2, "layer_types": None}
+GEMMA = PLAIN | {
+    "hidden_activation": "silu", "query_pre_attn_scalar": 40, "attn_logit_softcapping": 7.0, "attention_bias": True,
+    "final_logit_softcapping": 9.0, "sliding_window": 33, "layer_types": ["full_attention"] * 4 + ["sliding_attention"],
+}  # fmt: skip
+GIVEN = {  # a model_type, its class, and a value for every key that is read, none of them the default
+    "llama": ("LlamaConfig", PLAIN | {"attention_bias": True, "mlp_bias": True, "rope_theta": 5e5}),
+    "mistral": ("MistralConfig", PLAIN | {"sliding_window": 33, "rope_theta": 5e5}),
+    "qwen2": ("Qwen2Config", PLAIN | WINDOWS | {"rope_theta": 5e5}),
+    "qwen3": ("Qwen3Config", PLAIN | WINDOWS | {"rope_theta": 5e5, "attention_bias": True}),
+    "gemma2": ("Gemma2Config", GEMMA | {"rope_theta": 5e5}),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        GEMMA | {"rope_theta": 5e5, "rope_local_base_freq": 99.0, "sliding_window_pattern": 2, "layer_types": None},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {k: v for k, v in PLAIN.items() if k not in ("num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act")}
+        | {"layer_norm_eps": 1e-4, "hidden_act": "gelu_fast", "attention_bias": False, "use_parallel_residual": False,
+           "rotary_pct": 0.5, "rotary_emb_base": 500},
+    ),
+}  # fmt: skip
+NULLS = {  # keys that may be null, which is not what they are when they are left out
+    "llama": ("num_key_value_heads", "head_dim"), "mistral": ("head_dim", "sliding_window"),
+    "qwen2": ("num_key_value_heads", "sliding_window"), "qwen3": ("num_key_value_heads", "sliding_window"),
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("attn_logit_softcapping", "final_logit_softcapping"), "gpt_neox": (),
+}  # fmt: skip
+RENAMED = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+
+
+def told(kind: str, config) -> dict[str, object]:
+    """What a config of transformers says, by the names of our fields."""
+    rope, get = config.rope_parameters, lambda name, default=None: getattr(config, name, default)
+    full, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+    types = (
+        get("layer_types")
+        or ["full_attention" if get("sliding_window") is None else "sliding_attention"] * config.num_hidden_layers
+    )
+    gemma, activation = kind.startswith("gemma"), get("hidden_activation", get("hidden_act"))
+    return {
+        "n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads, "n_embd": config.hidden_size,
+        "n_query_groups": get("num_key_value_heads", config.num_attention_heads), "vocab_size": config.vocab_size,
+        "head_size": get("head_dim") or config.hidden_size // config.num_attention_heads,
+        "intermediate_size": config.intermediate_size, "block_size": config.max_position_embeddings,
+        "tie_embeddings": config.tie_word_embeddings, "norm_eps": get("rms_norm_eps", get("layer_norm_eps")),
+        "activation": RENAMED.get(activation, activation), "rope_base": full["rope_theta"],
+        "rope_local_base_freq": local.get("rope_theta"), "rotary_percentage": full.get("partial_rotary_factor", 1.0),
+        "rope_scaling": None if full["rope_type"] == "default" else full["rope_type"],
+        "attn_bias": True if kind == "qwen2" else get("attention_bias", False),
+        "mlp_bias": True if kind == "gpt_neox" else get("mlp_bias", False),
+        "parallel_residual": get("use_parallel_residual", False),
+        "attention_scores_scalar": config.query_pre_attn_scalar if gemma else None,
+        "attention_logit_softcapping": get("attn_logit_softcapping"),
+        "final_logit_softcapping": get("final_logit_softcapping"),
+        "layer_variants": [{"full_attention": "full", "sliding_attention": "sliding"}[t] for t in types],
+        "sliding_window_size": config.sliding_window if "sliding_attention" in types else None,
+    }  # fmt: skip
+
+
+def as_version_5(kind: str, hf: dict) -> dict:
+    """The same config.json with rope_parameters."""
+    old = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+    rope = {new: hf[key] for key, new in old.items() if key in hf}
+    if kind == "gemma3_text":
+        local = {"rope_theta": hf["rope_local_base_freq"]} if "rope_local_base_freq" in hf else {}
+        rope = {
+            "full_attention": rope | {"rope_type": "default"},
+            "sliding_attention": local | {"rope_type": "default"},
+        }
+    rest = {key: value for key, value in hf.items() if key not in (*old, "rope_local_base_freq")}
+    return rest | ({"rope_parameters": rope} if rope else {})
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_keys_that_are_left_out_mean_what_transformers_takes_them_for(kind: str):
+    """Catches: a window, soft-cap, activation, base or head that changes when config.json leaves its default out."""
+    name, given = GIVEN[kind]
+    without = [{k: v for k, v in given.items() if k != left_out} for left_out in given]
+    only = [{key: value} for key, value in given.items()]
+    nulls = [given | {key: None} for key in NULLS[kind]]
+    scaled = [{"rope_scaling": {"rope_type": "linear", "factor": 4.0}}]
+    compared = 0
+    for hf in [{}, given, *without, *only, *nulls, *scaled]:
+        for content in (hf, as_version_5(kind, hf)):
+            try:
+                theirs = getattr(transformers, name)(**json.loads(json.dumps(content)))
+            except (ValueError, StrictDataclassError):
+                continue  # a width that the heads do not divide, layer_types for another number of layers
+            ours = Config.from_hf({"model_type": kind} | content)
+            expected = told(kind, theirs)
+            found = {field: getattr(ours, field) for field in expected}
+            found["rope_scaling"] = ours.rope_scaling and ours.rope_scaling["type"]
+            assert found == expected, content
+            compared += 1
+    assert compared > 2 * len(given)
+
+
+def test_a_nested_config_that_leaves_out_nearly_everything(tmp_path: Path):
+    """Catches: gemma-3-4b, whose text_config leaves out the defaults; a linear scaling that multiplies again."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+    hf = {
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 1152, "num_attention_heads": 16},
+    }
+    config, expected = (
+        Config.from_hf(hf),
+        told("gemma3", transformers.Gemma3Config(**json.loads(json.dumps(hf))).text_config),
+    )
+    found = {field: getattr(config, field) for field in expected} | {"rope_scaling": config.rope_scaling["type"]}
+    assert found == expected and config.block_size == 131072
+
+
+QWEN_1M = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+
+
+def test_dual_chunk_attention_is_read():
+    """Catches: Qwen2.5-1M that is converted to full attention; its s + w is its trained length."""
+    hf = SHAPE | {"model_type": "qwen2", "max_position_embeddings": 1010000, "dual_chunk_attention_config": QWEN_1M}
+    config = Config.from_hf(hf)
+    assert (config.attention, config.block_size) == ("dual_chunk", 1010000)
+    assert (config.chunk_trained, config.chunk_size, config.chunk_local) == (262144, 253952, 8192)
+    assert Config.from_hf(hf | {"dual_chunk_attention_config": None}).attention == "full"
+
+
+UNREAD = {
+    "llama": [
+        {"attn_logit_softcapping": 50.0}, {"use_alibi": True}, {"alibi": True}, {"attention_chunk_size": 8192},
+        {"no_rope_layers": [1, 0, 1, 0]}, {"logit_scale": 0.06}, {"residual_multiplier": 0.2}, {"clip_qkv": 8.0},
+        {"embedding_multiplier": 12}, {"attention_multiplier": 0.01}, {"qk_layernorm": True}, {"use_qk_norm": True},
+        {"rope_interleaved": True}, {"mrope_section": [8, 8]}, {"partial_rotary_factor": 0.5}, {"is_causal": False},
+        {"quantization_config": {"quant_method": "gptq"}}, {"attention_sink_size": 4}, {"sliding_window": 64},
+        {"dual_chunk_attention_config": QWEN_1M}, {"num_local_experts": 8}, {"use_bidirectional_attention": True},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+    ],
+    "mistral": [{"mlp_bias": True}, {"layer_types": ["chunked_attention"] * 4}],
+    "qwen2": [
+        {"layer_types": ["linear_attention"] * 4}, {"layer_types": ["full_attention"] * 3},
+        {"layer_types": ["sliding_attention"] * 4}, {"dual_chunk_attention_config": {"chunk_size": 64}},
+        {"dual_chunk_attention_config": QWEN_1M | {"sparse_attention_config": {"0": {}}}},
+        {"dual_chunk_attention_config": QWEN_1M, "use_sliding_window": True, "max_window_layers": 0},
+    ],
+    "gemma2": [{"sliding_window": None}],
+    "gemma3_text": [{"rope_parameters": {"rope_theta": 1e6}}],
+    "gpt_neox": [{"sliding_window": 64}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, fields", [(kind, fields) for kind, rows in UNREAD.items() for fields in rows])
+def test_a_key_that_is_not_read_is_refused_by_name(kind: str, fields: dict):
+    """Catches: a checkpoint that is converted to another model than it is, without a word."""
+    with pytest.raises(ValueError, match=next(iter(fields))) as error:
+        Config.from_hf(SHAPE | {"model_type": kind} | fields)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        ("llama", {"rope_scaling": {"factor": 4.0}}, "RoPE has factor=4.0, which its type 'default' does not read"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 4.0, "low_freq_factor": 2.0}},
+            "has low_freq_factor=2.0",
+        ),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "a window has the type"),
+    ],
+)
+def test_a_parameter_of_rope_that_is_not_read_is_refused(kind: str, fields: dict, message: str):
+    """Catches: a scaling without its type, or another one's parameter, that is left out silently."""
+    with pytest.raises(ValueError, match=message):
+        Config.from_hf(SHAPE | {"model_type": kind} | fields)
+
+
+def test_keys_that_ask_for_nothing_are_fine():
+    """Catches: real files refused for a switch that is off, a factor of 1, or how transformers once ran the model."""
+    off = {
+        "attention_dropout": 0.1, "_attn_implementation_autoset": True, "attn_implementation": "sdpa", "alibi": False,
+        "use_flash_attention_2": True, "attention_chunk_size": None, "logit_scale": 1.0, "residual_multiplier": 1,
+        "partial_rotary_factor": 1.0, "no_rope_layers": [1] * 4, "chunk_size_feed_forward": 0, "sliding_window": None,
+        "use_sliding_window": False, "max_window_layers": 28, "quantization_config": None, "clip_qkv": None,
+        "use_mrope": False, "is_causal": True, "add_cross_attention": False, "cross_attention_hidden_size": None,
+        "layer_types": ["full_attention"] * 4, "pretraining_tp": 2, "rope_interleaved": False, "qk_layernorm": False,
+        "rope_scaling": None, "attn_logit_softcapping": None, "output_attentions": True, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    assert Config.from_hf(SHAPE | {"model_type": "llama"} | off) == Config.from_hf(SHAPE | {"model_type": "llama"})
+    legacy = {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert Config.from_hf(SHAPE | {"model_type": "llama", "rope_scaling": legacy}).block_size == 2048

@@ -31,8 +31,8 @@ CASES = {
         {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 0},
         brute_force.meet_streaming(7, 0),
     ),
-    "chunks of 6, 3 near": (
-        DUAL | {"dual_chunk_size": 6, "dual_chunk_local": 3},
+    "chunks of 6, 3 near": (  # s + w is the trained length
+        DUAL | {"dual_chunk_pretraining_length": 9, "dual_chunk_size": 6, "dual_chunk_local": 3},
         brute_force.meet_dual_chunk(6, 3),
     ),
     "chunks of 7, 0 near": (
@@ -350,7 +350,7 @@ def test_the_block_mask_of_a_window_equals_the_dense_one(queries, keys, window, 
     "fields, message",
     [
         ({"attention": "streaming"}, "needs sliding_window_size"),
-        ({"attention": "dual_chunk", "dual_chunk_size": 200, "dual_chunk_local": 56}, "must be less than the trained"),
+        ({"attention": "dual_chunk", "dual_chunk_size": 200, "dual_chunk_local": 57}, "must be at most the trained"),
         ({"attention": "dual_chunk", "dual_chunk_pretraining_length": 2}, None),
         ({"attention": "dual_chunk", "sliding_window_size": 8}, "set sliding_window_size to null"),
         ({"attention": "dual_chunk,sliding", "sliding_window_size": 8}, "set sliding_window_size to null"),

@@ -217,8 +217,6 @@ LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
 
 def _common(c: Config) -> dict[str, Any]:
     scaling, context = c.rope_scaling and {"rope_type": c.rope_scaling["type"], **c.rope_scaling}, c.block_size
-    if scaling and scaling["type"] == "linear":  # families.rope_fields computes it from the context and the factor
-        scaling[TRAINED_LENGTH] = int(context / scaling["factor"])
     if scaling and scaling["type"] == "dynamic":
         context = scaling.pop(TRAINED_LENGTH)
     return {
