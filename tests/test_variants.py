@@ -31,13 +31,13 @@ CASES = {
         {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 0},
         brute_force.meet_streaming(7, 0),
     ),
-    "chunks of 6, 3 near": (  # s + w is the trained length
-        DUAL | {"dual_chunk_pretraining_length": 9, "dual_chunk_size": 6, "dual_chunk_local": 3},
+    "chunks of 6, 3 near": (
+        DUAL | {"dual_chunk_size": 6, "dual_chunk_local": 3},
         brute_force.meet_dual_chunk(6, 3),
     ),
-    "chunks of 7, 0 near": (
-        DUAL | {"dual_chunk_size": 7, "dual_chunk_local": 0},
-        brute_force.meet_dual_chunk(7, 0),
+    "chunks of 7, 2 near": (  # s + w is the trained length
+        DUAL | {"dual_chunk_pretraining_length": 9, "dual_chunk_size": 7, "dual_chunk_local": 2},
+        brute_force.meet_dual_chunk(7, 2),
     ),
     "chunks by default": (DUAL, brute_force.meet_dual_chunk(10, 2)),
     "dilated": (dilated.FIELDS, brute_force.meet_dilated(4, 3)),
