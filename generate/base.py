@@ -59,12 +59,13 @@ def main(
     from lit_swa.formats.places import locate
     from lit_swa.generate import Sampling, Session, Stats, generate_text
     from lit_swa.linear_formats import pack_for_cpu
+    from lit_swa.texts import read_stdin
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype, show_reading
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = read_stdin() if prompt == "-" else prompt
     if not prompt:
         raise ValueError('The prompt is empty: give some text with --prompt "...".')
     check_range("num_samples", num_samples, 1)
@@ -89,11 +90,13 @@ def main(
             sampling=replace(sampling, seed=seed + sample), stop=stop or (), stop_tokens=tokenizer.eos_ids,
             session=session, progress=show_reading, stats=stats,
         )  # fmt: skip
-        print(prompt, next(pieces, ""), sep="", end="", flush=True)  # the first piece comes when the prompt is read
+        text = next(pieces, "")  # it comes when the prompt is read
+        print(prompt, text, sep="", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
+            text += piece
         print(flush=True)
-        print(stats.line(gpt), file=sys.stderr)
+        print(stats.line(gpt, text), file=sys.stderr)
 
 
 if __name__ == "__main__":

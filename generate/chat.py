@@ -84,6 +84,9 @@ def main(
 
 def talk(session, tokenizer, beginning: list[dict[str, str]], arguments: dict[str, Any]) -> None:
     """Answer turns and obey commands until the input ends. arguments: generate_text's, for every answer."""
+    from lit_swa.command_line import shorten
+    from lit_swa.generate import NonFiniteLogits
+
     messages = list(beginning)
     print(HELP, file=sys.stderr)
     while (turn := read_turn()) is not None:
@@ -101,8 +104,10 @@ def talk(session, tokenizer, beginning: list[dict[str, str]], arguments: dict[st
             asked = [*messages, {"role": "user", "content": turn}]
             try:
                 messages = [*asked, {"role": "assistant", "content": answer(session, tokenizer, asked, arguments)}]
+            except NonFiniteLogits:  # so would be those of any other turn
+                raise
             except ValueError as e:  # the context is full, or the template refuses the turn: it is not kept
-                print(f"error: {e} /reset begins anew.", file=sys.stderr)
+                print(f"error: {shorten(str(e))} /reset begins anew.", file=sys.stderr)
 
 
 def answer(session, tokenizer, messages: list[dict[str, str]], arguments: dict[str, Any]) -> str:
@@ -121,18 +126,22 @@ def answer(session, tokenizer, messages: list[dict[str, str]], arguments: dict[s
             print(piece, end="", flush=True)
             text += piece
     print(flush=True)
-    print(stats.line(session.model), file=sys.stderr)
+    print(stats.line(session.model, text), file=sys.stderr)
     return text
 
 
 def read_turn() -> str | None:
-    """The next line, or None at the end of the input. Ctrl-C throws the line away."""
+    """The next line, or None at the end of the input; Ctrl-C throws the line away. Raises ValueError if not UTF-8."""
+    from lit_swa.texts import read_line
+
     while True:
         try:
             print("> ", end="", file=sys.stderr, flush=True)
-            return input()
+            return read_line()
         except KeyboardInterrupt:
             print("\n/exit or Ctrl-D leaves.", file=sys.stderr)
+        except UnicodeDecodeError:  # of what is typed; a pipe's is raised
+            print("error: that line is no UTF-8 text, it is not read.", file=sys.stderr)
         except EOFError:
             print(file=sys.stderr)
             return None

@@ -42,35 +42,35 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")  # types whose frequencies change as 
 class Config:
     """The fields that shape a model. ValueError for a value, or a combination, that no model can be built from."""
 
-    name: str = ""
+    name: str = ""  # for people: nothing follows from it
     # shape
-    n_layer: int = 16
-    n_head: int = 32
+    n_layer: int = 16  # blocks
+    n_head: int = 32  # query heads of a layer
     n_query_groups: int | None = None  # key/value heads; None: as many as query heads
-    n_embd: int = 4096
-    head_size: int | None = None  # None: n_embd // n_head
-    intermediate_size: int | None = None  # None: 4 * n_embd
+    n_embd: int = 4096  # elements of a token's vector between the layers
+    head_size: int | None = None  # elements of a head; None: n_embd // n_head
+    intermediate_size: int | None = None  # elements within the MLP; None: 4 * n_embd
     block_size: int = 4096  # the context, in tokens, that a layer without a window can take
-    vocab_size: int = 50257
+    vocab_size: int = 50257  # tokens that can be chosen
     padded_vocab_size: int | None = None  # rows of the embedding; None: vocab_size
     tie_embeddings: bool = False  # lm_head shares its weight with wte
     # block
-    norm_class_name: str = "RMSNorm"
-    norm_eps: float = 1e-5
+    norm_class_name: str = "RMSNorm"  # or LayerNorm
+    norm_eps: float = 1e-5  # added to the mean square that a norm divides by
     norm_unit_offset: bool = False  # Gemma: the norm multiplies by (1 + weight)
     norm_qk: bool = False  # Qwen3, Gemma 3: RMSNorm over the head size of queries and keys, before RoPE
     post_attention_norm: bool = False  # Gemma 2 and 3: a norm also behind the attention ...
     post_mlp_norm: bool = False  # ... and behind the MLP
     parallel_residual: bool = False  # NeoX: x + attn(norm_1(x)) + mlp(norm_2(x))
-    mlp_class_name: str = "GatedMLP"
-    activation: str = "silu"
+    mlp_class_name: str = "GatedMLP"  # or PlainMLP
+    activation: str = "silu"  # of the MLP; or gelu, gelu_tanh, relu
     attn_bias: bool = False  # of the query, key and value projections
-    attn_proj_bias: bool = False
-    mlp_bias: bool = False
+    attn_proj_bias: bool = False  # of the projection behind the attention
+    mlp_bias: bool = False  # of the projections of the MLP
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(n_embd)
     final_logit_softcapping: float | None = None  # c: logits become c * tanh(logits / c)
     # positions
-    rope_base: float = 10000.0
+    rope_base: float = 10000.0  # RoPE turns the i-th pair of D elements by rope_base ** (-2i / D) a token
     rope_local_base_freq: float | None = None  # Gemma 3: the base of the layers with a window; None: rope_base
     rotary_percentage: float = 1.0  # the share of each head that RoPE rotates
     rope_scaling: dict | None = None  # {"type": "linear", "factor": 4.0}; see rope.py. Not for rope_local_base_freq
@@ -246,8 +246,9 @@ def reject_unknown_fields(values: dict[str, Any]) -> None:
     known = [f.name for f in fields(Config)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or known
-            raise ValueError(f"The config has no field {str(name)!r}: did you mean {' or '.join(near)}?")
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}."
+            raise ValueError(f"The config has no field {str(name)!r}: {remedy}")
 
 
 def check_types(config: Config) -> None:

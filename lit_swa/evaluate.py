@@ -23,9 +23,9 @@ from lit_swa.data.token_files import check_tokens as check_tokens  # scripts tak
 from lit_swa.data.token_files import open_token_file
 from lit_swa.formats.checkpoint import build_model, check_shapes
 from lit_swa.formats.files import LazyTensor, write_json
-from lit_swa.generate import Session, prefill_chunk
+from lit_swa.generate import NonFiniteLogits, Session, explain_overflow, prefill_chunk
 from lit_swa.model import GPT, Config
-from lit_swa.texts import read_text
+from lit_swa.texts import encode_file, find_frame
 from lit_swa.utils import count_processes
 
 if TYPE_CHECKING:
@@ -136,13 +136,18 @@ def read_tokens(
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.tokenizer import Tokenizer
 
-    tokenizer, parts, n = Tokenizer(tokenizer_dir(checkpoint_dir)), [], 0
+    return encode_files(Tokenizer(tokenizer_dir(checkpoint_dir)), files, max_tokens)
+
+
+def encode_files(tokenizer: "Tokenizer", files: Sequence[Path], most: int | None) -> np.ndarray:
+    """The ids of texts, joined, and no more than the first `most`."""
+    parts: list[np.ndarray] = []
     for file in files:
-        parts.append(encode_file(tokenizer, file))
-        n += len(parts[-1])
-        if max_tokens is not None and n >= max_tokens:
+        left = None if most is None else most - sum(map(len, parts))
+        if left == 0:
             break
-    return np.concatenate(parts)[:max_tokens]
+        parts.append(encode_file(tokenizer, file, left))
+    return np.concatenate(parts)
 
 
 def find_data(data: Path | Sequence[Path]) -> list[Path]:
@@ -162,9 +167,24 @@ def find_data(data: Path | Sequence[Path]) -> list[Path]:
     return files
 
 
-def encode_file(tokenizer: "Tokenizer", file: Path) -> np.ndarray:
-    """The ids of a text. It is encoded in one call, since the ids of its pieces could be others."""
-    return np.array(tokenizer.encode(read_text(file)), dtype=np.uint32)
+def read_stream(
+    data: Path | Sequence[Path], checkpoint_dir: Path, vocab_size: int, max_tokens: int | None = None
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """(the tokens of read_tokens, at most max_tokens; those that every window of them begins with).
+
+    A window is a text of its own, so each begins with what the tokenizer puts in front of a text, such as BOS. The
+    windows of a .bin file are cut as its tokens stand, which is LongLoRA's way.
+    """
+    files = find_data(data)
+    if files[0].suffix == ".bin" or max_tokens is not None and max_tokens < 1:
+        return read_tokens(data, checkpoint_dir, vocab_size, max_tokens), ()
+    from lit_swa.formats.checkpoint import tokenizer_dir
+    from lit_swa.formats.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_dir(checkpoint_dir))
+    before = (find_frame(tokenizer) or ([], []))[0]
+    tokens = encode_files(tokenizer, files, max_tokens and max_tokens + len(before))
+    return tokens[len(before) :], tuple(before)
 
 
 # ---------------------------------------------------------------------------------------------------------- the windows
@@ -173,15 +193,16 @@ def encode_file(tokenizer: "Tokenizer", file: Path) -> np.ndarray:
 class Windows(NamedTuple):
     """Which windows of the stream are read, and which of their tokens are targets, in buckets by position.
 
-    The window at `a` holds the tokens a .. a + seq_len - 1 of the stream. Its targets are its tokens at positions
-    first .. seq_len - 1, each predicted from all tokens before it in the window. The token at position 0 is predicted
-    from nothing and is never a target.
+    The window at `a` holds the P tokens of `prefix`, such as BOS, and tokens a .. a + seq_len - P - 1 of the stream.
+    Its targets are its tokens at positions first .. seq_len - 1, each predicted from all tokens before it in the
+    window. The prefix, and the token at position 0, which is predicted from nothing, are never targets.
     """
 
     starts: Sequence[int]
     seq_len: int
     first: int
     bucket: int  # positions in one bucket
+    prefix: tuple[int, ...] = ()  # what each window begins with
 
     def bucket_of_targets(self) -> np.ndarray:
         """(seq_len - first,): the bucket of each target of a window."""
@@ -189,7 +210,8 @@ class Windows(NamedTuple):
 
     def batch(self, tokens: np.ndarray, starts: Sequence[int], device: torch.device | str) -> Tensor:
         """Token ids (B, T) of the windows at `starts`."""
-        rows = np.stack([tokens[a : a + self.seq_len] for a in starts]).astype(np.int64)
+        n = self.seq_len - len(self.prefix)
+        rows = np.stack([np.concatenate([self.prefix, tokens[a : a + n]]) for a in starts]).astype(np.int64)
         return torch.from_numpy(rows).to(device)
 
     def sums(self, nll: Tensor) -> list[list[float]]:
@@ -220,7 +242,13 @@ def perplexity(nll: float) -> float:
 
 
 def full_windows(
-    n_tokens: int, seq_len: int, stride: int, score: str, bucket: int | None = None, data: object = "The text"
+    n_tokens: int,
+    seq_len: int,
+    stride: int,
+    score: str,
+    bucket: int | None = None,
+    data: object = "The text",
+    prefix: Sequence[int] = (),
 ) -> Windows:
     """Every full window of seq_len tokens, starting every `stride` tokens; a remainder at the end is not read.
 
@@ -229,22 +257,27 @@ def full_windows(
         means of batches, while here every full window and every target counts the same. "last" counts the last
         `stride` targets of each window, the first window included: no token counts twice, and each has at least
         seq_len - stride tokens before it.
+    prefix: what each window begins with. It takes part in seq_len, and windows without overlap are then so much shorter
+        that no token of the stream is left out.
     Raises ValueError for arguments that do not fit each other or the text.
     """
     check_cut(seq_len, stride, score, bucket)
-    check_text_length(n_tokens, seq_len, data)
-    first = max(1, seq_len - stride) if score == "last" else 1
-    starts = range(0, n_tokens - seq_len + 1, stride)
-    return Windows(starts, seq_len, first, bucket or math.ceil(seq_len / 8))
+    room = check_text_length(n_tokens, seq_len, data, prefix)
+    stride = min(stride, room)
+    first = max(1, len(prefix), seq_len - stride if score == "last" else 1)
+    return Windows(
+        range(0, n_tokens - room + 1, stride), seq_len, first, bucket or math.ceil(seq_len / 8), tuple(prefix)
+    )
 
 
-def spread_windows(n_tokens: int, seq_len: int, count: int, bucket: int, data: object = "The text") -> Windows:
+def spread_windows(
+    n_tokens: int, seq_len: int, count: int, bucket: int, data: object = "The text", prefix: Sequence[int] = ()
+) -> Windows:
     """`count` windows of seq_len tokens, evenly spread over the stream; every target counts. Raises ValueError."""
     check_at_least(seq_len=(seq_len, 2), windows=(count, 1), bucket=(bucket, 1))
-    check_text_length(n_tokens, seq_len, data)
-    room = n_tokens - seq_len
-    starts = sorted({room * i // max(1, count - 1) for i in range(count)})
-    return Windows(starts, seq_len, 1, bucket)
+    last = n_tokens - check_text_length(n_tokens, seq_len, data, prefix)
+    starts = sorted({last * i // max(1, count - 1) for i in range(count)})
+    return Windows(starts, seq_len, max(1, len(prefix)), bucket, tuple(prefix))
 
 
 def check_cut(seq_len: int, stride: int, score: str, bucket: int | None) -> None:
@@ -265,12 +298,16 @@ def check_at_least(**limits: tuple[int, int]) -> None:
         check_range(name, value, least)
 
 
-def check_text_length(n_tokens: int, seq_len: int, data: object) -> None:
-    """Raises ValueError when a text has fewer tokens than a window."""
-    if n_tokens < seq_len:
+def check_text_length(n_tokens: int, seq_len: int, data: object, prefix: Sequence[int] = ()) -> int:
+    """How many tokens of the text a window holds. Raises ValueError when the text has fewer, or there is none."""
+    room = seq_len - len(prefix)
+    if room < 1:
+        raise ValueError(f"seq_len={seq_len} has no room behind the {len(prefix)} tokens that a text begins with.")
+    if n_tokens < room:
         raise ValueError(
-            f"{data} gives {n_tokens} tokens and a window has {seq_len}: lower --seq_len, or give a longer text."
+            f"{data} gives {n_tokens} tokens and a window has {room}: lower --seq_len, or give a longer text."
         )
+    return room
 
 
 def check_context(config: Config, seq_len: int) -> None:
@@ -340,13 +377,10 @@ def pick_chunk_size(model: GPT, batch_size: int, seq_len: int) -> int:
     return prefill_chunk(model, batch_size)
 
 
-def require_finite(sums: Sequence[Sequence[float]], start: int) -> None:
-    """Raises ValueError when a sum of these windows, the first of which begins at token `start`, is not finite."""
+def require_finite(sums: Sequence[Sequence[float]], start: int, model: GPT) -> None:
+    """Raises NonFiniteLogits when a sum of these windows, the first of which begins at token `start`, is not finite."""
     if not all(math.isfinite(x) for window in sums for x in window):
-        raise ValueError(
-            f"The window at token {start} has no finite perplexity: the weights are damaged, or too large for "
-            "the dtype (use --dtype float32)."
-        )
+        raise NonFiniteLogits(f"The window at token {start} has no finite perplexity: {explain_overflow(model)}.")
 
 
 def with_fields(model: GPT, **fields: Any) -> GPT:

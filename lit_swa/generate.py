@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 from lit_swa.model import GPT
-from lit_swa.utils import free_memory, wait_for
+from lit_swa.utils import format_rate, free_memory, wait_for
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
@@ -131,6 +131,7 @@ class Sampler:
 OWNERS: "weakref.WeakKeyDictionary[GPT, object]" = weakref.WeakKeyDictionary()
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor  # what a session is fed: (T,) or (B, T)
 SMALLEST_CHUNK = 128  # so many tokens are fed in one call, however little memory there is
+SHOWN_CHUNK = 1024  # tokens that a CPU is fed in one call where somebody waits for the next sign of progress
 
 
 class Session:
@@ -206,12 +207,17 @@ class Session:
             are padded on the left.
         logits_to_keep: 0 gives the logits of all T tokens.
         should_stop: asked before each call of the model; True ends the reading, and the result is None.
-        progress: told (tokens of a sequence read so far, all that it will be) after each of several calls.
+        progress: told (tokens of a sequence read so far, all that it will be) before and after each call, where there
+            are several calls or more than SHOWN_CHUNK tokens.
         Raises ValueError for tokens that do not fit the session or the context, or if another session took the caches.
         """
         ids = self.next_tokens(ids)  # (B, T)
         T = ids.size(1)
-        size, end, pieces = self.call_size(T), self.length + T, []
+        size, end, pieces = self.call_size(T, progress is not None), self.length + T, []
+        if T <= min(size, SHOWN_CHUNK):
+            progress = None
+        if progress is not None:
+            progress(self.length, end)
         first_kept = max(0, T - logits_to_keep) if logits_to_keep else 0
         for start in range(0, T, size):
             if should_stop is not None and should_stop():
@@ -224,7 +230,7 @@ class Session:
                 logits = self.call(functools.partial(self.model, logits_to_keep=max(1, kept)), chunk)
             if kept > 0:
                 pieces.append(logits[..., : self.model.config.vocab_size])  # what pads the vocabulary is no token
-            if progress is not None and T > size:
+            if progress is not None:
                 progress(self.length, end)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
@@ -260,13 +266,14 @@ class Session:
         self.reserve(tokens)
         return ids
 
-    def call_size(self, T: int) -> int:
-        """How many of the T next tokens of a sequence to feed in one call."""
+    def call_size(self, T: int, shown: bool) -> int:
+        """How many of the T next tokens of a sequence to feed in one call. shown: somebody watches the progress."""
         if self.model.depends_on_length:
             return T  # read in pieces, a token would count as one of a shorter text
         if self.chunk_size is not None:
             return self.chunk_size
-        return T if T <= SMALLEST_CHUNK else prefill_chunk(self.model, self.batch_size)
+        size = T if T <= SMALLEST_CHUNK else prefill_chunk(self.model, self.batch_size)
+        return min(size, SHOWN_CHUNK) if shown and self.device.type == "cpu" else size
 
     # the caches
 
@@ -356,11 +363,11 @@ def to_batch(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor | None]:
     return batch, torch.tensor(padding, device=device)[:, None] if any(padding) else None
 
 
-def context_error(model: GPT, tokens: int, what: str) -> ValueError:
-    """The error for a text of more tokens than the context."""
+def context_error(model: GPT, tokens: int, what: str, new_tokens: int = 0) -> ValueError:
+    """The error for a text of more tokens than the context. new_tokens: for which there should be room behind it."""
     return ValueError(
         f"{what} has {tokens} tokens and the context {model.config.block_size}: shorten it, go further with "
-        "--model.attention dual_chunk --model.block_size N, or give every layer a window with "
+        f"--model.attention dual_chunk --model.block_size {tokens + new_tokens}, or give every layer a window with "
         "--model.attention streaming --model.sliding_window_size S."
     )
 
@@ -419,6 +426,7 @@ class Stats:
     first_token_seconds: float = 0.0  # to read the prompt and choose the first new token
     decode_seconds: float = 0.0  # to feed each new token and choose the next one
     decode_steps: int = 0
+    cut: str = ""  # why the text goes no further though no stop was found: a sentence
 
     def count(self, seconds: float) -> None:
         """Count a new token. seconds: from when the tokens before it began to be fed to when it was chosen."""
@@ -429,16 +437,35 @@ class Stats:
             self.decode_steps += 1
         self.new_tokens += 1
 
-    def line(self, model: GPT) -> str:
-        """The figures as a line for people."""
+    def line(self, model: GPT, text: str | None = None) -> str:
+        """The figures for people: a line of speeds and one of the model. text: the answer; where it is cut or empty, a
+        third line says so."""
         fed = self.prompt_tokens - self.cached_tokens
-        prefill = f"prefill {fed} tokens, {fed / max(self.prefill_seconds, 1e-9):.1f} tok/s"
-        cached = f" ({self.cached_tokens} more from the cache)" if self.cached_tokens else ""
+        prefill = f"prefill {fed} tokens, {format_rate(fed / max(self.prefill_seconds, 1e-9))}"
         decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
-        return (
-            f"{prefill}{cached} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode} | "
-            f"window {describe_window(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB"
-        )
+        cached = f", {self.cached_tokens} prompt tokens in it" if self.cached_tokens else ""
+        lines = [
+            f"{prefill} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode}",
+            f"{describe_attention(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB{cached}",
+        ]
+        if text is not None and (self.cut or self.new_tokens and not text):
+            lines.append(self.cut or "The model stopped at once: there is no text.")
+        return "\n".join(lines)
+
+
+def describe_attention(model: GPT) -> str:
+    """What decides who sees whom, such as "window none (context 8192) | RoPE yarn by 4"."""
+    config, parts = model.config, []
+    variants = dict.fromkeys(config.layer_variants)
+    chunks = f"dual_chunk {config.chunk_size} + {config.chunk_local}"
+    if variants == {"dual_chunk": None}:
+        parts.append(f"{chunks} (context {config.block_size})")
+    else:
+        parts += [chunks] * ("dual_chunk" in variants) + [f"window {describe_window(model)}"]
+    if config.rope_scaling:
+        factor = config.rope_scaling.get("factor")
+        parts.append(f"RoPE {config.rope_scaling['type']}" + (f" by {factor:g}" if factor else ""))
+    return " | ".join(parts)
 
 
 def describe_window(model: GPT) -> str:
@@ -498,8 +525,8 @@ def generate(
         raise ValueError(f"sampling={sampling} is given together with some of its fields: give one or the other.")
     if session is not None and (decode is not None or session.model is not model):
         raise ValueError("The session has a model and a decode step of its own: give that model, and no decode.")
-    check_prompt(model, ids)
     check_range("max_new_tokens", max_new_tokens, 0, 10**9)
+    check_prompt(model, ids, max_new_tokens)
     session, stats = session or Session(model, decode=decode), stats or Stats()
     stats.prompt_tokens, stats.cached_tokens = len(ids), session.keep_prefix(ids)
     context = math.inf if model.rolls else model.config.block_size
@@ -510,7 +537,7 @@ def generate(
     return decode_loop(session, ids[stats.cached_tokens :], sampler, count, stops, should_stop, progress, stats)
 
 
-def check_prompt(model: GPT, ids: Sequence[int]) -> None:
+def check_prompt(model: GPT, ids: Sequence[int], new_tokens: int) -> None:
     """Raises ValueError, in one sentence, for a prompt that the model cannot read."""
     if not ids:
         raise ValueError("The prompt is empty: give at least one token.")
@@ -521,7 +548,20 @@ def check_prompt(model: GPT, ids: Sequence[int]) -> None:
             "the tokenizer is another model's."
         )
     if len(ids) > model.config.block_size and not model.rolls:
-        raise context_error(model, len(ids), "The prompt")
+        raise context_error(model, len(ids), "The prompt", new_tokens)
+
+
+class NonFiniteLogits(ValueError):
+    """The model computes no numbers: no other text would make it better."""
+
+
+def explain_overflow(model: GPT) -> str:
+    """Why logits or losses are NaN or infinite, and the remedy."""
+    dtype = str(model.transformer.wte.weight.dtype).removeprefix("torch.")
+    if dtype == "float32":
+        return "the weights are damaged, convert or download them again"
+    other = "float32 or bfloat16" if dtype == "float16" else "float32"
+    return f"the activations are too large for {dtype} (use --dtype {other}), or the weights are damaged"
 
 
 @torch.inference_mode()
@@ -543,8 +583,10 @@ def decode_loop(
     for n in range(1, count + 1):
         if logits is None or (should_stop is not None and should_stop()):
             break
-        token = sampler.choose(logits[:, -1])
-        token_id = int(token)  # the only point where the host waits for the device
+        token, finite = sampler.choose(logits[:, -1]), (logits[:, -1:] * 0).sum(-1) == 0
+        token_id, is_finite = torch.cat([token, finite], 1)[0].tolist()  # only here the host waits for the device
+        if not is_finite:
+            raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(session.model)}.")
         stats.count(time.perf_counter() - started)
         released, found = stops.push([token_id])
         yield from released
@@ -553,6 +595,10 @@ def decode_loop(
         if n < count:
             started = time.perf_counter()
             logits = session.feed(token)
+    else:
+        full = session.length >= session.model.config.block_size and not session.model.rolls
+        limit = f"The context of {session.model.config.block_size} tokens is full" if full else f"Cut at {count} tokens"
+        stats.cut = "" if not count else f"{limit}{'' if full else ': --max_new_tokens N gives more'}."
     yield from stops.held  # what was not a stop after all
 
 
@@ -567,10 +613,12 @@ def generate_text(
 ) -> Iterator[str]:
     """Yield the new text piece by piece, in whole characters and with its spaces. `arguments` are generate's.
 
-    stop: strings that end the text and are not part of it.
+    stop: strings that end the text and are not part of it. Raises ValueError for an empty one.
     continues: the new text continues that of the prompt, so a first token " word" keeps its space. False: it begins a
         text of its own.
     """
+    if "" in stop:
+        raise ValueError("A stop is an empty text: leave it out, or give the text that ends the answer.")
     decoder = StreamDecoder(tokenizer)
     for token in prompt_ids if continues else ():
         decoder.push(token)

@@ -1,5 +1,6 @@
 """What every script shares: the command line, errors for people."""
 
+import io
 import math
 import os
 import signal
@@ -20,19 +21,29 @@ def run_script(main: Callable[..., Any]) -> None:
 
     A ValueError or an OSError is the user's to mend: its one sentence goes to stderr, with exit code 2. Anything else
     is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is set. Lines on a stderr that
-    nobody reads any more change neither the work nor the exit code.
+    nobody reads any more change neither the work nor the exit code. Where the reader of stdout has had enough (| head),
+    the script ends without a word.
     """
-    from jsonargparse import CLI, ArgumentError
+    from jsonargparse import ArgumentError
+
+    from lit_swa.command_line import run_main, shorten
 
     if sys.stderr is None:  # it was closed before the start
         sys.stderr = open(os.devnull, "w")
+    replace_characters()
     try:
-        CLI(main, as_positional=False, exit_on_error=False)
+        try:
+            run_main(main)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(128 + 13)  # as a shell says of SIGPIPE
     except (ArgumentError, ValueError, OSError) as e:
         if os.environ.get("LIT_SWA_TRACEBACK") == "1":
             raise
         hint = " (--help lists the arguments)" if isinstance(e, ArgumentError) else ""
-        print_line(f"error: {' '.join(str(e).split())}{hint}")
+        print_line(f"error: {shorten(str(e))}{hint}")
         sys.exit(2)
     except KeyboardInterrupt:
         print_line("interrupted")
@@ -42,12 +53,20 @@ def run_script(main: Callable[..., Any]) -> None:
 
 
 def drop_unread_lines() -> None:
-    """Let what a stderr without a reader still holds go nowhere: Python would exit with 120 when it cannot flush it."""
-    try:
-        sys.stderr.flush()
-    except OSError:
-        with suppress(OSError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+    """Let what a stream without a reader still holds go nowhere: Python would exit with 120 when it cannot flush it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def replace_characters() -> None:
+    """Print ? for a character that the console's encoding lacks, in place of an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def pick_device(name: str) -> str:

@@ -85,14 +85,15 @@ def main(
     check_output(output)
     setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
     chosen = choose_methods(methods, custom or {})
-    tokens = evaluate.read_tokens(data, checkpoint_dir, config.vocab_size, max_tokens)
-    cuts = {n: evaluate.spread_windows(len(tokens), n, windows, bucket, data) for n in dict.fromkeys(lengths)}
+    tokens, prefix = evaluate.read_stream(data, checkpoint_dir, config.vocab_size, max_tokens)
+    cuts = {n: evaluate.spread_windows(len(tokens), n, windows, bucket, data, prefix) for n in dict.fromkeys(lengths)}
     if not cuts:
         raise ValueError("lengths is empty: give at least one.")
     arguments = {
         "checkpoint_dir": checkpoint_dir, "data": data, "methods": list(chosen), "custom": custom,
         "lengths": list(cuts), "windows": windows, "last": last, "bucket": bucket, "max_tokens": max_tokens,
         "chunk_size": chunk_size, "device": device, "dtype": dtype, "seed": seed, "model": model, **setup._asdict(),
+        **({"prefix": prefix} if prefix else {}),
         "data_sha256": evaluate.check_tokens(tokens, config.vocab_size, data),
         "weights": evaluate.weights_identity(checkpoint_dir),
     }  # fmt: skip
@@ -214,6 +215,8 @@ def run(results, arguments: dict[str, Any], methods: dict[str, Method], setup: S
                 except ValueError as error:
                     rows.append(row | {"error": " ".join(str(error).split())})
                     progress.total -= length * len(cut.starts)
+    if all("error" in row for row in rows):
+        raise ValueError(f"No method can read the text. {rows[0]['method']}: {rows[0]['error']}")
     result = {
         "command": "python " + shlex.join(sys.argv),
         "machine": describe_machine(arguments["device"]),
@@ -243,7 +246,7 @@ def read_windows(results, row: dict[str, Any], gpt, tokens, cut, arguments: dict
         started = time.perf_counter()
         nll = window_nll(changed, cut.batch(tokens, [start], arguments["device"]), cut.first, chunk_size)
         last, sums = nll[0, -arguments["last"] :].double().sum().item(), cut.sums(nll)
-        require_finite(sums, start)
+        require_finite(sums, start, changed)
         seconds = time.perf_counter() - started
         results.add(key, {"length": row["length"], "sums": sums[0], "last": last, "seconds": seconds})
         step(f"{row['method']} at {row['length']}")

@@ -89,8 +89,8 @@ def main(
     if not lengths or max(lengths) > context:
         raise ValueError(f"lengths={lengths} does not fit: give lengths of at most the context of {context} tokens.")
     check_output(output)
-    tokens = evaluate.read_tokens(eval_data, checkpoint_dir, config.vocab_size, max_eval_tokens)
-    cuts = {n: evaluate.full_windows(len(tokens), n, n, "all", data=eval_data) for n in dict.fromkeys(lengths)}
+    tokens, prefix = evaluate.read_stream(eval_data, checkpoint_dir, config.vocab_size, max_eval_tokens)
+    cuts = {n: evaluate.full_windows(len(tokens), n, n, "all", None, eval_data, prefix) for n in dict.fromkeys(lengths)}
     scaling = {"type": "linear", "factor": float(max(1, math.ceil(context / config.block_size)))}
     training = {
         "data": data, "checkpoint_dir": checkpoint_dir, "max_seq_length": context, "max_steps": steps,
@@ -202,7 +202,7 @@ def read(model, tokens, cut, device: str) -> float:
     chunk_size, sums = pick_chunk_size(model, 1, cut.seq_len), []
     for start in cut.starts:
         sums += cut.sums(window_nll(model, cut.batch(tokens, [start], device), cut.first, chunk_size))
-        require_finite(sums[-1:], start)
+        require_finite(sums[-1:], start, model)
     return cut.summary(sums)["ppl"]
 
 

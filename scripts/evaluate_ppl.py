@@ -76,12 +76,13 @@ def main(
     check_checkpoint_dir(checkpoint_dir, tokenizer=False)
     config = load_config(checkpoint_dir).override(**model or {})
     evaluate.check_context(config, seq_len)
-    tokens = evaluate.read_tokens(data, checkpoint_dir, config.vocab_size, max_tokens)
-    windows = evaluate.full_windows(len(tokens), seq_len, stride, score, bucket, name_of(data))
+    tokens, prefix = evaluate.read_stream(data, checkpoint_dir, config.vocab_size, max_tokens)
+    windows = evaluate.full_windows(len(tokens), seq_len, stride, score, bucket, name_of(data), prefix)
     arguments = {
         "checkpoint_dir": checkpoint_dir, "data": data, "seq_len": seq_len, "stride": stride, "score": score,
         "max_tokens": max_tokens, "bucket": windows.bucket, "batch_size": batch_size, "chunk_size": chunk_size,
         "device": device, "dtype": dtype, **({"quantize": quantize} if quantize else {}), "seed": seed,
+        **({"prefix": prefix} if prefix else {}),
         "model": asdict(config), "data_tokens": len(tokens),
         "data_sha256": evaluate.check_tokens(tokens, config.vocab_size, name_of(data)),
         "weights": evaluate.weights_identity(checkpoint_dir),
@@ -169,7 +170,7 @@ def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_si
             gathered, stop = ranks.gather(sums), ranks.gather(torch.tensor(interrupted())).any()
             round_ = {key: part[: len(batches[key])].tolist() for key, part in zip(todo[i:], gathered, strict=False)}
             for key, part in round_.items():
-                require_finite(part, int(key))
+                require_finite(part, int(key), gpt)
             if results is not None:
                 seconds = results.parts.get("_seconds", 0.0) + time.perf_counter() - started
                 results.add_all(round_ | {"_seconds": seconds})

@@ -313,8 +313,9 @@ def test_statistics_name_the_window_and_the_cache(tiny_model):
     stats = Stats()
     list(generate(model, [1, 2, 3], max_new_tokens=4, stats=stats))
     assert (stats.prompt_tokens, stats.new_tokens, stats.decode_steps) == (3, 4, 3)
-    line = stats.line(model)
+    line = stats.line(model, "some text")
     assert "window 5 rolling in 2 of 3 layers" in line and f"cache {model.kv_cache_bytes() / 1e6:.1f} MB" in line
+    assert line.splitlines()[2:] == ["Cut at 4 tokens: --max_new_tokens N gives more."]
     assert describe_window(tiny_model()) == "none (context 256)"
     model = tiny_model(attention="streaming", sliding_window_size=5, n_sink_tokens=3)
     assert describe_window(model) == "5 rolling behind 3 sinks"
@@ -324,3 +325,46 @@ def test_windows_of_several_sizes_are_all_named(tiny_model, monkeypatch):
     """Catches: one layer's window that is shown as every layer's."""
     monkeypatch.setattr(GPT, "windows", [4, None, 8, 8])
     assert describe_window(tiny_model()) == "4 in 1, 8 in 2 of 4 layers"
+
+
+def test_statistics_fit_a_terminal_and_name_what_shapes_the_attention(tiny_model):
+    """Catches: a line that wraps, a chunked attention or a scaling of RoPE that goes unsaid."""
+    model = tiny_model(block_size=131072, rope_scaling={"type": "yarn", "factor": 4.0}, attention="dual_chunk")
+    lines = Stats(131072, 12345, 10**6, 99.9, 99.99, 5000.0, 10**5).line(model).splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 100 and "12345 prompt tokens" in lines[1]
+    assert "dual_chunk 81920 + 16384" in lines[1] and "RoPE yarn by 4" in lines[1]
+    usual = Stats(30, 0, 100, 0.1, 0.12, 3.0, 99).line(tiny_model()).splitlines()
+    assert max(map(len, usual)) <= 80
+
+
+def test_an_answer_that_is_cut_or_empty_is_marked(tiny_model):
+    """Catches: an answer that looks finished, and an empty one without a word."""
+    model = tiny_model(block_size=16)
+    for new_tokens, mark in ((3, "Cut at 3 tokens"), (100, "The context of 16 tokens is full.")):
+        stats = Stats()
+        list(generate(model, list(range(10)), new_tokens, stats=stats))
+        assert mark in stats.line(model, "text")
+    stats, first = Stats(), next(generate(model, [1, 2], 1))
+    assert list(generate(model, [1, 2], 9, stop_tokens=[first], stats=stats)) == []
+    assert "stopped at once" in stats.line(model, "") and "at once" not in stats.line(model, "text")
+
+
+# ---------------------------------------------------------------------------------------------------- no finite numbers
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("arguments", [{}, {"temperature": 1.0, "seed": 1, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_logits_that_are_no_numbers_end_the_text(tiny_model, value, arguments):
+    """Catches: the argmax of NaN, which is a token, and nobody is told."""
+    model = tiny_model().to(torch.float16)
+    with pytest.raises(ValueError, match="no finite numbers.*float16.*--dtype float32 or bfloat16"):
+        model.lm_head.weight.data[7, 3] = value
+        list(generate(model, [1, 2], 4, **arguments))
+    with pytest.raises(ValueError, match="weights are damaged, convert"):
+        list(generate(model.float(), [1, 2], 4, decode=model, **arguments))
+
+
+def test_an_empty_stop_is_refused(tiny_model, tiny_checkpoint):
+    """Catches: a stop that ends nothing, and goes unsaid."""
+    with pytest.raises(ValueError, match="A stop is an empty text"):
+        generate_text(tiny_model(), Tokenizer(tiny_checkpoint), [1], stop=["x", ""])

@@ -176,8 +176,8 @@ def test_a_chat_keeps_its_cache_resets_and_saves(tiny_checkpoint, monkeypatch, c
     arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "8", *GREEDY]
     assert run("generate/chat.py", arguments, monkeypatch, stdin=turns) == 0
     printed = capsys.readouterr()
-    stats = [line for line in printed.err.splitlines() if "prefill" in line]
-    assert len(stats) == 3 and "more from the cache" in stats[1]
+    stats = printed.err.split("prefill ")[1:]
+    assert len(stats) == 3 and "prompt tokens in it" in stats[1] and "in it" not in stats[0]
     assert "is there already" in printed.err and "no command /nonsense" in printed.err
     messages = json.loads(target.read_text())
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and messages[2]["content"] == "again"

@@ -36,7 +36,7 @@ def test_a_text_in_chunks_gives_the_logits_of_one_call(tiny_model, fields):
             logits = session.feed(ids, logits_to_keep=kept, progress=lambda *numbers, told=told: told.append(numbers))
             assert_same(logits, expected[:, -kept:])
             assert session.tokens == ids.tolist() and session.length == 50
-            assert told == ([] if size >= 50 else [(min(n + size, 50), 50) for n in range(0, 50, size)])
+            assert told == ([] if size >= 50 else [(0, 50), *((min(n + size, 50), 50) for n in range(0, 50, size))])
 
 
 def test_the_reading_stops_between_two_chunks(tiny_model):

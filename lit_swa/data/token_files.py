@@ -20,7 +20,7 @@ from lit_swa.data.records import Dropped, Fields, to_record
 from lit_swa.formats.directory import load_config
 from lit_swa.formats.files import atomic_file
 from lit_swa.formats.tokenizer import Tokenizer
-from lit_swa.texts import read_text
+from lit_swa.texts import encode_file
 from lit_swa.utils import ProgressLine
 
 INFO_KEYS = (
@@ -63,15 +63,17 @@ def model_vocab_size(tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size
 
 
-def read_documents(files: Sequence[Path], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def read_documents(files: Sequence[Path], tokenizer: Tokenizer, most: int | None = None) -> Iterator[np.ndarray]:
     """The ids of each document, BOS included where the tokenizer adds it, and EOS: uint32 arrays.
+
+    most: a text file is encoded no further than so many ids; None: to its end.
 
     A .txt file is one document, and so is each {"text": ...} of a .jsonl, .json, .csv or .parquet file. Raises
     ValueError or OSError.
     """
     for file in files:
         if file.suffix == ".txt":
-            yield np.array(tokenizer.encode(read_text(file), eos=True), dtype=np.uint32)
+            yield encode_file(tokenizer, file, most, eos=True)
             continue
         for where, content in READERS[file.suffix](file):
             try:
@@ -154,7 +156,7 @@ def load_text(
         check_tokens(tokens, vocab_size, files[0])
     else:
         parts, n = [], 0
-        for ids in read_documents(files, tokenizer):
+        for ids in read_documents(files, tokenizer, None if limit is None else limit * row):
             parts.append(ids)
             n += len(ids)
             if progress:

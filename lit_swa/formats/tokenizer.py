@@ -77,6 +77,11 @@ class Tokenizer:
         return self._backend.largest_id() + 1
 
     @property
+    def sums_scores(self) -> bool:
+        """True if any part of a text may change the ids of another, far away: it must be encoded from its beginning."""
+        return self._backend.sums_scores
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._chat_templates)
 

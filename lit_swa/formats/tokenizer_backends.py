@@ -90,6 +90,13 @@ class FastBackend:
     def decoder(self) -> Any:
         return self.rust.decoder
 
+    @property
+    def sums_scores(self) -> bool:
+        """True if scores are summed over all of a text, and not word by word: rounding may then depend on all of it."""
+        split = self.rust.pre_tokenizer
+        words = 1 if split is None else len(split.pre_tokenize_str("a a a"))
+        return type(self.rust.model).__name__ == "Unigram" and words == 1
+
 
 _CHARSMAP = re.compile(rb'"precompiled_charsmap"\s*:\s*(?:"([A-Za-z0-9+/=]*)"|null)')
 _SUBWORD_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
@@ -250,6 +257,11 @@ class SentencePieceBackend:
 
     def special_contents(self) -> frozenset[str]:
         return self.specials
+
+    @property
+    def sums_scores(self) -> bool:
+        """True for a Unigram model, whose scores are no ranks (see FastBackend)."""
+        return any(score % 1 for score in map(self.model.get_score, range(self.model.get_piece_size())))
 
 
 def _load_sentencepiece(path: Path, data: bytes) -> Any:

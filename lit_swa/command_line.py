@@ -1,0 +1,223 @@
+"""The command line of every script. jsonargparse reads it; text is taken as it is typed, and errors are sentences."""
+
+import difflib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import CLI, ArgumentError, ArgumentParser, Namespace
+
+FREE_TEXT = ("stop",)  # lists of any text, in which [INST] is a text
+LISTS = ({list[str]}, {list[Path]}, {list[Path], Path})
+LONGEST = 600  # characters of an error
+
+
+def run_main(main: Callable[..., Any]) -> None:
+    """Call main with the command line's arguments. Raises ArgumentError, ValueError or what main raises."""
+    CLI(main, as_positional=False, exit_on_error=False, allow_abbrev=False, parser_class=Parser)
+
+
+def shorten(text: str) -> str:
+    """One line of at most LONGEST characters: a message may repeat what it was given, and that may be a megabyte."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} [...] {line[-LONGEST // 4 :]}"
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's, with text as it is typed, switches without a value, --model.help, and errors for people."""
+
+    def parse_args(self, args: Sequence[str] | None = None, **how: Any) -> Namespace:  # type: ignore[override]
+        args = list(sys.argv[1:] if args is None else args)
+        if "--model.help" in args and "--model" in self._option_string_actions:
+            print(describe_fields())
+            raise SystemExit(0)
+        args, typed = take_text(self, args)
+        try:
+            parsed = super().parse_args(args, **how)
+        except ArgumentError as e:
+            raise ArgumentError(None, reword(self, str(e))) from e
+        for name, value in typed.items():
+            parsed[name] = value
+        if isinstance(parsed.get("model"), dict):
+            check_fields(self, parsed["model"])
+        return parsed
+
+
+def option_type(parser: ArgumentParser, option: str) -> set[Any]:
+    """The types that an option such as --stop takes, without None; empty for what is no option."""
+    action = parser._option_string_actions.get(option)
+    hint = getattr(action, "_typehint", None)
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return set(members) - {None, NoneType}
+
+
+# ------------------------------------------------------------------------------------------------- what was typed
+
+
+def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """(the arguments as jsonargparse reads them, the values of the options that hold text or paths).
+
+    jsonargparse reads a value as YAML, in which ### is a comment, null is nothing and "- x" is a list.
+    """
+    out, typed, lists, left = [], {}, {}, list(args)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        option = option.removesuffix("+") if option.startswith("--") else option
+        kind, given = option_type(parser, option), bool(equals) or bool(left) and not left[0].startswith("--")
+        if not given and is_switch(option, kind):
+            out.append(f"{option}=true")
+        elif given and (kind in ({str}, {Path}, {list[int]}) or kind in LISTS):
+            value = value if equals else left.pop(0)
+            name = option.removeprefix("--")
+            if kind == {list[int]}:
+                value = value if value.lstrip().startswith("[") else f"[{value}]"
+            elif kind in LISTS:
+                lists.setdefault(name, []).extend(split_list(name, value))  # an option may come several times
+                typed[name], value = as_list(option, lists[name], kind), json.dumps(lists[name])
+            else:
+                typed[name] = as_text(option, value, kind)
+            out.append(f"{option}={value}")
+        else:
+            out.append(option + equals + value)
+    return out, typed
+
+
+def is_switch(option: str, kind: set[Any]) -> bool:
+    """True if the option is true or false; so are some fields of the config."""
+    if not option.startswith("--model."):
+        return kind == {bool}
+    from lit_swa.config import Config
+
+    return any(f.name == option.removeprefix("--model.") and f.type is bool for f in fields(Config))
+
+
+def as_text(option: str, value: str, kind: set[Any]) -> str | Path:
+    """Raises ValueError for a path that is empty, and for text whose bytes are not UTF-8."""
+    if Path in kind:
+        if not value:
+            raise ValueError(f"{option} is empty: give a path.")
+        return Path(value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{option} is no UTF-8 text (character {e.start}): the terminal writes another one.") from None
+    return value
+
+
+def as_list(option: str, texts: list[str], kind: set[Any]) -> list[str] | list[Path] | Path:
+    """The value of an option that takes several texts or paths; one path where one alone is welcome."""
+    paths = not kind & {list[str]}
+    values = [as_text(option, text, {Path} if paths else {str}) for text in texts]
+    return values[0] if Path in kind and len(values) == 1 else values
+
+
+def split_list(name: str, text: str) -> list[str]:
+    """The items of a list in brackets, JSON's or YAML's, each as it is written there. Any other text is one item.
+
+    Raises ValueError where free text may be meant one way or the other.
+    """
+    if not re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL):
+        if name in FREE_TEXT and re.search(r"\\[nrt]", text):
+            meant = re.sub(r"\\([nrt])", lambda found: {"n": "\n", "r": "\r", "t": "\t"}[found[1]], text)
+            raise ValueError(
+                f"--{name} {text} may mean white space or a backslash: write --{name} '{json.dumps([meant])}' or "
+                f"--{name} '{json.dumps([text])}'."
+            )
+        return [text]
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        node = None
+    items = node.value if isinstance(node, yaml.SequenceNode) else None
+    clear = items is not None and all(isinstance(item, yaml.ScalarNode) for item in items)
+    if clear and name in FREE_TEXT and len(items) == 1:
+        clear = items[0].style is not None  # a quoted one
+    if not clear:
+        raise ValueError(
+            f"--{name} {text} may mean a list or a text in brackets: write a list with each text in double quotes, and "
+            f"this text as --{name} '{json.dumps([text])}'."
+        )
+    return [item.value for item in items]
+
+
+# -------------------------------------------------------------------------------------------------------- the errors
+
+
+def check_fields(parser: ArgumentParser, model: dict[str, Any]) -> None:
+    """Raises ValueError, with the names that are near, for a field that the config does not have."""
+    from lit_swa.config import reject_unknown_fields
+
+    for name in model:
+        if f"--{name}" in parser._option_string_actions:
+            raise ValueError(f"{name} is no field of the config but an argument of its own: give --{name}.")
+    reject_unknown_fields(model)
+
+
+def reword(parser: ArgumentParser, message: str) -> str:
+    """What jsonargparse says of its keys and types, in the words of the command line."""
+    if found := re.fullmatch(r"argument (--\S+?)(/\S+)?: expected one argument", message):
+        return f"{found[1]} needs a value; one that begins with two dashes is given as {found[1]}=VALUE."
+    if message.startswith("unrecognized arguments: "):
+        return f"{message}{suggestion(parser, message.partition(': ')[2])}"
+    found = re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
+    if not found:
+        return message
+    option, reason = f"--{found[1]}", found[2]
+    value = re.match(r".*(?:Given|Got) value: (.*)", reason, re.DOTALL)
+    kind = option_type(parser, option)
+    if not value or not kind:
+        return f"{option} is missing: give it a value." if "required" in reason else f"{option}: {reason}"
+    wanted = " or ".join(sorted(describe_type(t, option) for t in kind))
+    return f"{option} {value[1]} does not fit: give {wanted}."
+
+
+def suggestion(parser: ArgumentParser, unknown: str) -> str:
+    """The option that was meant, or a word on values that fell apart."""
+    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    word = unknown.split()[0].partition("=")[0]
+    near = difflib.get_close_matches(word.replace("-", "_"), [o.replace("-", "_") for o in options], n=1)
+    begun = [option for option in options if option.startswith(word)]
+    if near or begun:
+        return f": did you mean --{(near or begun)[0].lstrip('_-')}?"
+    return "" if word.startswith("-") else ": a value with spaces needs quotes."
+
+
+def describe_type(kind: Any, option: str) -> str:
+    """What to give for an option of this type."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is dict:
+        return f"{option}.NAME VALUE, or a JSON object"
+    if kind == list[int]:
+        return f"whole numbers, as {option} '[1,2]'"
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a text")
+
+
+# --------------------------------------------------------------------------------------------------- the model's fields
+
+
+def describe_fields() -> str:
+    """The fields of the config with their types, defaults and meanings, which are the comments of config.py."""
+    from lit_swa.config import Config
+
+    lines = ["Fields of the model's config, as --model.FIELD VALUE. A checkpoint's lit_config.json has its own values."]
+    defaults = {f.name: f.default for f in fields(Config)}
+    for line in inspect.getsource(Config).splitlines():
+        section = re.fullmatch(r"    # (.*)", line)
+        field = re.fullmatch(r"    (\w+): ([^=#]+) = .*?(?:  # (.*))?", line)
+        if section:
+            lines.append(f"\n{section[1]}:")
+        elif field and field[1] in defaults:
+            default = "null" if defaults[field[1]] is None else json.dumps(defaults[field[1]])
+            lines.append(f"  {field[1]}: {field[2]}, by default {default}".replace("None", "null"))
+            lines += [f"      {field[3]}".replace("None", "null")] if field[3] else []
+        elif line.startswith("    def "):
+            break
+    return "\n".join(lines)

@@ -1,0 +1,229 @@
+"""The command line: text as it is typed, errors in words of its own, pipes and consoles of every kind."""
+
+import io
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from lit_swa.command_line import describe_fields, run_main
+from lit_swa.config import Config
+from lit_swa.texts import read_line, read_stdin
+from lit_swa.utils import run_script
+
+GOT: dict[str, Any] = {}
+
+
+def script(
+    data: list[Path] | Path = Path("a.txt"),
+    prompt: str = "once",
+    system: str | None = None,
+    output: Path | None = None,
+    stop: list[str] | None = None,
+    methods: list[str] | None = None,
+    lengths: list[int] | None = None,
+    steps: int | None = None,
+    score: Literal["all", "last"] = "all",
+    compile: bool = False,
+    own: bool | None = None,
+    dtype: str = "auto",
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Remember the arguments.
+
+    Args:
+        prompt: A text.
+    """
+    GOT.clear()
+    GOT.update(locals())
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """The values that the script above gets for these arguments."""
+
+    def parse(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        run_main(script)
+        return GOT
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "###",
+        ".",
+        "User:",
+        "- x",
+        "-x",
+        "[",
+        "x]",
+        '"',
+        "'",
+        "null",
+        "~",
+        "1",
+        "true",
+        "&a",
+        "*a",
+        "{",
+        "a: b",
+        "\n",
+        "#",
+        "a b",
+    ],
+)
+def test_text_is_taken_as_it_is_typed(parse, typed):
+    """Catches: a value read as YAML, in which ### is a comment, null is nothing and "- x" is a list."""
+    for arguments in (("--stop", typed), (f"--stop={typed}",)):
+        assert parse(*arguments)["stop"] == [typed]
+    got = parse("--prompt", typed, "--system", typed, "--output", typed, "--data", typed)
+    assert (got["prompt"], got["system"], got["output"], got["data"]) == (typed, typed, Path(typed), Path(typed))
+
+
+@pytest.mark.parametrize(
+    "arguments, stops",
+    [
+        (["--stop", '["###", "\\n"]'], ["###", "\n"]),
+        (["--stop", "[a, null, 1]"], ["a", "null", "1"]),
+        (["--stop", "['x']"], ["x"]),
+        (["--stop", "a", "--stop=b"], ["a", "b"]),
+        (["--stop", "[]"], []),
+    ],
+)
+def test_several_stops_come_as_a_list_or_one_by_one(parse, arguments, stops):
+    """Catches: an earlier stop that a later one replaces, items read as numbers or as nothing."""
+    assert parse(*arguments)["stop"] == stops
+
+
+@pytest.mark.parametrize("typed", ["[INST]", "[###, User:]", "[User: , b]", "[[a]]", "\\n", "\\nabla"])
+def test_a_stop_that_may_mean_two_things_is_refused_with_the_form(parse, typed):
+    """Catches: a stop that is silently another text than the one that was meant."""
+    with pytest.raises(ValueError, match=r"write .*\["):
+        parse("--stop", typed)
+
+
+def test_lists_and_switches_need_no_json(parse):
+    """Catches: --compile, which wants a value; a single path or number refused for want of brackets."""
+    got = parse("--compile", "--own", "--steps", "3", "--model.rolling_kv_cache", "--model.n_layer", "2")
+    assert got["compile"] is got["own"] is True and got["steps"] == 3
+    assert got["model"] == {"rolling_kv_cache": True, "n_layer": 2}
+    got = parse("--compile", "false", "--lengths", "1,2", "--methods", "[rope, ntk]", "--data", "a", "--data", "b")
+    assert got["compile"] is False and got["lengths"] == [1, 2] and got["methods"] == ["rope", "ntk"]
+    assert got["data"] == [Path("a"), Path("b")] and parse("--lengths", "[7]")["lengths"] == [7]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--promt", "x"], "unrecognized arguments: --promt x: did you mean --prompt?"),
+        (["--pro", "x"], "did you mean --prompt?"),
+        (["--lenghts", "1"], "did you mean --lengths?"),
+        (["--prompt", "a", "b c"], "b c: a value with spaces needs quotes"),
+        (["--prompt"], "--prompt needs a value"),
+        (["--steps", "x"], "--steps x does not fit: give a whole number."),
+        (["--score", "some"], "--score some does not fit: give one of all, last."),
+        (["--compile", "maybe"], "--compile maybe does not fit: give true or false."),
+        (["--lengths", "a"], "whole numbers, as --lengths '[1,2]'"),
+        (["--model", "x"], "give --model.NAME VALUE"),
+        (["--model.dtype", "x"], "dtype is no field of the config but an argument of its own: give --dtype"),
+        (["--model.atention", "x"], "did you mean attention"),
+        (["--output", ""], "--output is empty: give a path."),
+        (["--system", "\udcff"], "--system is no UTF-8 text"),
+    ],
+)
+def test_errors_are_in_the_words_of_the_command_line(monkeypatch, arguments, message, capsys):
+    """Catches: a parser's words on types and keys, a traceback, a misspelt argument without a suggestion."""
+    with pytest.raises(SystemExit) as end:
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        run_script(script)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and message in error
+    assert len(error.splitlines()) == 1 and not any(word in error for word in ("Union", "<class", "Parser key"))
+
+
+def test_every_field_of_the_config_is_explained(parse, capsys):
+    """Catches: a --model.help that lists nothing, a field without a meaning."""
+    with pytest.raises(SystemExit) as end:
+        parse("--model.help")
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and printed.strip() == describe_fields()
+    for f in fields(Config):
+        _, found, rest = printed.partition(f"\n  {f.name}: ")
+        assert found and rest.split("\n")[1].startswith("      "), f"{f.name} has no comment in config.py"
+
+
+def fail(message: str):
+    def main() -> None:
+        raise ValueError(message)
+
+    return main
+
+
+def test_a_message_has_a_bounded_length(monkeypatch, capsys):
+    """Catches: a megabyte of input that an error repeats."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit):
+        run_script(fail("the beginning " + "x y" * 500_000 + " the end"))
+    error = capsys.readouterr().err
+    assert len(error) < 700 and error.startswith("error: the beginning") and error.endswith("the end\n")
+
+
+def say(text: str, times: int = 1):
+    def main(n: int = 1) -> None:
+        for _ in range(times):
+            print(text)
+
+    return main
+
+
+@pytest.mark.parametrize("arguments, times", [([], 1), ([], 10_000), (["--help"], 1)])
+def test_a_pipe_whose_reader_has_gone_ends_without_a_word(monkeypatch, capfd, arguments, times):
+    """Catches: "Broken pipe" called an error, at a print or in what is written at the very end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout = os.fdopen(writing, "w")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        run_script(say("hello", times))
+    assert end.value.code == 141
+    stdout.close()  # as Python does at its end
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
+def test_a_console_replaces_what_it_cannot_show(monkeypatch, encoding):
+    """Catches: a run that an emoji ends."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    run_script(say("a\u4f60\U0001f600b"))
+    assert written.getvalue() == b"a??b\n"
+
+
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        (b"\xef\xbb\xbfHi\r\nyou", "Hi\nyou"),
+        ("caf\u00e9\n".encode(), "caf\u00e9\n"),
+        ("caf\u00e9".encode("latin-1"), "no UTF-8 text (byte 3)"),
+        ("Hi".encode("utf-16"), "no UTF-8 text (byte 0)"),
+        ("Hi".encode("utf-16-le"), "no UTF-8 text (it holds zeros)"),
+    ],
+)
+def test_standard_input_is_read_as_a_file_is(monkeypatch, data, text):
+    """Catches: a byte order mark and carriage returns in the prompt, bytes read in the console's encoding."""
+    for read in (read_stdin, read_line):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="cp1252"))
+        if "UTF-8" in text:
+            with pytest.raises(ValueError, match="standard input is no UTF-8 text") as error:
+                read()
+            assert text in str(error.value)
+        else:
+            assert read() == (text if read is read_stdin else text.split("\n")[0])
