@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .model import GPT, Mixer, Slots
+    from .model import GPT, Mixer
     from .rope import Span
 
 IGNORED = -100  # a target that is not trained on
@@ -540,17 +540,22 @@ def check_cache(model: "GPT", batch_size: int, max_seq_length: int, lookahead: i
         )
 
 
-def check_kept(slots: "Slots", first: "Tensor", window: int) -> None:
-    """Refuse a call whose first tokens, at positions first (1 or B, 1), need a key that a later one replaced."""
-    if slots.copies == 1 or first.device.type != "cpu":
-        return
-    oldest = (first - window + 1).clamp(min=slots.sinks).expand(slots.pos.size(0), 1)
-    replaced = (slots.pos.gather(1, slots.slots_of(oldest)[0]) > oldest) & (oldest < first)
-    if replaced.any():
-        raise ValueError(
-            f"Position {int(first.min())} comes after later ones, and the keys that it needs are gone: a rolling "
-            f"cache takes back {slots.lookahead} tokens, more with set_kv_cache(lookahead=...)."
-        )
+def check_kept(model: "GPT", pos: "Tensor", span: "Span") -> None:
+    """Refuse a call at pos (1 or B, T) whose first tokens need a key that a later one replaced in a rolling cache."""
+    caches = model.caches if span.looked else []
+    rolling = {id(c.slots): c.slots for c in caches if hasattr(c, "slots") and c.slots.copies == 2}  # one for each kind
+    first = pos.where(pos >= 0, 2**40).amin(dim=1, keepdim=True)
+    for slots in rolling.values():
+        held = slots.pos[:, slots.sinks : slots.sinks + slots.n_slots]
+        held = held.where(held >= -1, -2 - held)  # what was forgotten had replaced an older key too
+        before = held - slots.n_slots * ((held - first) // slots.n_slots + 1)  # the newest before the call in that slot
+        replaced = (held >= first) & (before >= (first - slots.window + 1).clamp(min=slots.sinks))
+        if replaced.any():
+            raise ValueError(
+                f"Position {int(first.min())} comes after later ones, and the keys that it needs are gone: a rolling "
+                f"cache takes back {slots.lookahead} tokens, more with set_kv_cache(lookahead=...). Another text "
+                "begins at 0, or after reset_kv_cache()."
+            )
 
 
 def check_take_back(model: "GPT", n: int) -> None:

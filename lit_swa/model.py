@@ -89,8 +89,7 @@ class GPT(nn.Module):
         generator = None if seed is None else torch.Generator(self.transformer.wte.weight.device).manual_seed(seed)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                into_stream = name.endswith(("attn.proj", "mlp.proj"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if into_stream else 0.02
+                std = 0.02 / math.sqrt(2 * self.config.n_layer if name.endswith(("attn.proj", "mlp.proj")) else 1)
                 module.weight.normal_(0.0, std, generator=generator)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
@@ -109,10 +108,11 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of the token that follows each of idx (B, T), int64.
 
-        input_pos: the tokens' positions, (T,) or (B, T), ascending in each sequence, negative for padding; the keys and
-            values then go through the cache. None: the sequences are whole and nothing is cached.
-        input_pos_maxp1: the greatest position + 1, if the caller knows it: an eager decode step on a GPU then reads no
-            more slots of a dense cache than it needs. A compiled step does without it: each value would recompile.
+        input_pos: the tokens' positions, (T,) or (B, T), ascending in each sequence, negative for padding; keys then go
+            through the cache. A sequence sees what was given to it before, wherever it began and whatever it left out,
+            and forgets what it held from its first position on. None: nothing is cached.
+        input_pos_maxp1: the greatest position + 1, if the caller knows it and no position was left out: an eager decode
+            step on a GPU then reads no more slots than it needs. Compiled steps do without: each value would recompile.
         logits_to_keep: k > 0 computes logits for the last k tokens only, (B, k, V); 0 for all.
         documents: the lengths, T in all, of texts that lie one behind the other in each sequence. Each text is read as
             if it were alone: its positions begin at 0, and it sees no other. Without a cache only.
@@ -175,6 +175,7 @@ class GPT(nn.Module):
         checks.check_call(self, idx.shape, pos.shape, span, cached)
         span = span._replace(dtype=self.transformer.wte.weight.dtype)
         pos, plans = pos.view(-1, T), {}  # (1, T): the same for every sequence, or (B, T)
+        checks.check_kept(self, pos, span)
         for block in self.transformer.h:
             if (mixer := block.attn.mixer).kind not in plans:
                 plans[mixer.kind] = mixer.plan(pos, span, block.attn.kv_cache if cached else None, self.rope)
@@ -316,8 +317,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         attended = x + self.post_attention_norm(self.attn(self.norm_1(x), call))
-        mlp_input = x if self.parallel_residual else attended
-        return attended + self.post_mlp_norm(self.mlp(self.norm_2(mlp_input)))
+        return attended + self.post_mlp_norm(self.mlp(self.norm_2(x if self.parallel_residual else attended)))
 
 
 class CausalSelfAttention(nn.Module):
@@ -599,8 +599,7 @@ class SoftmaxAttention(Mixer):
 
     def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
         row, config = self.row, self.config
-        if span.last is not None and span.last >= self.checked:
-            self.check(span.last)
+        self.check(span.last or 0)
         exchange, k_pos, layout = None, pos, Layout(0, 0)
         if cache is not None:
             exchange = cache.slots.exchange(pos, span, self.window)
@@ -844,7 +843,7 @@ class Exchange(NamedTuple):
 
 
 class Slots(nn.Module):
-    """Which position each slot holds, -1 for an empty one: (B, sinks + copies * M). The layers of one kind share it.
+    """Which position each slot holds, (B, sinks + copies * M), in all layers of a kind; -1: none, -2 - p: p, forgotten.
 
     The sinks' slots come first, each once, and what follows is the cache described above for position - sinks.
     """
@@ -876,29 +875,37 @@ class Slots(nn.Module):
         return rows, source, targets
 
     def exchange(self, pos: Tensor, span: Span, window: int | None) -> Exchange:
-        """Decide where the keys of a call at pos (1 or B, T) go and which slots its queries read, and note it.
-
-        Three cases: a fresh sequence reads its own keys; a short call (one token, or one more than can be taken back)
-        and a layer without a window write first and read the cache; a long call to a layer with a window reads the last
-        window of cached keys and its own, then writes, since its keys may replace those that its first queries see.
+        """Decide where the keys of a call at pos (1 or B, T) go and which slots its queries read, and note it. What a
+        sequence holds at the call's first position and beyond is forgotten. A fresh sequence reads its own keys;
+        a short call (one token, or one more than can be taken back) and a layer without a window write first, then read
+        the cache; a long call to a window reads the last window of cached keys and its own, then writes: its keys may
+        replace those that its first queries see.
         """
-        T = pos.size(1)
+        T, first = pos.size(1), pos.where(pos >= 0, 2**40).amin(dim=1, keepdim=True)  # (1 or B, 1)
+        self.pos.copy_(torch.where(first == 0, -1, torch.where(self.pos < first, self.pos, -2 - self.pos)))
         if span.fresh:
             return Exchange(self.write(pos, span), pos, Layout(0, 0))
-        if span.last is not None and window is not None:
-            checks.check_kept(self, pos[:, :1], window)
-        if window is None or T <= 1 + self.lookahead:
+        if span.looked and span.first is not None and not self.holds_all(span.first, window):
+            span = span._replace(contiguous=False)
+        in_step = span.contiguous or not span.looked  # a compiled call of several tokens leaves no position out
+        if window is None or (T <= 1 + self.lookahead and in_step):
             write = self.write(pos, span)
             read, layout = self.view(T, span, window)
             return Exchange(write, self.pos[:, read], layout, [read], write_first=True)
-        read, old_pos, layout = self.recent(pos, span, window)  # one more than is seen: even numbers suit kernels
+        read, old_pos, layout = self.recent(pos, first, span, window)  # one more than is seen: kernels like it even
         k_pos = torch.cat([old_pos, pos.expand(old_pos.size(0), T)], dim=1)
         return Exchange(self.write(pos, span), k_pos, layout, read)
+
+    def holds_all(self, first: int, window: int | None) -> bool:
+        """True if every sequence holds all positions before `first` that a query there may see."""
+        lo, device = 0 if window is None else max(0, first - window + 1), self.pos.device
+        pos = torch.cat([torch.arange(min(self.sinks, lo), device=device), torch.arange(lo, first, device=device)])
+        return bool((self.pos[:, self.slots_of(pos)[0]] == pos).all())
 
     def write(self, pos: Tensor, span: Span) -> Write:
         """Note that the slots of pos (1 or B, T) hold these positions now; returns where their keys go."""
         T = pos.size(1)
-        if span.uniform and (span.first is not None or T <= self.n_slots):
+        if span.uniform and (span.contiguous if self.copies == 2 else span.first is not None or T <= self.n_slots):
             tokens = slice(None)
             if T > self.n_slots:  # of more than M tokens the last M stay, and the sinks
                 order, n = torch.arange(T, device=pos.device), max(0, min(T, self.sinks - span.first))
@@ -931,10 +938,9 @@ class Slots(nn.Module):
     def view(self, T: int, span: Span, window: int | None) -> tuple[slice, Layout | None]:
         """The slots that a call of T tokens, already written, reads, and how the keys lie there; None: anyhow."""
         everything = self.sinks + self.n_slots
-        if span.last is None or (self.copies == 2 and not span.uniform):
-            return slice(0, everything), None
         if span.first is None or not span.contiguous:
-            return slice(0, max(1, min(everything, span.last + 1))), None  # one slot at least, even for padding alone
+            known = span.last is not None and (self.copies == 1 or span.uniform)
+            return slice(0, max(1, min(everything, span.last + 1)) if known else everything), None  # one slot at least
         first, held = span.first, span.last + 1
         if self.copies == 1 or held <= everything:  # nothing has wrapped
             start = 0 if window is None or self.sinks else max(0, first - window + 1)
@@ -943,28 +949,19 @@ class Slots(nn.Module):
         start = 0 if self.sinks else end - min(window - 1 + T, held)
         return slice(start, end), Layout(first, end - T - start, self.sinks)
 
-    def recent(self, pos: Tensor, span: Span, n: int) -> tuple[list[slice | Tensor], Tensor, Layout | None]:
-        """The slots of the sinks and of the n positions before the call's first; the positions (1 or B, L) that they
-        hold, -1 for a lost one; and how these keys, with the call's own behind them, lie."""
-        if span.first is not None:  # uniform: they lie in one piece
-            first, sinks = span.first, min(self.sinks, span.first)
-            n = min(n, first - sinks)
-            end = first if self.copies == 1 else self.sinks + (first - self.sinks) % self.n_slots + self.n_slots
-            before = pos[:, :1] - n + torch.arange(n, device=pos.device)  # (1, n)
-            read = slice(end - n, end) if n else slice(0, 0)
-            held = self.pos[:, read]
-            layout = Layout(first, sinks + n, sinks if first > sinks else 0) if span.contiguous else None
-        else:
-            sinks = self.sinks
-            first = pos[:, :1] if span.contiguous else torch.where(pos >= 0, pos, 2**40).amin(dim=1, keepdim=True)
-            before = first - n + torch.arange(n, device=pos.device)  # (1 or B, n)
-            most = None if self.copies == 2 else sinks + self.n_slots - 1
-            read = self.slots_of(before.clamp(sinks, most))[0].expand(self.pos.size(0), n)
-            held = self.pos.gather(1, read)
-            layout = Layout(n, n, exact=False) if span.contiguous and not sinks else None
+    def recent(self, pos: Tensor, first: Tensor, span: Span, n: int) -> tuple[list, Tensor, Layout | None]:
+        """The slots of the sinks and of the n positions before the call's first; the positions (B, L) that they hold,
+        -1 for one that is not there; and how these keys, with the call's own behind them, lie."""
+        sinks, most = self.sinks, None if self.copies == 2 else self.sinks + self.n_slots - 1
+        layout = Layout(n, n, exact=False) if span.contiguous and not sinks else None
+        if span.first is not None:  # uniform
+            sinks = min(sinks, span.first)
+            n = min(n, span.first - sinks)
+            layout = Layout(span.first, sinks + n, sinks if span.first > sinks else 0) if span.contiguous else None
+        before = (pos[:, :1] if span.contiguous else first) - n + torch.arange(n, device=pos.device)  # (1 or B, n)
+        read = self.slots_of(before.clamp(self.sinks, most))[0].expand(self.pos.size(0), n)
+        held = self.pos.gather(1, read)
         held = torch.where(held == before, before, -1)
-        if not sinks:
-            return [read], held, layout
         return [slice(0, sinks), read], torch.cat([self.pos[:, :sinks], held], dim=1), layout
 
 
@@ -984,8 +981,7 @@ class KVCache(nn.Module):
     @property
     def unbounded(self) -> bool:
         """True if any number of tokens can go through: it rolls, and holds a whole window."""
-        slots = self.slots
-        return slots.window is not None and slots.n_slots - slots.lookahead >= slots.window
+        return self.slots.window is not None and self.slots.n_slots - self.slots.lookahead >= self.slots.window
 
     def reset(self) -> None:
         self.slots.pos.fill_(-1)
@@ -1071,8 +1067,12 @@ class PlainMLP(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
 
-GELU_TANH = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": GELU_TANH, "relu": F.relu}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class RMSNorm(nn.Module):

@@ -22,6 +22,7 @@ class Span(NamedTuple):
     last: int | None = None  # the greatest position of all sequences
     contiguous: bool = False  # in every sequence each position is the one before + 1
     fresh: bool = False  # every sequence is at 0 .. T - 1: nothing cached matters
+    looked: bool = False  # the host looked at the positions, so it may look at the cache too
     dtype: torch.dtype = torch.float32  # of the weights
 
 
@@ -42,27 +43,29 @@ def find_span(pos: Tensor, maxp1: int | None) -> Span:
         first, last, contiguous, last_start = found.tolist()
     uniform = uniform or (pos.size(0) == 1 and first >= 0)
     fresh = bool(contiguous) and first == last_start == 0
-    return Span(uniform, first if uniform else None, last, bool(contiguous), fresh)
+    return Span(uniform, first if uniform else None, last, bool(contiguous), fresh, looked=True)
 
 
 class RoPE(nn.Module):
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) rotates pairs (x_i, x_{i + n/2}) by position * f_i.
 
-    Angles are made in float32 from the call's own positions, whatever the model's dtype, so no position is too far.
+    A frequency is held as a part of a turn, in units of 2^-64, and multiplied by the position in int64: what overflows
+    are whole turns. So distances turn by the same angle at any position, whatever the model's dtype; in float32, the
+    product would be off by 0.06 at position 1,000,000.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         device = torch.get_default_device()  # where the weights go; real numbers even in a model of meta tensors
-        frequencies = rope_frequencies(config).to("cpu" if device.type == "meta" else device)
-        self.register_buffer("inv_freq", frequencies, persistent=False)  # (bases, rope_n_elem / 2)
+        turns = turns_of(rope_frequencies(config)).to("cpu" if device.type == "meta" else device)
+        self.register_buffer("turns", turns, persistent=False)  # int64 (bases, rope_n_elem / 2)
         self.attention_factor = rope_attention_factor(config.rope_scaling)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoPE":
-        """Follow the model to another device, but never to another dtype: bfloat16 positions are wrong past 256."""
+        """Follow the model to another device, from the meta device too."""
         super()._apply(fn, recurse)
-        self.inv_freq = rope_frequencies(self.config).to(self.inv_freq.device)
+        self.turns = turns_of(rope_frequencies(self.config)).to(self.turns.device)
         return self
 
     def depends_on_length(self, base: int = 0) -> bool:
@@ -74,11 +77,11 @@ class RoPE(nn.Module):
 
         length: tokens seen so far, (1 or B, 1), where the angles depend on it.
         """
-        inv_freq = self.inv_freq[base]
+        turns = self.turns[base]
         if length is not None:
             scaling = self.config.rope_scaling
-            inv_freq = LENGTH_SCALINGS[scaling["type"]](self.inv_freq, scaling, length)[:, None, None]  # (1 or B, ...)
-        angles = pos[:, None, :, None].float() * inv_freq
+            turns = LENGTH_SCALINGS[scaling["type"]](self.turns, scaling, length)[:, None, None]  # (1 or B, 1, 1, ...)
+        angles = (pos[:, None, :, None].long() * turns).float() * (math.pi / 2**63)
         cos, sin = angles.cos(), angles.sin()
         if base == 0 and self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
@@ -118,6 +121,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     head = head.to(torch.promote_types(x.dtype, torch.float32))
     rotated = (head * cos + head.roll(n // 2, dims=-1) * sin).to(x.dtype)  # sin holds the signs of both halves
     return rotated if n == x.size(-1) else torch.cat([rotated, x[..., n:]], dim=-1)
+
+
+def turns_of(frequencies: Tensor) -> Tensor:
+    """Angles per position as parts of a turn, int64, in units of 2^-64; what is more than half a turn is negative."""
+    turns = frequencies.double() / (2 * math.pi)
+    return ((turns - turns.round()) * 2.0**64).long()
 
 
 def rope_frequencies(config: Config) -> Tensor:
@@ -184,16 +193,16 @@ def keep(f: Tensor, scaling: dict, config: Config) -> Tensor:
     return f
 
 
-def scale_dynamic(inv_freq: Tensor, scaling: dict, length: Tensor) -> Tensor:
-    """Dynamic NTK (emozilla, 2023) for texts of `length` (1 or B, 1) tokens so far: (1 or B, rope_n_elem / 2)."""
+def scale_dynamic(turns: Tensor, scaling: dict, length: Tensor) -> Tensor:
+    """Dynamic NTK (emozilla, 2023) for texts of `length` (1 or B, 1) tokens so far: int64 (1 or B, rope_n_elem / 2)."""
     stretch = (length / scaling[TRAINED_LENGTH]).clamp(min=1.0)
     factor = scaling["factor"] * stretch - (scaling["factor"] - 1)
-    return inv_freq[0] * factor ** -ntk_exponents(inv_freq)
+    return (turns[0] * factor ** -ntk_exponents(turns)).long()
 
 
-def scale_longrope(inv_freq: Tensor, scaling: dict, length: Tensor) -> Tensor:
+def scale_longrope(turns: Tensor, scaling: dict, length: Tensor) -> Tensor:
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a searched factor per frequency, others once a text is long."""
-    return torch.where(length > scaling[TRAINED_LENGTH], inv_freq[-1], inv_freq[0])
+    return torch.where(length > scaling[TRAINED_LENGTH], turns[-1], turns[0])
 
 
 ROPE_SCALINGS: dict[str, Callable[[Tensor, dict, Config], Tensor]] = {

@@ -3,6 +3,7 @@
 Nothing of lit_swa's attention, masks, caches or RoPE is used, only the weights.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -60,59 +61,62 @@ def meet_shifted_groups(g: int, n_head: int) -> Meet:
     return meet
 
 
-def turned(x: Tensor, position: float, config, scale: float, base: float) -> Tensor:
-    """x (D,) rotated by RoPE to a position that is divided by scale."""
-    n = config.rope_n_elem
-    out = x.clone()
-    for i in range(n // 2):
-        angle = position / scale * base ** (-2 * i / n)
-        a, b = x[i], x[i + n // 2]
-        out[i], out[i + n // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
-    return out
-
-
 def attention_weights(
-    q: Tensor, k: Tensor, meet: Meet, config, scale: float, base: float, factor: Callable[[int], float]
+    q: Tensor,
+    k: Tensor,
+    places: list[int],
+    meet: Meet,
+    config,
+    scale: float,
+    base: float,
+    factor: Callable[[int], float],
 ) -> Tensor:
-    """Softmax weights (H, T, T) of q (H, T, D) on k (G, T, D)."""
-    H, T, D = q.shape
-    R = H // k.size(0)
-    places: dict[tuple[str, int, int, float], Tensor] = {}
+    """Softmax weights (H, T, T) of q (H, T, D) on k (G, T, D), tokens at these places.
 
-    def at(kind: str, x: Tensor, head: int, token: int, position: float) -> Tensor:
-        key = (kind, head, token, position)
-        if key not in places:
-            places[key] = turned(x[head, token], position, config, scale, base)
-        return places[key]
-
-    scores = torch.full((H, T, T), -math.inf, dtype=torch.float64)
-    for h in range(H):
-        for i in range(T):
-            for j in range(i + 1):
-                met = meet(i, j, h)
-                if met is not None:
-                    dot = at("q", q, h, i, met[0]) @ at("k", k, h // R, j, met[1])
-                    scores[h, i, j] = dot * factor(i) / math.sqrt(D)
-    return scores.softmax(-1)
+    Two elements of a head are a complex number, which RoPE multiplies by exp(i * position * frequency). So what a pair
+    contributes to a score depends on the difference of the two positions alone, which is exact here.
+    """
+    (H, T, _), n = q.shape, config.rope_n_elem
+    k = k.repeat_interleave(H // k.size(0), dim=0)
+    frequencies = base ** (-2 * torch.arange(n // 2, dtype=torch.float64) / n) / scale
+    apart = torch.full((H, T, T), math.nan, dtype=torch.float64)  # from the key to the query; NaN: they do not meet
+    for h, i, j in itertools.product(range(H), range(T), range(T)):
+        met = meet(places[i], places[j], h) if places[j] <= places[i] else None
+        apart[h, i, j] = math.nan if met is None else met[0] - met[1]
+    q_pairs, k_pairs = (torch.complex(x[..., : n // 2], x[..., n // 2 : n]) for x in (q, k))
+    turns = torch.exp(1j * apart.nan_to_num()[..., None] * frequencies)  # (H, T, T, n / 2)
+    scores = torch.einsum("hid,hjd,hijd->hij", q_pairs, k_pairs.conj(), turns).real + q[..., n:] @ k[..., n:].mT
+    factors = torch.tensor([factor(place) for place in places], dtype=torch.float64)[:, None]
+    scores = scores * factors / math.sqrt(q.size(-1))
+    return scores.masked_fill(apart.isnan(), -math.inf).softmax(-1)
 
 
 @torch.no_grad()
 def logits(
-    model, idx: Tensor, meet: Meet, *, scale: float = 1.0, base: float | None = None, factor=lambda i: 1.0
+    model,
+    idx: Tensor,
+    meet: Meet,
+    *,
+    places: list[int] | None = None,
+    scale: float = 1.0,
+    base: float | None = None,
+    factor=lambda i: 1.0,
 ) -> Tensor:
-    """Logits (T, V) for idx (T,) of a model with RMSNorm, gated MLP and no biases."""
+    """Logits (T, V) for idx (T,) of a model with RMSNorm, gated MLP and no biases. places: the tokens' positions; None:
+    they follow each other from 0 on."""
     config, weights = model.config, {name: p.double() for name, p in model.state_dict().items()}
     H, G, D, base = config.n_head, config.n_query_groups, config.head_size, base or config.rope_base
 
     def norm(x: Tensor, name: str) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[name]
 
+    places = list(range(len(idx))) if places is None else places
     x = weights["transformer.wte.weight"][idx]
     for layer in range(config.n_layer):
         at = f"transformer.h.{layer}."
         qkv = norm(x, at + "norm_1.weight") @ weights[at + "attn.qkv.weight"].T
         q, k, v = qkv.view(len(idx), -1, D).transpose(0, 1).split((H, G, G))
-        y = attention_weights(q, k, meet, config, scale, base, factor) @ v.repeat_interleave(H // G, dim=0)
+        y = attention_weights(q, k, places, meet, config, scale, base, factor) @ v.repeat_interleave(H // G, dim=0)
         x = x + y.transpose(0, 1).flatten(1) @ weights[at + "attn.proj.weight"].T
         h = norm(x, at + "norm_2.weight")
         gate = torch.nn.functional.silu(h @ weights[at + "mlp.fc_1.weight"].T)

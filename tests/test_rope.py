@@ -1,6 +1,7 @@
 """RoPE's scalings: equal to transformers' for the same config, the identity for a factor of 1, right with caches."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ SCALINGS = {
         "original_max_position_embeddings": TRAINED,
     },
 }
+YARN = {"type": "yarn"} | SCALINGS["yarn"]
 GROWING = [name for name in SCALINGS if name.startswith(("dynamic", "longrope"))]
 
 
@@ -207,3 +209,33 @@ def test_a_local_base_knows_no_scaling(tiny_model):
     scaled = GPT(tiny_config(**fields, rope_scaling=scaling)).eval()
     scaled.load_state_dict(plain.state_dict())
     assert torch.equal(scaled(idx), plain(idx))
+
+
+@pytest.mark.parametrize("start", [0, 10_000_000, 2**31 - 50])
+def test_angles_are_exact_at_any_position(start):
+    """Catches: positions rounded to float32, which are off by an angle of 0.06 at a million and all alike at 2^24."""
+    config = tiny_config(head_size=16, rope_local_base_freq=1e6)
+    pos = torch.arange(start, start + 40)
+    for base, theta in enumerate((config.rope_base, config.rope_local_base_freq)):
+        cos, sin = RoPE(config)(pos[None], base)
+        f = [Fraction(float(x)) for x in 1.0 / theta ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16)]
+        turn = Fraction("6.283185307179586476925286766559005768394338798750")
+        exact = torch.tensor([[float(int(p) * x % turn) for x in f] for p in pos], dtype=torch.float64)
+        assert (cos[0, 0, :, :8] - exact.cos()).abs().max() < 1e-6
+        assert (sin[0, 0, :, 8:] - exact.sin()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("fields", [{}, {"rope_scaling": YARN}, {"attention": "streaming"}])
+@torch.no_grad()
+def test_a_text_reads_the_same_from_any_position_on(fields, tiny_model):
+    """Catches: a window that lets a text go on for ever while its angles lose their last digits."""
+    window = {"attention": "sliding", "sliding_window_size": 6, "rolling_kv_cache": True, "block_size": 2**31}
+    model, idx = tiny_model(**window | fields), torch.randint(0, 97, (1, 30))
+    near, far = 100, 1_000_000_007  # beyond the sinks, which are seen from a place in the cache
+    seen = []
+    for start in (near, far):
+        model.set_kv_cache(1, 64)
+        parts = [model(idx[:, :17], torch.arange(start, start + 17))]
+        parts += [model(idx[:, i : i + 1], torch.tensor([start + i])) for i in range(17, 30)]
+        seen.append(torch.cat(parts, dim=1))
+    assert_close(seen[1], seen[0])
