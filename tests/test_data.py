@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_chat_template import LLAMA_3, MISTRAL, QWEN
 
 from lit_swa.data import (
     IGNORED,
@@ -40,6 +41,8 @@ CHAT = [
     {"role": "user", "content": "Over whom?"},
     {"role": "assistant", "content": "\n the lazy dog"},
 ]
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 # The same text as conftest's template, with the answers marked as transformers wants them.
 MARKED_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
@@ -367,6 +370,129 @@ def test_unknown_names_list_the_known_ones(tokenizer, tmp_path):
         load(write(tmp_path / "a.txt", "x"), tokenizer, prompt_style="alpaca")
 
 
+SYSTEM = {
+    "instruction": "And now?",
+    "input": "",
+    "output": "aye",
+    "system": "pirate",
+    "history": [["earlier", "before"]],
+}
+TOOLS = [WEATHER["function"]]
+SAID = [["user", "a"], ["assistant", "b"]]
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (SYSTEM, [["system", "pirate"], ["user", "earlier"], ["assistant", "before"],
+                  ["user", "And now?"], ["assistant", "aye"]]),
+        ({**SYSTEM, "system": "", "history": '[["x", "y"]]', "input": "this"},  # as cells of a table
+         [["user", "x"], ["assistant", "y"], ["user", "And now?\n\nthis"], ["assistant", "aye"]]),
+        ({**SYSTEM, "history": None, "input": "this"},
+         [["system", "pirate"], ["user", "And now?\n\nthis"], ["assistant", "aye"]]),
+        ({"system_prompt": "s", "question": "a", "response": "b"}, [["system", "s"], *SAID]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+         [["system", "s"], *SAID]),
+        ({"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'}, SAID),
+        ({"messages": [{"role": "developer", "content": [{"type": "text", "text": "d"}, {"type": "text", "text": "e"}]},
+                       {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "system": "de"},
+         [["system", "de"], *SAID]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "o"},
+                            {"from": "gpt", "value": "b"}]}, [SAID[0], ["tool", "o"], SAID[1]]),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_a_turn_reaches_the_prompt(record, expected, tokenizer, tmp_path):
+    """Catches: a system message, earlier turns or parts of a content that are dropped without a word."""
+    data = load(write(tmp_path / "a.json", [record]), tokenizer)
+    messages = [dict(zip(("role", "content"), m, strict=True)) for m in expected]
+    assert tokenizer.decode(data[0].ids, skip_special_tokens=False) == tokenizer.render_chat(messages, False).rstrip()
+    assert data.report.endswith("none dropped.")
+    if "system" not in record or not record.get("history"):
+        return
+    text = tokenizer.decode(load(tmp_path / "a.json", tokenizer, prompt_style="alpaca")[0].ids)
+    assert all(content in text for _, content in expected)
+
+
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps(TOOLS)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {
+            "role": "assistant",
+            "tool_calls": [{**CALL, "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}],
+        },
+        {"role": "assistant", "content": "", "function_call": CALL["function"]},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+    ],
+)
+def test_tools_and_calls_come_in_every_spelling(call, tools, tiny_checkpoint, tmp_path):
+    """Catches: functions that never reach the template, arguments that are written as a text within the JSON."""
+    own = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=QWEN)
+    path = write(tmp_path / "a.json", [{"messages": [{"role": "user", "content": "warm?"}, call], "tools": tools}])
+    written = [{"role": "user", "content": "warm?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    text = own.decode(load(path, own)[0].ids, skip_special_tokens=False)
+    assert text == own.render_chat(written, False, tools=[WEATHER]).rstrip() and '"arguments": {"city": "Rome"}' in text
+
+
+def test_what_no_prompt_holds_is_in_the_report(tiny_checkpoint, tokenizer, tmp_path):
+    """Catches: tools, calls, thoughts and keys that are left out of the training without a word."""
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [CALL], "thinking": "t"},
+    ]
+    rows = [
+        {"messages": turns, "tools": TOOLS, "images": ["x.png"], "id": 7, "source": "s"},
+        {**ROWS[0], "text": "Below"},
+    ]
+    path = write(tmp_path / "a.json", rows)
+    for style, known in ((None, "chat"), ("alpaca", "alpaca")):
+        report = load(path, tokenizer, prompt_style=style).report
+        for what in ("tools", "calls of functions", "thoughts", "the key 'images'"):
+            assert f"{what} (of 1)" in report, known
+        assert "'id'" not in report and "source" not in report and "text" not in report
+    users = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    users += "{% if add_generation_prompt %}assistant: {% endif %}"
+    own = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=users)
+    assert "left out of the prompts: system messages (of 1)" in load(write(path, [{"messages": CHAT}]), own).report
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained(tokenizer, tmp_path):
+    """Catches: a wrong answer that is trained as the right one, in any style, also where prompts are trained."""
+    turns = [
+        {"role": r, "content": c}
+        for r, c in (("user", "a"), ("assistant", "wrong"), ("user", "b"), ("assistant", "right"))
+    ]
+    for key in ("weight", "train", "training", "loss"):
+        marked = [turns[0], {**turns[1], key: 0}, turns[2], {**turns[3], key: 1}, turns[0], {**turns[1], key: False}]
+        path = write(tmp_path / "a.json", [{"messages": marked}, {"messages": marked[:2]}])
+        for style in (None, "alpaca", "chatml"):
+            data = load(path, tokenizer, prompt_style=style)
+            assert "1 without an answer that is trained" in data.report and len(data) == 1
+            assert tokenizer.decode(answer_ids(data[0])).strip() == "right"
+            assert (
+                load(write(tmp_path / "b.json", [{"messages": turns}]), tokenizer, prompt_style=style)[0].ids.tolist()
+                == data[0].ids.tolist()
+            )
+            whole = load(path, tokenizer, prompt_style=style, mask_prompt=False)[0]
+            assert whole.ids.tolist() == data[0].ids.tolist()
+            assert "wrong" not in tokenizer.decode(answer_ids(whole)) and (whole.labels == IGNORED).sum() < 12
+    for value, reason in ((0.5, "weight=0.5: it must be 0 or 1"), ("0", "weight=0: it must")):
+        with pytest.raises(ValueError, match=reason):
+            load(write(path, [{"messages": [turns[0], {**turns[1], "weight": value}]}]), tokenizer)
+
+
+def test_what_counts_for_an_empty_answer_is_what_the_template_wrote(tiny_checkpoint, tokenizer, tmp_path):
+    """Catches: an end token alone that is trained, because the template writes no calls or drops the thought."""
+    call = [{"role": "user", "content": "warm?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    path = write(tmp_path / "a.json", [{"messages": call}, {"messages": [*call, *CHAT[1:3]]}, {"messages": CHAT}])
+    data = load(path, tokenizer)
+    assert len(data) == 1 and "2 dropped (2 with an empty answer)" in data.report
+    assert "2 with an empty answer" in load(path, tokenizer, prompt_style="alpaca").report
+    own = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=QWEN)
+    assert "none dropped" in load(path, own).report
+
+
 def test_without_a_chat_template_the_style_is_alpaca_and_chat_is_refused(tiny_checkpoint, tmp_path):
     """Catches: a base model that cannot be finetuned without knowing the styles, a style whose end is no token."""
     bare = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=None, eos_token="<|endoftext|>")
@@ -387,8 +513,69 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_checkpoint, tmp_
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     odd = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=template)
-    with pytest.raises(ValueError, match="element 1: The chat template writes the conversation up to message 3"):
+    with pytest.raises(ValueError, match="element 1: The chat template does not write message 3 as it prompts for it"):
         load(write(tmp_path / "a.json", [{"messages": CHAT}]), odd)
+
+
+THOUGHT = [  # an answer with a thought, a call, its result, a wrong answer
+    {"role": "user", "content": "Who jumps?"},
+    {"role": "assistant", "content": "the fox", "reasoning_content": "a quick one"},
+    {"role": "user", "content": "Is it warm?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "22"},
+    {"role": "assistant", "content": "the dog", "weight": 0},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "yes, it is"},
+]
+# As DeepSeek-R1's: an answer is prompted for with the beginning of a thought, and written without it.
+R1_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+ONCE_TEMPLATE = QWEN.replace("loop.index0 > ns.last and (loop.last or thought)", "loop.last")
+
+
+@pytest.mark.parametrize("template", [QWEN, ONCE_TEMPLATE, MISTRAL, LLAMA_3, R1_TEMPLATE])
+def test_each_answer_follows_the_prompt_that_generation_meets(template, tiny_checkpoint, tmp_path):
+    """Catches: a family whose template rewrites earlier turns refused; a thought or tools in the wrong turn; an answer
+    of weight 0 that is trained. transformers renders what is expected."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=template)
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    hf = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t/tokenizer.json"), chat_template=template, **names)
+    calls = template in (QWEN, ONCE_TEMPLATE)
+    messages = THOUGHT if calls else [m for m in THOUGHT if m["role"] != "tool" and not m.get("tool_calls")]
+    tools = [WEATHER] if calls or template == LLAMA_3 else None
+    data = load(write(tmp_path / "a.json", [{"messages": messages, "tools": tools}]), own)
+    expected, end = {}, "<|im_end|>" if template != LLAMA_3 else "<|eot_id|>"
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant" and "weight" not in message:
+            prompt, whole = (
+                hf.apply_chat_template(messages[:n], tools=tools, add_generation_prompt=n == k, tokenize=False).rstrip(
+                    " "
+                )
+                for n in (k, k + 1)
+            )
+            if template == R1_TEMPLATE:
+                header, thought = prompt.removesuffix("<think>\n"), message.get("reasoning_content", "")
+                whole = f"{prompt}{thought}\n</think>\n\n{whole.removeprefix(header)}"
+            assert whole.startswith(prompt)
+            expected[prompt] = whole.removeprefix(prompt).rstrip()
+    found = {}
+    for example in data:
+        trained = example.labels != IGNORED
+        for start in np.flatnonzero(np.diff(trained.astype(int), prepend=0) == 1):
+            stop = start + int(np.argmin([*trained[start:], False]))
+            prompt, answer = (
+                own.decode(ids, skip_special_tokens=False) for ids in (example.ids[:start], example.ids[start:stop])
+            )
+            assert example.ids[:start].tolist() == own.encode(prompt, bos=False)
+            found[prompt] = answer
+    assert found == expected and all(answer.endswith(end) for answer in found.values())
+    assert "the dog" not in "".join(found.values()) and len(found) == (3 if calls else 2)
+    splits = template in (QWEN, ONCE_TEMPLATE, R1_TEMPLATE)
+    assert ("1 conversations are an example for each answer" in data.report) == splits == (len(data) > 1)
 
 
 # ---------------------------------------------------------------------------------------------- presets and the hub
@@ -673,7 +860,7 @@ def test_splits_are_disjoint_complete_and_repeatable(tokenizer, tmp_path):
 def test_packing_puts_every_example_in_one_bin_and_fills_the_bins(limit):
     """Catches: an example lost or doubled, a bin beyond the context, half-empty bins, all long ones first."""
     random_ = np.random.RandomState(1)
-    lengths = np.clip(np.exp(random_.normal(4.5, 0.8, 20_000)).astype(int), 2, limit)
+    lengths = np.clip(np.exp(random_.normal(4.5, 0.8, 8_000)).astype(int), 2, limit)
     bins = pack(lengths, limit, seed=5)
     assert sorted(i for one in bins for i in one) == list(range(len(lengths)))
     totals = np.array([lengths[one].sum() for one in bins])

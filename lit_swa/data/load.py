@@ -116,7 +116,7 @@ def encode_records(
     for n_read, (where, content) in enumerate(records, start=1):
         try:
             record = to_record(content, where, fields)
-            builder.add(record, encode_at(where, record, style, tokenizer, mask_prompt))
+            builder.add(record, *encode_at(where, record, style, tokenizer, mask_prompt))
         except Dropped as reason:
             builder.dropped[str(reason)] += 1
         if progress and n_read % 256 == 0:
@@ -144,26 +144,40 @@ def encode_records(
 
 
 class Builder:
-    """Collects examples in flat arrays, and counts what was cut and what was dropped."""
+    """Collects examples in flat arrays, and counts what was cut, what was dropped and what was left out."""
 
     def __init__(self, max_seq_length: int) -> None:
         self.max_seq_length = max_seq_length
         self.tokens, self.mask, self.lengths = array("i"), bytearray(), array("q")
         self.dropped: Counter[str] = Counter()
-        self.truncated = self.instructions = 0
+        self.left_out: Counter[str] = Counter()  # what no prompt holds -> records that have it
+        self.truncated = self.instructions = self.split = 0
 
-    def add(self, record: Record, encoded: Encoded) -> None:
-        ids, trained = encoded.ids[: self.max_seq_length], encoded.trained[1 : self.max_seq_length]
-        if not any(trained):
-            raise Dropped(f"with nothing to train within {self.max_seq_length} tokens")
-        self.tokens.extend(ids)
-        self.mask.extend([False, *trained])
-        self.lengths.append(len(ids))
-        self.truncated += len(encoded.ids) > self.max_seq_length
-        self.instructions += record.text is None
+    def add(self, record: Record, examples: list[Encoded], left_out: list[str]) -> None:
+        """The sequences of one record."""
+        self.left_out.update({*left_out, *(f"the key {key[:60]!r}" for key in record.unread)})
+        self.split += len(examples) > 1
+        for encoded in examples:
+            ids, trained = encoded.ids[: self.max_seq_length], encoded.trained[1 : self.max_seq_length]
+            if not any(trained):
+                self.dropped[f"with nothing to train within {self.max_seq_length} tokens"] += 1
+                continue
+            self.tokens.extend(ids)
+            self.mask.extend([False, *trained])
+            self.lengths.append(len(ids))
+            self.truncated += len(encoded.ids) > self.max_seq_length
+            self.instructions += record.text is None
 
     def reasons(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+
+    def notes(self) -> str:
+        """What else the report tells."""
+        left_out = [f"{what} (of {count})" for what, count in self.left_out.most_common(12)]
+        notes = [f"left out of the prompts: {', '.join(left_out)}"] if left_out else []
+        if self.split:
+            notes.append(f"{self.split} conversations are an example for each answer, as the template rewrites turns")
+        return "".join(f"; {note}" for note in notes)
 
     def finish(self, data: Path | str, info: dict[str, Any]) -> Dataset:
         lengths = np.frombuffer(self.lengths, dtype=np.int64)
@@ -171,6 +185,6 @@ class Builder:
         left_out = f"{sum(self.dropped.values())} dropped ({self.reasons()})" if self.dropped else "none dropped"
         report = (
             f"{data}: {len(lengths)} examples, {len(tokens)} tokens, {np.count_nonzero(mask)} of them trained; "
-            f"{self.truncated} cut to {self.max_seq_length} tokens, {left_out}."
+            f"{self.truncated} cut to {self.max_seq_length} tokens, {left_out}{self.notes()}."
         )
         return Dataset(tokens, mask, np.cumsum(lengths) - lengths, lengths, report, info)

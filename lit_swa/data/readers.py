@@ -104,9 +104,18 @@ def read_parquet(path: Path) -> Iterator[Located]:
         for batch in ParquetFile(path).iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
-    except OSError as error:  # pyarrow's errors are ValueErrors and OSErrors
-        raise ValueError(f"{path} is damaged ({str(error)[:100]}): fetch it again.") from None
+                yield f"{path} row {number}", without_none(row)
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:  # what pyarrow's errors are
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:100]}): fetch it again.") from None
+
+
+def without_none(value: Any, depth: int = 0) -> Any:
+    """A row, and in it what messages hold without the keys whose value is None: in a column every struct has the keys
+    of all of them, so that a call would have the arguments of all calls."""
+    if isinstance(value, dict):
+        kept = {key: inner for key, inner in value.items() if inner is not None or depth < 2}
+        return {key: without_none(inner, depth + 1) for key, inner in kept.items()}
+    return [without_none(inner, depth) for inner in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Located]]] = {

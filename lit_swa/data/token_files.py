@@ -80,7 +80,7 @@ def read_documents(files: Sequence[Path], tokenizer: Tokenizer, most: int | None
                 record = to_record(content, where, Fields(text="text"))
             except Dropped:
                 continue
-            yield np.array(encode_at(where, record, "plain", tokenizer, False).ids, dtype=np.uint32)
+            yield np.array(encode_at(where, record, "plain", tokenizer, False)[0][0].ids, dtype=np.uint32)
 
 
 def write_token_file(
