@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -161,6 +162,99 @@ def test_bin_files_convert_like_safetensors(tmp_path: Path) -> None:
     torch.save({"lr": 1}, tmp_path / "training_args.bin")
     convert_hf_checkpoint(tmp_path)
     assert torch.allclose(logits(load_model(tmp_path)), logits(theirs), atol=1e-5)
+
+
+def renamed(rename: Callable[[str], str]):
+    return lambda state: {rename(name): tensor for name, tensor in state.items()}
+
+
+def without_anchor(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("gpt_neox.")
+
+
+SAVED_OTHERWISE = {  # what training scripts and other libraries make of a state dict
+    "compiled": ("llama", renamed(lambda name: f"_orig_mod.{name}")),
+    "compiled layers": ("llama", renamed(lambda name: re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name))),
+    "parallel and compiled": ("qwen3, tied", renamed(lambda name: f"module._orig_mod.{name}")),
+    "the model of a trainer": ("gemma2", renamed(lambda name: f"model.{name}")),
+    "without its head": ("qwen3, tied", renamed(without_anchor)),
+    "without a prefix": ("neox, parallel", renamed(without_anchor)),
+    "with the newer head": ("neox, sequential", renamed(lambda name: name.replace("embed_out", "lm_head"))),
+    "tied, under the head's name": ("llama 3.1, tied", renamed(lambda n: n.replace("model.embed_tokens", "lm_head"))),
+    "tied, under both": ("qwen3, tied", lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"].clone()}),
+    "with buffers": (
+        "llama",
+        lambda state: state
+        | {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(8) for name in ("cos_cached", "sin_cached")}
+        | {f"model.rotary_emb{name}": torch.ones(8) for name in (".inv_freq", ".original_inv_freq", "_local.inv_freq")},
+    ),
+    "with masks": (
+        "neox, parallel",
+        lambda state: state
+        | {f"gpt_neox.layers.0.attention.{name}": torch.ones(1, dtype=torch.bool) for name in ("bias", "masked_bias")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAVED_OTHERWISE)
+def test_weights_are_found_under_the_names_that_others_give_them(tmp_path: Path, case: str) -> None:
+    """Would catch a wrapper's prefix, a buffer or the one name of tied weights that makes a checkpoint unreadable."""
+    name, change = SAVED_OTHERWISE[case]
+    theirs = hf_model(name, tmp_path)
+    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors", {"format": "pt"})
+    convert_hf_checkpoint(tmp_path)
+    model, expected = load_model(tmp_path), logits(theirs)
+    assert (logits(model) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert model.config.tie_embeddings == ("tied" in name or name.startswith("gemma"))
+
+
+def test_two_embeddings_are_not_tied_whatever_the_config_says(tmp_path: Path) -> None:
+    """Would catch an output embedding that is thrown away; transformers keeps it, too."""
+    from transformers import AutoModelForCausalLM
+
+    hf_model("qwen3, tied", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] * 2
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    convert_hf_checkpoint(tmp_path)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    assert (logits(load_model(tmp_path)) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
+    """Would catch one of two different weights being taken by chance."""
+    hf_model("llama", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["module.model.norm.weight"] = state["model.norm.weight"] + 1
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds model.norm.weight twice, once as module.model.norm.weight"):
+        convert_hf_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shards", ["all", "none"])
+def test_the_single_file_counts_and_not_the_shards_beside_it(tmp_path: Path, capsys, shards: str) -> None:
+    """Would catch the weights of an older save being converted without a word; transformers takes the single file."""
+    hf_model("llama", tmp_path, max_shard_size="20KB")
+    new = hf_model("llama", tmp_path / "new")
+    for path in tmp_path.glob("model-0*") if shards == "none" else ():
+        path.unlink()
+    (tmp_path / "new/model.safetensors").rename(tmp_path / "model.safetensors")
+    convert_hf_checkpoint(tmp_path)
+    assert torch.allclose(logits(load_model(tmp_path)), logits(new), atol=1e-5)
+    assert "and not the shards of model.safetensors.index.json" in capsys.readouterr().err
+
+
+def test_two_sets_of_shards_are_named(tmp_path: Path) -> None:
+    """Would catch one of two saves being chosen by the order of names."""
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("model-00001-of-00002", "model-00002-of-00002", "model-00003-of-00003"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="two sets of weights .*00001-of-00002.*00003-of-00003"):
+        convert_hf_checkpoint(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="two sets of weights .*a.safetensors.index.json, b"):
+        convert_hf_checkpoint(tmp_path)
 
 
 def test_weights_keep_their_dtype(tmp_path: Path) -> None:

@@ -478,6 +478,23 @@ def test_no_more_is_read_than_is_allowed(tmp_path: Path) -> None:
         read_bytes(Path("/proc/self/maps"), 100)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "tiny.gguf", "config.json", "tokenizer.json", "tokenizer.model"]
+)
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path: Path, name: str) -> None:
+    """Would catch "truncated" or "no JSON", which sends a user who cloned without git-lfs the wrong way."""
+    from lit_swa.checkpoint import convert_hf_checkpoint
+    from lit_swa.formats.tokenizer import Tokenizer
+
+    make_config(tmp_path)
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n")
+    if name == "config.json":
+        (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull") as error:
+        (Tokenizer if name.startswith("tokenizer") else convert_hf_checkpoint)(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_hugging_face_cache_is_read_through_its_own_links(tmp_path: Path) -> None:
     """Would catch snapshots that must be copied first, and a rule that lets other links pass with them."""
     from lit_swa.checkpoint import convert_hf_checkpoint, load_model

@@ -4,7 +4,9 @@ One tensor is in memory at a time. A pickle is read with weights_only=True or no
 """
 
 import re
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -39,7 +41,8 @@ from lit_swa.formats.files import (
     write_text,
     write_weights,
 )
-from lit_swa.formats.hugging_face import config_to_hf, to_hf, to_lit
+from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
+from lit_swa.formats.reading import is_listed
 
 # -------------------------------------------------------------------------------------------------------------- convert
 
@@ -56,6 +59,8 @@ def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX
     with directory_lock(directory):
         remove_leftovers(directory)
         config, source, extra_files = open_source(directory)
+        if config.tie_embeddings and have_two_embeddings(source, config, directory):
+            config = replace(config, tie_embeddings=False)
         tensors = to_lit(source, config, directory)
         for name, text in extra_files.items():
             if not (directory / name).exists():
@@ -68,7 +73,7 @@ def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[st
     kind, names, index = find_source(directory)
     if kind == "gguf":
         file = gguf.read_gguf(find_inside(directory, names[0]))
-        has_config = (directory / "config.json").exists()
+        has_config = is_listed(directory / "config.json")
         hf = read_json(find_inside(directory, "config.json")) if has_config else gguf.hf_config(file)
         extra_files = {} if (directory / "tokenizer.json").exists() else gguf_tokenizer.tokenizer_files(file)
         return build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files
@@ -96,15 +101,29 @@ def find_source(directory: Path) -> tuple[str, list[str], str | None]:
     return "gguf", [_find_gguf(directory)], None
 
 
+SINGLE_FILES = {"*.safetensors": "model.safetensors", "*.bin": "pytorch_model.bin"}
+
+
 def _find_shards(directory: Path, pattern: str) -> tuple[list[str], str | None]:
     """(weight files, index or None): the files that there should be, by the index or by the numbers in their names."""
-    index = [p.name for p in directory.glob(f"{pattern}.index.json") if not p.name.startswith(STEM)]
+    index = sorted(p.name for p in directory.glob(f"{pattern}.index.json") if not p.name.startswith(STEM))
+    single = SINGLE_FILES.get(pattern)
+    if single and is_listed(directory / single):  # which transformers takes first, whatever lies beside it
+        if index:
+            print(f"Converting {directory / single}, and not the shards of {index[0]}.", file=sys.stderr)
+        return [single], None
+    if len(index) > 1:
+        raise ValueError(f"{directory} holds two sets of weights ({index[0]}, {index[1]}): leave the one to convert.")
     if index:
         return sorted(set(read_index(find_inside(directory, index[0])).values())), index[0]
     names = sorted(p.name for p in directory.glob(pattern) if _is_source(p.name))
     numbered = [m for m in (re.fullmatch(r"(.+-)(\d{5})-of-(\d{5})(\..+)", name) for name in names) if m]
     if numbered:
         stem, _, count, suffix = numbered[0].groups()
+        if others := sorted(set(names) - {f"{stem}{n:05d}-of-{count}{suffix}" for n in range(1, len(names) + 1)}):
+            raise ValueError(
+                f"{directory} holds two sets of weights ({numbered[0][0]}, {others[0]}): leave the one to convert."
+            )
         return [f"{stem}{n:05d}-of-{count}{suffix}" for n in range(1, min(int(count), 9999) + 1)], None
     if len(names) > 1:
         raise ValueError(

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lit_swa.formats.reading import require_regular
+
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type id -> code
 STRING, ARRAY = 8, 9
 F32, F16, BF16 = 0, 1, 30  # tensor type ids that torch has too
@@ -131,6 +133,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    require_regular(path)
     if path.stat().st_size < 24:
         raise ValueError(f"{path} is not a GGUF file: it is shorter than a GGUF header.")
     with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -52,10 +52,17 @@ NEOX_NAMES: dict[str, tuple[str, ...]] = {
     "transformer.ln_f": ("gpt_neox.final_layer_norm",),
     "lm_head": ("embed_out",),
 }
-# A model for images and text holds its language model under a prefix, which differs between versions of transformers.
+# What else may stand before or within the names: a model for images and text holds its language model under a prefix,
+# which differs between versions of transformers, and torch's wrappers add their own.
 PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+WRAPPERS = re.compile(
+    r"(^|(?<=\.))(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+ANCHOR = "layers.0.input_layernorm.weight"  # which every architecture has: what stands before it is the prefix
+HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(?=[^.]+$)")  # GPT-NeoX's has either name
 NOT_NEEDED = re.compile(  # buffers that old checkpoints carry, and the parts of a model that see images
-    r"rotary_emb\.inv_freq$|attention\.(masked_)?bias$|(^|\.)(vision_tower|multi_modal_projector)\."
+    r"rotary_emb\w*\.(\w*inv_freq|cos_cached|sin_cached)$|attention\.(masked_)?bias$|"
+    r"(^|\.)(vision_tower|multi_modal_projector)\."
 )
 
 
@@ -125,7 +132,7 @@ def to_lit(source: Mapping[str, LazyTensor], config: Config, where: object) -> d
     Raises ValueError when a weight is missing, left over, or of another shape than the config asks for.
     """
     require_layers(config, source, where)
-    found = {_plain_name(name): tensor for name, tensor in source.items() if not NOT_NEEDED.search(name)}
+    found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where)
     result, used = {}, set()
     for lit_name, shape in expected_shapes(config).items():
         names = hf_names_of(lit_name, config)
@@ -144,6 +151,41 @@ def to_lit(source: Mapping[str, LazyTensor], config: Config, where: object) -> d
     return result
 
 
+def plain_names(source: Mapping[str, LazyTensor], config: Config, where: object) -> dict[str, LazyTensor]:
+    """The weights under the names of the table, without prefixes; of tied ones, the embedding under its own name.
+
+    Raises ValueError where two weights would have the same name.
+    """
+    [embedding], [head] = (hf_names_of(f"{name}.weight", config) for name in ("transformer.wte", "lm_head"))
+    body = embedding.split(".")[0] + "."
+    unwrapped = {name: WRAPPERS.sub("", name) for name in source}
+    before = {name.removesuffix(ANCHOR) for name in unwrapped.values() if f".{name}".endswith(f".{ANCHOR}")}
+    prefix = before.pop() if len(before) == 1 else body
+    found: dict[str, LazyTensor] = {}
+    for name, plain in unwrapped.items():
+        if HEADS.search(plain):
+            plain = f"{head.split('.')[0]}.{plain.rpartition('.')[2]}"
+        elif plain.startswith(prefix):
+            plain = body + plain.removeprefix(prefix)
+        if plain in found:
+            raise ValueError(f"{where} holds {plain[:80]} twice, once as {name[:80]}: leave one of them.")
+        found[plain] = source[name]
+    if config.tie_embeddings and embedding not in found and head in found:
+        found[embedding] = found[head]
+    return found
+
+
+def have_two_embeddings(source: Mapping[str, LazyTensor], config: Config, where: object) -> bool:
+    """True where an input and an output embedding are stored and differ: transformers then does not tie them, whatever
+    config.json says."""
+    found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where)
+    both = [found.get(hf_names_of(f"{name}.weight", config)[0]) for name in ("transformer.wte", "lm_head")]
+    if None in both or both[0].shape != both[1].shape:
+        return None not in both
+    one, other = (tensor.load() for tensor in both)
+    return not torch.equal(one, other.to(one.dtype))
+
+
 def require_layers(config: Config, tensors: Mapping[str, LazyTensor], where: object) -> None:
     """Before a model is built: every layer needs weights, so a config with more layers than weights is wrong."""
     if config.n_layer > len(tensors):
@@ -151,13 +193,6 @@ def require_layers(config: Config, tensors: Mapping[str, LazyTensor], where: obj
             f"{where} holds {len(tensors)} weights and its config asks for {config.n_layer} layers: they do not "
             "belong together."
         )
-
-
-def _plain_name(name: str) -> str:
-    for prefix, plain in PREFIXES.items():
-        if name.startswith(prefix):
-            return plain + name.removeprefix(prefix)
-    return name
 
 
 def _joined(

@@ -18,7 +18,7 @@ from lit_swa.config import Config
 from lit_swa.formats.adapter_files import load_finite
 from lit_swa.formats.directory import ADAPTER_FILE, PEFT_CONFIG
 from lit_swa.formats.files import LazyTensor, find_inside, open_pickle, open_safetensors, read_json
-from lit_swa.formats.hugging_face import PREFIXES, join_qkv
+from lit_swa.formats.hugging_face import PREFIXES, WRAPPERS, join_qkv
 from lit_swa.formats.peft import PEFT_STEM, Weights, hf_modules
 from lit_swa.linear_formats import ALL, group_rows, is_plain
 from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears, rows_of_part
@@ -239,7 +239,7 @@ def sort_tensors(
     for full_name, tensor in tensors.items():
         if UNTRAINED.search(full_name):
             continue
-        own_name = re.sub(r"^(base_model\.model\.)*", "", full_name)
+        own_name = re.sub(r"^(base_model\.model\.)*", "", WRAPPERS.sub("", full_name))
         name = re.sub(r"^embed_out\.", "lm_head.", own_name)  # of GPT-NeoX, renamed in transformers 5
         for prefix, plain in PREFIXES.items():
             name = plain + name.removeprefix(prefix) if name.startswith(prefix) else name

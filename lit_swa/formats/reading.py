@@ -30,12 +30,22 @@ def is_listed(path: Path) -> bool:
     return path.is_symlink() or path.exists()
 
 
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # how a Git LFS pointer begins; its limit
+
+
 def require_regular(path: Path) -> None:
-    """Raises FileNotFoundError or ValueError for what must not be opened: a pipe would wait, a device has no end."""
+    """Raises FileNotFoundError or ValueError for what must not be opened (a pipe would wait, a device has no end), and
+    for what only stands for the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing.")
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file.")
+    if path.stat().st_size <= POINTER_BYTES:
+        with open(path, "rb") as stream:
+            if stream.read(len(POINTER)) == POINTER:
+                raise ValueError(
+                    f"{path} is a Git LFS pointer, not the file itself: run git lfs pull there, or download it again."
+                )
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
