@@ -30,8 +30,8 @@ def main(
 
     Args:
         prompt: The text to go on from. "-" reads it from standard input.
-        checkpoint_dir: A checkpoint directory, or one with an adapter. By default SmolLM2-135M-Instruct, which is
-            downloaded once.
+        checkpoint_dir: The directory of a checkpoint or an adapter, or a checkpoint's name. By default
+            SmolLM2-135M-Instruct, which is downloaded once.
         base_checkpoint_dir: The base checkpoint of an adapter, instead of the one that it names.
         max_new_tokens: How many tokens to add at most.
         temperature: 0 takes the likeliest token each time; a higher temperature gives more varied text.

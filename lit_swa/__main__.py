@@ -61,7 +61,7 @@ def next_commands() -> Iterator[str]:
     ready = [found.name for found in present() if found.state == "ready"]
     which = f" --checkpoint_dir {ready[0]}" if ready else ""
     if not ready:
-        yield f"python {folder}scripts/download.py --list true    # what can be downloaded"
+        yield f"python {folder}scripts/download.py --list    # what can be downloaded"
     yield f'python {folder}generate/base.py{which} --prompt "The three primary colours are"'
     yield f"python {folder}generate/chat.py{which}"
 

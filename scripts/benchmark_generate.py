@@ -28,7 +28,7 @@ def main(
     All read the same random tokens with the same weights and alternate, `repeats` times; medians are given.
 
     Args:
-        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         name: Instead of a checkpoint, a named shape with random weights, such as Mistral-7B-v0.1: speed does not depend
             on the weights.
         dtypes: float32, bfloat16, float16. By default float32 and bfloat16 on a CPU, bfloat16 on a GPU.

@@ -38,7 +38,7 @@ def main(
 
     Args:
         data: A .txt file (UTF-8), a list or a directory of such files, or a .bin file of token ids.
-        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         methods: Some of rope, linear, ntk, dynamic, yarn, sliding, streaming and dual_chunk. By default all of them but
             dynamic.
         custom: More methods, as names and fields of the config, such as '{"base 1e6": {"rope_base": 1e6}}'.

@@ -30,7 +30,7 @@ def main(
     arguments, and a finished one prints its table again.
 
     Args:
-        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         task: passkey hides each number at a random depth of the text; needle asks at each of --depths depths.
         lengths: Tokens of the prompt and of the room for its answer together. By default 1024, 2048 and 4096.
         depths: With the task needle, how many depths from the text's beginning to its end. By default 16.

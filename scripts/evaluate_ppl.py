@@ -35,7 +35,7 @@ def main(
     Args:
         data: A .txt file (UTF-8), a list or a directory of such files, or a .bin file of token ids: uint16 for a
             vocabulary of up to 65,536, else uint32.
-        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         seq_len: Tokens in a window.
         stride: Tokens from the beginning of one window to that of the next. By default seq_len.
         score: all counts every token of a window but its first, so windows that overlap count a token several times

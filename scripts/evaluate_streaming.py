@@ -37,7 +37,7 @@ def main(
     Args:
         data: A text to read: .txt (UTF-8), or .bin with token ids.
         chat: A file of questions, a JSON line each, such as {"question_id": 1, "turns": ["first", "second"]}.
-        checkpoint_dir: A checkpoint directory. By default SmolLM2-135M-Instruct, which is downloaded once.
+        checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         cache_size: How many keys a layer keeps, sinks and latest tokens together.
         sinks: The numbers of sinks to compare, as '[0,1,4]'. By default 0 and 4, and for a chat 4.
         own_attention: Run the model's own attention too (full, for most models), which stops at its context. By default

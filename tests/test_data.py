@@ -637,6 +637,7 @@ def hub(monkeypatch, tmp_path) -> list[str]:
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr("lit_swa.formats.hub._receive", receive)
+    monkeypatch.setattr("lit_swa.formats.places.PROJECT", tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", types.SimpleNamespace(ParquetFile=ParquetFile))
     monkeypatch.chdir(tmp_path)
@@ -653,6 +654,20 @@ def test_presets_know_their_fields_and_prompts_and_are_fetched_once(name, hub, t
     n = len(hub)
     assert load(name, tokenizer).fingerprint == data.fingerprint and len(hub) == n
     assert Path("data/hub", name, hub[0]).is_file()
+
+
+def test_a_published_dataset_is_fetched_once_for_all_directories(hub, tokenizer, tmp_path, monkeypatch):
+    """Catches: a copy of a data set for each directory that a run is started in, and one here that is not seen."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/download.py").touch()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        load("dolly", tokenizer)
+    assert len(hub) == 1 and (tmp_path / "data/hub/dolly" / hub[0]).is_file()
+    (tmp_path / "data").rename("data")
+    load("dolly", tokenizer)
+    assert len(hub) == 1
 
 
 def test_a_part_of_flan_may_be_chosen_and_a_local_file_read_as_a_preset(hub, tokenizer):

@@ -91,7 +91,7 @@ def test_a_gguf_file_is_its_directory_or_a_command(project: Path, monkeypatch) -
             "Cached/thing",
             "cache has it: mkdir -p .*/Cached/thing && cp -L .*/snapshots/c0/[*] .* && python .*convert_hf",
         ),
-        ("nothing-like-it", "download.py makes one, and with --list true it shows"),
+        ("nothing-like-it", "download.py makes one, and with --list it shows"),
         ("run/metrics.csv", "is a file: give the directory"),
         ("~nobody-of-this-name/x", "There is no checkpoint directory"),
     ],

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from lit_swa.data.records import Fields
 from lit_swa.formats.files import directory_lock, named_when_full, read_json, require_space, write_json
-from lit_swa.formats.hub import ask_hub, fetch_file
+from lit_swa.formats.hub import ask_hub, fetch_file, missing_bytes
+from lit_swa.formats.places import roots
 
 
 class Preset(NamedTuple):
@@ -56,31 +57,42 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-HUB_DIR = Path("data/hub")
+HUB_DIR = "data/hub"  # in the project's directory, as checkpoints/ is
 HUB_INDEX = "files.json"  # selection -> files, written once they are all there
 
 
 def fetch_preset(name: str, selection: str = "") -> list[Path]:
-    """The files of a preset, downloaded into data/hub/NAME unless they are there.
+    """The files of a preset, downloaded into data/hub/NAME of the project unless they are there or here.
 
     selection: a pattern of file names such as "aeslc*"; "" takes all. Raises OSError in one sentence.
     """
-    directory = HUB_DIR / name
+    for root in roots(HUB_DIR):
+        if known := _known_files(root / name, selection):
+            return known
+    directory = root / name
     with directory_lock(directory), named_when_full(directory):
-        index = read_json(directory / HUB_INDEX) if (directory / HUB_INDEX).exists() else {}
-        known = [directory / file for file in index.get(selection, []) if ".." not in Path(file).parts]
-        if known and all(path.is_file() for path in known):
+        if known := _known_files(directory, selection):  # another process was faster
             return known
         try:
             info = ask_hub(PRESETS[name].repo, kind="dataset")
         except ConnectionError as error:
             raise OSError(f"{error}: check the network, or give a local file with preset.") from None
         files = select_files(info, PRESETS[name], selection)
-        require_space(directory, sum(file.size or 0 for file in files))
+        require_space(directory, missing_bytes(files, directory))
         for file in files:
             fetch_file(info, file, directory, kind="dataset")
-        write_json(directory / HUB_INDEX, {**index, selection: [file.rfilename for file in files]})
+        write_json(directory / HUB_INDEX, {**_read_index(directory), selection: [file.rfilename for file in files]})
     return [directory / file.rfilename for file in files]
+
+
+def _known_files(directory: Path, selection: str) -> list[Path]:
+    """The files of a selection if all were downloaded, else none."""
+    known = [directory / file for file in _read_index(directory).get(selection, []) if ".." not in Path(file).parts]
+    return known if all(path.is_file() for path in known) else []
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    return read_json(directory / HUB_INDEX) if (directory / HUB_INDEX).exists() else {}
 
 
 def select_files(info: Any, preset: Preset, selection: str) -> list[Any]:

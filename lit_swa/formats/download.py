@@ -28,7 +28,7 @@ from lit_swa.formats.files import (
     remove_leftovers,
     require_space,
 )
-from lit_swa.formats.hub import ask_hub, fetch_file, remove_partials, require_sha256
+from lit_swa.formats.hub import ask_hub, fetch_file, missing_bytes, remove_partials, require_sha256
 from lit_swa.formats.places import REPO_ID, locate, roots, script
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -139,9 +139,8 @@ def _say(text: str) -> None:
 def fetch_from_hub(info: Any, directory: Path, token: str | None) -> None:
     """Download the weights, the config and the tokenizer of one revision, and compare them with the hub's checksums."""
     files = select_files(info)
-    there = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
-    total = sum(file.size or 0 for file in files)
-    require_space(directory, max(0, total - there) + total)  # once more for the converted weights
+    converted = sum(file.size or 0 for file in files)
+    require_space(directory, missing_bytes(files, directory) + converted)
     for file in files:
         fetch_file(info, file, directory, token)
 

@@ -112,6 +112,16 @@ def fetch_file(info: Any, file: Any, directory: Path, token: str | None = None, 
     return path
 
 
+def missing_bytes(files: list[Any], directory: Path) -> int:
+    """What is still to be fetched of a repository's files."""
+
+    def there(path: Path) -> int:
+        paths = [path, *path.parent.glob(f".{path.name}.*{PARTIAL}")]
+        return max((p.stat().st_size for p in paths if p.is_file()), default=0)
+
+    return sum(max(0, (file.size or 0) - there(directory / _plain_name(file.rfilename))) for file in files)
+
+
 class Refused(OSError):
     """What is not the published file; the message is a whole sentence."""
 

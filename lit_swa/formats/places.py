@@ -35,9 +35,9 @@ def places(name: str | Path) -> list[Path]:
     return [given] if given.is_absolute() else [base / folder / given for base in bases for folder in ("", CHECKPOINTS)]
 
 
-def roots() -> list[Path]:
-    """The directories that hold checkpoints; downloads go to the last one."""
-    return [Path(CHECKPOINTS), *([PROJECT / CHECKPOINTS] if is_elsewhere() else [])]
+def roots(folder: str = CHECKPOINTS) -> list[Path]:
+    """The directories that hold checkpoints (or what else the folder is for); downloads go to the last one."""
+    return [Path(folder), *([PROJECT / folder] if is_elsewhere() else [])]
 
 
 def is_elsewhere() -> bool:
@@ -164,7 +164,7 @@ def _unknown(name: str) -> str:
         return f"{text}; Hugging Face's cache has it: {copy} && {script('convert_hf.py', checkpoint_dir=own)}"
     if is_repo:
         return f"{text}: {download} makes one, if the Hugging Face hub has it."
-    return f"{text}: {script('download.py')} makes one, and with --list true it shows those that are there."
+    return f"{text}: {script('download.py')} makes one, and with --list it shows those that are there."
 
 
 def _near(name: str, repo: str) -> list[str]:
