@@ -233,7 +233,7 @@ def save_adapter(
         base_dir = Path(base_dir)
         fields |= describe_base(base_dir, directory)
     tensors = {name_in_file(name): as_lazy(tensor) for name, tensor in state.items()}
-    descriptions = {CONFIG_FILE: asdict(model.config), ADAPTER_FILE: fields}
+    descriptions = {CONFIG_FILE: model.config.to_dict(), ADAPTER_FILE: fields}
     write_adapter(directory, WEIGHTS_FILE, tensors, descriptions, base_dir)
     return fields
 

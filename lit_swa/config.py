@@ -162,6 +162,14 @@ class Config:
             raise ValueError("s2_group_size and s2_group_ratio are two ways to say it: set one.")
         return config
 
+    def to_dict(self) -> dict[str, Any]:
+        """What lit_config.json holds: the fields that belong to the weights, and others that are not the default.
+
+        So a default that is edited here counts for every checkpoint that does not say otherwise.
+        """
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {name: value for name, (value, plain) in values.items() if name in OF_THE_WEIGHTS or value != plain}
+
     def override(self, **overrides: Any) -> "Config":
         """A copy with some fields changed, judged as in from_dict."""
         return self.from_dict({f.name: getattr(self, f.name) for f in fields(self)}, **overrides)
@@ -184,6 +192,13 @@ class Config:
         return cls.from_dict(config_from_hf(path_or_dict), **overrides)
 
 
+OF_THE_WEIGHTS = {  # their shapes, and the computation that they were trained for; the rest is how a model is run
+    "n_layer", "n_head", "n_query_groups", "n_embd", "head_size", "intermediate_size", "block_size", "vocab_size",
+    "padded_vocab_size", "tie_embeddings", "norm_class_name", "norm_eps", "norm_unit_offset", "norm_qk",
+    "post_attention_norm", "post_mlp_norm", "parallel_residual", "mlp_class_name", "activation", "attn_bias",
+    "attn_proj_bias", "mlp_bias", "scale_embeddings", "final_logit_softcapping", "rope_base", "rotary_percentage",
+    "attention_scores_scalar", "attention_logit_softcapping",
+}  # fmt: skip
 CHOICES = {
     "norm_class_name": ("RMSNorm", "LayerNorm"),
     "mlp_class_name": ("GatedMLP", "PlainMLP"),

@@ -1,6 +1,7 @@
 """Every field is judged in one place, and a config says what a model does."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -147,6 +148,33 @@ def test_a_config_survives_its_own_dictionary():
     for name in CONFIGS:
         config = Config.from_name(name)
         assert Config.from_dict(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_file_holds_what_belongs_to_the_weights_and_what_was_changed(name):
+    """Catches: a field that gets lost on the way through lit_config.json, and one that hides an edited default."""
+    config = Config.from_name(
+        name, **({} if "attention" in CONFIGS[name] else {"attention": "streaming", "sliding_window_size": 8})
+    )
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert Config.from_dict(stored) == config
+    assert Config.from_dict(dataclasses.asdict(config)) == config  # a file that holds every field, as older ones do
+    assert "rolling_kv_cache" not in stored and stored["n_layer"] == config.n_layer and "norm_eps" in stored
+
+
+def test_an_edited_default_counts_for_a_checkpoint_that_does_not_say_otherwise(monkeypatch):
+    """Catches: a file that holds all fields, so that editing Config in place changes nothing, without a word; and one
+    that lacks a shape, so that the edit makes its weights unreadable."""
+    edited = {"attention": "sliding", "sliding_window_size": 64, "n_layer": 3, "vocab_size": 7, "norm_eps": 0.1}
+    plain, mistral = (Config.from_name(name).to_dict() for name in ("Llama-2-7b", "Mistral-7B-v0.1"))
+    names = [f.name for f in dataclasses.fields(Config)]
+    values = dict(zip(names, Config.__init__.__defaults__, strict=True)) | edited
+    monkeypatch.setattr(Config.__init__, "__defaults__", tuple(values[name] for name in names))
+    config = Config.from_dict(plain)
+    assert (config.attention, config.sliding_window_size) == ("sliding", 64)
+    assert (config.n_layer, config.vocab_size, config.norm_eps) == (32, 32000, 1e-5)
+    assert Config.from_dict(mistral).sliding_window_size == 4096
+    assert Config.from_dict(plain, attention="full").attention == "full"
 
 
 def test_a_config_alone_is_checked_too():

@@ -6,7 +6,6 @@ directory is complete. Every file is written under a temporary name and renamed.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -196,7 +195,7 @@ def save_checkpoint(
 
 def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor], config: Config, max_shard_bytes: int) -> None:
     """The weights, then lit_config.json. The directory must be locked."""
-    fields = asdict(config)
+    fields = config.to_dict()
     total = sum(tensor.n_bytes for tensor in tensors.values())
     sharded = total > max_shard_bytes or (directory / index_name(STEM)).exists()
     # lit_config.json says that the directory's weights are complete. It stays only where one rename replaces them all.

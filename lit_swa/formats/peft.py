@@ -77,7 +77,7 @@ def save_adapter(model: GPT, directory: str | Path, base_dir: str | Path, lora: 
             tensors[f"{stored}.{key}"] = tensor
     fields = asdict(lora) | {"targets": list(lora.targets), "extra_trainable": list(lora.extra_trainable)}
     descriptions = {
-        CONFIG_FILE: asdict(model.config),
+        CONFIG_FILE: model.config.to_dict(),
         PEFT_CONFIG: peft_config_of(entries, modules, targets, lora, base_dir),
         ADAPTER_FILE: {"kind": "lora"} | describe_base(base_dir, directory) | {"lora": fields},
     }
