@@ -213,14 +213,12 @@ class Architecture(NamedTuple):
     permuted: bool = False  # rows of q and k are interleaved for llama.cpp's RoPE
     unit_offset: bool = False  # norms are stored as 1 + weight
     pre_mlp_norm: str = "post_attention_layernorm"  # what Hugging Face calls ffn_norm
-    sentencepiece: str = "llama"  # whose pipeline a SentencePiece vocabulary has, Llama's or Gemma's
     extra: dict[str, Any] = {}
 
 
 GEMMA = {
     "unit_offset": True,
     "pre_mlp_norm": "pre_feedforward_layernorm",
-    "sentencepiece": "gemma",
     "extra": {"hidden_activation": "gelu_pytorch_tanh"},
 }
 ARCHITECTURES = {
