@@ -72,10 +72,10 @@ def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[st
     """Config, weights by Hugging Face name, and files to add, of an unconverted checkpoint."""
     kind, names, index = find_source(directory)
     if kind == "gguf":
-        file = gguf.read_gguf(find_inside(directory, names[0]))
+        file = gguf.read_parts([find_inside(directory, name) for name in names])
         has_config = is_listed(directory / "config.json")
         hf = read_json(find_inside(directory, "config.json")) if has_config else gguf.hf_config(file)
-        extra_files = {} if (directory / "tokenizer.json").exists() else gguf_tokenizer.tokenizer_files(file)
+        extra_files = gguf_tokenizer.tokenizer_files(file, vocabulary=not is_listed(directory / "tokenizer.json"))
         return build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files
     path = find_inside(directory, "config.json")
     config = build_config(Config.from_hf, read_json(path), path)
@@ -98,7 +98,7 @@ def find_source(directory: Path) -> tuple[str, list[str], str | None]:
             _require_with_config(directory, names)
             return kind, names, index
     refuse_adapter(directory)
-    return "gguf", [_find_gguf(directory)], None
+    return "gguf", _find_gguf(directory), None
 
 
 SINGLE_FILES = {"*.safetensors": "model.safetensors", "*.bin": "pytorch_model.bin"}
@@ -143,19 +143,30 @@ def _require_with_config(directory: Path, names: list[str]) -> None:
         raise FileNotFoundError(f"{error} config.json is there.") from None
 
 
-def _find_gguf(directory: Path) -> str:
-    """The one GGUF file; raises ValueError for several, and FileNotFoundError for none: it is looked for last."""
-    names = sorted(p.name for p in directory.glob("*.gguf") if not p.name.startswith("mmproj"))
-    if len(names) > 1:
+def _find_gguf(directory: Path) -> list[str]:
+    """The file of the one GGUF model, or all its parts in order.
+
+    Raises ValueError for several models, and FileNotFoundError for none (it is looked for last) or for a missing part.
+    """
+    names = sorted(p.name for p in directory.glob("*.gguf") if "mmproj" not in p.name and not p.name.startswith("."))
+    parts = {name: re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name) for name in names}
+    models = {part.groups() if part else (name, None): name for name, part in parts.items()}
+    if len(models) > 1:
+        first, second = sorted(models.values())[:2]
         raise ValueError(
-            f"{directory} holds {len(names)} GGUF files ({names[0]}, {names[1]}): leave the one to convert."
+            f"{directory} holds {len(models)} models as GGUF files ({first}, {second}): leave the files of the one to "
+            "convert, and move the others to directories of their own."
         )
     if not names:
         there = ", ".join(sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))[:6]) or "nothing"
         raise FileNotFoundError(
             f"{directory} holds {there}, but no weights to convert: no *.safetensors, *.bin or *.gguf."
         )
-    return names[0]
+    (stem, count), *_ = models
+    if count is not None:
+        names = [f"{stem}-{n:05d}-of-{count}.gguf" for n in range(1, min(int(count), 9999) + 1)]
+        require_files(directory, names, "parts")
+    return names
 
 
 def _is_source(name: str) -> bool:

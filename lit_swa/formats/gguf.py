@@ -11,6 +11,7 @@ Layout of the file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), 
 import math
 import mmap
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,8 @@ DEQUANTIZE_BYTES = 8 * 2**20  # quantised bytes that are dequantised at a time
 class TensorInfo(NamedTuple):
     shape: tuple[int, ...]  # outermost first, as in torch
     type_id: int
-    offset: int  # from the start of the file
+    path: Path
+    offset: int  # from the start of that file
     n_bytes: int
 
 
@@ -199,7 +201,36 @@ def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int,
                 f"at {file_bytes}; download it again."
             )
         end_of_previous = start + n_bytes
-        file.tensors[name] = TensorInfo(shape, int(type_id), start, n_bytes)
+        file.tensors[name] = TensorInfo(shape, int(type_id), file.path, start, n_bytes)
+
+
+def read_parts(paths: Sequence[Path]) -> GGUFFile:
+    """A model in several files, as gguf-split writes it: the metadata of the first, the tensors of all.
+
+    paths: every part, in order; one path for a model in one file. Raises as read_gguf, and ValueError where the files
+    are not all parts of one model.
+    """
+    parts = [read_gguf(path) for path in paths]
+    first = parts[0]
+    for n, part in enumerate(parts):
+        count, number = part.get("split.count", int, 1) or 1, part.get("split.no", int, 0)
+        if (number, count) != (n, len(parts)):
+            raise ValueError(
+                f"{part.path} is part {number + 1} of {count} of a model, not {n + 1} of {len(parts)}: put all parts "
+                "into one directory, under the names that gguf-split gives them (NAME-00001-of-00002.gguf and so on)."
+            )
+        if twice := part.tensors.keys() & first.tensors.keys() if n else ():
+            raise ValueError(
+                f"{part.path} repeats tensor {min(twice)[:80]!r} of {first.path.name}: they are not of one model."
+            )
+        first.tensors |= part.tensors
+    announced = first.get("split.tensors.count", int, len(first.tensors))
+    if len(parts) > 1 and announced != len(first.tensors):
+        raise ValueError(
+            f"{first.path} and its other parts hold {len(first.tensors)} tensors instead of {announced}: they are not "
+            "all of one model; download them again."
+        )
+    return first
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -244,6 +275,28 @@ LAYER_NAMES = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 NOT_WEIGHTS = ("rope_freqs.weight",)  # RoPE's frequency factors: part of the config, see _llama3_scaling
+
+# What hf_config reads of the keys that say how a model attends.
+READ_KEYS = frozenset(
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.sliding_window "
+    "attention.layer_norm_rms_epsilon attention.layer_norm_epsilon rope.dimension_count rope.freq_base "
+    "rope.scale_linear rope.scaling.type rope.scaling.factor rope.scaling.attn_factor rope.scaling.finetuned "
+    "rope.scaling.original_context_length".split()
+)
+ALSO_READ = {
+    "gemma2": frozenset(("attn_logit_softcapping", "final_logit_softcapping")),
+    "gemma3": frozenset(("rope.freq_base_swa", "attention.sliding_window_pattern", "final_logit_softcapping")),
+}
+OTHER_KEYS = ("logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping")
+WITHOUT_EFFECT = {  # values of keys that are not read; any other value is refused. (0,) for keys that are not here
+    "attention.causal": (True,),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "logit_scale": (0, 1.0),
+    "embedding_scale": (0, 1.0),
+    "residual_scale": (0, 1.0),
+}
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
@@ -291,7 +344,7 @@ def has_offset(file: GGUFFile, name: str) -> bool:
 def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
     """The weight under that GGUF name as Hugging Face has it: dequantised, q and k in rotate-half order, norms as w."""
     architecture, info = architecture_of(file), file.tensors[name]
-    weight = dequantize(file.path, info)
+    weight = dequantize(info)
     if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
         key = "head_count" if ".attn_q." in name else "head_count_kv"
         n_head = _heads(file, key)
@@ -302,7 +355,7 @@ def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
     return weight.float() - 1.0 if has_offset(file, name) else weight
 
 
-def dequantize(path: Path, info: TensorInfo) -> torch.Tensor:
+def dequantize(info: TensorInfo) -> torch.Tensor:
     """One tensor as float32 (or in its own dtype where torch has it), a few MB of blocks at a time."""
     import numpy as np
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -311,7 +364,7 @@ def dequantize(path: Path, info: TensorInfo) -> torch.Tensor:
     weight = torch.empty(info.shape, dtype=PLAIN_DTYPES.get(info.type_id, torch.float32))
     flat = weight.view(-1)
     block, block_bytes = GGML_QUANT_SIZES[info.type_id]
-    with open(path, "rb") as stream:
+    with open(info.path, "rb") as stream:
         stream.seek(info.offset)
         if info.type_id in PLAIN_DTYPES:
             stream.readinto(flat.view(torch.uint8).numpy())
@@ -326,7 +379,7 @@ def dequantize(path: Path, info: TensorInfo) -> torch.Tensor:
             except NotImplementedError:
                 kind = GGMLQuantizationType(info.type_id).name
                 raise ValueError(
-                    f"{path} holds tensors in {kind}, which the installed gguf library cannot turn into "
+                    f"{info.path} holds tensors in {kind}, which the installed gguf library cannot turn into "
                     "numbers: choose a file in another quantisation."
                 ) from None
             flat[done : done + numbers.size] = torch.from_numpy(numbers)
@@ -342,6 +395,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     row, arch = architecture_of(file), file.architecture
     if file.get(f"{arch}.expert_count", int, 0):
         raise ValueError(f"{file.path} holds a mixture of experts, which is not supported: choose a dense model.")
+    _refuse_unread_keys(file)
     if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
         raise ValueError(f"{file.path} lacks the embedding, token_embd.weight: download the file again.")
     n_embd, n_head = file.require(f"{arch}.embedding_length", int), _heads(file, "head_count")
@@ -375,6 +429,22 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     return config
 
 
+def _refuse_unread_keys(file: GGUFFile) -> None:
+    """Raises ValueError for a key that changes how the model computes, and that is not read here."""
+    arch = file.architecture
+    for key, value in file.metadata.items():
+        name = key.removeprefix(f"{arch}.")
+        matters = name.startswith(("rope.", "attention.")) or name in OTHER_KEYS
+        if name == key or not matters or name in READ_KEYS | ALSO_READ.get(arch, frozenset()):
+            continue
+        values = value if isinstance(value, list) else [value]
+        if any(v not in WITHOUT_EFFECT.get(name, (0,)) for v in values):
+            raise ValueError(
+                f"{file.path} says {key[:80]} = {str(value)[:80]}, which changes the model and is not read: convert "
+                "the model's Hugging Face checkpoint instead."
+            )
+
+
 def _heads(file: GGUFFile, key: str) -> int:
     """attention.head_count or head_count_kv, a number or one number per layer, which must then be the same."""
     name = f"{file.architecture}.attention.{key}"
@@ -406,7 +476,8 @@ def _gemma_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
     fields = {
         "query_pre_attn_scalar": scalar,
-        "sliding_window": file.get(f"{arch}.attention.sliding_window", int, 4096),
+        "sliding_window": file.get(f"{arch}.attention.sliding_window", int, {"gemma2": 4096, "gemma3": 0}[arch])
+        or None,
     }
     if arch == "gemma2":
         fields["attn_logit_softcapping"] = file.get(f"{arch}.attn_logit_softcapping", float, 50.0)
@@ -414,38 +485,45 @@ def _gemma_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         pattern = 2
     else:
         fields["rope_local_base_freq"] = file.get(f"{arch}.rope.freq_base_swa", float, 10000.0)
-        fields["attn_logit_softcapping"] = fields["final_logit_softcapping"] = None
-        pattern = 6
+        fields["attn_logit_softcapping"] = None
+        fields["final_logit_softcapping"] = file.get(f"{arch}.final_logit_softcapping", float, 0.0) or None
+        pattern = max(1, file.get(f"{arch}.attention.sliding_window_pattern", int, 6))
     # n_layer is not checked yet: no list of that length before it is
     if n_layer <= len(file.tensors):
-        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(n_layer)]
+        full = [fields["sliding_window"] is None or (i + 1) % pattern == 0 for i in range(n_layer)]
+        kinds = ["full_attention" if is_full else "sliding_attention" for is_full in full]
         fields["layer_types"] = kinds
     return fields
 
 
 def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
-    """RoPE's scaling. transformers reads a GGUF without it, which is right only within the trained context."""
-    arch = file.architecture
-    if "rope_freqs.weight" in file.tensors:
-        return _llama3_scaling(file)
-    kind = file.get(f"{arch}.rope.scaling.type", str, "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
+    """RoPE's scaling. A factor without a type is linear, and has an older name in files of 2023."""
+    arch, scaling = file.architecture, f"{file.architecture}.rope.scaling"
+    factor = file.get(f"{scaling}.factor", float, file.get(f"{arch}.rope.scale_linear", float, 0.0))
+    kind = file.get(f"{scaling}.type", str, "linear")
+    kind = "none" if kind == "linear" and factor in (0, 1) else kind
+    attention = file.get(f"{scaling}.attn_factor", float, 1.0)
+    llama3 = _llama3_scaling(file) if "rope_freqs.weight" in file.tensors else None
+    if kind not in ("none", "linear", "yarn") or kind != "yarn" and attention != 1 or kind != "none" and llama3:
         raise ValueError(
-            f"{file.path} scales RoPE by {kind[:80]!r}, which is not read from GGUF files: convert the "
-            "model's Hugging Face checkpoint instead."
+            f"{file.path} scales RoPE by {kind[:80]!r} with attn_factor {attention:g}{' and rope_freqs' * bool(llama3)}"
+            ", which is not read from GGUF files: convert the model's Hugging Face checkpoint instead."
         )
-    scaling = {"rope_type": kind, "factor": file.require(f"{arch}.rope.scaling.factor", float)}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = file.require(f"{arch}.rope.scaling.original_context_length", int)
-    return scaling
+    if kind == "none":
+        return llama3
+    if kind == "linear":
+        return {"rope_type": kind, "factor": factor}
+    trained = file.get(f"{scaling}.original_context_length", int, file.require(f"{arch}.context_length", int))
+    fields = {"rope_type": kind, "factor": factor or 1.0, "original_max_position_embeddings": trained}
+    if attention != 1:
+        fields["attention_factor"] = attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)
+    return fields
 
 
 def _llama3_scaling(file: GGUFFile) -> dict[str, Any] | None:
     """Llama 3.1's scaling. The file has the factors it leads to, one per frequency, but not its four parameters: take
     those that every Llama 3.1 to 3.3 uses and check that they lead to the same factors."""
-    factors = dequantize(file.path, file.tensors["rope_freqs.weight"]).float().flatten().tolist()
+    factors = dequantize(file.tensors["rope_freqs.weight"]).float().flatten().tolist()
     theta = file.get(f"{file.architecture}.rope.freq_base", float, 10000.0)
     if set(factors) == {1.0}:
         return None
