@@ -30,18 +30,20 @@ from lit_swa.formats.files import (
     write_weights,
 )
 from lit_swa.formats.hugging_face import expected_shapes, require_layers
+from lit_swa.formats.tokenizer_files import read_stop_ids, vocab_file_name
 
 CONFIG_FILE, STEM = "lit_config.json", "lit_model"
 ADAPTER_FILE = "lit_adapter.json"  # an adapter has it in place of weights: see adapter_files.py
 PEFT_CONFIG = "adapter_config.json"  # and so has a LoRA in PEFT's format, be it ours or PEFT's own
 MAX_SHARD_BYTES = 5 * 10**9
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them is enough
 COPIED_FILES = (
-    *TOKENIZER_FILES,
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -68,8 +70,8 @@ def check_weights_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> Non
     for name in names:
         (there if (directory / name).exists() else missing).append(name)
     if tokenizer:
-        found = [name for name in TOKENIZER_FILES if (directory / name).exists()]
-        (there if found else missing).append(found[0] if found else "tokenizer.json")
+        found = vocab_file_name(directory)
+        (there if found else missing).append(found or "tokenizer.json")
     if missing:
         raise FileNotFoundError(_incomplete(directory, there, missing))
     try:
@@ -88,7 +90,7 @@ def is_adapter_dir(checkpoint_dir: str | Path) -> bool:
 
 
 def has_tokenizer(checkpoint_dir: str | Path) -> bool:
-    return any((Path(checkpoint_dir) / name).exists() for name in TOKENIZER_FILES)
+    return vocab_file_name(Path(checkpoint_dir)) is not None
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -206,9 +208,16 @@ def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor], config:
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json. Links that lead out of the source are refused."""
+    """Copy the tokenizer's files and generation_config.json. Links that lead out of the source are refused.
+
+    Ids that end a text and stand in the source's config.json alone, which is not copied, go into the latter.
+    """
     if source.resolve() == directory.resolve():
         return
     for name in COPIED_FILES:
         if (source / name).exists():
             copy_file(find_inside(source, name), directory / name)
+    path, ids = directory / "generation_config.json", read_stop_ids(source)
+    content = read_json(path) if path.exists() else {}
+    if ids and content.get("eos_token_id") is None:
+        write_json(path, content | {"eos_token_id": ids})

@@ -11,10 +11,13 @@ Left out are names for which llama.cpp's own way is not the models' (afmoe, cohe
 those whose tokens are not spelled in GPT-2's letters (gemma4, granite-embed-multi-311m, sarvam-moe, whitespace).
 """
 
-import sys
-from typing import NamedTuple
+from __future__ import annotations
 
-from lit_swa.formats.gguf import GGUFFile
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from lit_swa.formats.gguf import GGUFFile  # imports torch, and a tokenizer does without
 
 
 class Cut(NamedTuple):
@@ -45,7 +48,7 @@ _PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _ONE_LINE_END = r"\s*[\r\n]|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_SHORT}|{_WORD}\p{{N}}{{1,3}}|{_SIGNS}{_BLANKS}"
-_QWEN2 = rf"{_SHORT}|{_WORD}\p{{N}}|{_SIGNS}{_BLANKS}"
+QWEN2 = rf"{_SHORT}|{_WORD}\p{{N}}|{_SIGNS}{_BLANKS}"
 _QWEN35 = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}"
 _MINICPM = rf"{_SHORT}|{_WORD}\p{{N}}+|{_SIGNS}{_BLANKS}"
 _SEED_CODER = rf"{_SHORT}|{_WORD}\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_BLANKS}"
@@ -85,10 +88,10 @@ CUTS = (
     Cut("dbrx smaug-bpe chatglm-bpe", (_LLAMA3,)),
     Cut("glm4 glm5", (_LLAMA3,), words_whole=True),
     Cut("jais-2", (_JAIS2,)),
-    Cut("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (_QWEN2,)),
+    Cut("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (QWEN2,)),
     Cut("qwen35", (_QWEN35,)),
     Cut("ufakzeka", (rf"{_WORD}\p{{N}}|{_SIGNS}{_BLANKS}",)),
-    Cut("laguna", (r"[^\n]+|[\n]+", _QWEN2)),
+    Cut("laguna", (r"[^\n]+|[\n]+", QWEN2)),
     Cut("minicpm5", (r"\p{N}{1,3}", _MINICPM), words_whole=True),
     Cut("seed-coder", (_SEED_CODER,)),
     Cut("bailingmoe bailingmoe2 llada-moe", (_BAILING,)),

@@ -8,7 +8,7 @@
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 `tokenizer.json` is read with the `tokenizers` library, exactly as it is written. `tokenizer.model` is read with
-`sentencepiece`, and only where there is no `tokenizer.json`.
+`sentencepiece`, and only where there is no `tokenizer.json`. Where there is neither, `vocab.json` and `merges.txt` are.
 
 All of these files come from strangers. Whatever is wrong with them ends in a `ValueError` or a `FileNotFoundError`
 of one sentence. A chat template is a program; chat_template.py runs it within limits.
@@ -35,18 +35,22 @@ from lit_swa.formats.tokenizer_files import (
     read_stop_ids,
     read_token_config,
 )
+from lit_swa.formats.tokenizer_slow import SlowBackend
+
+BACKENDS = {"tokenizer.json": FastBackend, "tokenizer.model": SentencePieceBackend, "vocab.json": SlowBackend}
 
 
 class Tokenizer:
     """The tokenizer and the chat templates of `checkpoint_dir`.
 
-    Reads tokenizer.json or tokenizer.model, and where they exist tokenizer_config.json, special_tokens_map.json,
-    added_tokens.json, generation_config.json, chat_template.jinja, additional_chat_templates/*.jinja,
-    chat_templates/*.jinja and chat_template.json.
+    Reads tokenizer.json, tokenizer.model or vocab.json and merges.txt, and where they exist tokenizer_config.json,
+    special_tokens_map.json, added_tokens.json, generation_config.json, config.json (for EOS), chat_template.jinja,
+    additional_chat_templates/*.jinja, chat_templates/*.jinja and chat_template.json.
 
     Attributes:
         bos_id, eos_id, pad_id: ids of the tokens that the files name so, or None.
-        eos_ids: every id that ends an answer, without repetition: `eos_id`, then the ones of generation_config.json.
+        eos_ids: every id that ends an answer, without repetition: `eos_id`, then the ones of generation_config.json, or
+            of config.json where that names none.
         special_tokens: name -> text, such as {"bos_token": "<s>"}; chat templates see them under these names.
 
     Raises:
@@ -59,12 +63,10 @@ class Tokenizer:
         vocab_path = find_vocab_file(self.checkpoint_dir)
         config = read_small_json(self.checkpoint_dir / "tokenizer_config.json")
         tokens = read_token_config(self.checkpoint_dir, config)
-        backend = FastBackend if vocab_path.name == "tokenizer.json" else SentencePieceBackend
-        self._backend = backend(vocab_path, config, tokens)
+        self._backend = BACKENDS[vocab_path.name](vocab_path, config, tokens)
         self._chat_templates = read_chat_templates(self.checkpoint_dir, config)
 
-        named = tokens.named if backend is FastBackend else self._backend.named
-        self.special_tokens = {name: token.content for name, token in named.items()}
+        self.special_tokens = {name: token.content for name, token in self._backend.named.items()}
         self.bos_id = self._named_id("bos_token")
         self.eos_id = self._named_id("eos_token")
         self.pad_id = self._named_id("pad_token")

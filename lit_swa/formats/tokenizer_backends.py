@@ -11,7 +11,6 @@ import base64
 import contextlib
 import functools
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,7 @@ from typing import Any
 from lit_swa.formats.chat_template import one_line
 from lit_swa.formats.json_files import parse_json
 from lit_swa.formats.reading import read_bytes
-from lit_swa.formats.tokenizer_files import MAX_DIGITS, MAX_VOCAB_BYTES, AddedToken, TokenConfig
+from lit_swa.formats.tokenizer_files import MAX_DIGITS, MAX_VOCAB_BYTES, AddedToken, TokenConfig, require_sane_ids
 
 MAX_GROWTH = 4096  # how many times longer a file's replacement rules may make a text
 
@@ -51,7 +50,7 @@ class FastBackend:
     def __init__(self, path: Path, config: dict[str, Any], tokens: TokenConfig) -> None:
         import tokenizers
 
-        data = read_bytes(path, MAX_VOCAB_BYTES)
+        data = self.read(path, config)
         _check_before_loading(path, data)
         with one_sentence_errors(f"load {path}, copy the file again"):
             self.rust = tokenizers.Tokenizer.from_buffer(data)
@@ -65,6 +64,11 @@ class FastBackend:
         with one_sentence_errors(f"add the tokens of tokenizer_config.json to {path}"):
             added = [{k: v for k, v in vars(token).items() if v is not None} for token in tokens.to_add(known)]
             self.rust.add_tokens([tokenizers.AddedToken(**fields) for fields in added])
+        self.named = tokens.named
+        require_sane_ids(path, self.rust.get_vocab(with_added_tokens=True).values())
+
+    def read(self, path: Path, config: dict[str, Any]) -> bytes:
+        return read_bytes(path, MAX_VOCAB_BYTES)
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         with one_sentence_errors("encode this text"):
@@ -147,24 +151,46 @@ def _check_growth(path: Path, rust: Any) -> None:
             raise ValueError(f"The {part} in {path} could make a text {MAX_GROWTH:,} times longer: it is not loaded.")
 
 
-def _growth(node: Any) -> float:
-    """At most how many times longer these rules, as the library writes them down, make a text."""
-    if isinstance(node, list):
-        return math.prod(map(_growth, node))
-    if not isinstance(node, dict):
-        return 1.0
-    kind = node.get("type")
-    if kind == "TemplateProcessing":
-        most = max((len(special["ids"]) for special in node["special_tokens"].values()), default=1)
-        texts = sum("Sequence" in piece for piece in node["single"])
-        return max(1.0, texts, len(node["single"]) * most / MAX_GROWTH)
-    factor = 1.0
-    if kind == "Replace":
-        literal, new = node["pattern"].get("String"), len(node["content"])
-        factor = max(1.0, new / len(literal)) if literal else 1.0 + new
-    if kind == "ByteLevel":
-        factor = 2.0
-    return factor * math.prod(map(_growth, node.values()))
+def _growth(rules: dict[str, Any]) -> float:
+    """At most how many times longer these rules, as the library writes them down, make a text.
+
+    From the last rule to the first: what one character becomes by the end. Rules that write what no later rule replaces
+    do not multiply.
+    """
+    becomes: dict[str | None, float] = {None: 1.0}  # by character; None: any other
+    for rule in reversed(_steps(rules)):
+        worst, kind = max(becomes.values()), rule["type"]
+        if kind == "Replace":
+            becomes = _before_replace(rule, becomes)
+        elif kind == "TemplateProcessing":
+            most = max((len(special["ids"]) for special in rule["special_tokens"].values()), default=1)
+            texts = sum("Sequence" in piece for piece in rule["single"])
+            becomes = {None: worst * max(1.0, texts, len(rule["single"]) * most / MAX_GROWTH)}
+        else:  # a rule that may turn a character into any other
+            becomes = {None: worst * (2.0 if kind == "ByteLevel" else 1.0)}
+    return max(becomes.values())
+
+
+def _steps(rule: dict[str, Any]) -> list[dict[str, Any]]:
+    if rule["type"] != "Sequence":
+        return [rule]
+    return [step for part in rule.values() if isinstance(part, list) for inner in part for step in _steps(inner)]
+
+
+def _before_replace(rule: dict[str, Any], becomes: dict[str | None, float]) -> dict[str | None, float]:
+    """What one character becomes, given what it becomes behind this rule."""
+    new = sum(becomes.get(character, becomes[None]) for character in rule["content"])
+    literal, regex = rule["pattern"].get("String"), rule["pattern"].get("Regex", "")
+    if literal:  # all its characters together become the new ones
+        share = new / len(literal)
+        return becomes | {c: max(becomes.get(c, becomes[None]), share) for c in literal}
+    between = 0.0 if len(regex) <= 200 and _NEVER_EMPTY.fullmatch(regex) else new  # written where nothing was
+    return {c: max(size, new) + between for c, size in becomes.items()}
+
+
+# A regular expression of plain characters and classes, one of which at least must be there. Others may match nothing.
+_ATOM = r"(?:\[\^?(?:\\.|[^\[\]\\])+\]|\\[sdwSDWntr]|\\[pP]\{\w+\}|\\[^\w\s]|[^\\\[\](){}|*+?^$])"
+_NEVER_EMPTY = re.compile(rf"\^?(?:{_ATOM}[*+?]?)*{_ATOM}(?:\+|\{{[1-9]\d*,?\d*\}})?(?:{_ATOM}[*?])*\$?")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ They come from strangers. Whatever is wrong with them ends in a `ValueError` of 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lit_swa.formats.reading import find_inside, is_listed, read_bytes
 MAX_CONFIG_BYTES = 8 * 2**20  # tokenizer_config.json and the other small files; real ones are below 2 MB
 MAX_DIGITS = 40  # tokenizer_config.json writes "no limit" as model_max_length 10**30
 MAX_VOCAB_BYTES = 128 * 2**20  # tokenizer.json, tokenizer.model; real ones are below 40 MB
+MAX_HOLES = 2**20  # ids that no token has, below the largest: lists of all ids are made
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -23,14 +25,28 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 def find_vocab_file(directory: Path) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(f"There is no directory {directory}: give the directory of a checkpoint.")
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if is_listed(directory / name):
-            return find_inside(directory, name)
+    if name := vocab_file_name(directory):
+        return find_inside(directory, name)
     there = sorted(entry.name for entry in directory.iterdir())
     listed = ", ".join(there[:12]) + (" ..." if len(there) > 12 else "") if there else "nothing"
     raise FileNotFoundError(
         f"{directory} holds no tokenizer: copy tokenizer.json or tokenizer.model into it (it holds {listed})."
     )
+
+
+def vocab_file_name(directory: Path) -> str | None:
+    """The file that Tokenizer reads the vocabulary of, or None. A vocab.json needs its merges.txt."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if is_listed(directory / name):
+            return name
+    return "vocab.json" if all(is_listed(directory / name) for name in ("vocab.json", "merges.txt")) else None
+
+
+def require_sane_ids(where: Any, ids: Collection[int]) -> None:
+    """Raises ValueError where an id lies far beyond the number of tokens."""
+    largest = max(ids, default=0)
+    if largest > len(ids) + MAX_HOLES:
+        raise ValueError(f"{where} gives one of {len(ids):,} tokens the id {largest:,}: copy the file again.")
 
 
 def read_text(path: Path) -> str:
@@ -48,8 +64,15 @@ def read_small_json(path: Path) -> dict[str, Any]:
 
 
 def read_stop_ids(directory: Path) -> list[int]:
+    """Ids that end an answer: of generation_config.json, or of config.json where it names none."""
     path = directory / "generation_config.json"
     value = read_small_json(path).get("eos_token_id")
+    if value is None:
+        path = directory / "config.json"
+        config = read_small_json(path)
+        value, text = config.get("eos_token_id"), config.get("text_config")
+        if value is None and isinstance(text, dict):
+            value = text.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < 2**32:
@@ -139,6 +162,7 @@ def _recorded_tokens(recorded_by_id: Any, where: Any) -> list[AddedToken]:
         by_id = sorted((int(token_id), token) for token_id, token in recorded_by_id.items())
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"added_tokens_decoder in {where} is not an object from token ids to tokens.") from None
+    require_sane_ids(f"added_tokens_decoder in {where}", [token_id for token_id, _ in by_id])
     return [_added_token(token, f"added_tokens_decoder in {where}", special=False) for _, token in by_id]
 
 
@@ -146,6 +170,7 @@ def _legacy_added_tokens(path: Path, specials: set[str]) -> list[AddedToken]:
     ids = read_small_json(path)
     if not all(type(token_id) is int for token_id in ids.values()):
         raise ValueError(f"{path} is not an object from tokens to token ids.")
+    require_sane_ids(path, ids.values())
     contents = sorted((content for content in ids if content), key=ids.__getitem__)
     return [AddedToken(c, special=c in specials, normalized=c not in specials) for c in contents]
 
