@@ -1,32 +1,25 @@
-"""A GGUF file is read as transformers reads it: the same weights, bit for bit, and the same token ids."""
+"""A GGUF file gives transformers' weights, bit for bit, and llama.cpp's token ids and log-probabilities."""
 
 import json
-import random
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_gguf import SHAPE, TEXT, write_tiny_gguf
+from llama_cpp_ids import IDS, MARKED, RECORD, SCALINGS, TEXTS, tokenizer_cases
+from tiny_gguf import LETTERS, SHAPE, write_tiny_gguf
 from tokenizers import Tokenizer
 
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model, open_weights
 from lit_swa.formats import gguf
+from lit_swa.formats.gguf_pre_tokenizer import CUTS
 from lit_swa.formats.gguf_tokenizer import tokenizer_files
 from lit_swa.formats.hugging_face import to_hf
+from lit_swa.tokenizer import Tokenizer as LitTokenizer
 
-TEXTS = [
-    TEXT,
-    "",
-    " ",
-    "  leading",
-    "trailing  \n",
-    "<|im_start|>user\nHi<|im_end|>\n<think>",
-    "a\n\n1. b   22",
-    "\u200b\ufeff\x07",
-    "<s> </s><bos>",
-    "there other weather",
-]
+RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))
+CASES = tokenizer_cases([cut.names.split()[0] for cut in CUTS])
 ARCHITECTURES = [
     ("llama", "gpt2"),
     ("llama", "llama"),
@@ -35,18 +28,6 @@ ARCHITECTURES = [
     ("gemma2", "gemma"),
     ("gemma3", "gemma"),
 ]
-
-
-def random_texts(n: int) -> list[str]:
-    rng = random.Random(0)
-    kinds = [
-        lambda: rng.randrange(32, 127),
-        lambda: rng.choice((9, 10, 13, 32, 32, 0xA0)),
-        lambda: 48 + rng.randrange(10),
-        lambda: rng.randrange(0xA1, 0x3000),
-        lambda: 0x1F600 + rng.randrange(80),
-    ]
-    return ["".join(chr(rng.choice(kinds)()) for _ in range(rng.randrange(40))) for _ in range(n)]
 
 
 def transformers_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -72,14 +53,8 @@ def assert_same_weights(path: Path) -> None:
     assert not different
 
 
-def assert_same_ids(path: Path, texts: list[str]) -> None:
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = Tokenizer.from_str(tokenizer_files(gguf.read_gguf(path))["tokenizer.json"])
-    for text in texts:
-        assert ours.encode(text).ids == theirs(text).input_ids, text
-        assert ours.encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False).input_ids, text
+def read_tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_files(gguf.read_gguf(path))["tokenizer.json"])
 
 
 @pytest.mark.parametrize(("architecture", "tokenizer"), ARCHITECTURES)
@@ -98,19 +73,55 @@ def test_weights_are_the_same_in_small_portions(tmp_path: Path, monkeypatch) -> 
     assert_same_weights(tmp_path / "tiny.gguf")
 
 
-@pytest.mark.parametrize(("architecture", "tokenizer"), ARCHITECTURES)
-@pytest.mark.parametrize("add_bos", [None, True, False])
-def test_token_ids_equal_transformers(tmp_path: Path, architecture: str, tokenizer: str, add_bos: bool | None) -> None:
-    """Would catch wrong merges, special tokens that are cut, a BOS too many, blanks lost, byte fallback missing."""
-    write_tiny_gguf(tmp_path / "tiny.gguf", architecture, tokenizer, add_bos=add_bos)
-    assert_same_ids(tmp_path / "tiny.gguf", TEXTS + random_texts(30))
+@pytest.mark.parametrize("case", CASES)
+def test_token_ids_equal_llama_cpps(tmp_path: Path, case: str, capsys) -> None:
+    """Would catch a mistyped pattern, a BOS too many, merges in another order, blanks lost or added in front."""
+    write_tiny_gguf(tmp_path / "tiny.gguf", **CASES[case])
+    ours = read_tokenizer(tmp_path / "tiny.gguf")
+    for text, ids in zip(TEXTS + MARKED, RECORDED["ids"][case], strict=True):
+        assert ours.encode(text).ids == ids, text
+    assert ("lacks tokenizer.ggml.pre" in capsys.readouterr().err) == (case == "no pre")
 
 
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken", "gpt-4o", "default", "gpt-2", "no-such-name"])
-def test_each_pre_tokenizer_cuts_as_in_transformers(tmp_path: Path, pre: str) -> None:
-    """Would catch a mistyped pattern: ids differ on contractions, numbers, cases, runs of blanks or line ends."""
-    write_tiny_gguf(tmp_path / "tiny.gguf", "llama", "gpt2", pre=pre)
-    assert_same_ids(tmp_path / "tiny.gguf", TEXTS + random_texts(60))
+def test_every_name_of_a_cut_is_its_own() -> None:
+    """Would catch a name in two rows, of which one has no effect."""
+    names = [name for cut in CUTS for name in cut.names.split()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("pre", ["tekken", "gpt-4o"])
+def test_accents_and_case_are_cut_as_the_models_own_tokenizers_do(tmp_path: Path, pre: str) -> None:
+    """Would catch llama.cpp's approximation of these two patterns, by which an accent is cut off its letter."""
+    write_tiny_gguf(tmp_path / "tiny.gguf", pre=pre)
+    cut = read_tokenizer(tmp_path / "tiny.gguf").pre_tokenizer
+    text = "e\u0301te\u0301 éAb"
+    words = [text[start:end] for _, (start, end) in cut.pre_tokenize_str(text)]
+    assert words == ["e\u0301te\u0301", " é", "Ab"]
+
+
+def test_an_unknown_cut_is_refused_and_the_models_own_tokenizer_is_the_remedy(tmp_path: Path) -> None:
+    """Would catch GPT-2's cut for every name, and a remedy that does not work."""
+    write_tiny_gguf(tmp_path / "tiny.gguf", pre="smollm")
+    own = tokenizer_files(gguf.read_gguf(tmp_path / "tiny.gguf"))["tokenizer.json"]
+    write_tiny_gguf(tmp_path / "tiny.gguf", pre="no-such-name", eot=0)
+    with pytest.raises(ValueError, match="'no-such-name'.*tokenizer.json"):
+        convert_hf_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(own)
+    convert_hf_checkpoint(tmp_path)
+    tokenizer = LitTokenizer(tmp_path)
+    assert tokenizer.eos_ids == [2, 0] and tokenizer.has_chat_template  # what tokenizer.json does not say
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_log_probabilities_equal_llama_cpps(tmp_path: Path, name: str) -> None:
+    """Would catch a key of RoPE's scaling that is read as another, or not at all."""
+    write_tiny_gguf(tmp_path / "tiny.gguf", exact=True, **SCALINGS[name])
+    convert_hf_checkpoint(tmp_path)
+    length, top = RECORDED["log_probabilities"][name]
+    with torch.no_grad():
+        ours = load_model(tmp_path)(torch.tensor([IDS[:length]]))[0, -1].log_softmax(-1)
+    for token, expected in top:
+        assert abs(ours[token].item() - expected) < 1e-3  # float32 sums in another order, rounded to 5 digits
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -147,22 +158,6 @@ def rope_type(name: str) -> object:
     import gguf
 
     return gguf.RopeScalingType(name)
-
-
-def test_rope_scaling_is_kept(tmp_path: Path) -> None:
-    """Would catch a long-context model that silently becomes a short-context one."""
-    write_tiny_gguf(
-        tmp_path / "tiny.gguf",
-        rope_scaling_type=rope_type("yarn"),
-        rope_scaling_factor=4.0,
-        rope_scaling_orig_ctx_len=16,
-    )
-    file = gguf.read_gguf(tmp_path / "tiny.gguf")
-    assert gguf.hf_config(file)["rope_scaling"] == {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-    }
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -213,6 +208,62 @@ def test_tokenizer_files_name_the_special_tokens(tmp_path: Path) -> None:
     )
     assert "im_start" in config["chat_template"]
     assert json.loads(files["generation_config.json"]) == {"bos_token_id": 1, "eos_token_id": [0, 2], "pad_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ids", "expected"),
+    [
+        (["<|im_end|>", "<|endoftext|>", "<eos>", "[PAD]"], {"eos": 1}, [0, 1, 2, 3]),
+        (["<a>", "<b>", "<c>", "[PAD]"], {"eos": 0, "eom": 1, "fim_pad": 2}, [0, 1, 2]),
+        (["<|end|>", "<|return|>", "<|call|>"], {"eos": 1}, [1, 2]),
+        (["<|end|>", "<|return|>", "<a>"], {"eos": 1}, [0, 1]),
+        (["</s>", "<|tool_response>", "<eos>"], {"eos": 2}, [1, 2]),
+    ],
+)
+def test_what_ends_an_answer_goes_by_keys_and_spellings(tokens: list, ids: dict, expected: list) -> None:
+    """Would catch a chat that goes on behind the end of its turn, or stops at a token that ends only a part of it."""
+    keys = {f"tokenizer.ggml.{key}_token_id": value for key, value in ids.items()}
+    keys |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.token_type": [1, 1, 1, 1]}
+    letters = [*tokens, *LETTERS, "ab"]
+    file = gguf.GGUFFile(Path("x.gguf"), keys | {"tokenizer.ggml.tokens": letters, "tokenizer.ggml.merges": ["a b"]})
+    files = tokenizer_files(file)
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == expected
+    ours = Tokenizer.from_str(files["tokenizer.json"])
+    for token_id in expected:  # found in a text, whatever the file says of its type
+        assert ours.encode(f"ab{tokens[token_id]}ab").ids.count(token_id) == 1
+
+
+def test_parts_are_one_model(tmp_path: Path) -> None:
+    """Would catch the advice to leave one part of several, a part left out, and parts of two models taken for one."""
+    for name in ("whole", "split"):
+        (tmp_path / name).mkdir()
+    write_tiny_gguf(tmp_path / "whole" / "m.gguf")
+    write_tiny_gguf(tmp_path / "split" / "m.gguf", split_max_tensors=8)
+    parts = sorted((tmp_path / "split").iterdir())
+    assert [path.name for path in parts] == [f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for name in ("whole", "split"):
+        convert_hf_checkpoint(tmp_path / name)
+    whole, split = open_weights(tmp_path / "whole"), open_weights(tmp_path / "split")
+    assert whole.keys() == split.keys() and all(torch.equal(whole[k].load(), split[k].load()) for k in whole)
+
+    for wrong, message in (
+        ([parts[1]], "m-00001-of-00003.gguf, m-00003-of-00003.gguf are missing"),
+        ([*parts, tmp_path / "whole" / "m.gguf"], "holds 2 models.*directories of their own"),
+    ):
+        directory = tmp_path / message[:9]
+        directory.mkdir()
+        for path in wrong:
+            shutil.copy(path, directory)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            convert_hf_checkpoint(directory)
+
+    with pytest.raises(ValueError, match="part 2 of 3 of a model, not 1 of 1"):
+        gguf.read_parts([parts[1]])
+    with pytest.raises(ValueError, match="part 1 of 1 of a model, not 2 of 3"):
+        gguf.read_parts([parts[0], tmp_path / "whole" / "m.gguf", parts[2]])
+    write_tiny_gguf(tmp_path / "other.gguf", split_max_tensors=9)
+    with pytest.raises(ValueError, match="repeats tensor|tensors instead of"):
+        gguf.read_parts([parts[0], tmp_path / "other-00002-of-00003.gguf", parts[2]])
 
 
 def test_a_window_in_a_llama_file_means_mistral(tmp_path: Path) -> None:
@@ -319,14 +370,18 @@ def test_metadata_cannot_fill_the_memory(tmp_path: Path) -> None:
     [
         ({"architecture": "mamba"}, "architecture 'mamba'"),
         ({"expert_count": 8}, "mixture of experts"),
-        ({"rope_scaling_type": "longrope"}, "scales RoPE"),
+        ({"keys": {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}}, "scales RoPE by 'longrope'"),
+        ({"keys": {"rope.scaling.attn_factor": 1.5}}, "attn_factor 1.5"),
+        ({"keys": {"rope.scaling.factor": 2.0}, "rope_freqs": [1.0] * 7 + [2.0]}, "factors that are not"),
+        ({"keys": {"rope.scaling.yarn_beta_fast": 16.0}}, "yarn_beta_fast = 16.0"),
+        ({"keys": {"attention.scale": 0.5}}, "attention.scale = 0.5"),
+        ({"keys": {"attention.causal": False}}, "attention.causal = False"),
+        ({"keys": {"logit_scale": 0.5}}, "logit_scale = 0.5"),
         ({"key_length": 32}, "heads of 32"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, change: dict, message: str) -> None:
     """Would catch a model that is read as something it is not."""
-    if "rope_scaling_type" in change:
-        change = {"rope_scaling_type": rope_type(change["rope_scaling_type"]), "rope_scaling_factor": 2.0}
     write_tiny_gguf(tmp_path / "tiny.gguf", **change)
     with pytest.raises(ValueError, match=message):
         convert_hf_checkpoint(tmp_path)
@@ -362,6 +417,7 @@ def test_the_real_weights_equal_transformers(real_file: Path) -> None:
     assert_same_weights(real_file)
 
 
-def test_the_real_token_ids_equal_transformers(real_file: Path) -> None:
-    """Would catch what only a real vocabulary shows: 48,900 merges in order."""
-    assert_same_ids(real_file, TEXTS + random_texts(100))
+def test_the_real_token_ids_equal_llama_cpps(real_file: Path) -> None:
+    """Would catch what only a real vocabulary shows, and numbered lists that cost a token more per number."""
+    ids = read_tokenizer(real_file).encode("A list:\n\n1. one\n\n2.  two\n   10 x\n<|im_end|>").ids
+    assert ids == [49, 1398, 42, 1116, 33, 30, 582, 1116, 34, 30, 216, 827, 472, 33, 32, 1792, 198, 2]

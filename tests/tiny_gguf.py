@@ -1,5 +1,6 @@
 """Tiny GGUF files with random weights, written by the gguf library itself."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,17 @@ TEXT = (
     "eight blanks, don't we'll I'M\r\n\r\nCRLF\n"
 )
 LETTERS = sorted(ByteLevel.alphabet())  # the 256 letters that spell bytes
+USER_DEFINED = 4
 SHAPE = dict(n_layer=2, n_head=4, n_kv=2, n_embd=64, head_dim=16, n_ff=96)
 
 
 def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
-    """Tokens, token types and merges of a byte-level BPE with a few merges and special tokens."""
-    merges = [
-        "Ġ t",
-        "Ġ a",
-        "i n",
-        "h e",
-        "Ġ Ġ",
-        "r e",
-        "Ġt he",
-        "1 2",
-        "Ċ Ċ",
-        "2 0",
-        "Ġ 1",
-        "ĠĠ ĠĠ",
-        "a r",
-        "Ã ©",
-        "' l",
-        "'l l",
-    ]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, *("".join(m.split()) for m in merges), "<think>"]
-    types = [3, 3, 3, *[1] * (len(tokens) - 4), 4]
+    """Tokens, token types and merges of a byte-level BPE whose merges cross the borders between words."""
+    merges = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text(encoding="utf-8"))["merges"]
+    pieces = dict.fromkeys("".join(merge.split()) for merge in merges)
+    whole = "Ġblank"  # a token that no merges make
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, *pieces, whole, "<think>", "        "]
+    types = [3, 3, 3, *[1] * (len(tokens) - 5), 4, 4]
     return tokens, types, merges
 
 
@@ -46,21 +33,22 @@ def sentencepiece_vocabulary(gemma: bool) -> tuple[list[str], list[int], list[fl
     specials = ["<pad>", "<eos>", "<bos>", "<unk>"] if gemma else ["<unk>", "<s>", "</s>"]
     kinds = {"<unk>": 2}
     blank = [" " * n for n in range(2, 6)] if gemma else ["▁▁", "▁▁▁▁"]
-    # "er" and "the" share a score: which of them is merged first follows from the lengths of their halves
     pieces = ["th", "he", "er", "the", "▁t", "▁a", "in", "▁the", "re", "ar", "▁re", "▁1", "12", "20", *blank]
     singles = sorted({c for c in TEXT if c.isascii() and c.isprintable() and c != " "} | {"▁", "é", "漢"})
     tokens = [*specials, *(f"<0x{b:02X}>" for b in range(256)), *pieces, *singles, "<|user|>"]
     types = [*(kinds.get(s, 3) for s in specials), *[6] * 256, *[1] * (len(pieces) + len(singles)), 4]
-    scores = [0.0] * (len(specials) + 256) + [-float(n // 4) for n in range(len(pieces))] + [-1e9] * (len(singles) + 1)
+    scores = [0.0] * (len(specials) + 256) + [-float(n) for n in range(len(pieces))] + [-1e9] * (len(singles) + 1)
+    types = [USER_DEFINED if not token.strip() else kind for token, kind in zip(tokens, types, strict=True)]
     return tokens, types, scores
 
 
-def add_tokenizer(writer: Any, kind: str, pre: str) -> int:
+def add_tokenizer(writer: Any, kind: str, pre: str | None) -> int:
     """Write the tokenizer's metadata and return the size of the vocabulary."""
     if kind == "gpt2":
         tokens, types, merges = byte_level_vocabulary()
         writer.add_token_merges(merges)
-        writer.add_tokenizer_pre(pre)
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
         ids = {"bos": 1, "eos": 2, "unk": 0, "pad": 2}
     else:
         tokens, types, scores = sentencepiece_vocabulary(kind == "gemma")
@@ -82,20 +70,27 @@ def write_tiny_gguf(
     path: Path,
     architecture: str = "llama",
     tokenizer: str = "gpt2",
-    pre: str = "smollm",
+    pre: str | None = "smollm",
     seed: int = 0,
     add_bos: bool | None = None,
     eot: int | None = None,
     rope_freqs: list[float] | None = None,
     rope_theta: float = 10000.0,
+    prefix: bool | None = None,
+    exact: bool = False,
+    split_max_tensors: int = 0,
+    keys: dict[str, Any] | None = None,
     **metadata: Any,
 ) -> None:
-    """A random model in several number formats, with F32 norms. metadata: extra keys of the architecture."""
+    """A random model in several number formats, with F32 norms; exact: all of it in F32.
+
+    keys: further keys of the architecture by their names. metadata: the same by the names of the writer's methods.
+    """
     import gguf
     from gguf import GGMLQuantizationType as Q
 
     s, rng = SHAPE, np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     writer.add_name("tiny")
     writer.add_block_count(s["n_layer"])
     writer.add_context_length(64)
@@ -119,6 +114,11 @@ def write_tiny_gguf(
         writer.add_add_bos_token(add_bos)
     if eot is not None:
         writer.add_eot_token_id(eot)
+    if prefix is not None:
+        writer.add_add_space_prefix(prefix)
+    kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+    for key, value in (keys or {}).items():
+        kinds[type(value)](f"{architecture}.{key}", value)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, dtype=np.float32))
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
@@ -127,6 +127,7 @@ def write_tiny_gguf(
         data = (rng.standard_normal(shape) * scale).astype(np.float32)
         if "norm" in name:
             data += 1.0
+        kind = Q.F32 if exact else kind
         if kind == Q.F16:
             writer.add_tensor(name, data.astype(np.float16))
         elif kind == Q.F32:

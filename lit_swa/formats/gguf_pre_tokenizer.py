@@ -46,16 +46,14 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|"
 _PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|"
 _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_ONE_LINE_END = r"\s*[\r\n]|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_SHORT}|{_WORD}\p{{N}}{{1,3}}|{_SIGNS}{_BLANKS}"
 QWEN2 = rf"{_SHORT}|{_WORD}\p{{N}}|{_SIGNS}{_BLANKS}"
 _QWEN35 = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}"
 _MINICPM = rf"{_SHORT}|{_WORD}\p{{N}}+|{_SIGNS}{_BLANKS}"
 _SEED_CODER = rf"{_SHORT}|{_WORD}\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_BLANKS}"
-_BAILING = rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}\p{{N}}|{_SIGNS}{_ONE_LINE_END}"
 _EXAONE = (
     rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
-    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|{_ONE_LINE_END}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|{_BLANKS}"
 )
 _POWERS = "|".join(rf"\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
 _JAIS2 = rf"{_SHORT}|{_WORD}\p{{N}}{{1,3}}|{_SIGNS}\s*[\r\n]+|{_POWERS}|\s"
@@ -88,13 +86,13 @@ CUTS = (
     Cut("dbrx smaug-bpe chatglm-bpe", (_LLAMA3,)),
     Cut("glm4 glm5", (_LLAMA3,), words_whole=True),
     Cut("jais-2", (_JAIS2,)),
-    Cut("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (QWEN2,)),
+    Cut("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2 bailingmoe bailingmoe2"
+        " llada-moe", (QWEN2,)),
     Cut("qwen35", (_QWEN35,)),
     Cut("ufakzeka", (rf"{_WORD}\p{{N}}|{_SIGNS}{_BLANKS}",)),
     Cut("laguna", (r"[^\n]+|[\n]+", QWEN2)),
     Cut("minicpm5", (r"\p{N}{1,3}", _MINICPM), words_whole=True),
     Cut("seed-coder", (_SEED_CODER,)),
-    Cut("bailingmoe bailingmoe2 llada-moe", (_BAILING,)),
     Cut("exaone-moe", (_EXAONE,)),
     Cut("tekken", (_TEKKEN,), True, True),
     Cut("gpt-4o llama4 kanana2 talkie minimax-m2", (_GPT4O,)),
