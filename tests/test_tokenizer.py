@@ -19,6 +19,8 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
 
+from lit_swa.formats.directory import copy_tokenizer, has_tokenizer
+from lit_swa.formats.tokenizer_backends import _growth
 from lit_swa.tokenizer import StreamDecoder, Tokenizer
 
 CORPUS = [
@@ -118,6 +120,18 @@ def make_unigram(directory: Path) -> Path:
     return save(tokenizer, directory, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
+def make_slow(directory: Path, **config) -> Path:
+    """GPT-2's slow tokenizer: vocab.json and merges.txt, and no tokenizer.json."""
+    spec = json.loads((make_byte_level(directory) / "tokenizer.json").read_text(encoding="utf-8"))
+    for path in directory.iterdir():
+        path.unlink()
+    write_json(directory / "vocab.json", spec["model"]["vocab"])
+    merges = ["#version: 0.2", *map(" ".join, spec["model"]["merges"])]
+    (directory / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", **config})
+    return directory
+
+
 def make_sentencepiece(directory: Path, model_type: str = "bpe", **config) -> Path:
     """Llama's own tokenizer.model, without a tokenizer.json."""
     import sentencepiece
@@ -150,6 +164,7 @@ MAKERS = {
     "llama": make_llama,
     "metaspace": make_metaspace,
     "unigram": make_unigram,
+    "slow": make_slow,
     "sentencepiece": make_sentencepiece,
 }
 FAST = [kind for kind in MAKERS if kind != "sentencepiece"]
@@ -332,6 +347,34 @@ def test_stop_ids_are_both_files_together(value, expected, copy_of):
     directory = copy_of("byte_level")
     write_json(directory / "generation_config.json", {"eos_token_id": value})
     assert Tokenizer(directory).eos_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {"eos_token_id": [7, 2, 9]}, [2, 7, 9]),
+        ({"temperature": 0.6}, {"eos_token_id": 7}, [2, 7]),
+        ({"eos_token_id": None}, {"text_config": {"eos_token_id": [7]}}, [2, 7]),
+        ({"eos_token_id": 9}, {"eos_token_id": [7], "text_config": {"eos_token_id": 8}}, [2, 9]),
+        ({}, {"eos_token_id": 7, "text_config": {"eos_token_id": 8}}, [2, 7]),
+    ],
+)
+def test_stop_ids_of_config_json_count_where_generation_config_names_none(
+    generation, config, expected, copy_of, tmp_path_factory
+):
+    """Would catch an answer that runs on, in the directory and in one that its tokenizer is copied to."""
+    directory, copied = copy_of("byte_level"), tmp_path_factory.mktemp("copied")
+    write_json(directory / "config.json", config)
+    if generation is not None:
+        write_json(directory / "generation_config.json", generation)
+    assert Tokenizer(directory).eos_ids == expected
+    copy_tokenizer(directory, copied)
+    assert Tokenizer(copied).eos_ids == expected
+    assert (
+        not generation
+        or generation.items() - {"eos_token_id": None}.items()
+        <= json.loads((copied / "generation_config.json").read_text()).items()
+    )
 
 
 @pytest.mark.parametrize("value", ["2", -1, True, [2, None], {"a": 1}, 1.0, 2**40])
@@ -600,6 +643,53 @@ def test_cost_of_a_token_does_not_grow_with_the_text(kind, text, tokenizers, mon
     assert sum(decoded) <= 16 * len(ids)
 
 
+# --- vocab.json and merges.txt ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"add_prefix_space": True}, None),
+        ({"add_bos_token": True, "add_eos_token": True}, None),
+        ({"bos_token": "<s>", "eos_token": "</s>"}, {"<s>": 501, "</s>": 500}),
+        ({"bos_token": None, "pad_token": "<pad>"}, None),
+        ({"tokenizer_class": "Qwen2TokenizerFast"}, None),
+        ({"added_tokens_decoder": {"500": {"content": "<s>", "special": True, "lstrip": True}}}, None),
+    ],
+)
+def test_slow_tokenizers_are_read_as_transformers_reads_them(config, added, tmp_path):
+    """Would catch GPT-2's cut for another class, a switch that is ignored, and added tokens in another order."""
+    from transformers import AutoTokenizer
+
+    directory = make_slow(tmp_path / "slow", **config)
+    if added:
+        write_json(directory / "added_tokens.json", added)
+    ours, theirs = Tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text).input_ids, text
+    named = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (*named, len(theirs))
+
+
+def test_slow_tokenizers_of_other_kinds_are_refused(tmp_path):
+    """Would catch CLIP's and RoBERTa's vocabularies read as GPT-2's, and half a tokenizer taken for one."""
+    directory = make_slow(tmp_path / "slow", tokenizer_class="RobertaTokenizer")
+    with pytest.raises(ValueError, match="RobertaTokenizer.*save_pretrained"):
+        Tokenizer(directory)
+    write_json(directory / "tokenizer_config.json", {})
+    write_json(directory / "vocab.json", {"a</w>": 0})
+    with pytest.raises(ValueError, match="no byte-level BPE"):
+        Tokenizer(directory)
+    (directory / "merges.txt").write_text("a b c\n")
+    write_json(directory / "vocab.json", {"a": 0})
+    with pytest.raises(ValueError, match="merges.txt has the line 'a b c'"):
+        Tokenizer(directory)
+    (directory / "merges.txt").unlink()
+    assert not has_tokenizer(directory)
+    with pytest.raises(FileNotFoundError, match="copy tokenizer.json"):
+        Tokenizer(directory)
+
+
 # --- what is wrong is told in one sentence ----------------------------------------------------------------------------
 
 
@@ -694,6 +784,8 @@ PIPELINES = {
             "continuing_subword_prefix": "A",
         }
     },
+    # four thousand million ids of which one exists: whoever lists them fills the memory
+    "id_far_beyond": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 2**32 - 1}, "merges": []}},
     # twenty doublings: a page becomes a gigabyte
     "doubling": {
         "normalizer": {
@@ -732,6 +824,56 @@ def test_damaged_pipelines_are_refused(name, copy_of):
     with pytest.raises(ValueError, match="tokenizer.json") as info:
         Tokenizer(path.parent)
     assert_one_sentence(str(info.value))
+
+
+def replace(old: str, new: str, kind: str = "String") -> dict:
+    return {"type": "Replace", "pattern": {kind: old}, "content": new}
+
+
+def test_many_harmless_rules_are_loaded(copy_of):
+    """Would catch rules whose lengthenings are multiplied although none replaces what another has written."""
+    path = copy_of("byte_level") / "tokenizer.json"
+    rules = [replace(chr(0xFB00 + n), "ffi") for n in range(30)] + [replace(r"\s{2,}", " ", "Regex")] * 30
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"normalizer": sequence(rules)})
+    tokenizer = Tokenizer(path.parent)
+    assert tokenizer.encode("\ufb00 \ufb1d  x") == tokenizer.encode("ffi ffi x")
+
+
+def sequence(rules: list[dict]) -> dict:
+    return {"type": "Sequence", "normalizers": rules}
+
+
+def test_no_rules_make_a_text_longer_than_was_computed():
+    """Would catch a bound that is too low, by which a text could still fill the memory."""
+    generator, worst = random.Random(0), 0.0
+    letters = lambda most: "".join(generator.choice("abcd") for _ in range(generator.randrange(most)))  # noqa: E731
+    for _ in range(300):
+        rules = [replace(letters(3), letters(4)) for _ in range(4)]
+        rules[0] = replace(generator.choice(["a", "a*", "[ab]", "b+", "^"]), letters(3), "Regex")
+        text = "".join(generator.choice("abcd") for _ in range(40))
+        normalizer = RustTokenizer.from_str(
+            json.dumps({"normalizer": sequence(rules), "model": {"type": "BPE", "vocab": {}, "merges": []}})
+        ).normalizer
+        grown, bound = len(normalizer.normalize_str(text)) / len(text), _growth(sequence(rules))
+        assert grown <= bound * (1 + 1 / len(text)), (rules, text)  # a rule may write something at the end too
+        worst = max(worst, grown / bound)
+    assert worst > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<a>": 2**32 - 1}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"4294967295": {"content": "<a>"}}}),
+    ],
+)
+def test_recorded_ids_far_beyond_the_vocabulary_are_refused(name, content, copy_of):
+    """Would catch an id that is read and then another one given, without a word."""
+    directory = copy_of("byte_level")
+    write_json(directory / "tokenizer_config.json", {})
+    write_json(directory / name, content)
+    with pytest.raises(ValueError, match=f"{name}.* the id 4,294,967,295"):
+        Tokenizer(directory)
 
 
 @pytest.mark.parametrize(
@@ -851,7 +993,7 @@ def mutated_json(data: bytes, generator: random.Random) -> bytes:
 def try_mutation(directory: Path, seed: int) -> str:
     """One mutated file, restored afterwards. What happened, in a word."""
     generator = random.Random(seed)
-    names = [name for name in [*MUTATED, "tokenizer.model"] if (directory / name).is_file()]
+    names = [name for name in [*MUTATED, "tokenizer.model", "vocab.json", "merges.txt"] if (directory / name).is_file()]
     path = directory / generator.choice([names[0], *names])
     original = path.read_bytes()
     mutate = mutated_json if path.suffix == ".json" and generator.random() < 0.6 else mutated_bytes

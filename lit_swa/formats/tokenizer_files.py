@@ -67,7 +67,7 @@ def read_stop_ids(directory: Path) -> list[int]:
     """Ids that end an answer: of generation_config.json, or of config.json where it names none."""
     path = directory / "generation_config.json"
     value = read_small_json(path).get("eos_token_id")
-    if value is None:
+    if value in (None, []):
         path = directory / "config.json"
         config = read_small_json(path)
         value, text = config.get("eos_token_id"), config.get("text_config")
