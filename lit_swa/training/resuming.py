@@ -20,6 +20,7 @@ from lit_swa.training.loop import Progress
 
 STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
 STEP_NAME = re.compile(r"step-([0-9]{6,12})")
+NEW_IN_IDENTITY = ("base", "model")  # runs that were saved before they belonged to it go on
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight
 
 
@@ -90,7 +91,8 @@ def read_progress(content: object, path: Path) -> Progress:
         if value is None and f.name in ("best", "best_step"):
             continue
         kinds = (int,) if f.type in (int, int | None) else (int, float)
-        if type(value) not in kinds or not math.isfinite(value) or value < 0 or (f.name == "scale" and value == 0):
+        fits = type(value) in kinds and math.isfinite(value) and value >= 0
+        if not fits or f.name == "scale" and not 0 < value <= 1:
             raise damaged(path, f"{RUN_FILE} has no proper {f.name} ({reprlib.repr(value)})")
     progress = Progress(**content)
     if step_dir(path.parent, progress.step) != path:
@@ -100,7 +102,7 @@ def read_progress(content: object, path: Path) -> Progress:
 
 def compare_identity(before: object, now: Mapping[str, Any], path: Path) -> list[str]:
     """Raises ValueError when a step belongs to another run. Returns what it does not say: an older version wrote it."""
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or now.keys() - before.keys() - set(NEW_IN_IDENTITY):
         raise damaged(path, f"{RUN_FILE} does not say which run it is of")
     for key, value in now.items():
         if key in before and before[key] != value:
