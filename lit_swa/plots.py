@@ -94,7 +94,10 @@ def model_of(arguments: dict[str, Any]) -> str:
 
 def argument_of(command: str, name: str) -> str:
     """What a command line gives for --name; nothing if it does not."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote is not closed: somebody wrote it by hand
+        return ""
     values = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
     values += [value for word, value in zip(words, words[1:], strict=False) if word == f"--{name}"]
     return values[-1] if values else ""

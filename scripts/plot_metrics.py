@@ -38,14 +38,21 @@ def main(
 
 
 def read_runs(runs: list[Path]) -> dict[str, dict[str, Any]]:
-    """Metrics of each run and how it was started, by the name of its directory, or its path if two have one name."""
+    """Metrics of each run and how it was started, by the name of its directory, or its path if two have one name.
+
+    Raises FileNotFoundError or ValueError for a run without losses.
+    """
+    import math
+
     from lit_swa.training.log import read_metrics
     from lit_swa.training.saving import read_record
 
     names = [run.resolve().name for run in runs]
     read = {}
     for run, name in zip(runs, names, strict=True):
-        metrics = {key: [None if y != y else y for y in values] for key, values in read_metrics(run).items()}
+        metrics = {k: [y if math.isfinite(y) else None for y in values] for k, values in read_metrics(run).items()}
+        if all(y is None for y in (*metrics["loss"], *metrics["val_loss"])):
+            raise ValueError(f"{run / 'metrics.csv'} holds no loss yet: let the run make a step.")
         read[name if names.count(name) == 1 else str(run)] = {**read_record(run), "metrics": metrics}
     return read
 
@@ -108,7 +115,7 @@ def styles_of(runs: dict[str, dict[str, Any]]) -> dict[str, tuple[dict[str, Any]
             style |= {"linestyle": DASHES[n % len(DASHES)], "marker": "os^D"[n % 4]}
         rates = [rate for rate in run["metrics"]["learning_rate"] if rate]
         terms = {"full": "all weights", "lora": "LoRA", "adapter": "LLaMA-Adapter", "adapter_v2": "LLaMA-Adapter v2"}
-        words = [terms.get(method, method)] + [f"highest rate {max(rates):.3g}"] * bool(rates)
+        words = [terms.get(method, method)] + ([f"highest rate {max(rates):.3g}"] if rates else [])
         styles[name] = style, f"{name}: {', '.join(words)}"
     return styles
 

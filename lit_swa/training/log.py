@@ -1,5 +1,6 @@
 """What a run tells: metrics.csv, TensorBoard if asked for, and a line on stderr."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from lit_swa.utils import ProgressLine, format_number, print_line
 if TYPE_CHECKING:
     from lit_swa.training.loop import Progress
 
+LARGEST = 1e39  # float32 ends before it
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "val_loss")
 
 
@@ -33,7 +35,9 @@ def read_lines(path: Path) -> list[str]:
     for number, line in enumerate(lines[1:], start=2):
         step, *values = line.split(",")
         try:
-            fits = 0 <= int(step) and len([float(value or "nan") for value in values]) == len(METRICS) - 1
+            numbers = [abs(float(value or "nan")) for value in values]
+            fits = 0 <= int(step) < LARGEST and len(numbers) == len(METRICS) - 1
+            fits = fits and all(number < LARGEST or not math.isfinite(number) for number in numbers)
         except ValueError:
             fits = False
         if not fits:

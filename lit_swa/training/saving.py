@@ -267,10 +267,17 @@ def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """How a run was started, with which arguments and versions and on what machine, from its newest directory."""
+    """How a run was started, with which arguments and versions and on what machine, from its newest directory.
+
+    Raises ValueError when it is damaged.
+    """
+    kinds = {"command": str, "machine": str, "versions": dict, "arguments": dict}
     found = [path for path in (run / "final", *reversed(saved_steps(run))) if (path / RUN_FILE).is_file()]
     record = read_json(find_inside(found[0], RUN_FILE)) if found else {}
-    return {key: record.get(key) for key in ("command", "machine", "versions", "arguments")} if found else {}
+    for key, kind in kinds.items():
+        if not isinstance(record.get(key), kind | None):
+            raise ValueError(f"{found[0] / RUN_FILE} is damaged: it has no proper {key}; delete this entry.")
+    return {key: record.get(key) for key in kinds} if found else {}
 
 
 def require_finite(run: Run, step: int, loss: float, norm: float, batches: Sequence[Batch]) -> None:
