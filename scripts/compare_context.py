@@ -285,8 +285,10 @@ def report(result: dict[str, Any]) -> None:
 
 def table(rows: list[dict[str, Any]], title: str, figure: str) -> str:
     """Markdown: a row for each method, a column for each length."""
+    from lit_swa.utils import format_number
+
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    cells = {(row["method"], row["length"]): f"{row[figure]:.2f}" if figure in row else "fails" for row in rows}
+    cells = {(row["method"], row["length"]): format_number(row[figure]) if figure in row else "fails" for row in rows}
     lines = [f"| {title} | " + " | ".join(map(str, lengths)) + " |", "| --- |" + " ---: |" * len(lengths)]
     for method in dict.fromkeys(row["method"] for row in rows):
         lines.append(f"| {method} | " + " | ".join(cells[method, length] for length in lengths) + " |")

@@ -208,10 +208,12 @@ def read(model, tokens, cut, device: str) -> float:
 
 def report(result: dict[str, Any]) -> None:
     """The table on stdout."""
+    from lit_swa.utils import format_number
+
     lengths = [str(n) for n in sorted(result["arguments"]["lengths"])]
     print("| | " + " | ".join(lengths) + " | tokens / s | memory |\n| --- |" + " ---: |" * (len(lengths) + 2))
     for row in result["rows"]:
-        cells = [f"{row['ppl'][n]:.2f}" for n in lengths]
+        cells = [format_number(row["ppl"][n]) for n in lengths]
         cells.append(f"{row['tok_s']:,.0f}" if "tok_s" in row else "")
         cells.append(row.get("memory", ""))
         print(f"| {row['method']} | " + " | ".join(cells) + " |")

@@ -96,7 +96,7 @@ def main(
     elif ranks.rank == 0:
         print(f"{output} holds the result of these arguments already", file=sys.stderr)
     if ranks.rank == 0:
-        report(finished)
+        report(finished, output)
     ranks.leave()
 
 
@@ -153,8 +153,8 @@ def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_si
 
     import torch
 
-    from lit_swa.evaluate import perplexity, require_finite
-    from lit_swa.utils import ProgressLine, interruptible
+    from lit_swa.evaluate import require_finite
+    from lit_swa.utils import ProgressLine, format_perplexity, interruptible
 
     batches = {str(a): windows.starts[i : i + batch_size] for i, a in enumerate(windows.starts) if i % batch_size == 0}
     done = results.parts if results else {}
@@ -177,7 +177,7 @@ def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_si
                 n_done += sum(map(len, round_.values()))
                 nll_sum += sum(sum(map(sum, part)) for part in round_.values())
                 mean = nll_sum / (n_done * (windows.seq_len - windows.first))
-                progress.show(n_done * windows.seq_len, f"ppl {perplexity(mean):.3f}")
+                progress.show(n_done * windows.seq_len, f"ppl {format_perplexity(mean)}")
             if stop and i + ranks.count < len(todo):
                 if results is not None:
                     results.save()
@@ -198,17 +198,21 @@ def read_batch(gpt, tokens, windows, starts, batch_size: int, chunk_size: int, d
     return sums
 
 
-def report(result: dict[str, Any]) -> None:
-    """The answer on stdout."""
+def report(result: dict[str, Any], output: Path) -> None:
+    """The answer on stdout, and on stderr where it is kept."""
+    from lit_swa.utils import format_number
+
     a = result["arguments"]
     print(
-        f"perplexity {result['ppl']:.4f} (nll {result['nll']:.5f}) of {result['tokens']} tokens | score {a['score']} | "
+        f"perplexity {format_number(result['ppl'], 4)} (nll {format_number(result['nll'], 5)}) of {result['tokens']} "
+        f"tokens | score {a['score']} | "
         f"{result['windows']} windows of {a['seq_len']} every {a['stride']}"
     )
     for positions, ppl in result["buckets"].items():
-        print(f"  at {positions:>15}  {ppl:12.4f}")
+        print(f"  at {positions:>15}  {format_number(ppl, 4):>12}")
     print(
-        f"{result['seconds']:.1f} s, {result['tokens_per_second']:.1f} tok/s, {result['peak_memory']}", file=sys.stderr
+        f"{result['seconds']:.1f} s, {result['tokens_per_second']:.1f} tok/s, {result['peak_memory']}\nresults: {output}",
+        file=sys.stderr,
     )
 
 

@@ -224,8 +224,9 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
     import torch
     from torch.nn.functional import cross_entropy
 
-    from lit_swa.generate import Session
-    from lit_swa.utils import wait_for
+    from lit_swa.evaluate import perplexity
+    from lit_swa.generate import Session, explain_overflow
+    from lit_swa.utils import format_perplexity, wait_for
 
     n, session = len(tokens) - 1, Session(gpt, chunk_size=chunk)
     text, buckets, seen = torch.tensor(tokens.tolist(), device=session.device), [], 0.0
@@ -242,37 +243,41 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
                 if interrupted():
                     return buckets
                 if end < stop:
-                    line.show(end, f"ppl {math.exp(seen / start):.2f}" if start else "")
+                    line.show(end, f"ppl {format_perplexity(seen / start)}" if start else "")
             wait_for(text.device)
             ms = 1e3 * (time.perf_counter() - started) / (stop - start)
             nll = float(total) / (stop - start)
             if not math.isfinite(nll):
-                raise ValueError(f"From token {start} on the logits are no numbers: use --dtype float32.")
+                raise ValueError(f"From token {start} on there is no finite perplexity: {explain_overflow(gpt)}.")
             seen += float(total)
-            buckets.append({"start": start, "stop": stop, "nll": nll, "ppl": math.exp(nll), "ms_per_token": ms})
-            line.show(stop, f"ppl {math.exp(seen / stop):.2f}")
+            buckets.append({"start": start, "stop": stop, "nll": nll, "ppl": perplexity(nll), "ms_per_token": ms})
+            line.show(stop, f"ppl {format_perplexity(seen / stop)}")
     return buckets
 
 
 def summary(buckets: list[dict[str, float]]) -> dict[str, float]:
     """The means over some buckets."""
+    from lit_swa.evaluate import perplexity
+
     tokens = [b["stop"] - b["start"] for b in buckets]
     nll = sum(n * b["nll"] for n, b in zip(tokens, buckets, strict=True)) / sum(tokens)
     ms = sum(n * b["ms_per_token"] for n, b in zip(tokens, buckets, strict=True)) / sum(tokens)
-    return {"tokens": sum(tokens), "nll": nll, "ppl": math.exp(nll), "ms_per_token": ms}
+    return {"tokens": sum(tokens), "nll": nll, "ppl": perplexity(nll), "ms_per_token": ms}
 
 
 def table_of(methods: list[dict[str, Any]]) -> list[str]:
     """A markdown table, a row for each method. If some stopped early, it adds the perplexity of what all have read."""
+    from lit_swa.utils import format_number
+
     names = ["cache", "tokens", "ppl", "ms/token, first", "ms/token, last", "cache MB"]
     common = max(set.intersection(*({b["stop"] for b in m["buckets"]} for m in methods)), default=0)
     if common and len({m["tokens"] for m in methods}) > 1:
         names.insert(2, f"ppl of the first {common}")
     lines = [f"| {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) - 1)]
     for m in methods:
-        cells = [m["name"], str(m["tokens"]), f"{m['ppl']:.2f}"]
+        cells = [m["name"], str(m["tokens"]), format_number(m["ppl"])]
         if len(names) == 7:
-            cells.insert(2, f"{summary([b for b in m['buckets'] if b['stop'] <= common])['ppl']:.2f}")
+            cells.insert(2, format_number(summary([b for b in m["buckets"] if b["stop"] <= common])["ppl"]))
         cells += [f"{m['buckets'][i]['ms_per_token']:.1f}" for i in (0, -1)] + [f"{m['cache_bytes'] / 1e6:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
