@@ -210,10 +210,8 @@ def report(result: dict[str, Any], output: Path) -> None:
     )
     for positions, ppl in result["buckets"].items():
         print(f"  at {positions:>15}  {format_number(ppl, 4):>12}")
-    print(
-        f"{result['seconds']:.1f} s, {result['tokens_per_second']:.1f} tok/s, {result['peak_memory']}\nresults: {output}",
-        file=sys.stderr,
-    )
+    speed = f"{result['seconds']:.1f} s, {result['tokens_per_second']:.1f} tok/s, {result['peak_memory']}"
+    print(f"{speed}\nresults: {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":
