@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -105,10 +106,11 @@ def as_text(option: str, value: str, kind: set[Any]) -> str | Path:
             raise ValueError(f"{option} is empty: give a path.")
         return Path(value)
     try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"{option} is no UTF-8 text (character {e.start}): the terminal writes another one.") from None
-    return value
+        return os.fsencode(value).decode()  # Python may have read the arguments as ASCII
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{option} is no UTF-8 text (byte {e.start}): set the terminal to UTF-8.") from None
+    except UnicodeEncodeError:  # of a file system in another encoding, where nothing was lost
+        return value
 
 
 def as_list(option: str, texts: list[str], kind: set[Any]) -> list[str] | list[Path] | Path:

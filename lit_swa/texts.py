@@ -34,13 +34,14 @@ def check_file(path: Path) -> None:
 def decode_text(data: bytes, name: object) -> str:
     """The text that these bytes of a file or of a pipe are. Raises ValueError if they are not UTF-8."""
     try:
-        text = data.decode("utf-8-sig")
+        text, wrong = data.decode("utf-8-sig"), ""
     except UnicodeDecodeError as error:
+        text, wrong = "", f"byte {error.start}"
+    if wrong or "\0" in text:
+        other = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or not wrong else "latin1"
         raise ValueError(
-            f"{name} is no UTF-8 text (byte {error.start}): convert it, as with iconv -f latin1 -t utf-8."
-        ) from None
-    if "\0" in text:
-        raise ValueError(f"{name} is no UTF-8 text (it holds zeros): convert it, as with iconv -f utf-16le -t utf-8.")
+            f"{name} is no UTF-8 text ({wrong or 'it holds zeros'}): convert it, as with iconv -f {other} -t utf-8."
+        )
     return unify_lines(text)
 
 
