@@ -39,15 +39,16 @@ def main(
         top_p: Sample among the fewest tokens, likeliest first, whose probabilities reach this sum.
         min_p: Sample among the tokens that are at least this many times as likely as the likeliest; between 0 and 1.
         repetition_penalty: Above 1, tokens that the text holds already become less likely.
-        stop: Texts that end the completion and are not printed.
+        stop: A text that ends the completion and is not printed, as it is typed, such as --stop "User:"; several as a
+            list, --stop '["User:", "###"]', or as several --stop.
         num_samples: How many completions to print.
         seed: The same seed gives the same text; each further completion takes the next seed.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         compile: Compile the decode step, which takes a while at the start and makes each token faster.
         quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes: it saves memory, not time.
-        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
-            --model.sliding_window_size 256 --model.rolling_kv_cache true.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as
+            --model.attention sliding --model.sliding_window_size 256 --model.rolling_kv_cache true.
     """
     from dataclasses import replace
 

@@ -35,20 +35,21 @@ def main(
         checkpoint_dir: A checkpoint directory with a chat template, or one with an adapter. By default
             SmolLM2-135M-Instruct, downloaded once.
         base_checkpoint_dir: The base checkpoint of an adapter, instead of the one that it names.
-        system: A system message to begin every conversation with. Without one, the template's own, if it has one.
+        system: The system message that every conversation begins with. By default the one in the template, if any.
         max_new_tokens: How long an answer may become, in tokens.
         temperature: 0 takes the likeliest token each time; a higher temperature gives more varied answers.
         top_k: Sample among the k likeliest tokens.
         top_p: Sample among the fewest tokens, likeliest first, whose probabilities reach this sum.
         min_p: Sample among the tokens that are at least this many times as likely as the likeliest; between 0 and 1.
         repetition_penalty: Above 1, tokens that the conversation holds already become less likely.
-        stop: Texts that end an answer and are not printed.
+        stop: A text that ends an answer and is not printed, as it is typed, such as --stop "User:"; several as a
+            list, --stop '["User:", "###"]', or as several --stop.
         seed: The same seed and turns give the same answers.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         compile: Compile the decode step, which takes a while at the start and makes each token faster.
-        model: Any field of the model's config, as --model.FIELD VALUE. With --model.attention sliding
-            --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on without end.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them). With --model.attention
+            sliding --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on without end.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
     from lit_swa.fast_decode import compile_decode, warm_up

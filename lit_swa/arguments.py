@@ -25,7 +25,7 @@ class Training:
         prompt_style: How an instruction is written as a prompt: chat (the model's own template), alpaca, llama2, ...
         mask_prompt: Train the answers only, not the prompts.
         max_seq_length: Longer examples are cut to so many tokens. By default the longest example, at most the context.
-        pack: Put several short examples into one row of max_seq_length tokens. None sees another.
+        pack: Put several short examples into one row of max_seq_length tokens. No example sees the others.
         limit: Read only so many examples of the data.
         epochs: How often the data is read.
         max_steps: Optimiser steps, in place of epochs.
@@ -60,7 +60,7 @@ class Training:
         dry_run: Stop before the first step, after showing three samples, trying the longest row, validation, saving and
             loading, and telling how much memory and disk the run needs.
         seed: Decides the order of the data, dropout and new weights.
-        model: Any field of the model's config, as --model.FIELD VALUE.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
 
     data: str

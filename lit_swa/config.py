@@ -406,7 +406,7 @@ def own_position(pos: "Tensor", config: "Config") -> "Tensor":
 
 
 class Part(NamedTuple):
-    """Pairs of query and key that meet with the query rotated to one position. No pair is in two parts."""
+    """Pairs of query and key that meet with the query rotated to one position. A pair belongs to one part at most."""
 
     mask: Callable[["Tensor", "Tensor", "Config"], "Tensor"]  # (q_pos, k_pos, config) -> bool; all that is needed
     position: Callable[["Tensor", "Config"], "Tensor"] = own_position  # where a query is rotated to

@@ -44,13 +44,13 @@ def main(
         n_query_groups: Key and value heads.
         head_size: Elements of a head.
         window: The sliding and the streaming window. By default 4096 on a GPU and 512 on a CPU.
-        n_sink_tokens: Sinks of streaming.
-        trained_length: The length that dual-chunk attention keeps distances within.
+        n_sink_tokens: How many first tokens streaming always sees.
+        trained_length: The trained length of dual-chunk attention, which no distance exceeds.
         s2_group_ratio: A group's share of the text in S2-Attn.
-        backend: The attention_backend of ours.
+        backend: The attention_backend of this project's methods: auto, sdpa, flex or flash.
         methods: Names of methods to measure; by default all that the device has. An unknown name lists them.
         backward: Measure the gradients too.
-        repeats: Timings of which the median is taken.
+        repeats: How often each is timed; the median counts.
         max_seconds: A method whose first call takes longer is not measured at greater lengths.
         output: Where the JSON goes; a picture goes next to it.
     """

@@ -26,21 +26,22 @@ def main(
 ) -> None:
     """Print tokens per second and memory of a training step: LoRA on q, k, v and o, batch 1, random weights.
 
-    peft is transformers + PEFT with gradient checkpointing. Of ours, all recomputes the activations of all layers, fast
-    recomputes only as many as the GPU's memory demands, same memory as many as keep it within peft's memory; s2 and
-    window are fast with S2-Attn and with a sliding window. The methods alternate, and the median of `repeats` counts.
+    The method peft is transformers + PEFT with gradient checkpointing. The others are this project, and differ in how
+    many layers compute their activations again: all of them (all), as few as the GPU's memory allows (fast), or as few
+    as peft's memory allows (same memory). s2 and window are fast with S2-Attn, and with a sliding window. The methods
+    alternate, and the median of `repeats` counts.
 
     Args:
         name: A named shape, such as Llama-2-7b.
         lengths: Tokens of a step. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
         methods: Which to measure, of peft, all, fast, same memory, s2, window. By default the first four, and from
             32768 tokens on all.
-        n_layer: Number of layers, if not the shape's.
+        n_layer: Number of layers. By default the shape's.
         r: LoRA's rank; alpha is twice that.
         window: Size of the sliding window in tokens.
         s2_group_ratio: Length of an S2-Attn group as a share of the text.
         device: auto, cpu or cuda.
-        dtype: Of the frozen weights: float32 or bfloat16. Trained weights are float32.
+        dtype: The dtype of the frozen weights, float32 or bfloat16. Trained weights are float32.
         repeats: How often each step is timed.
         transformers: Measure transformers + PEFT too.
         output: The JSON file to write.

@@ -23,24 +23,24 @@ def main(
     output: Path = Path("tutorials/results/benchmark_generate.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print tokens per second of prefill, and of decode at several positions, with those of transformers.
+    """Print tokens per second of prefill, and of decode at several positions, next to those of transformers.
 
     All read the same random tokens with the same weights and alternate, `repeats` times; medians are given.
 
     Args:
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
-        name: Instead of a checkpoint, a named shape with random weights, such as Mistral-7B-v0.1: speed does not depend
-            on the weights.
+        name: A named shape, such as Mistral-7B-v0.1, with random weights in place of a checkpoint: speed does not
+            depend on the weights.
         dtypes: float32, bfloat16, float16. By default float32 and bfloat16 on a CPU, bfloat16 on a GPU.
         device: auto, cpu or cuda.
         prompt_tokens: Tokens of the prefill that is timed.
         positions: Where decoding is timed. By default 256 and 4000.
         steps: How many one-token steps are timed together.
-        repeats: How many timings the median is taken of.
+        repeats: How often each is timed; the median counts.
         compile: Measure the compiled decode step too.
         transformers: Measure transformers too.
         output: Where the JSON goes.
-        model: Any field of the model's config, as --model.FIELD VALUE.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
     import torch
 

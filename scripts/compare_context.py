@@ -58,9 +58,9 @@ def main(
             longrope, which follow the length read so far). By default as many as fit the free memory.
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
-        seed: Seeds torch's random numbers, which only a model that was changed to use some would draw.
+        seed: Seeds torch's random numbers, for a model that you have changed to draw some.
         output: The JSON file for the results; the picture goes next to it, as .png.
-        model: Any field of the model's config, as --model.FIELD VALUE, for all methods.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), for all methods.
     """
     import torch
 

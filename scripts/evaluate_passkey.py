@@ -42,8 +42,8 @@ def main(
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         output: The JSON file for the results; the picture goes next to it, as .png.
-        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.block_size 16384 to read texts
-            longer than those of training.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as
+            --model.block_size 16384 to read texts longer than those of training.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.evaluate import Results, weights_identity

@@ -29,15 +29,18 @@ def main(
     """Print the perplexity of a text that is read in windows, overall and by position, and write it to a JSON file.
 
     The text is one stream of tokens. A window of seq_len tokens begins every `stride` tokens and is read as if nothing
-    came before it. Only full windows are read. The first token of a window is predicted from nothing and never counts.
+    came before it. It begins with what the tokenizer puts in front of a text, such as BOS; in a .bin file, it begins
+    with the file's own tokens. Only full windows are read. The first token of a window is predicted from nothing and
+    never counts.
     An interrupted run goes on where it stopped when it is started again with the same arguments.
 
     Args:
         data: A .txt file (UTF-8), a list or a directory of such files, or a .bin file of token ids: uint16 for a
             vocabulary of up to 65,536, else uint32.
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
-        seq_len: Tokens in a window.
-        stride: Tokens from the beginning of one window to that of the next. By default seq_len.
+        seq_len: Tokens in a window, BOS included.
+        stride: Tokens of the text from the beginning of one window to that of the next. By default, and at most, as
+            many as a window has.
         score: all counts every token of a window but its first, so windows that overlap count a token several times
             (LongLoRA's measure); last counts the last `stride` tokens of each window, which have a long context.
         max_tokens: Read only so many tokens of the stream.
@@ -51,10 +54,10 @@ def main(
         devices: Processes, each with a GPU of its own (or on the CPU) and a share of the windows. Needs lightning.
         num_nodes: Machines that take part, each with so many devices.
         quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes.
-        seed: Seeds torch's random numbers, which only a model that was changed to use some would draw.
+        seed: Seeds torch's random numbers, for a model that you have changed to draw some.
         output: The JSON file for the results.
-        model: Any field of the model's config, as --model.FIELD VALUE, such as --model.attention sliding
-            --model.sliding_window_size 1024.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as
+            --model.attention sliding --model.sliding_window_size 1024.
     """
     from dataclasses import asdict
 

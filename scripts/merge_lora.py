@@ -27,8 +27,9 @@ def main(
         dtype: float32, bfloat16 or float16; auto is that of the base's weights.
         quantize: Merge into the base's weights as this mode rounds them, with which QLoRA was trained, instead of the
             exact ones. The result is dense, and computes what the run validated.
-        model: Any field of the model's config, as --model.FIELD VALUE, for adapters that come without lit_config.json,
-            such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor": 8}'.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), for adapters that come
+            without lit_config.json, such as --model.block_size 32768 --model.rope_scaling '{"type": "linear", "factor":
+            8}'.
     """
     from lit_swa.adapter import is_llama_adapter
     from lit_swa.checkpoint import check_dtype, save_checkpoint
