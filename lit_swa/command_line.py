@@ -16,7 +16,8 @@ import yaml
 from jsonargparse import CLI, ArgumentError, ArgumentParser, Namespace
 
 FREE_TEXT = ("stop",)  # lists of any text, in which [INST] is a text
-LISTS = ({list[str]}, {list[Path]}, {list[Path], Path})
+TEXTS = ({str}, {Path})
+LISTS = ({list[str]}, {list[Path]}, {list[Path], Path}, {list[int]})
 LONGEST = 600  # characters of an error
 
 
@@ -63,31 +64,43 @@ def option_type(parser: ArgumentParser, option: str) -> set[Any]:
 
 
 def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """(the arguments as jsonargparse reads them, the values of the options that hold text or paths).
+    """(the arguments as jsonargparse reads them, the texts and paths among them by the name of their option).
 
-    jsonargparse reads a value as YAML, in which ### is a comment, null is nothing and "- x" is a list.
+    jsonargparse reads a value as YAML, in which ### is a comment, null is nothing and "- x" is a list. It is given them
+    all the same, since it checks what is required and prints the configuration.
     """
-    out, typed, lists, left = [], {}, {}, list(args)
+    out, typed, left = [], {}, list(args)
+    lists: dict[str, list[str]] = {}  # an option that takes several may come several times
     while left:
         option, equals, value = left.pop(0).partition("=")
         option = option.removesuffix("+") if option.startswith("--") else option
-        kind, given = option_type(parser, option), bool(equals) or bool(left) and not left[0].startswith("--")
+        kind = option_type(parser, option)
+        name, given = option.removeprefix("--"), bool(equals) or bool(left) and not left[0].startswith("--")
         if not given and is_switch(option, kind):
             out.append(f"{option}=true")
-        elif given and (kind in ({str}, {Path}, {list[int]}) or kind in LISTS):
-            value = value if equals else left.pop(0)
-            name = option.removeprefix("--")
-            if kind == {list[int]}:
-                value = value if value.lstrip().startswith("[") else f"[{value}]"
-            elif kind in LISTS:
-                lists.setdefault(name, []).extend(split_list(name, value))  # an option may come several times
-                typed[name], value = as_list(option, lists[name], kind), json.dumps(lists[name])
-            else:
-                typed[name] = as_text(option, value, kind)
-            out.append(f"{option}={value}")
-        else:
+            continue
+        if not given or kind not in TEXTS + LISTS:
             out.append(option + equals + value)
+            continue
+        value = value if equals else left.pop(0)
+        if kind in TEXTS:
+            typed[name] = as_text(option, value, kind)
+            value = str(typed[name])
+        elif kind == {list[int]}:
+            value = value if value.lstrip().startswith("[") else f"[{value}]"
+        else:
+            typed[name], value = take_list(option, value, kind, lists.setdefault(name, []))
+        out.append(f"{option}={value}")
     return out, typed
+
+
+def take_list(option: str, value: str, kind: set[Any], texts: list[str]) -> tuple[Any, str]:
+    """(all values of an option that takes several texts or paths, what jsonargparse is given). texts: those before."""
+    texts += split_list(option.removeprefix("--"), value)
+    values = [as_text(option, text, {str} if list[str] in kind else {Path}) for text in texts]
+    if Path in kind and len(values) == 1:  # one path alone is welcome too
+        return values[0], texts[0]
+    return values, json.dumps([str(value) for value in values])
 
 
 def is_switch(option: str, kind: set[Any]) -> bool:
@@ -111,13 +124,6 @@ def as_text(option: str, value: str, kind: set[Any]) -> str | Path:
         raise ValueError(f"{option} is no UTF-8 text (byte {e.start}): set the terminal to UTF-8.") from None
     except UnicodeEncodeError:  # of a file system in another encoding, where nothing was lost
         return value
-
-
-def as_list(option: str, texts: list[str], kind: set[Any]) -> list[str] | list[Path] | Path:
-    """The value of an option that takes several texts or paths; one path where one alone is welcome."""
-    paths = not kind & {list[str]}
-    values = [as_text(option, text, {Path} if paths else {str}) for text in texts]
-    return values[0] if Path in kind and len(values) == 1 else values
 
 
 def split_list(name: str, text: str) -> list[str]:

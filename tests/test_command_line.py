@@ -86,6 +86,13 @@ def test_text_is_taken_as_it_is_typed(parse, typed):
     assert (got["prompt"], got["system"], got["output"], got["data"]) == (typed, typed, Path(typed), Path(typed))
 
 
+def test_arguments_that_python_read_as_ascii_are_text(parse):
+    """Catches: a C locale, in which the bytes of a letter become surrogates that no tokenizer takes."""
+    hidden = "caf\u00e9 \u4f60".encode().decode("ascii", "surrogateescape")
+    got = parse("--prompt", hidden, "--system", hidden, "--stop", hidden)
+    assert got["prompt"] == got["system"] == "caf\u00e9 \u4f60" and got["stop"] == ["caf\u00e9 \u4f60"]
+
+
 @pytest.mark.parametrize(
     "arguments, stops",
     [
@@ -134,7 +141,7 @@ def test_lists_and_switches_need_no_json(parse):
         (["--model.dtype", "x"], "dtype is no field of the config but an argument of its own: give --dtype"),
         (["--model.atention", "x"], "did you mean attention"),
         (["--output", ""], "--output is empty: give a path."),
-        (["--system", "\udcff"], "--system is no UTF-8 text"),
+        (["--system", "\udcff"], "--system is no UTF-8 text (byte 0)"),
     ],
 )
 def test_errors_are_in_the_words_of_the_command_line(monkeypatch, arguments, message, capsys):

@@ -157,6 +157,46 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(
     assert len(printed.err.strip().splitlines()) == 1 and printed.out == ""
 
 
+@pytest.fixture(scope="module")
+def overflowing(tiny_checkpoint, tmp_path_factory) -> Path:
+    """A checkpoint whose activations are too large for float16, as Gemma's are."""
+    from lit_swa.checkpoint import load_model, save_checkpoint
+
+    model, directory = load_model(tiny_checkpoint), tmp_path_factory.mktemp("large") / "model"
+    model.transformer.h[0].norm_2.weight.data.fill_(60000.0)
+    save_checkpoint(model, model.config, directory, source_dir=tiny_checkpoint)
+    (directory / "text.txt").write_text("the quick brown fox " * 60)
+    (directory / "chat.jsonl").write_text('"hello"')
+    return directory
+
+
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        ("generate/base.py", ["--temperature", "0"]),
+        ("generate/base.py", ["--temperature", "1"]),
+        ("generate/chat.py", []),
+        ("scripts/evaluate_passkey.py", ["--lengths", "[450]", "--trials", "1"]),
+        ("scripts/evaluate_streaming.py", ["--chat", "{}/chat.jsonl"]),
+        ("scripts/evaluate_streaming.py", ["--data", "{}/text.txt", "--sinks", "[0]", "--own_attention", "false"]),
+        ("scripts/evaluate_ppl.py", ["--data", "{}/text.txt", "--seq_len", "32"]),
+        ("scripts/compare_context.py", ["--data", "{}/text.txt", "--lengths", "[32]", "--methods", "[rope, ntk]"]),
+    ],
+)
+def test_logits_beyond_the_dtype_are_said(script, arguments, overflowing, monkeypatch, capsys, tmp_path):
+    """Catches: an empty answer and exit code 0, a chat that says the same at every turn, results of nothing."""
+    arguments = [a.replace("{}", str(overflowing)) for a in arguments]
+    if script.startswith("scripts/"):
+        arguments += ["--output", str(tmp_path / "o.json")]
+    fixed = ["--checkpoint_dir", str(overflowing), "--dtype", "float16"]
+    assert run(script, fixed + arguments, monkeypatch, stdin="hello\nagain\n") == 2
+    error = capsys.readouterr().err
+    assert "--dtype float32 or bfloat16" in error.splitlines()[-1] and error.count("float16") == 1 + error.count(
+        "bfloat16"
+    )
+    assert not (tmp_path / "o.json").exists()
+
+
 def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, monkeypatch, capsys):
     """Catches: a fall-back to the CPU that nobody asked for."""
     import torch
