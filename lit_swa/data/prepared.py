@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from lit_swa.config import IGNORED
 from lit_swa.data.dataset import Dataset, count_trained
-from lit_swa.data.token_files import INFO_KEYS, id_dtype, tokenizer_hash
+from lit_swa.data.token_files import INFO_KEYS, check_tokens, id_dtype, tokenizer_hash
 from lit_swa.formats.files import (
     atomic_file,
     directory_lock,
@@ -55,10 +56,7 @@ def load_prepared(
     wanted: prompt_style, preset and mask_prompt, each None where any will do. Raises ValueError when the directory was
     prepared in another way or for another tokenizer, or is damaged.
     """
-    content = read_json(find_inside(directory, INFO_NAME))
-    missing = {"format", "report", "fingerprint", *INFO_KEYS} - set(content)
-    if missing or content["format"] != FORMAT:
-        raise ValueError(f"{directory / INFO_NAME} is damaged or of another version: prepare the dataset again.")
+    content = read_info(directory)
     for key, value in wanted.items():
         if value is not None and value != content[key]:
             raise ValueError(
@@ -79,24 +77,64 @@ def load_prepared(
     return shorten_examples(dataset, directory, max_seq_length, limit)
 
 
+def read_info(directory: Path) -> dict[str, Any]:
+    """dataset.json. Raises ValueError unless every key is there and holds what it should."""
+    path = find_inside(directory, INFO_NAME)
+    content = read_json(path)
+    for key, fits in INFO_CHECKS.items():
+        if key not in content or not fits(content[key]):
+            raise ValueError(f"{path} is damaged or of another version ({key}): prepare the dataset again.")
+    return content
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) < 10_000
+
+
+def is_name(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and len(value) < 100)
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+INFO_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "format": lambda value: is_count(value) and value == FORMAT,
+    "report": is_text,
+    "fingerprint": is_text,
+    "kind": lambda value: value in ("instruction", "text"),
+    "prompt_style": is_name,
+    "preset": is_name,
+    "mask_prompt": lambda value: isinstance(value, bool),
+    "max_seq_length": lambda value: is_count(value, 2),
+    "truncated": is_count,
+    "end_ids": lambda value: isinstance(value, list) and all(map(is_count, value)),
+    "vocab_size": lambda value: is_count(value, 1),
+    "tokenizer": is_text,
+}
+
+
 def open_prepared(directory: Path, content: dict[str, Any]) -> Dataset:
-    """Map the files. Raises ValueError when they do not fit each other or the fingerprint."""
+    """Map the files. Raises ValueError when they do not fit each other, the fingerprint or the vocabulary."""
     kind = id_dtype(content["vocab_size"])
     damaged = ValueError(f"{directory} is damaged: its files do not fit each other; prepare the dataset again.")
-    try:
-        lengths = np.load(find_inside(directory, LENGTHS_NAME), allow_pickle=False)
-    except (ValueError, EOFError):
-        raise damaged from None
+    try:  # mapped, since its header may name any length
+        lengths = np.array(np.load(find_inside(directory, LENGTHS_NAME), mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # a wrong header is read as Python, and raises what Python's parser does
+        raise (error if isinstance(error, OSError) else damaged) from None
     if lengths.dtype != np.dtype("<i8") or lengths.ndim != 1 or len(lengths) < 1 or lengths.min() < 2:
         raise damaged
+    n_tokens = sum(lengths.tolist())  # in Python's ints, which do not overflow
     paths = [(find_inside(directory, TOKENS_NAME), kind), (find_inside(directory, MASK_NAME), np.dtype("u1"))]
-    if any(path.stat().st_size != int(lengths.sum()) * dtype.itemsize for path, dtype in paths):
+    if any(path.stat().st_size != n_tokens * dtype.itemsize for path, dtype in paths):
         raise damaged
     tokens, mask = (np.memmap(path, dtype=dtype, mode="r") for path, dtype in paths)
     info = {key: content[key] for key in INFO_KEYS}
     dataset = Dataset(tokens, mask, np.cumsum(lengths) - lengths, lengths, content["report"], info)
     if dataset.fingerprint != content["fingerprint"] or dataset.trained.min() < 1:
         raise damaged
+    check_tokens(tokens, content["vocab_size"], directory)
     return dataset
 
 
