@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import io
 import json
+import os
 import random
 import sys
 import types
@@ -27,6 +29,7 @@ from lit_swa.data import (
     write_token_file,
 )
 from lit_swa.evaluate import read_tokens
+from lit_swa.formats.files import atomic_file
 from lit_swa.tokenizer import Tokenizer
 
 ROWS = [
@@ -743,6 +746,24 @@ def test_token_files_are_written_whole_and_from_records_too(tokenizer, tmp_path,
     assert np.fromfile(output, "<u2").tolist() == wanted and [p.name for p in output.parent.iterdir()] == ["a.bin"]
 
 
+def test_what_a_killed_preparation_left_goes_with_the_next_start(tokenizer, tmp_path, run_script):
+    """Catches: temporary files that pile up, and one that is taken from a process that still writes it."""
+    output, text = tmp_path / "out/a.bin", write(tmp_path / "a.txt", "the fox")
+    output.parent.mkdir()
+    process = os.fork()
+    if process == 0:  # what it wrote stays under its temporary name, as after kill -9
+        with atomic_file(output) as stream:
+            stream.write(b"half")
+            os._exit(9)
+    os.waitpid(process, 0)
+    running = output.with_name(f".a.bin.{os.getppid()}.lit_swa.tmp")
+    running.touch()
+    assert len(list(output.parent.iterdir())) == 2
+    arguments = ["--data", text, "--output", output, "--checkpoint_dir", tokenizer.checkpoint_dir]
+    assert run_script("scripts/prepare_text.py", *arguments)[0] == 0
+    assert {p.name for p in output.parent.iterdir()} == {"a.bin", running.name}
+
+
 # ---------------------------------------------------------------------------------------------- prepared directories
 
 
@@ -786,6 +807,36 @@ def test_a_prepared_directory_that_does_not_fit_is_refused(tokenizer, tiny_check
     (tmp_path / "p/dataset.json").unlink()
     with pytest.raises(ValueError, match="is incomplete"):
         load(tmp_path / "p", tokenizer)
+
+
+def test_a_mutated_prepared_directory_is_refused_in_a_sentence(tokenizer, tmp_path):
+    """Catches: a TypeError, an overflow, a length that is believed and allocated, a message of a megabyte."""
+    save_dataset(load(write(tmp_path / "a.json", ROWS), tokenizer), tmp_path / "p")
+    path, description = tmp_path / "p/lengths.npy", tmp_path / "p/dataset.json"
+    whole, info, mutated = path.read_bytes(), json.loads(description.read_text()), []
+    for shape in ((-1,), (2**40,), (1, 3), ()):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
+        mutated += [header.getvalue() + whole[128:], header.getvalue()[:-9] + b"((((((((\n"]
+    for lengths in (np.full(4, 2**62), np.array([2**63 - 1, 3]), np.array([5, -2, 40]), np.array(["a"])):
+        np.save(buffer := io.BytesIO(), lengths)
+        mutated.append(buffer.getvalue())
+    for content in (*mutated, b"", whole[:40]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="p is damaged: its files do not fit each other"):
+            load(tmp_path / "p", tokenizer)
+    path.write_bytes(whole)
+    for key in info:
+        for value in (None, True, -1, 1.5, 2**31, 1e308, "", "x" * 10**5, [], {}, [None], [-1], [2**40], {"a": 1}):
+            write(description, {**info, key: value})
+            try:
+                data = load(tmp_path / "p", tokenizer)
+                check_dataset(data, tokenizer)
+                assert len(data) == 3 and key in ("report", "prompt_style", "preset", "end_ids", "mask_prompt")
+            except ValueError as error:
+                assert len(str(error)) < 600
+    write(description, info)
+    assert len(load(tmp_path / "p", tokenizer)) == 3
 
 
 def test_an_interrupted_preparation_is_never_taken_for_a_finished_one(tokenizer, tmp_path, monkeypatch):

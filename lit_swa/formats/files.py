@@ -6,6 +6,7 @@ shape and offset is compared with the file itself, in Python ints, which do not 
 
 import ctypes
 import errno
+import glob
 import json
 import math
 import mmap
@@ -40,6 +41,7 @@ def atomic_file(path: Path, n_bytes: int | None = None) -> Iterator[BinaryIO]:
     n_bytes: how long it is going to be, for the message of a disk that is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    remove_leftovers_of(path)
     with named_when_full(path, n_bytes):
         try:
             with open(temporary, "wb") as stream:
@@ -72,6 +74,26 @@ def named_when_full(path: Path, n_bytes: int | None = None) -> Iterator[None]:
             f"{error.strerror} for {path}: {needs}free some space, or choose another directory, and start again "
             "(a training run goes on with --resume auto)."
         ) from None
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Delete what killed processes left of this file; one that still runs goes on writing it."""
+    if os.name != "posix":  # elsewhere a process cannot be asked whether it runs
+        return
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        process = temporary.name.removesuffix(TEMPORARY).rpartition(".")[2]
+        if process.isdecimal() and not is_running(int(process)):
+            temporary.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def sync_directory(directory: Path) -> None:
