@@ -59,6 +59,7 @@ def main(
     from lit_swa.generate import Sampling, Session
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
+    from lit_swa.training.resuming import trained_prompt_style
     from lit_swa.utils import pick_device, pick_dtype
 
     device = pick_device(device)
@@ -71,6 +72,11 @@ def main(
     if not tokenizer.has_chat_template:
         raise ValueError(
             f"The tokenizer of {checkpoint_dir} has no chat template: use generate/base.py to complete text."
+        )
+    if (style := trained_prompt_style(checkpoint_dir) or "chat") != "chat":
+        print(
+            f"note: {checkpoint_dir} was trained on the prompt style {style}, and a chat has the chat template's.",
+            file=sys.stderr,
         )
     gpt = load_model(checkpoint_dir, dtype=dtype, device=device, base_dir=base_checkpoint_dir, **(model or {}))
     session = Session(gpt, lookahead=LOOKAHEAD, decode=compile_decode(gpt) if compile else None)

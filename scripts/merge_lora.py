@@ -34,7 +34,9 @@ def main(
     from lit_swa.adapter import is_llama_adapter
     from lit_swa.checkpoint import check_dtype, save_checkpoint
     from lit_swa.formats.checkpoint import base_of, load_adapted, tokenizer_dir
+    from lit_swa.formats.files import copy_file, find_inside
     from lit_swa.formats.places import locate
+    from lit_swa.training.resuming import RUN_FILE
 
     checkpoint_dir = locate(checkpoint_dir)
     base_checkpoint_dir = base_checkpoint_dir and locate(base_checkpoint_dir)
@@ -53,6 +55,8 @@ def main(
         **(model or {})
     )  # fmt: skip
     save_checkpoint(gpt, gpt.config, output_dir, source_dir=tokenizer_dir(checkpoint_dir, base))
+    if (checkpoint_dir / RUN_FILE).exists():  # how the weights were trained, such as the prompt style
+        copy_file(find_inside(checkpoint_dir, RUN_FILE), output_dir / RUN_FILE)
     print(output_dir)
 
 

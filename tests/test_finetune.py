@@ -230,6 +230,7 @@ def test_the_step_equals_one_written_out(train, tiny_checkpoint, tmp_path):
     args = Training(data="x", batch_size=6)
     run = json.loads((directory / "final" / "run.json").read_text())
     data = load_dataset(run["arguments"]["data"], Tokenizer(tiny_checkpoint), max_seq_length=512)
+    assert run["prompt_style"] == data.info["prompt_style"] == "chat"
     feed = ExampleFeed(data, args, run["identity"]["order"][3])
     torch.manual_seed(args.seed)
     model = load_model(tiny_checkpoint).train()

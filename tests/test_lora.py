@@ -465,7 +465,9 @@ def test_generate_takes_the_trained_directory(tiny_checkpoint, tmp_path, run_scr
     arguments = ("--prompt", "the quick brown", "--max_new_tokens", 12, "--temperature", 0, "--device", "cpu")
     code, adapted, message = run_script("generate/base.py", "--checkpoint_dir", tmp_path / "trained", *arguments)
     assert code == 0, message
+    (tmp_path / "trained/run.json").write_text('{"prompt_style": "alpaca"}')
     assert run_script("scripts/merge_lora.py", "--checkpoint_dir", tmp_path / "trained")[0] == 0
+    assert (tmp_path / "trained/merged/run.json").read_text() == '{"prompt_style": "alpaca"}'
     outputs = [
         run_script("generate/base.py", "--checkpoint_dir", directory, *arguments)[1]
         for directory in (tmp_path / "trained" / "merged", tiny_checkpoint)

@@ -209,6 +209,17 @@ def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, monkeypatch, cap
 GREEDY = ["--temperature", "0", "--repetition_penalty", "1"]
 
 
+def test_a_chat_says_that_training_saw_other_prompts(tiny_checkpoint, monkeypatch, capsys, tmp_path):
+    """Catches: a model that was trained on Alpaca's prompts and chatted with in the template's, without a word."""
+    for path in tiny_checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    arguments = ["--checkpoint_dir", str(tmp_path), "--max_new_tokens", "1", *GREEDY]
+    for record, said in (({"prompt_style": "alpaca"}, True), ({"prompt_style": "chat"}, False), ({"step": 1}, False)):
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        assert run("generate/chat.py", arguments, monkeypatch, stdin="hello\n") == 0
+        assert ("was trained on the prompt style alpaca" in capsys.readouterr().err) == said
+
+
 def test_a_chat_keeps_its_cache_resets_and_saves(tiny_checkpoint, monkeypatch, capsys, tmp_path):
     """Catches: a turn that is fed again, a reset that forgets nothing, a file overwritten."""
     target = tmp_path / "talk.json"

@@ -55,6 +55,10 @@ class Finetuning(Run):
     valid: ExampleValidation | None
     shown: str = field(init=False, default="")  # the sample answer that was shown last
 
+    @property
+    def prompt_style(self) -> str | None:
+        return self.data.info["prompt_style"] if self.data.info["kind"] == "instruction" else None
+
     def identity(self) -> dict[str, Any]:
         """What was read, on which base, and the fields of its config that decide what a weight means."""
         free = ("name", "attention_backend", "rolling_kv_cache")

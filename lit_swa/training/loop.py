@@ -102,6 +102,11 @@ class Run:
             )
         self.log = Log(self.out_dir, args, self.steps, active=self.fabric.is_global_zero)
 
+    @property
+    def prompt_style(self) -> str | None:
+        """How the prompts that are trained on are written; None where there are none."""
+        return None
+
     def validates_after(self, step: int) -> bool:
         """True if the run validates after so many steps."""
         return self.valid is not None and (step % self.eval_interval == 0 or step == self.steps)

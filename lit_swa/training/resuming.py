@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from lit_swa.formats.files import LazyTensor, find_inside, open_safetensors
+from lit_swa.formats.files import LazyTensor, find_inside, open_safetensors, read_json
 from lit_swa.training.distribution import copy_into, trained_parameters
 from lit_swa.training.loop import Progress
 
@@ -45,6 +45,14 @@ def all_steps(out_dir: Path) -> list[Path]:
 def half_deleted_steps(out_dir: Path) -> list[Path]:
     """What is left of steps that were being deleted when their run was killed."""
     return [p for p in all_steps(out_dir) if not (p / RUN_FILE).is_file() or not any(p.glob("*.safetensors"))]
+
+
+def trained_prompt_style(directory: Path) -> str | None:
+    """The prompt style that the model or adapter in a directory was trained on, where its run.json says so."""
+    if not (directory / RUN_FILE).exists():
+        return None
+    style = read_json(find_inside(directory, RUN_FILE)).get("prompt_style")
+    return style if isinstance(style, str) and len(style) < 100 else None
 
 
 def find_run(resume: str, out_dir: Path) -> Path | None:

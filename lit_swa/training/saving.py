@@ -155,6 +155,7 @@ class Saver:
             "identity": self.identity,
             "progress": asdict(progress),
             "weights_of_step": step,
+            "prompt_style": self.run.prompt_style,
         }
 
     def resume(self) -> Progress:
