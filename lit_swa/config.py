@@ -261,9 +261,15 @@ def reject_unknown_fields(values: dict[str, Any]) -> None:
     known = [f.name for f in fields(Config)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(str(name)[:80], known, n=3, cutoff=0.4)
             remedy = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}."
-            raise ValueError(f"The config has no field {str(name)!r}: {remedy}")
+            raise ValueError(f"The config has no field {short(str(name))}: {remedy}")
+
+
+def short(value: Any, most: int = 80) -> str:
+    """A stranger's value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def check_types(config: Config) -> None:
@@ -276,7 +282,7 @@ def check_types(config: Config) -> None:
             setattr(config, f.name, value)
         if type(value) not in allowed:
             names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-            raise ValueError(f"{f.name}={value!r} does not fit: it must be of type {names}.")
+            raise ValueError(f"{f.name}={short(value)} does not fit: it must be of type {names}.")
 
 
 def check_values(config: Config) -> None:
@@ -287,7 +293,7 @@ def check_values(config: Config) -> None:
             raise ValueError(f"{name}={value} does not fit: it must lie between {least} and {most}.")
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
-            raise ValueError(f"{name}={getattr(config, name)!r} does not fit: choose from {', '.join(choices)}.")
+            raise ValueError(f"{name}={short(getattr(config, name))} does not fit: choose from {', '.join(choices)}.")
     if config.n_head % config.n_query_groups:
         raise ValueError(
             f"n_query_groups={config.n_query_groups} does not divide n_head={config.n_head}: "
@@ -309,7 +315,7 @@ def check_attention(config: Config) -> None:
     for variant in (v.strip() for v in config.attention.split(",")):
         if variant not in VARIANTS:
             raise ValueError(
-                f"attention={config.attention!r} does not fit: {variant!r} is none of {', '.join(VARIANTS)}."
+                f"attention={short(config.attention)} does not fit: {short(variant)} is none of {', '.join(VARIANTS)}."
             )
     rows = [VARIANTS[name] for name in dict.fromkeys(config.layer_variants)]
     for row in rows:
@@ -354,14 +360,14 @@ def check_rope_scaling(config: Config) -> None:
     if scaling is None:
         return
     if not isinstance(scaling.get("type"), str) or scaling["type"] not in ROPE_SCALING_KEYS:
-        given = f"type {scaling['type']!r} is none of" if "type" in scaling else "needs a type, one of"
+        given = f"type {short(scaling['type'])} is none of" if "type" in scaling else "needs a type, one of"
         raise ValueError(f"rope_scaling {given} {', '.join(ROPE_SCALING_KEYS)}.")
     kind, given = scaling["type"], set(scaling) - {"type"}
     needed, welcome = ROPE_SCALING_KEYS[kind]
     if needed - given:
         raise ValueError(f"rope_scaling of type {kind!r} needs {', '.join(sorted(needed - given))}.")
     if given - needed - welcome:
-        unknown, known = ", ".join(sorted(given - needed - welcome)), ", ".join(sorted(needed | welcome))
+        unknown, known = ", ".join(sorted(given - needed - welcome))[:80], ", ".join(sorted(needed | welcome))
         raise ValueError(f"rope_scaling of type {kind!r} has no {unknown}: it takes {known}.")
     for key in given - {"truncate"}:
         check_scaling_value(key, scaling[key], config)
@@ -388,9 +394,9 @@ def check_scaling_value(key: str, value: Any, config: Config) -> None:
     """A positive number; for the lists of LongRoPE, one for each frequency."""
     is_list = key in LONGROPE_LISTS
     if is_list and not isinstance(value, list):
-        raise ValueError(f"rope_scaling {key}={value!r} does not fit: it must be a list of numbers.")
+        raise ValueError(f"rope_scaling {key}={short(value)} does not fit: it must be a list of numbers.")
     if any(type(v) not in (int, float) or not 0 < v < 1e9 for v in (value if is_list else [value])):
-        raise ValueError(f"rope_scaling {key}={value!r} does not fit: it must be a positive number.")
+        raise ValueError(f"rope_scaling {key}={short(value)} does not fit: it must be a positive number.")
     if is_list and len(value) != config.rope_n_elem // 2:
         raise ValueError(
             f"rope_scaling {key} has {len(value)} numbers and RoPE {config.rope_n_elem // 2} frequencies: "

@@ -258,6 +258,68 @@ def test_thousands_of_mutated_files(kind: str) -> None:
     assert_robust(result, 2000)
 
 
+# ----------------------------------------------------------------------------------------------- values of other types
+
+JSON_VALUES = (None, True, -1, "a\nb" * 5000, [], {"a": {}})
+
+
+def make_adapters(directory: Path) -> None:
+    """A DoRA and a LLaMA-Adapter v2 on the tiny Llama of make_checkpoint."""
+    from lit_swa import adapter, lora
+    from lit_swa.checkpoint import load_model
+    from lit_swa.formats import peft
+
+    make_checkpoint(directory)
+    model, config = load_model(directory / "lit"), lora.LoRAConfig(r=2, dora=True)
+    lora.add_lora(model, config)
+    peft.save_adapter(model, directory / "lora", directory / "lit", config)
+    model, prompts = load_model(directory / "lit"), adapter.AdapterConfig(start_layer=0, prompt_length=2)
+    adapter.add_adapter(model, prompts)
+    adapter.save_adapter(model, directory / "prompts", prompts, directory / "lit")
+
+
+def keys_of(tree: object, above: tuple = ()) -> list[tuple]:
+    """The way to every value of a JSON tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [way for key, value in items for way in [(*above, key), *keys_of(value, (*above, key))]]
+
+
+def test_a_value_of_another_type_is_one_sentence_or_loads(tmp_path: Path) -> None:
+    """Would catch a stranger's list that is looked up in a table, and a value that is believed."""
+    from lit_swa.checkpoint import check_checkpoint_dir, load_model
+
+    make_adapters(tmp_path)
+    files = {"lora": ("lit_adapter.json", "adapter_config.json"), "prompts": ("lit_adapter.json",)}
+    for directory, name in [(tmp_path / place, name) for place, names in files.items() for name in names]:
+        text = (directory / name).read_text()
+        for n, way in enumerate(keys_of(json.loads(text))):
+            for value in JSON_VALUES[n % 3 :: 3] if len(way) > 1 else JSON_VALUES:
+                tree = node = json.loads(text)
+                for key in way[:-1]:
+                    node = node[key]
+                node[way[-1]] = value
+                (directory / name).write_text(json.dumps(tree))
+                try:
+                    check_checkpoint_dir(directory, tokenizer=False)
+                    load_model(directory)
+                except (ValueError, OSError) as error:
+                    assert "\n" not in str(error) and 0 < len(str(error)) < 700, (name, way, value)
+        (directory / name).write_text(text)
+        load_model(directory)
+
+
+@pytest.mark.parametrize("value", [[], {}, "x" * 10**6, None, ["linear"]])
+def test_a_config_from_anywhere_ends_in_a_short_sentence(value: object) -> None:
+    """Would catch a type that is looked up in a table, also on the command line, and a message of a megabyte."""
+    from lit_swa import Config
+
+    for fields in ({"rope_scaling": {"type": value}}, {"rope_scaling": {"type": "linear", "factor": value}},
+                   {"attention": value}, {"activation": value}, {"n_layer": value}):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            Config.from_name("pythia-14m", **fields)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
 # -------------------------------------------------------------------------------------------------------- crafted files
 
 

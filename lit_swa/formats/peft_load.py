@@ -181,7 +181,7 @@ def check_peft_dir(directory: Path) -> None:
 def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError when the config asks for anything but LoRA as it is computed here."""
     if (kind := str(peft.get("peft_type"))[:40]) != "LORA":
-        raise ValueError(f"{path} describes an adapter of type {kind}: only LORA is supported.")
+        raise ValueError(f"{path} describes an adapter of type {kind!r}: only LORA is supported.")
     if peft.get("bias", "none") != "none":
         raise ValueError(f"{path} has bias={str(peft['bias'])[:40]!r}: only 'none' is supported.")
     if peft.get("fan_in_fan_out"):
