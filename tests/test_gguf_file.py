@@ -154,6 +154,25 @@ def test_gemma_config_follows_the_file(tmp_path: Path) -> None:
     assert config.norm_unit_offset and config.norm_qk and config.scale_embeddings and config.tie_embeddings
 
 
+@pytest.mark.parametrize(
+    ("architecture", "keys", "windowed"),
+    [
+        ("gemma2", {}, [True, False]),
+        ("gemma2", {"attention.sliding_window_pattern": 1}, [False, False]),
+        ("gemma3", {}, [True, True]),
+        ("gemma3", {"attention.sliding_window_pattern": [False, True]}, [False, True]),
+        ("gemma3", {"attention.sliding_window": 0}, [False, False]),
+    ],
+)
+def test_gemmas_windows_follow_the_file(architecture: str, keys: dict, windowed: list, tmp_path: Path) -> None:
+    """Would catch a window in a layer that attends in full, for Gemma's usual pattern counts whatever the file says."""
+    write_tiny_gguf(tmp_path / "tiny.gguf", architecture, "gemma")
+    file = gguf.read_gguf(tmp_path / "tiny.gguf")
+    file.metadata |= {f"{architecture}.{key}": value for key, value in keys.items()}
+    kinds = gguf.hf_config(file)["layer_types"]
+    assert [kind == "sliding_attention" for kind in kinds] == windowed
+
+
 def rope_type(name: str) -> object:
     import gguf
 

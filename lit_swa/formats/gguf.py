@@ -284,7 +284,7 @@ READ_KEYS = frozenset(
     "rope.scaling.original_context_length".split()
 )
 ALSO_READ = {
-    "gemma2": frozenset(("attn_logit_softcapping", "final_logit_softcapping")),
+    "gemma2": frozenset(("attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping")),
     "gemma3": frozenset(("rope.freq_base_swa", "attention.sliding_window_pattern", "final_logit_softcapping")),
 }
 OTHER_KEYS = ("logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping")
@@ -474,26 +474,32 @@ def _gemma_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     # llama.cpp knows the two 27B models by their depth: their scores are divided by sqrt(n_embd / n_head) instead.
     largest = {"gemma2": 46, "gemma3": 62}[arch] == n_layer
     scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    window, pattern, score_cap, logit_cap = {"gemma2": (4096, 2, 50.0, 30.0), "gemma3": (0, 6, 0.0, 0.0)}[arch]
     fields = {
         "query_pre_attn_scalar": scalar,
-        "sliding_window": file.get(f"{arch}.attention.sliding_window", int, {"gemma2": 4096, "gemma3": 0}[arch])
-        or None,
+        "sliding_window": file.get(f"{arch}.attention.sliding_window", int, window) or None,
+        "attn_logit_softcapping": file.get(f"{arch}.attn_logit_softcapping", float, score_cap) or None,
+        "final_logit_softcapping": file.get(f"{arch}.final_logit_softcapping", float, logit_cap) or None,
     }
-    if arch == "gemma2":
-        fields["attn_logit_softcapping"] = file.get(f"{arch}.attn_logit_softcapping", float, 50.0)
-        fields["final_logit_softcapping"] = file.get(f"{arch}.final_logit_softcapping", float, 30.0)
-        pattern = 2
-    else:
+    if arch == "gemma3":
         fields["rope_local_base_freq"] = file.get(f"{arch}.rope.freq_base_swa", float, 10000.0)
-        fields["attn_logit_softcapping"] = None
-        fields["final_logit_softcapping"] = file.get(f"{arch}.final_logit_softcapping", float, 0.0) or None
-        pattern = max(1, file.get(f"{arch}.attention.sliding_window_pattern", int, 6))
     # n_layer is not checked yet: no list of that length before it is
     if n_layer <= len(file.tensors):
-        full = [fields["sliding_window"] is None or (i + 1) % pattern == 0 for i in range(n_layer)]
-        kinds = ["full_attention" if is_full else "sliding_attention" for is_full in full]
-        fields["layer_types"] = kinds
+        windowed = [fields["sliding_window"] is not None and w for w in _windowed_layers(file, n_layer, pattern)]
+        fields["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windowed]
     return fields
+
+
+def _windowed_layers(file: GGUFFile, n_layer: int, pattern: int) -> list[bool]:
+    """Which layers have the window: all but every pattern-th, or as a list in the file says for each."""
+    key = f"{file.architecture}.attention.sliding_window_pattern"
+    if isinstance(file.metadata.get(key), list):
+        windowed = file.get(key, list)
+        if len(windowed) < n_layer:
+            raise ValueError(f"{file.path} is damaged: {key} has {len(windowed)} entries for {n_layer} layers.")
+        return [bool(w) for w in windowed[:n_layer]]
+    pattern = file.get(key, int, pattern)
+    return [pattern < 1 or (i + 1) % pattern != 0 for i in range(n_layer)]
 
 
 def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
