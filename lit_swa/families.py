@@ -195,7 +195,7 @@ ATTENTION_KEY = re.compile(
     r"scale_(emb|depth)|(^|_)mup|mlp_bias|experts|quantization_config|bidirectional|causal|position_embedding_type"
 )
 NO_EFFECT = re.compile(  # on the logits, or none without a key that is read or refused
-    r"dropout|pdrop|_?attn_implementation|flash_att|flash_attn|memory_efficient|sdpa|output_attentions|attention_backend|"
+    r"dropout|pdrop|att(ention|n)_implementation|flash_att|flash_attn|memory_efficient|sdpa|output_attentions|attention_backend|"
     r"softmax_in_fp32|initializer|num_experts_per_tok|_fused|fused_|ffn_dim_multiplier|^use_sliding_window$|^max_window_layers$"
 )
 NEUTRAL = {"is_causal": True, "partial_rotary_factor": 1, "rotary_pct": 1, "rotary_emb_base": 10000}
@@ -208,7 +208,7 @@ def refuse_unread(hf: dict[str, Any], reads: set[str], architecture: str) -> Non
         read = key in reads | ALWAYS_READ or not ATTENTION_KEY.search(key) or NO_EFFECT.search(key)
         if not read and not is_neutral(key, value):
             raise ValueError(
-                f"The Hugging Face config of a {architecture} has {key[:60]}={str(value)[:60]}, which is not computed "
+                f"The Hugging Face config of a {architecture} has {key[:60]}={repr(value)[:60]}, which is not computed "
                 "here: choose another checkpoint, or take the key out to convert the model without it."
             )
 
@@ -303,7 +303,7 @@ def refuse_unread_rope(rope: dict[str, Any], reads: set[str]) -> None:
         if key not in known and value is not None and value is not False:
             kind = str(rope.get("rope_type", rope.get("type", "default")))[:40]
             raise ValueError(
-                f"RoPE has {key[:60]}={str(value)[:60]}, which its type {kind!r} does not read: give it the type that "
+                f"RoPE has {key[:60]}={repr(value)[:60]}, which its type {kind!r} does not read: give it the type that "
                 "is meant, or take the key out."
             )
 
@@ -468,7 +468,8 @@ def defaults(vocab_size: int, context: int, *shape: int | None, **others: Any) -
 QWEN_KEYS = {"sliding_window", "use_sliding_window", "max_window_layers", "dual_chunk_attention_config"}
 QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 GEMMA_KEYS = {
-    "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention_bias",
+    "sliding_window", "sliding_window_size", "attn_logit_softcapping", "final_logit_softcapping",
+    "query_pre_attn_scalar", "attention_bias",
 }  # fmt: skip
 GEMMA2_DEFAULTS = defaults(
     256000, 8192, 26, 2304, 8, 4, 9216, head_dim=256, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,

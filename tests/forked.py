@@ -16,7 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "lightning.fabric", "jsonargparse", "lit_swa.train", "lit_swa.lora"])
 
 
-def start_script(script: str, *arguments: object, log: Path, **environment: str):
+def start_script(script: str | Path, *arguments: object, log: Path, **environment: str):
     """`python script arguments`, its output in the file `log`: a multiprocessing process, in a group of its own.
 
     The scripts that it starts are forked too.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import start_script
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from torch import nn
@@ -717,11 +718,12 @@ load_model(Path(sys.argv[1], "hf"))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_save_leaves_the_old_the_new_or_an_incomplete_checkpoint(tmp_path: Path) -> None:
     """Would catch new weights under an old config, mixed shards, leftovers that stay, two writers in one file."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    (tmp_path / "killed.py").write_text(KILLED_AT_EVERY_STEP)
+    process = start_script(tmp_path / "killed.py", tmp_path, log=tmp_path / "log")
+    process.join()
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, printed
+    results = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
     for result in results.values():
         assert result["seen"][0] in ("old", "incomplete") and result["seen"][-1] == "new" and len(result["seen"]) > 3
         assert result["left"] == []
