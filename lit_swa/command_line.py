@@ -90,7 +90,7 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
             value = value if value.lstrip().startswith("[") else f"[{value}]"
         else:
             typed[name], value = take_list(option, value, kind, lists.setdefault(name, []))
-        out.append(f"{option}={value}")
+        out.append(f"{option}={value}".encode(errors="replace").decode())  # a path may have bytes that are no UTF-8
     return out, typed
 
 

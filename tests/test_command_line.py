@@ -91,6 +91,7 @@ def test_arguments_that_python_read_as_ascii_are_text(parse):
     hidden = "caf\u00e9 \u4f60".encode().decode("ascii", "surrogateescape")
     got = parse("--prompt", hidden, "--system", hidden, "--stop", hidden)
     assert got["prompt"] == got["system"] == "caf\u00e9 \u4f60" and got["stop"] == ["caf\u00e9 \u4f60"]
+    assert parse("--data", "caf\udce9", "--output", "caf\udce9")["data"] == GOT["output"] == Path("caf\udce9")
 
 
 @pytest.mark.parametrize(

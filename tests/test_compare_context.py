@@ -152,6 +152,13 @@ def test_a_model_with_other_fields_shares_the_weights(tiny_model):
         with_fields(base, n_embd=96)
 
 
+def test_windows_begin_as_a_text_does(tiny_checkpoint):
+    """Catches: a BOS that takes a token of the text away, or counts as a target."""
+    windows = evaluate.spread_windows(100, 40, 2, 8, prefix=(7,))
+    assert windows == Windows([0, 61], 40, 1, 8, (7,))
+    assert windows.batch(np.arange(100), [61], "cpu").tolist() == [[7, *range(61, 100)]]
+
+
 def test_windows_are_spread_from_the_first_token_to_the_last():
     """Catches: windows that all lie at the beginning, or read past the end."""
     assert evaluate.spread_windows(100, 40, 1, 8).starts == [0]

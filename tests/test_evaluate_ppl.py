@@ -111,6 +111,70 @@ def test_a_text_is_its_tokens_and_several_are_joined_in_order(tiny_checkpoint, p
     assert results[0] == results[1] == results[2] and results[0][2] == sum(map(len, ids.values()))
 
 
+@pytest.fixture(scope="module")
+def with_bos(tiny_checkpoint, tmp_path_factory):
+    """The tiny checkpoint, with a tokenizer that puts the tokens 1 and 2 in front of a text; its text, and the ids."""
+    import shutil
+
+    from tokenizers import Tokenizer, processors
+
+    directory = tmp_path_factory.mktemp("bos") / "model"
+    shutil.copytree(tiny_checkpoint, directory)
+    tokenizer, names = Tokenizer.from_file(str(directory / "tokenizer.json")), ["<|im_start|>", "<|im_end|>"]
+    parts, specials = " ".join(f"{name}:0" for name in names), [(name, i + 1) for i, name in enumerate(names)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{parts} $A:0", special_tokens=specials)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    text = "the quick brown fox jumps over the lazy dog\n" * 12
+    (directory / "text.txt").write_text(text)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text).ids == [1, 2, *ids]
+    np.array([1, 2, *ids], dtype="<u2").tofile(directory / "ids.bin")
+    return directory, ids
+
+
+@pytest.mark.parametrize("score, stride", [("all", None), ("all", 7), ("last", 7), ("all", 20)])
+@torch.no_grad()
+def test_every_window_begins_as_a_text_does(with_bos, ppl, tmp_path, score, stride):
+    """Catches: BOS in front of the first window alone, a token lost or read twice between windows, BOS as a target."""
+    (directory, ids), T, model = with_bos, 20, load_model(with_bos[0])
+    arguments = ["--checkpoint_dir", directory, "--data", directory / "text.txt", "--seq_len", T, "--score", score]
+    arguments += [] if stride is None else ["--stride", stride]
+    assert ppl(*arguments, "--max_tokens", 100, "--output", tmp_path / "o.json")[0] == 0
+    step, losses = stride if stride == 7 else T - 2, []  # windows without overlap have T - 2 tokens of the text
+    for a in range(0, 100 - (T - 2) + 1, step):
+        row = torch.tensor([[1, 2, *ids[a : a + T - 2]]])
+        log_p = model(row)[0, :, : model.config.vocab_size].log_softmax(-1)
+        first = T - 7 if score == "last" else 2
+        losses += [-log_p[p - 1, row[0, p]].item() for p in range(first, T)]
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["tokens"] == len(losses) and result["nll"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result["arguments"]["data_tokens"] == 100 and result["arguments"]["prefix"] == [1, 2]
+
+
+@torch.no_grad()
+def test_windows_of_a_token_file_begin_with_its_own_tokens(with_bos, ppl, tmp_path):
+    """Catches: BOS added to LongLoRA's windows, which are cut as the ids stand."""
+    (directory, ids), model = with_bos, load_model(with_bos[0])
+    fixed = ["--checkpoint_dir", directory, "--seq_len", 20, "--max_tokens", 40, "--output", tmp_path / "o.json"]
+    assert ppl("--data", directory / "ids.bin", *fixed)[0] == 0
+    windows = torch.tensor([1, 2, *ids[:38]]).view(2, 20)
+    expected = evaluate.window_nll(model, windows).mean().item()
+    assert json.loads((tmp_path / "o.json").read_text())["nll"] == pytest.approx(expected, rel=1e-5)
+    for n, seq_len in ((17, 20), (1, 2)):
+        with pytest.raises(ValueError, match="no room" if seq_len == 2 else f"gives {n} tokens and a window has 18"):
+            evaluate.full_windows(n, seq_len, seq_len, "all", prefix=(1, 2))
+
+
+def test_a_great_perplexity_fits_a_line(llama, ppl, tmp_path):
+    """Catches: 305 digits."""
+    model = load_model(llama[1])
+    model.lm_head.weight.data *= 1e4
+    save_checkpoint(model, model.config, tmp_path / "wild")
+    llama[2].astype("<u2").tofile(tmp_path / "wild" / "ids.bin")
+    code, out, err = ppl(*arguments_for(tmp_path / "wild", tmp_path / "o.json"))
+    assert code == 0 and "e+" in out and max(map(len, (out + err).splitlines())) < 160
+
+
 WINDOWED = {"attention": "sliding,full", "sliding_window_size": 9}
 ROLLING = {"attention": "sliding", "sliding_window_size": 9, "rolling_kv_cache": True}
 
