@@ -19,6 +19,7 @@ FREE_TEXT = ("stop",)  # lists of any text, in which [INST] is a text
 TEXTS = ({str}, {Path})
 LISTS = ({list[str]}, {list[Path]}, {list[Path], Path}, {list[int]})
 LONGEST = 600  # characters of an error
+MOST_BRACKETS = 200  # in a value that is read as YAML
 
 
 def run_main(main: Callable[..., Any]) -> None:
@@ -51,10 +52,22 @@ class Parser(ArgumentParser):
             check_fields(self, parsed["model"])
         return parsed
 
+    def _check_value_key(self, action: Any, value: Any, key: str, *more: Any, **how: Any) -> Any:
+        """The value of an option in a configuration file, where a text is as typed too."""
+        kind, option = types_of(action), f"--{key}"
+        if isinstance(value, str) and kind in TEXTS:
+            return as_text(option, value, kind)
+        if isinstance(value, str) and kind in LISTS and kind != {list[int]}:
+            return take_list(option, value, kind, [])[0]
+        return super()._check_value_key(action, value, key, *more, **how)
+
 
 def option_type(parser: ArgumentParser, option: str) -> set[Any]:
     """The types that an option such as --stop takes, without None; empty for what is no option."""
-    action = parser._option_string_actions.get(option)
+    return types_of(parser._option_string_actions.get(option))
+
+
+def types_of(action: Any) -> set[Any]:
     hint = getattr(action, "_typehint", None)
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return set(members) - {None, NoneType}
@@ -81,6 +94,8 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
             continue
         if not given or kind not in TEXTS + LISTS:
             out.append(option + equals + value)
+            if count_brackets(out[-1]) > MOST_BRACKETS:
+                raise ValueError(f"{shorten(out[-1])[:80]}... opens more than {MOST_BRACKETS} brackets: give less.")
             continue
         value = value if equals else left.pop(0)
         if kind in TEXTS:
@@ -90,8 +105,15 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
             value = value if value.lstrip().startswith("[") else f"[{value}]"
         else:
             typed[name], value = take_list(option, value, kind, lists.setdefault(name, []))
-        out.append(f"{option}={value}".encode(errors="replace").decode())  # a path may have bytes that are no UTF-8
+        if count_brackets(value) > MOST_BRACKETS:
+            value = '["."]' if kind in LISTS else "."  # a stand-in
+        out.append(f"{option}={value}".encode(errors="replace").decode())
     return out, typed
+
+
+def count_brackets(text: str) -> int:
+    """How many brackets are opened. YAML's library in C crashes on some ten thousand within each other."""
+    return text.count("[") + text.count("{")
 
 
 def take_list(option: str, value: str, kind: set[Any], texts: list[str]) -> tuple[Any, str]:
@@ -141,7 +163,7 @@ def split_list(name: str, text: str) -> list[str]:
         return [text]
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         node = None
     items = node.value if isinstance(node, yaml.SequenceNode) else None
     clear = items is not None and all(isinstance(item, yaml.ScalarNode) for item in items)
@@ -172,6 +194,8 @@ def reword(parser: ArgumentParser, message: str) -> str:
     """What jsonargparse says of its keys and types, in the words of the command line."""
     if found := re.fullmatch(r"argument (--\S+?)(/\S+)?: expected one argument", message):
         return f"{found[1]} needs a value; one that begins with two dashes is given as {found[1]}=VALUE."
+    if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+        return f"{', '.join(f'--{name}' for name in found[1].split(', '))} is missing: give it a value."
     if message.startswith("unrecognized arguments: "):
         return f"{message}{suggestion(parser, message.partition(': ')[2])}"
     found = re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)

@@ -28,6 +28,7 @@ LIMITS = {  # field of Sampling -> least and greatest value, both allowed
     "top_p": (1e-9, 1),
     "min_p": (0, 1),
     "repetition_penalty": (1e-3, 1e3),
+    "seed": (-(2**63), 2**63),
 }
 
 

@@ -28,6 +28,8 @@ def main(
     if x not in ("step", "tokens", "seconds"):
         raise ValueError(f"x={x!r} does not fit: choose from step, tokens, seconds.")
     check_range("smooth", smooth, 1)
+    if not runs:
+        raise ValueError("runs is empty: give the directory of a run.")
     if output.suffix == ".json":
         raise ValueError(f"output={output} is where the figures would go: give a name that ends in .png.")
     result = {"command": "python " + shlex.join(sys.argv), "axes": {"x": x, "smooth": smooth, "log": log}}

@@ -86,6 +86,23 @@ def test_text_is_taken_as_it_is_typed(parse, typed):
     assert (got["prompt"], got["system"], got["output"], got["data"]) == (typed, typed, Path(typed), Path(typed))
 
 
+def test_text_in_a_configuration_file_is_taken_as_it_stands(parse, tmp_path):
+    """Catches: a text of a YAML file that is read as YAML once more, and is nothing then."""
+    (tmp_path / "c.yaml").write_text("stop: '###'\nsystem: 'null'\ndata: 'a: b'\noutput: '~'\nmethods: [rope]\n")
+    got = parse("--config", str(tmp_path / "c.yaml"))
+    assert (got["stop"], got["system"], got["methods"]) == (["###"], "null", ["rope"])
+    assert (got["data"], got["output"]) == (Path("a: b"), Path("~"))
+    assert parse("--config", str(tmp_path / "c.yaml"), "--stop", "#")["stop"] == ["#"]
+
+
+def test_deep_nesting_does_not_reach_the_library_that_crashes_on_it(parse):
+    """Catches: a prompt of brackets that ends the process."""
+    deep = "[" * 50_000
+    assert parse("--prompt", deep, "--stop", deep)["stop"] == [GOT["prompt"]] == [deep]
+    with pytest.raises(ValueError, match="more than 200 brackets"):
+        parse("--model", deep)
+
+
 def test_arguments_that_python_read_as_ascii_are_text(parse):
     """Catches: a C locale, in which the bytes of a letter become surrogates that no tokenizer takes."""
     hidden = "caf\u00e9 \u4f60".encode().decode("ascii", "surrogateescape")
@@ -134,6 +151,7 @@ def test_lists_and_switches_need_no_json(parse):
         (["--lenghts", "1"], "did you mean --lengths?"),
         (["--prompt", "a", "b c"], "b c: a value with spaces needs quotes"),
         (["--prompt"], "--prompt needs a value"),
+        (["--model.n_layer"], "--model needs a value"),
         (["--steps", "x"], "--steps x does not fit: give a whole number."),
         (["--score", "some"], "--score some does not fit: give one of all, last."),
         (["--compile", "maybe"], "--compile maybe does not fit: give true or false."),
