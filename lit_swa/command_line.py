@@ -58,7 +58,7 @@ class Parser(ArgumentParser):
         if isinstance(value, str) and kind in TEXTS:
             return as_text(option, value, kind)
         if isinstance(value, str) and kind in LISTS and kind != {list[int]}:
-            return take_list(option, value, kind, [])[0]
+            return as_list(option, value, kind)
         return super()._check_value_key(action, value, key, *more, **how)
 
 
@@ -83,46 +83,40 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
     all the same, since it checks what is required and prints the configuration.
     """
     out, typed, left = [], {}, list(args)
-    lists: dict[str, list[str]] = {}  # an option that takes several may come several times
     while left:
         option, equals, value = left.pop(0).partition("=")
         option = option.removesuffix("+") if option.startswith("--") else option
-        kind = option_type(parser, option)
-        name, given = option.removeprefix("--"), bool(equals) or bool(left) and not left[0].startswith("--")
-        if not given and is_switch(option, kind):
+        kind, given = option_type(parser, option), bool(equals) or bool(left) and not left[0].startswith("--")
+        if given and kind in TEXTS + LISTS:
+            out.append(f"{option}={take_value(option, value if equals else left.pop(0), kind, typed)}")
+        elif not given and is_switch(option, kind):
             out.append(f"{option}=true")
-            continue
-        if not given or kind not in TEXTS + LISTS:
+        else:
             out.append(option + equals + value)
             if count_brackets(out[-1]) > MOST_BRACKETS:
-                raise ValueError(f"{shorten(out[-1])[:80]}... opens more than {MOST_BRACKETS} brackets: give less.")
-            continue
-        value = value if equals else left.pop(0)
-        if kind in TEXTS:
-            typed[name] = as_text(option, value, kind)
-            value = str(typed[name])
-        elif kind == {list[int]}:
-            value = value if value.lstrip().startswith("[") else f"[{value}]"
-        else:
-            typed[name], value = take_list(option, value, kind, lists.setdefault(name, []))
-        if count_brackets(value) > MOST_BRACKETS:
-            value = '["."]' if kind in LISTS else "."  # a stand-in
-        out.append(f"{option}={value}".encode(errors="replace").decode())
+                raise ValueError(f"{out[-1][:80]}... opens more than {MOST_BRACKETS} brackets: give less.")
     return out, typed
+
+
+def take_value(option: str, value: str, kind: set[Any], typed: dict[str, Any]) -> str:
+    """What jsonargparse is given for a text, a path or a list of them, which is put into `typed`."""
+    name = option.removeprefix("--")
+    if kind == {list[int]}:
+        return value if value.lstrip().startswith("[") else f"[{value}]"
+    if kind in TEXTS:
+        typed[name] = as_text(option, value, kind)
+        value = str(typed[name])
+    else:
+        typed[name] = as_list(option, value, kind, typed.get(name))
+        value = json.dumps([str(v) for v in (typed[name] if isinstance(typed[name], list) else [typed[name]])])
+    if count_brackets(value) > MOST_BRACKETS or re.search("[\ud800-\udfff]", value):
+        return "." if kind in TEXTS else '["."]'  # a stand-in for what it cannot read
+    return value
 
 
 def count_brackets(text: str) -> int:
     """How many brackets are opened. YAML's library in C crashes on some ten thousand within each other."""
     return text.count("[") + text.count("{")
-
-
-def take_list(option: str, value: str, kind: set[Any], texts: list[str]) -> tuple[Any, str]:
-    """(all values of an option that takes several texts or paths, what jsonargparse is given). texts: those before."""
-    texts += split_list(option.removeprefix("--"), value)
-    values = [as_text(option, text, {str} if list[str] in kind else {Path}) for text in texts]
-    if Path in kind and len(values) == 1:  # one path alone is welcome too
-        return values[0], texts[0]
-    return values, json.dumps([str(value) for value in values])
 
 
 def is_switch(option: str, kind: set[Any]) -> bool:
@@ -134,9 +128,16 @@ def is_switch(option: str, kind: set[Any]) -> bool:
     return any(f.name == option.removeprefix("--model.") and f.type is bool for f in fields(Config))
 
 
+def as_list(option: str, value: str, kind: set[Any], before: Any = None) -> Any:
+    """The value of an option that takes several texts or paths. before: that of the same option earlier."""
+    values = before if isinstance(before, list) else [] if before is None else [before]
+    values = values + [as_text(option, text, kind) for text in split_list(option.removeprefix("--"), value)]
+    return values[0] if Path in kind and len(values) == 1 else values  # one path alone is welcome too
+
+
 def as_text(option: str, value: str, kind: set[Any]) -> str | Path:
     """Raises ValueError for a path that is empty, and for text whose bytes are not UTF-8."""
-    if Path in kind:
+    if kind & {Path, list[Path]}:
         if not value:
             raise ValueError(f"{option} is empty: give a path.")
         return Path(value)
