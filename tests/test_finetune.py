@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from forked import free_port, start_script, torchrun_environment
 
 from lit_swa.arguments import Training
-from lit_swa.checkpoint import load_model
+from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.data import Example
 from lit_swa.formats.files import open_safetensors
 from lit_swa.lora import LoRAConfig, add_lora
@@ -120,8 +121,11 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(train, script, pack, m
         assert all(torch.equal(resumed[name], state[name]) for name in state) and len(resumed) == len(state)
 
 
-def test_a_directory_with_a_run_is_never_overwritten_unasked(train):
-    """Catches: a second start that deletes the first run's steps, and a resume of another run."""
+def test_a_directory_with_a_run_is_never_overwritten_unasked(train, monkeypatch):
+    """Catches: a second start that deletes the first run's steps, also one that cannot start, and a resume of another
+    run."""
+    from lit_swa import train as train_module
+
     arguments = {"max_steps": 2, "batch_size": 4}
     directory, _, _ = train(**arguments)
     before = losses(directory)
@@ -133,8 +137,73 @@ def test_a_directory_with_a_run_is_never_overwritten_unasked(train):
     _, _, err = train(code=2, resume="auto", lr_schedule="cosine", **arguments | {"max_steps": 5})
     assert "differs in its steps (2, now 5)" in err  # the cosine would have been another from the first step on
     assert losses(directory) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "validate", lambda *a: (_ for _ in ()).throw(ValueError("it does not fit")))
+        train(code=2, resume="restart", **arguments)
+    assert losses(directory) == before and load_model(directory / "final") and load_model(directory / "step-000002")
+    (directory / "step-000007").mkdir()  # what a kill left
     train(resume="restart", **arguments)
-    assert losses(directory) == before
+    assert losses(directory) == before and not (directory / "step-000007").exists()
+
+
+def test_a_run_belongs_to_its_base_and_to_what_its_weights_mean(train, tiny_checkpoint, tmp_path):
+    """Catches: moments and an adapter of one model that go on in another of the same shape, or in another attention;
+    a moved base that is refused."""
+    arguments = {"batch_size": 4, "lr_schedule": "constant", "validation_fraction": 0}
+    directory, _, _ = train(max_steps=2, **arguments)
+    moved, other = (shutil.copytree(tiny_checkpoint, tmp_path / name) for name in ("moved", "other"))
+    model = load_model(other)
+    model.transformer.h[1].norm_1.weight.data.mul_(1.01)
+    save_checkpoint(model, model.config, other)
+    more = arguments | {"max_steps": 3, "resume": "auto"}
+    for change, words in (
+        ({"checkpoint_dir": other}, "differs in its base ("),
+        ({"model.rope_base": 5000}, "differs in its model (rope_base=not given, now 5000"),
+        ({"model.attention": "sliding", "model.sliding_window_size": 9}, "differs in its model ("),
+        ({"alpha": 8}, "differs in its method (alpha=16, now 8.0)"),
+    ):
+        _, _, err = train(code=2, **more | change)
+        assert words in err.splitlines()[-1], err
+    train(checkpoint_dir=moved, **more, **{"model.attention_backend": "sdpa"})
+    assert [row["step"] for row in metrics(directory)] == ["1", "2", "3"]
+    path = directory / "step-000003" / "run.json"  # of a version that did not note the base
+    record = json.loads(path.read_text())
+    del record["identity"]["base"], record["identity"]["model"]
+    path.write_text(json.dumps(record))
+    _, _, err = train(**more | {"max_steps": 4})
+    assert "does not say its base, model, which cannot be compared" in err
+
+
+def test_a_token_without_a_row_is_refused_before_the_first_step(train, tiny_checkpoint, data_file, tmp_path):
+    """Catches: an IndexError at the step that reads the text, in training or in validation."""
+    copy, tokens = shutil.copytree(tiny_checkpoint, tmp_path / "copy"), [f"<x{i}>" for i in range(20)]
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": tokens}))
+    rows = json.loads(data_file.read_text())
+    rows[7]["output"] = "so <x19>"
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(rows))
+    size = load_model(tiny_checkpoint).config.vocab_size
+    for where in ({"data": bad}, {"validation_data": bad}):
+        directory, _, err = train(code=2, checkpoint_dir=copy, **where)
+        assert f"Example 7 (counted from 0) of {bad} has the token '<x19>', number {size + 19}" in err
+        assert f"the tokenizer has {size + 20} tokens and the model {size}" in err and not directory.exists()
+    train(checkpoint_dir=copy, dry_run="true")
+
+
+def test_what_is_shown_is_the_question_and_an_answer_that_is_new(train, tiny_checkpoint):
+    """Catches: the template's bare words around the question, the same answer at every validation, a command that does
+    not chat with what was trained to chat; a rate and a warmup that nobody hears of."""
+    how = {"sample": "true", "max_steps": 3, "eval_interval": 1, "batch_size": 4}
+    directory, _, err = train(learning_rate=1e-9, **how)
+    assert err.count("answered:") == 1 and re.findall(r"asked: +(.*)", err)[0].startswith("Say ")
+    assert err.splitlines()[-1] == f"trained: python generate/chat.py --checkpoint_dir {directory / 'final'}"
+    _, _, err = train("adapter", name="other", start_layer=0, prompt_style="alpaca", **how | {"sample": "false"})
+    size = sum(p.numel() for p in load_model(tiny_checkpoint).parameters()) / 1e6
+    assert f"chosen: --learning_rate 0.003 for a model of {size:.3g}M weights, --warmup_steps 1 of 3" in err
+    assert "generate/base.py" in err.splitlines()[-1]
+    _, _, err = train(name="third", dry_run="true", warmup_steps=99, learning_rate=1e-3, **how)
+    assert "chosen: a warmup of 1 steps, since the run has 3 and not 99" in err
 
 
 def test_more_steps_go_on_where_a_constant_rate_ended(train):
@@ -443,13 +512,6 @@ def test_a_loss_that_is_no_number_stops_the_run(train, tiny_checkpoint, tmp_path
     assert all(torch.isfinite(t).all() for t in stored(last / "state.safetensors").values())
 
 
-def test_older_steps_go_only_when_a_newer_one_is_whole(train):
-    """Catches: more or fewer kept than asked for."""
-    for keep in (1, 3):
-        directory, _, _ = train(name=f"keep{keep}", max_steps=5, save_interval=1, keep_last=keep, batch_size=4)
-        assert [p.name for p in sorted(directory.glob("step-*"))] == [f"step-{i:06d}" for i in range(6 - keep, 6)]
-
-
 def test_gradients_are_clipped_to_the_norm(tiny_model):
     """Catches: a norm of the clipped gradient, or no clipping."""
     model = tiny_model()
@@ -468,6 +530,11 @@ def test_gradients_are_clipped_to_the_norm(tiny_model):
         ({"epochs": 0}, "greater than 0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"recompute": "some"}, "choose auto, all, none"),
+        ({"recompute": -1}, "recompute='-1'"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"loraplus_lr_ratio": 1e308}, "between 0.001 and 1000"),
+        ({"early_stop": 1, "validation_fraction": 0}, "early_stop=1 waits for a validation loss"),
+        ({"lr_schedule": "plateau", "limit": 1}, "lr_schedule=plateau waits for a validation loss"),
         ({"max_seq_length": 4096}, "context of 512"),
         ({"model.nope": 3}, "nope"),
         ({"prompt_style": "nope"}, "alpaca"),
@@ -592,41 +659,6 @@ def test_qlora_is_loaded_and_merged_as_it_was_trained(train, run_script, tmp_pat
     as_trained = load_model(directory / "final", quantize="int8")
     assert any(".lora" in name for name, _ in as_trained.named_modules())
     torch.testing.assert_close(as_trained(idx), load_model(tmp_path / "rounded")(idx), rtol=1e-4, atol=1e-4)
-
-
-def test_a_disk_that_fills_leaves_the_last_good_step(train, monkeypatch):
-    """Catches: an old step deleted before the new one is whole, a part of a step under its final name."""
-    import errno
-
-    from lit_swa.training import saving
-
-    write = saving.write_safetensors
-
-    def fill_disk_at(n: int):
-        calls = []
-
-        def full_disk(path, tensors):
-            calls.append(path)
-            if len(calls) == n:
-                path.write_bytes(b"half")
-                raise OSError(errno.ENOSPC, "No space left on device")
-            write(path, tensors)
-
-        return full_disk
-
-    arguments = {"max_steps": 6, "save_interval": 1, "batch_size": 4}
-    whole, _, _ = train(name="whole", **arguments)
-    for keep, fails_at in ((1, 1), (1, 2), (2, 3), (3, 3), (4, 6), (5, 4)):
-        how = arguments | {"name": f"keep-{keep}-fails-{fails_at}", "keep_last": keep}
-        with monkeypatch.context() as patch:
-            patch.setattr(saving, "write_safetensors", fill_disk_at(fails_at))
-            directory, _, err = train(code=2, **how)
-        left = [f"step-{n:06d}" for n in range(max(1, fails_at - keep), fails_at)]
-        assert "No space left" in err and sorted(p.name for p in directory.glob("step-*")) == left
-        for name in left:
-            load_model(directory / name)
-        train(resume="auto", **how)
-        assert losses(directory) == losses(whole) and not list(directory.glob(".*tmp"))
 
 
 @pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

@@ -118,7 +118,7 @@ def describe_choices(run: Finetuning, size: int) -> str:
     """What was chosen for the model and the run where the arguments left it open, or do not fit them."""
     args, chosen, warmup = run.args, [], warmup_steps(run.steps, run.args)
     if args.learning_rate is None:
-        chosen.append(f"--learning_rate {run.peak_rate:g} for a model of {size / 1e6:,.0f} million weights")
+        chosen.append(f"--learning_rate {run.peak_rate:g} for a model of {size / 1e6:.3g}M weights")
     if args.warmup_steps is None:
         chosen.append(f"--warmup_steps {warmup} of {run.steps}")
     elif args.warmup_steps != warmup:

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa.formats.checkpoint import is_complete
+from lit_swa.formats.checkpoint import check_checkpoint_dir
 from lit_swa.formats.files import (
     LOCK_NAME,
     TEMPORARY,
@@ -243,7 +243,8 @@ def is_final(path: Path, progress: dict[str, Any], step: int) -> bool:
     """True if final/ is there already, of a run that ended in the same way."""
     with suppress(ValueError, OSError):
         record = read_json(find_inside(path, RUN_FILE))
-        return record.get("progress") == progress and record.get("weights_of_step") == step and is_complete(path)
+        check_checkpoint_dir(path, tokenizer=False)
+        return record.get("progress") == progress and record.get("weights_of_step") == step
     return False
 
 
