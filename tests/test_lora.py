@@ -634,6 +634,8 @@ def trained(tmp_path) -> Path:
             {"target_modules": ["q_proj"]},
             "holds a LoRA for model.layers.0.self_attn.k_proj.* leaves out, as PEFT would",
         ),
+        ({"modules_to_save": ["norm", "lm_head"]}, "lacks lm_head, which modules_to_save of adapter_config.json names"),
+        ({"kasa_config": {}}, "asks for kasa_config"),
         ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "holds a LoRA for model.layers.1.self_attn.q_proj"),
         ({"layers_to_transform": [0]}, "holds a LoRA for model.layers.1.self_attn.q_proj"),
         *[

@@ -135,6 +135,7 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
     adapter = Adapter(config, rows=model.config.padded_vocab_size)
     read_saved(adapter, saved, model, file)
     read_saved(adapter, also_saved, model, more_file)
+    check_saved(adapter, modules, peft, file)
     if "transformer.wte.weight" in adapter.trained and "lm_head" in extra_modules(model, ("embed",)):
         adapter.trained |= {"lm_head.weight"} & set(adapter.saved)  # also where it is a LoRA's base
     adapter.untie = unties(adapter, model, has_own_embedding(peft, modules) and not also_saved)
@@ -191,7 +192,7 @@ def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
             f"{path} has init_lora_weights={start!r}, so the adapter belongs to a changed base: make it a plain LoRA "
             "first, with path_initial_model_for_weight_conversion of PEFT's save_pretrained."
         )
-    unknown = [key for key, value in peft.items() if key not in KNOWN_PEFT_KEYS and value not in (None, False, {}, [])]
+    unknown = [key for key, value in peft.items() if key not in KNOWN_PEFT_KEYS and value not in (None, False, [])]
     if unknown:
         raise ValueError(f"{path} asks for {unknown[0][:60]}, which is not supported.")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -392,6 +393,17 @@ def read_saved(adapter: Adapter, saved: Mapping[tuple[str, bool], LazyTensor], m
             continue
         adapter.saved[name] = load_finite(tensor, name, file)
         adapter.trained |= set() if is_base else {name}
+
+
+def check_saved(
+    adapter: Adapter, modules: Mapping[str, tuple[str, int, int]], peft: Mapping[str, Any], file: Path
+) -> None:
+    """What modules_to_save names is stored; PEFT goes by how names end."""
+    listed = peft.get("modules_to_save")
+    for name, (lit, _, _) in modules.items():
+        named = isinstance(listed, list) and any(name.endswith(str(end)) for end in listed)
+        if named and f"{lit}.weight" not in adapter.saved:
+            raise ValueError(f"{file} lacks {name}, which modules_to_save of {PEFT_CONFIG} names: it is incomplete.")
 
 
 def check_rows(adapter: Adapter, model: GPT, file: Path) -> None:
