@@ -245,6 +245,17 @@ def test_the_single_file_counts_and_not_the_shards_beside_it(tmp_path: Path, cap
     assert "and not the shards of model.safetensors.index.json" in capsys.readouterr().err
 
 
+def test_a_converted_file_counts_and_not_the_shards_beside_it(tmp_path: Path) -> None:
+    """Would catch a checkpoint copied over an older one, whose weights would be loaded without a word."""
+    old, new = (GPT(tiny_config()) for _ in range(2))
+    save_checkpoint(old, old.config, tmp_path, max_shard_bytes=80_000)
+    save_checkpoint(new, new.config, tmp_path / "new")
+    (tmp_path / "new/lit_model.safetensors").rename(tmp_path / "lit_model.safetensors")
+    assert torch.equal(load_model(tmp_path).lm_head.weight, new.lm_head.weight)
+    save_checkpoint(old, old.config, tmp_path, max_shard_bytes=80_000)
+    assert torch.equal(load_model(tmp_path).lm_head.weight, old.lm_head.weight)
+
+
 def test_two_sets_of_shards_are_named(tmp_path: Path) -> None:
     """Would catch one of two saves being chosen by the order of names."""
     (tmp_path / "config.json").write_text("{}")

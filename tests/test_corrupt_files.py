@@ -544,19 +544,30 @@ def test_no_more_is_read_than_is_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "pytorch_model.bin", "tiny.gguf", "config.json", "tokenizer.json", "tokenizer.model"]
+    "name",
+    [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "tiny.gguf",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "a.txt",
+    ],
 )
 def test_a_git_lfs_pointer_is_named_as_such(tmp_path: Path, name: str) -> None:
     """Would catch "truncated" or "no JSON", which sends a user who cloned without git-lfs the wrong way."""
     from lit_swa.checkpoint import convert_hf_checkpoint
+    from lit_swa.data.load import find_files
     from lit_swa.formats.tokenizer import Tokenizer
 
     make_config(tmp_path)
     (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n")
     if name == "config.json":
         (tmp_path / "model.safetensors").write_bytes(b"")
+    read = Tokenizer if name.startswith("tokenizer") else convert_hf_checkpoint
     with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull") as error:
-        (Tokenizer if name.startswith("tokenizer") else convert_hf_checkpoint)(tmp_path)
+        find_files(tmp_path, None) if name == "a.txt" else read(tmp_path)
     assert "\n" not in str(error.value)
 
 

@@ -18,6 +18,7 @@ from lit_swa.data.prompts import PROMPT_STYLES, Encoded, encode_at, end_ids, pic
 from lit_swa.data.readers import READERS, Located
 from lit_swa.data.records import Dropped, Record, to_record
 from lit_swa.data.token_files import load_text, make_info
+from lit_swa.formats.reading import require_regular
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.utils import ProgressLine
 
@@ -83,11 +84,14 @@ def find_files(data: Path | str, preset: str | None) -> tuple[list[Path], str | 
         if (path / TOKENS_NAME).exists():
             raise ValueError(f"{path} is incomplete: it has no {INFO_NAME}; run scripts/prepare_instruct.py again.")
         if texts := sorted(path.glob("*.txt")):
+            for text in texts:
+                require_regular(text)
             return texts, preset
         raise ValueError(f"{path} holds neither {INFO_NAME} nor a .txt file: give a file, or a prepared directory.")
     if path.is_file():
         if path.suffix not in (*READERS, ".txt", ".bin"):
             raise ValueError(f"{path} is of no kind that is read: it must be {', '.join(READERS)}, .txt or .bin.")
+        require_regular(path)
         return [path], preset
     name, _, selection = str(data).partition(":")
     if name not in PRESETS:

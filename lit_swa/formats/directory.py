@@ -63,9 +63,7 @@ def check_weights_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> Non
     directory = Path(checkpoint_dir)
     require_directory(directory)
     refuse_adapter(directory)
-    names, has_index = [CONFIG_FILE], (directory / index_name(STEM)).exists()
-    if not has_index:
-        names.append(f"{STEM}.safetensors")
+    names = [CONFIG_FILE] + [f"{STEM}.safetensors"] * (not is_sharded(directory))
     there, missing = [], []
     for name in names:
         (there if (directory / name).exists() else missing).append(name)
@@ -141,9 +139,15 @@ def open_weights(checkpoint_dir: str | Path) -> dict[str, LazyTensor]:
     """The stored weights by lit name, each read when its load() is called. Raises FileNotFoundError or ValueError."""
     directory = Path(checkpoint_dir)
     refuse_adapter(directory)
-    if (directory / index_name(STEM)).exists():
+    if is_sharded(directory):
         return open_shards(directory, index_name(STEM))
     return open_safetensors(find_inside(directory, f"{STEM}.safetensors"))
+
+
+def is_sharded(directory: Path) -> bool:
+    """True if the weights are in shards: a single file beside them was put there later, and counts, as in
+    transformers."""
+    return (directory / index_name(STEM)).exists() and not (directory / f"{STEM}.safetensors").exists()
 
 
 def check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
