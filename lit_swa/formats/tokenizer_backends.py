@@ -166,6 +166,8 @@ def _growth(rules: dict[str, Any]) -> float:
             most = max((len(special["ids"]) for special in rule["special_tokens"].values()), default=1)
             texts = sum("Sequence" in piece for piece in rule["single"])
             becomes = {None: worst * max(1.0, texts, len(rule["single"]) * most / MAX_GROWTH)}
+        elif kind == "Prepend":  # in front of every part of a text between special tokens
+            becomes = {None: worst * (1.0 + len(rule["prepend"]))}
         else:  # a rule that may turn a character into any other
             becomes = {None: worst * (2.0 if kind == "ByteLevel" else 1.0)}
     return max(becomes.values())
