@@ -610,15 +610,14 @@ HUB_FILES = {  # tiny files with the fields that the published ones have
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> list[str]:
     """A hub of HUB_FILES and a pyarrow that reads its Parquet files, which are JSON; the list of what was fetched."""
-    import huggingface_hub
-
     fetched: list[str] = []
 
     def content(repo: str, name: str) -> bytes:
         rows, lines = HUB_FILES[repo][name], name.endswith(".jsonl")
         return ("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)).encode()
 
-    def dataset_info(self, repo, **_):
+    def describe(repo, token, kind):
+        assert kind == "dataset"
         siblings = []
         for name in HUB_FILES[repo]:
             data = content(repo, name)
@@ -638,7 +637,7 @@ def hub(monkeypatch, tmp_path) -> list[str]:
         def iter_batches(self, size):
             yield types.SimpleNamespace(to_pylist=lambda: self.rows)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr("lit_swa.formats.hub._describe", describe)
     monkeypatch.setattr("lit_swa.formats.hub._receive", receive)
     monkeypatch.setattr("lit_swa.formats.places.PROJECT", tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
@@ -688,12 +687,11 @@ def test_a_part_of_flan_may_be_chosen_and_a_local_file_read_as_a_preset(hub, tok
 
 def test_a_hub_out_of_reach_and_a_missing_pyarrow_are_one_sentence(monkeypatch, tokenizer, tmp_path):
     """Catches: a stack of network errors, an ImportError in the middle of a run."""
-    import huggingface_hub
 
-    def dataset_info(self, repo, **_):
+    def describe(repo, token, kind):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr("lit_swa.formats.hub._describe", describe)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="hub does not give GAIR/lima .*no route.*: check the network"):
         load("lima", tokenizer)

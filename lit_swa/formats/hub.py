@@ -2,10 +2,11 @@
 
 A file grows under a partial name that holds its checksum, so that the next start goes on with the bytes that are there,
 and with those of the same file only. It gets its own name once it is whole and verified. (huggingface_hub itself, from
-1.17 on, gives each attempt a new partial file and starts it at byte 0.) Nothing that is downloaded is run.
+1.20 on, gives each attempt a new partial file and starts it at byte 0.) Nothing that is downloaded is run.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from lit_swa.formats.places import PARTIAL
 
 PROBE_SECONDS = 4.0  # for the hub's first answer
+MAX_DESCRIPTION = 2**25  # bytes
 ATTEMPTS = 5  # in a row that bring no byte
 LOG_IN = {  # kind of repository -> how its users say who they are
     "model": "pass --access_token",
@@ -31,14 +33,11 @@ def ask_hub(repo_id: str, token: str | None = None, kind: str = "model") -> Any:
     kind: "model" or "dataset".
     Raises ConnectionError when there is no answer within seconds, and another OSError when the hub refuses.
     """
-    from huggingface_hub import HfApi
-
-    ask = getattr(HfApi(), f"{kind}_info")
     answer: list[Any] = []
 
     def wait_for_answer() -> None:
         try:
-            answer.append(ask(repo_id, files_metadata=True, timeout=PROBE_SECONDS, token=token))
+            answer.append(_describe(repo_id, token, kind))
         except Exception as error:  # noqa: B902 - handed to the caller's thread
             answer.append(error)
 
@@ -47,22 +46,44 @@ def ask_hub(repo_id: str, token: str | None = None, kind: str = "model") -> Any:
     thread.join(2 * PROBE_SECONDS)
     if not answer:
         raise ConnectionError("The Hugging Face hub does not answer")
-    if isinstance(answer[0], Exception):
-        raise _sentence(answer[0], repo_id, kind)
+    if isinstance(answer[0], Refused):
+        raise answer[0]
+    if isinstance(answer[0], Exception):  # the hub's and the network's errors have no base class in common
+        raise ConnectionError(f"The Hugging Face hub does not give {repo_id} ({_reason(answer[0])})")
     return answer[0]
 
 
-def _sentence(error: Exception, repo_id: str, kind: str) -> OSError:
-    """One of the hub's or the network's errors, which have no base class in common, as an OSError for people."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def _describe(repo_id: str, token: str | None, kind: str) -> Any:
+    """What HfApi.model_info and dataset_info ask for, of which no more is read than a description can hold."""
+    from huggingface_hub import DatasetInfo, ModelInfo, constants, get_session
 
-    if isinstance(error, GatedRepoError):
-        return OSError(_gated(repo_id, kind))
-    if isinstance(error, RepositoryNotFoundError):
-        return OSError(
+    url, body = f"{constants.ENDPOINT}/api/{kind}s/{repo_id}", bytearray()
+    how = {"params": {"blobs": "true"}, "headers": _headers(token), "timeout": PROBE_SECONDS}
+    with get_session().stream("GET", url, follow_redirects=True, **how) as answer:
+        for chunk in answer.iter_bytes():
+            body += chunk
+            if len(body) > MAX_DESCRIPTION:
+                raise OSError("its answer does not end")
+    status, code = answer.status_code, answer.headers.get("X-Error-Code")
+    if code == "GatedRepo":
+        raise Refused(_gated(repo_id, kind))
+    if code == "RepoNotFound" or status in (401, 404):
+        raise Refused(
             f"The Hugging Face hub has no repository {repo_id}, or it is private: check the name, or {LOG_IN[kind]}."
         )
-    return ConnectionError(f"The Hugging Face hub does not give {repo_id} ({_reason(error)})")
+    if status != 200:
+        raise OSError(f"HTTP {status}")
+    return (ModelInfo if kind == "model" else DatasetInfo)(**json.loads(body))
+
+
+def _headers(token: str | None) -> dict[str, str]:
+    """The token that is given, else that of HF_TOKEN or of the hub's login. (huggingface_hub's own function for this
+    fetches a list of user agents first.)"""
+    from huggingface_hub import constants, get_token
+
+    if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        token = get_token()
+    return {"User-Agent": "lit_swa"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
 def _gated(repo_id: str, kind: str) -> str:
@@ -203,9 +224,8 @@ def _receive(published: Published, partial: Path, token: str | None) -> None:
 def _request(published: Published, partial: Path, start: int, token: str | None, bar: Any) -> None:
     """One request for the bytes from `start` on; from 0 on where the server sends the whole file again."""
     from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import build_hf_headers
 
-    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
+    headers = _headers(token) | {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without a byte
