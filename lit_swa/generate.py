@@ -565,6 +565,14 @@ def explain_overflow(model: GPT) -> str:
     return f"the activations are too large for {dtype} (use --dtype {other}), or the weights are damaged"
 
 
+def why_cut(session: Session, count: int) -> str:
+    """Why a text ends after `count` new tokens though no stop was found."""
+    context = session.model.config.block_size
+    if session.length >= context and not session.model.rolls:
+        return f"The context of {context} tokens is full."
+    return f"Cut at {count} tokens: --max_new_tokens N gives more." if count else ""
+
+
 @torch.inference_mode()
 def decode_loop(
     session: Session,
@@ -584,12 +592,12 @@ def decode_loop(
     for n in range(1, count + 1):
         if logits is None or (should_stop is not None and should_stop()):
             break
-        token, finite = sampler.choose(logits[:, -1]), (logits[:, -1:] * 0).sum(-1) == 0
-        token_id, is_finite = torch.cat([token, finite], 1)[0].tolist()  # only here the host waits for the device
-        if not is_finite:
+        token, total = sampler.choose(logits[:, -1]), logits[:, -1:].sum(-1, dtype=torch.float32)  # both (1, 1)
+        chosen, total = torch.cat([token, total], dim=1)[0].tolist()  # only here the host waits for the device
+        if not math.isfinite(total):  # then one of the logits is not
             raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(session.model)}.")
         stats.count(time.perf_counter() - started)
-        released, found = stops.push([token_id])
+        released, found = stops.push([int(chosen)])  # float32 holds every id below 2**24
         yield from released
         if found:
             return
@@ -597,9 +605,7 @@ def decode_loop(
             started = time.perf_counter()
             logits = session.feed(token)
     else:
-        full = session.length >= session.model.config.block_size and not session.model.rolls
-        limit = f"The context of {session.model.config.block_size} tokens is full" if full else f"Cut at {count} tokens"
-        stats.cut = "" if not count else f"{limit}{'' if full else ': --max_new_tokens N gives more'}."
+        stats.cut = why_cut(session, count)
     yield from stops.held  # what was not a stop after all
 
 
