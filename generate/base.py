@@ -60,7 +60,7 @@ def main(
     from lit_swa.formats.places import locate
     from lit_swa.generate import Sampling, Session, Stats, generate_text
     from lit_swa.linear_formats import pack_for_cpu
-    from lit_swa.texts import read_stdin
+    from lit_swa.texts import encode_text, read_stdin
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_device, pick_dtype, show_reading
 
@@ -75,7 +75,7 @@ def main(
     base_checkpoint_dir = base_checkpoint_dir and locate(base_checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir, base_dir=base_checkpoint_dir)
     tokenizer = Tokenizer(tokenizer_dir(checkpoint_dir, base_checkpoint_dir))
-    ids = tokenizer.encode(prompt)
+    ids = encode_text(tokenizer, prompt).tolist()
     where = {"dtype": dtype, "device": device, "base_dir": base_checkpoint_dir}
     gpt = load_model(checkpoint_dir, quantize=quantize, **where, **(model or {}))
     session = Session(gpt, decode=compile_decode(gpt) if compile else None)

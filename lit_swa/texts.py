@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,18 +116,37 @@ NEAR = 1024  # characters on either side of a cut that are looked at
 def encode_file(tokenizer: "Tokenizer", path: Path, most: int | None = None, eos: bool = False) -> np.ndarray:
     """The ids that tokenizer.encode(read_text(path), eos=eos) gives, as uint32, and no more than the first `most`.
 
-    The text is encoded in pieces, since a tokenizer takes some 150 bytes for each one of the text, and no further than
-    is asked for. Raises OSError or ValueError as read_text does.
+    It is read and encoded no further than is asked for. Raises OSError or ValueError as read_text does.
     """
     check_file(path)
+    return encode_blocks(tokenizer, read_blocks(path), lambda: read_text(path), most, eos)
+
+
+def encode_text(tokenizer: "Tokenizer", text: str) -> np.ndarray:
+    """The ids that tokenizer.encode(text) gives, as uint32."""
+    blocks = (text[start : start + BLOCK_BYTES] for start in range(0, len(text), BLOCK_BYTES))
+    return encode_blocks(tokenizer, blocks, lambda: text)
+
+
+def encode_blocks(
+    tokenizer: "Tokenizer",
+    blocks: Iterator[str],
+    whole: Callable[[], str],
+    most: int | None = None,
+    eos: bool = False,
+) -> np.ndarray:
+    """The ids of the text that the blocks make up and that `whole` gives where it must be encoded in one call.
+
+    It is encoded in pieces, since a tokenizer takes some 150 bytes for each one of the text.
+    """
     frame = find_frame(tokenizer, eos)
     if frame is None:
-        return as_ids(tokenizer.encode(read_text(path), eos=eos))[:most]
+        return as_ids(tokenizer.encode(whole(), eos=eos))[:most]
     before, after = frame
     parts, n = [as_ids(before)], len(before)
-    for ids in encode_pieces(tokenizer, read_blocks(path)):
+    for ids in encode_pieces(tokenizer, blocks):
         if ids is None:  # a cut was none after all
-            return as_ids(tokenizer.encode(read_text(path), eos=eos))[:most]
+            return as_ids(tokenizer.encode(whole(), eos=eos))[:most]
         parts.append(ids)
         n += len(ids)
         if most is not None and n >= most:

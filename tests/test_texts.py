@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lit_swa import texts
-from lit_swa.texts import encode_file, find_frame, read_text
+from lit_swa.texts import encode_file, encode_text, find_frame, read_text
 from lit_swa.tokenizer import Tokenizer
 
 WORDS = "the quick brown fox, it's 1234567 caf\u00e9 don't  jumps\t over ... <|im_end|> \u4f60\u597d\u3002 dog.".split(
@@ -104,21 +104,19 @@ def test_the_ids_of_pieces_are_those_of_the_whole_text(kind, tmp_path, monkeypat
     monkeypatch.setattr(texts, "NEAR", 200)
     TOKENIZERS[kind](tmp_path)
     tokenizer, longest = Tokenizer(tmp_path), []
-    encode = tokenizer.encode
+    encode, path = tokenizer.encode, tmp_path / "t.txt"
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **how: longest.append(len(text)) or encode(text, **how))
     for name, text in some_texts().items():
-        (tmp_path / "t.txt").write_bytes(text.encode())
-        expected = encode(read_text(tmp_path / "t.txt"))
-        monkeypatch.setattr(tokenizer, "encode", lambda text, **how: longest.append(len(text)) or encode(text, **how))
-        assert encode_file(tokenizer, tmp_path / "t.txt").tolist() == expected, name
-        cut = name != "one word" and not tokenizer.sums_scores
-        assert (max(longest) < len(text) / 2) == cut, name
-        longest.clear()
-        assert encode_file(tokenizer, tmp_path / "t.txt", 50).tolist() == expected[:50], name
-        assert (max(longest) < len(text) / 2) == (name != "one word"), name
-        longest.clear()
-        monkeypatch.undo()
-        monkeypatch.setattr(texts, "BLOCK_BYTES", 1500)
-        monkeypatch.setattr(texts, "NEAR", 200)
+        path.write_bytes(text.encode())
+        expected, one_word = encode(read_text(path)), name == "one word"
+        for ids, wanted, in_pieces in (
+            (lambda: encode_file(tokenizer, path), expected, not one_word and not tokenizer.sums_scores),
+            (lambda: encode_text(tokenizer, read_text(path)), expected, not one_word and not tokenizer.sums_scores),
+            (lambda: encode_file(tokenizer, path, 50), expected[:50], not one_word),
+        ):
+            longest.clear()
+            assert ids().tolist() == wanted, name
+            assert (max(longest) < len(text) / 2) == in_pieces, name
 
 
 def test_eos_comes_once_behind_a_text(tmp_path):
