@@ -441,7 +441,7 @@ def test_tools_and_calls_come_in_every_spelling(call, tools, tiny_checkpoint, tm
 def test_what_no_prompt_holds_is_in_the_report(tiny_checkpoint, tokenizer, tmp_path):
     """Catches: tools, calls, thoughts and keys that are left out of the training without a word."""
     turns = [
-        {"role": "user", "content": "a"},
+        {"role": "user", "content": "a", "mask": 1, "name": "Ann"},
         {"role": "assistant", "content": "b", "tool_calls": [CALL], "thinking": "t"},
     ]
     rows = [
@@ -451,7 +451,7 @@ def test_what_no_prompt_holds_is_in_the_report(tiny_checkpoint, tokenizer, tmp_p
     path = write(tmp_path / "a.json", rows)
     for style, known in ((None, "chat"), ("alpaca", "alpaca")):
         report = load(path, tokenizer, prompt_style=style).report
-        for what in ("tools", "calls of functions", "thoughts", "the key 'images'"):
+        for what in ("tools", "calls of functions", "thoughts", "the key 'images'", "the key 'mask'"):
             assert f"{what} (of 1)" in report, known
         assert "'id'" not in report and "source" not in report and "text" not in report
     users = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
@@ -535,10 +535,12 @@ R1_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+# Another prompts with an empty thought, which it writes nowhere else.
+NO_THOUGHT_TEMPLATE = R1_TEMPLATE.replace("<think>\n{% endif", "<think>\n\n</think>\n\n{% endif")
 ONCE_TEMPLATE = QWEN.replace("loop.index0 > ns.last and (loop.last or thought)", "loop.last")
 
 
-@pytest.mark.parametrize("template", [QWEN, ONCE_TEMPLATE, MISTRAL, LLAMA_3, R1_TEMPLATE])
+@pytest.mark.parametrize("template", [QWEN, ONCE_TEMPLATE, MISTRAL, LLAMA_3, R1_TEMPLATE, NO_THOUGHT_TEMPLATE])
 def test_each_answer_follows_the_prompt_that_generation_meets(template, tiny_checkpoint, tmp_path):
     """Catches: a family whose template rewrites earlier turns refused; a thought or tools in the wrong turn; an answer
     of weight 0 that is trained. transformers renders what is expected."""
@@ -563,6 +565,8 @@ def test_each_answer_follows_the_prompt_that_generation_meets(template, tiny_che
             if template == R1_TEMPLATE:
                 header, thought = prompt.removesuffix("<think>\n"), message.get("reasoning_content", "")
                 whole = f"{prompt}{thought}\n</think>\n\n{whole.removeprefix(header)}"
+            if template == NO_THOUGHT_TEMPLATE:
+                whole = prompt + whole.removeprefix(prompt.removesuffix("<think>\n\n</think>\n\n"))
             assert whole.startswith(prompt)
             expected[prompt] = whole.removeprefix(prompt).rstrip()
     found = {}
@@ -577,7 +581,7 @@ def test_each_answer_follows_the_prompt_that_generation_meets(template, tiny_che
             found[prompt] = answer
     assert found == expected and all(answer.endswith(end) for answer in found.values())
     assert "the dog" not in "".join(found.values()) and len(found) == (3 if calls else 2)
-    splits = template in (QWEN, ONCE_TEMPLATE, R1_TEMPLATE)
+    splits = template not in (MISTRAL, LLAMA_3)
     assert ("1 conversations are an example for each answer" in data.report) == splits == (len(data) > 1)
 
 

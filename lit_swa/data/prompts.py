@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lit_swa.data.records import Dropped, Record
+from lit_swa.data.records import HARMLESS, Dropped, Record
 from lit_swa.formats.tokenizer import REASONING_KEYS, Tokenizer
 
 
@@ -210,14 +210,15 @@ def read_turn(messages: list[dict[str, Any]], k: int, record: Record, tokenizer:
 def turn_text(messages: list[dict[str, Any]], prompt: str, record: Record, tokenizer: Tokenizer) -> str:
     """A conversation up to the end of its last answer, `prompt` being the text that generation gets for it.
 
-    Where the prompt opens a thought that the template does not write later, as DeepSeek-R1's, the answer ends it.
+    Where the prompt opens a thought that the template does not write later, as DeepSeek-R1's, the answer ends it; one
+    that the prompt ends itself is none of the answer's.
     """
     text = tokenizer.render_chat(messages, False, record.tools).rstrip()
-    opened = re.search(r"<think>\s*$", prompt)
+    opened = re.search(r"<think>\s*(</think>\s*)?$", prompt)
     if not opened or text.startswith(prompt) or not text.startswith(prompt[: opened.start()]):
         return text
     answer = re.sub(r"^\s*<think>.*?</think>", "", text[opened.start() :], flags=re.DOTALL).lstrip("\n")
-    return f"{prompt}{thought_of(messages[-1])}\n</think>\n\n{answer}"
+    return f"{prompt}{answer}" if opened[1] else f"{prompt}{thought_of(messages[-1])}\n</think>\n\n{answer}"
 
 
 def thought_of(message: dict[str, Any]) -> str:
@@ -248,6 +249,11 @@ def left_out_by_template(
     left_out, before = [], messages[: max(k for k, m in enumerate(messages) if m["role"] == "assistant")]
     if tools and tokenizer.render_chat(before) == prompt:
         left_out.append("tools")
+    if keys := other_keys(before):
+        plain = [{key: value for key, value in message.items() if key not in keys} for message in before]
+        left_out += (
+            [f"the key {key[:60]!r}" for key in keys] if tokenizer.render_chat(plain, tools=tools) == prompt else []
+        )
     for k, message in enumerate(before):
         content = message["content"].strip()
         if message["role"] == "assistant" or not content or content in prompt:
@@ -256,6 +262,12 @@ def left_out_by_template(
         if tokenizer.render_chat(changed, tools=tools) == prompt:
             left_out.append(f"{message['role']} messages")
     return left_out
+
+
+def other_keys(messages: list[dict[str, Any]]) -> list[str]:
+    """Keys of messages that only a template can know, in order."""
+    known = {"role", "content", "tool_calls", "name", "tool_call_id", *REASONING_KEYS, *HARMLESS}
+    return list(dict.fromkeys(key for m in messages for key, value in m.items() if value and key not in known))
 
 
 def encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Piece]:
@@ -315,7 +327,7 @@ def left_out_by_style(record: Record) -> list[str]:
     for message in record.messages:
         reasons += ["calls of functions"] if message.get("tool_calls") else []
         reasons += ["thoughts"] if any(message.get(key) for key in REASONING_KEYS) else []
-    return reasons
+    return reasons + [f"the key {key[:60]!r}" for key in other_keys(record.messages)]
 
 
 def own_bos(tokenizer: Tokenizer) -> list[int]:
