@@ -442,7 +442,7 @@ def test_what_no_prompt_holds_is_in_the_report(tiny_checkpoint, tokenizer, tmp_p
     """Catches: tools, calls, thoughts and keys that are left out of the training without a word."""
     turns = [
         {"role": "user", "content": "a", "mask": 1, "name": "Ann"},
-        {"role": "assistant", "content": "b", "tool_calls": [CALL], "thinking": "t"},
+        {"role": "assistant", "content": "b", "tool_calls": [CALL], "thinking": "t", "eot": True},
     ]
     rows = [
         {"messages": turns, "tools": TOOLS, "images": ["x.png"], "id": 7, "source": "s"},
@@ -451,7 +451,7 @@ def test_what_no_prompt_holds_is_in_the_report(tiny_checkpoint, tokenizer, tmp_p
     path = write(tmp_path / "a.json", rows)
     for style, known in ((None, "chat"), ("alpaca", "alpaca")):
         report = load(path, tokenizer, prompt_style=style).report
-        for what in ("tools", "calls of functions", "thoughts", "the key 'images'", "the key 'mask'"):
+        for what in ("tools", "calls of functions", "thoughts", "the key 'images'", "the key 'mask'", "the key 'eot'"):
             assert f"{what} (of 1)" in report, known
         assert "'id'" not in report and "source" not in report and "text" not in report
     users = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"

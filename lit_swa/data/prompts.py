@@ -235,11 +235,16 @@ def left_out_of_answer(messages: list[dict[str, Any]], turn: Turn, record: Recor
     answer, left_out = messages[-1], []
     if thought_of(answer) not in turn.text[turn.start :]:
         left_out.append("thoughts")
-    if answer.get("tool_calls"):
-        plain = [*messages[:-1], {key: value for key, value in answer.items() if key != "tool_calls"}]
+    names = {"tool_calls": "calls of functions"} | {key: f"the key {key[:60]!r}" for key in other_keys([answer])}
+    for key in names.keys() & answer.keys():
+        plain = [*messages[:-1], without(answer, [key])]
         if turn_text(plain, turn.text[: turn.start], record, tokenizer) == turn.text:
-            left_out.append("calls of functions")
+            left_out.append(names[key])
     return left_out
+
+
+def without(message: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key not in keys}
 
 
 def left_out_by_template(
@@ -249,11 +254,9 @@ def left_out_by_template(
     left_out, before = [], messages[: max(k for k, m in enumerate(messages) if m["role"] == "assistant")]
     if tools and tokenizer.render_chat(before) == prompt:
         left_out.append("tools")
-    if keys := other_keys(before):
-        plain = [{key: value for key, value in message.items() if key not in keys} for message in before]
-        left_out += (
-            [f"the key {key[:60]!r}" for key in keys] if tokenizer.render_chat(plain, tools=tools) == prompt else []
-        )
+    if keys := other_keys([message for message in before if message["role"] != "assistant"]):
+        unused = tokenizer.render_chat([without(message, keys) for message in before], tools=tools) == prompt
+        left_out += [f"the key {key[:60]!r}" for key in keys if unused]
     for k, message in enumerate(before):
         content = message["content"].strip()
         if message["role"] == "assistant" or not content or content in prompt:
