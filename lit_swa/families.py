@@ -248,7 +248,10 @@ ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
@@ -281,7 +284,8 @@ def rope_fields(hf: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     """
     kind, context = rope.get("rope_type", rope.get("type", "default")), hf["max_position_embeddings"]
     needed, welcome = ROPE_SCALING_KEYS.get(kind, (set(rope), set())) if isinstance(kind, str) else (set(), set())
-    refuse_unread_rope(rope, needed | welcome if kind != "default" else set())
+    partial = {"partial_rotary_factor"} if "rotary_pct" in hf else set()  # which GPT-NeoX calls so, too
+    refuse_unread_rope(rope, partial | (needed | welcome if kind != "default" else set()))
     if kind == "default":
         return {"rope_scaling": None, "block_size": context}
     scaling = {"type": kind} | {k: v for k, v in rope.items() if k in needed | welcome and v is not None}
@@ -298,9 +302,9 @@ def rope_fields(hf: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_unread_rope(rope: dict[str, Any], reads: set[str]) -> None:
     """Raises ValueError for a parameter of RoPE that this kind of scaling does not read."""
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", TRAINED_LENGTH, "finetuned", *reads}
+    known = {"rope_type", "type", "rope_theta", TRAINED_LENGTH, "finetuned", *reads}
     for key, value in rope.items():
-        if key not in known and value is not None and value is not False:
+        if key not in known and not is_neutral(key, value):
             kind = str(rope.get("rope_type", rope.get("type", "default")))[:40]
             raise ValueError(
                 f"RoPE has {key[:60]}={repr(value)[:60]}, which its type {kind!r} does not read: give it the type that "

@@ -10,7 +10,9 @@ from tiny import randomize
 
 from lit_swa import Config
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model
+from lit_swa.families import ACTIVATION_NAMES
 from lit_swa.generate import generate
+from lit_swa.model import PlainMLP
 
 transformers = pytest.importorskip("transformers")
 WINDOW = 16
@@ -299,6 +301,16 @@ def test_keys_that_are_left_out_mean_what_transformers_takes_them_for(kind: str)
     assert compared > 2 * len(given)
 
 
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_every_spelling_of_an_activation_is_that_function(name: str):
+    """Catches: gelu for its tanh form, or the other way round; they differ by 5e-4."""
+    mlp = PlainMLP(Config(n_layer=1, n_embd=4, n_head=1, intermediate_size=4, activation=ACTIVATION_NAMES[name]))
+    x = torch.linspace(-4, 4, 60).view(15, 4)
+    for linear in (mlp.fc, mlp.proj):
+        linear.weight.data.copy_(torch.eye(4))
+    torch.testing.assert_close(mlp(x), transformers.activations.ACT2FN[name](x), atol=1e-6, rtol=0)
+
+
 def test_a_nested_config_that_leaves_out_nearly_everything(tmp_path: Path):
     """Catches: gemma-3-4b, whose text_config leaves out the defaults; a linear scaling that multiplies again."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
@@ -370,6 +382,7 @@ def test_a_key_that_is_not_read_is_refused_by_name(kind: str, fields: dict):
             "has low_freq_factor=2.0",
         ),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "a window has the type"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "RoPE has partial_rotary_factor=0.5"),
     ],
 )
 def test_a_parameter_of_rope_that_is_not_read_is_refused(kind: str, fields: dict, message: str):
