@@ -35,6 +35,9 @@ def describe_packages() -> Iterator[str]:
 
 def describe_devices() -> Iterator[str]:
     """One line for each device, with its memory and what of it is free."""
+    if version_of("torch") is None:
+        yield "unknown without torch"
+        return
     import torch
 
     from lit_swa.utils import free_memory

@@ -4,6 +4,7 @@ import importlib
 import re
 import runpy
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ def test_a_gguf_file_is_its_directory_or_a_command(project: Path, monkeypatch) -
     for name in READY:
         (alone / name).touch()
     assert locate(alone / "a.gguf") == alone
+    part = make(Path("parts"), "a-00001-of-00002.gguf", "a-00002-of-00002.gguf") / "a-00001-of-00002.gguf"
+    with pytest.raises(ValueError, match="not converted yet: run python .*--checkpoint_dir parts once"):
+        locate(part)
     for convert in (False, True):
         with pytest.raises(ValueError, match="mv 'mixed dir/a.gguf' 'mixed dir/a' && python .*'mixed dir/a'$"):
             locate(mixed / "a.gguf", convert)
@@ -165,3 +169,6 @@ def test_python_m_lit_swa_tells_what_is_there_and_what_to_type(project: Path, ca
     printed = capsys.readouterr().out
     assert f'python {project}/generate/base.py --checkpoint_dir {NAME} --prompt "' in printed
     assert f"python {project}/generate/chat.py --checkpoint_dir {NAME}" in printed
+    monkeypatch.setattr(metadata, "version", lambda name: metadata.distribution("nothing-of-this-name").version)
+    importlib.import_module("lit_swa.__main__").main()
+    assert "torch MISSING: pip install -r requirements.txt" in capsys.readouterr().out

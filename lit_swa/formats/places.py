@@ -64,7 +64,7 @@ def locate(name: str | Path, convert: bool = False) -> Path:
 
 def state_of(directory: Path) -> str | None:
     """ready, adapter, partly downloaded, to convert, incomplete; None where nothing belongs to a checkpoint."""
-    names = {path.name for path in directory.iterdir()}
+    names = _names(directory)
     if "lit_config.json" in names and {"lit_model.safetensors", "lit_model.safetensors.index.json"} & names:
         return "ready"
     if {"lit_adapter.json", "adapter_config.json"} & names:
@@ -119,10 +119,22 @@ def _subdirectories(directory: Path) -> list[Path]:
         return []
 
 
+def _names(directory: Path) -> set[str]:
+    try:
+        return {path.name for path in directory.iterdir()}
+    except OSError:  # not to be read
+        return set()
+
+
 def _sources(directory: Path) -> list[str]:
     """Files of weights that a conversion may start from."""
-    names = sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHTS)
+    names = sorted(name for name in _names(directory) if name.endswith(WEIGHTS))
     return [name for name in names if not name.startswith(("lit_model", "mmproj", "."))]
+
+
+def _without_part(name: str) -> str:
+    """model.gguf for model-00001-of-00003.gguf, so that the parts of a file have one name."""
+    return re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", name)
 
 
 def _directory_of(file: Path, convert: bool) -> Path:
@@ -132,7 +144,7 @@ def _directory_of(file: Path, convert: bool) -> Path:
         if state_of(directory) is None:
             raise ValueError(f"{file} is a file: give the directory of a checkpoint.")
         return directory
-    others = [name for name in _sources(directory) if name != file.name]
+    others = [name for name in _sources(directory) if _without_part(name) != _without_part(file.name)]
     if convert and all(name.endswith(".gguf") for name in others):
         return directory
     if others:
@@ -145,7 +157,7 @@ def _directory_of(file: Path, convert: bool) -> Path:
     if state_of(directory) != "ready":
         raise ValueError(
             f"{file} is not converted yet: run {script('convert_hf.py', checkpoint_dir=directory)} once, and then give "
-            f"--checkpoint_dir {directory}."
+            f"--checkpoint_dir {shlex.quote(str(directory))}."
         )
     return directory
 
