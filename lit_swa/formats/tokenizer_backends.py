@@ -186,13 +186,20 @@ def _before_replace(rule: dict[str, Any], becomes: dict[str | None, float]) -> d
     if literal:  # all its characters together become the new ones
         share = new / len(literal)
         return becomes | {c: max(becomes.get(c, becomes[None]), share) for c in literal}
-    between = 0.0 if len(regex) <= 200 and _NEVER_EMPTY.fullmatch(regex) else new  # written where nothing was
+    between = 0.0 if _never_empty(regex) else new  # written where nothing was
     return {c: max(size, new) + between for c, size in becomes.items()}
 
 
-# A regular expression of plain characters and classes, one of which at least must be there. Others may match nothing.
 _ATOM = r"(?:\[\^?(?:\\.|[^\[\]\\])+\]|\\[sdwSDWntr]|\\[pP]\{\w+\}|\\[^\w\s]|[^\\\[\](){}|*+?^$])"
-_NEVER_EMPTY = re.compile(rf"\^?(?:{_ATOM}[*+?]?)*{_ATOM}(?:\+|\{{[1-9]\d*,?\d*\}})?(?:{_ATOM}[*?])*\$?")
+_SOMETHING = re.compile(rf"\^?(?:{_ATOM}[*+?]?)*{_ATOM}(?:\+|\{{[1-9]\d*,?\d*\}})?(?:{_ATOM}[*?])*\$?")
+
+
+def _never_empty(regex: str) -> bool:
+    """True for alternatives of plain characters and classes, one of which at least must be there. Others are not
+    looked into."""
+    group = re.fullmatch(r"\((?:\?:)?([^()]*)\)\+?", regex)
+    parts = (group[1] if group else regex).split("|")
+    return len(regex) <= 200 and all(map(_SOMETHING.fullmatch, parts))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
