@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,8 @@ def run_script(main: Callable[..., Any]) -> None:
 
     from lit_swa.command_line import run_main, shorten
 
-    if sys.stderr is None:  # it was closed before the start
-        sys.stderr = open(os.devnull, "w")
+    if not isinstance(sys.stderr, Unbreakable):
+        sys.stderr = Unbreakable(sys.stderr or open(os.devnull, "w"))  # None: it was closed before the start
     replace_characters()
     try:
         try:
@@ -49,18 +49,37 @@ def run_script(main: Callable[..., Any]) -> None:
         print_line("interrupted")
         sys.exit(130)
     finally:
-        drop_unread_lines()
+        drop_unread_output()
 
 
-def drop_unread_lines() -> None:
-    """Let what a stream without a reader still holds go nowhere: Python would exit with 120 when it cannot flush it."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            with suppress(OSError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
+class Unbreakable:
+    """A stream that drops what cannot be written, since its reader ended, its terminal was closed or its disk is full:
+    no work ends for a line on stderr."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def drop_unread_output() -> None:
+    """Let what a stdout without a reader still holds go nowhere: Python would exit with 120 when it cannot flush it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def replace_characters() -> None:
@@ -161,15 +180,10 @@ def describe_machine(device: str) -> str:
 
 
 def print_line(text: str, stays: bool = True) -> None:
-    """Print a line on stderr. On a terminal it replaces a line that does not stay; a log file keeps every line.
-
-    A line that nobody reads any more (a pipe whose reader ended, a closed terminal, a full disk) is dropped: no work
-    ends for it.
-    """
+    """Print a line on stderr. On a terminal it replaces a line that does not stay; a log file keeps every line."""
     terminal = sys.stderr.isatty()
     end = "\n" if stays or not terminal else ""
-    with suppress(OSError):
-        print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
+    print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
 
 
 def show_reading(done: int, total: int) -> None:
