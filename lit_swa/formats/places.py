@@ -170,10 +170,8 @@ def _unknown(name: str) -> str:
     download = script("download.py", repo_id=repo)
     if near := _near(name, repo):
         return f"{text}: did you mean {_either(near)}?" + (f" ({download} downloads it.)" if is_repo else "")
-    if is_repo and (snapshot := _hub_cache(repo)):
-        own = roots()[-1] / repo
-        copy = f"mkdir -p {shlex.quote(str(own))} && cp -L {shlex.quote(str(snapshot))}/* {shlex.quote(str(own))}"
-        return f"{text}; Hugging Face's cache has it: {copy} && {script('convert_hf.py', checkpoint_dir=own)}"
+    if is_repo and (copying := copy_from_hub_cache(repo)):
+        return f"{text}; Hugging Face's cache has it: {copying}"
     if is_repo:
         return f"{text}: {download} makes one, if the Hugging Face hub has it."
     return f"{text}: {script('download.py')} makes one, and with --list it shows those that are there."
@@ -195,8 +193,8 @@ def _either(names: object) -> str:
     return " or ".join(list(names)[:3])
 
 
-def _hub_cache(repo: str) -> Path | None:
-    """The directory in Hugging Face's own cache where transformers and others keep this repository."""
+def copy_from_hub_cache(repo: str) -> str | None:
+    """What to type to make a checkpoint of what transformers and others keep of a repository, if they do."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -204,4 +202,10 @@ def _hub_cache(repo: str) -> Path | None:
         config = try_to_load_from_cache(repo, "config.json")
     except HFValidationError:
         return None
-    return Path(config).parent if isinstance(config, str) else None
+    if not isinstance(config, str):
+        return None
+    own, snapshot = roots()[-1] / repo, Path(config).parent
+    to = shlex.quote(str(own))
+    return (
+        f"mkdir -p {to} && cp -L {shlex.quote(str(snapshot))}/* {to} && {script('convert_hf.py', checkpoint_dir=own)}"
+    )
