@@ -52,6 +52,14 @@ class Parser(ArgumentParser):
             check_fields(self, parsed["model"])
         return parsed
 
+    def format_help(self) -> str:
+        """jsonargparse's help, with types as people write them."""
+        for action in self._actions:
+            if types_of(action) == {list[Path]}:
+                action.metavar = "PATHS"
+        text = re.sub(r"<class\s+'(\w+)'>", r"\1", super().format_help())
+        return re.sub(r"Optional\[(\w+\[[^\[\]]*\])\]", r"\1 | null", text)
+
     def _check_value_key(self, action: Any, value: Any, key: str, *more: Any, **how: Any) -> Any:
         """The value of an option in a configuration file, where a text is as typed too."""
         kind, option = types_of(action), f"--{key}"

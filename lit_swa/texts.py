@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lit_swa.utils import show_encoding
+
 if TYPE_CHECKING:
     from lit_swa.formats.tokenizer import Tokenizer
 
@@ -170,21 +172,32 @@ def find_frame(tokenizer: "Tokenizer", eos: bool = False) -> tuple[list[int], li
 def read_blocks(path: Path) -> Iterator[str]:
     """A text in pieces, which joined are read_text(path). Raises OSError or ValueError as read_text does."""
     decoder, blank, data = codecs.getincrementaldecoder("utf-8-sig")(), True, b"?"
-    with open(path, "rb") as file:
-        while data:
-            data = file.read(BLOCK_BYTES)
-            while data.endswith(b"\r") and (more := file.read(1)):  # the first half of a line's end
-                data += more
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError:
-                text = "\0"
-            if "\0" in text:
-                read_text(path)  # it says what is wrong, and where
-            blank = blank and not text.strip()
-            yield unify_lines(text)
+    total = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            while data:
+                data = file.read(BLOCK_BYTES)
+                while data.endswith(b"\r") and (more := file.read(1)):  # the first half of a line's end
+                    data += more
+                text = decode_block(decoder, data, path)
+                blank = blank and not text.strip()
+                yield text
+                show_encoding(path.name, file.tell(), total)
+    finally:
+        show_encoding(path.name, total, total)
     if blank:
         read_text(path)
+
+
+def decode_block(decoder: codecs.IncrementalDecoder, data: bytes, path: Path) -> str:
+    """The text of the file's next bytes; none are the file's end. Raises ValueError where they are no text."""
+    try:
+        text = decoder.decode(data, final=not data)
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        read_text(path)  # it says what is wrong, and where
+    return unify_lines(text)
 
 
 def encode_pieces(tokenizer: "Tokenizer", blocks: Iterator[str]) -> Iterator[np.ndarray | None]:

@@ -192,6 +192,12 @@ def show_reading(done: int, total: int) -> None:
         print_line("" if done == total else f"reading {done} of {total} tokens, {done / total:.0%}", stays=False)
 
 
+def show_encoding(name: str, done: int, total: int) -> None:
+    """Show on a terminal how many bytes of a large text are encoded, in one line that goes when all are."""
+    if total > 2**23 and sys.stderr.isatty():
+        print_line("" if done >= total else f"encoding {done / 1e6:.0f} of {total / 1e6:.0f} MB of {name}", stays=False)
+
+
 class ProgressLine:
     """One line on stderr: how much is done, what the caller says, tokens per second, memory, time to go.
 
