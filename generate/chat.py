@@ -106,7 +106,7 @@ def talk(session, tokenizer, beginning: list[dict[str, str]], arguments: dict[st
         elif command == "/save":
             save(messages, argument.strip())
         elif command.startswith("/"):
-            print(f"There is no command {command}: {HELP}", file=sys.stderr)
+            print(f"There is no command {shorten(command)}: {HELP}", file=sys.stderr)
         elif command:
             asked = [*messages, {"role": "user", "content": turn}]
             try:
@@ -156,6 +156,7 @@ def read_turn() -> str | None:
 
 def save(messages: list[dict[str, str]], name: str) -> None:
     """Write the conversation as JSON, whole or not at all; a file that is there already is left alone."""
+    from lit_swa.command_line import shorten
     from lit_swa.formats.files import write_json
 
     path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json"))
@@ -164,8 +165,8 @@ def save(messages: list[dict[str, str]], name: str) -> None:
             raise FileExistsError(f"{path} is there already: give another name.")
         write_json(path, messages)
         print(f"Saved {len(messages)} messages to {path}.", file=sys.stderr)
-    except OSError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        print(f"error: {shorten(str(e))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,7 @@ def run(results, arguments: dict[str, Any], methods: dict[str, Method], setup: S
     import shlex
 
     from lit_swa.checkpoint import load_model
+    from lit_swa.command_line import shorten
     from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
 
     results.save()  # a disk that is full or read-only shows now and not after hours
@@ -213,7 +214,7 @@ def run(results, arguments: dict[str, Any], methods: dict[str, Method], setup: S
                     parts = read_windows(results, row, gpt, tokens, cut, arguments, step)
                     rows.append(row | summarize(parts, cut, arguments["last"]))
                 except ValueError as error:
-                    rows.append(row | {"error": " ".join(str(error).split())})
+                    rows.append(row | {"error": shorten(str(error))})
                     progress.total -= length * len(cut.starts)
     if all("error" in row for row in rows):
         raise ValueError(f"No method can read the text. {rows[0]['method']}: {rows[0]['error']}")

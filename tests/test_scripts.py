@@ -223,13 +223,15 @@ def test_a_chat_says_that_training_saw_other_prompts(tiny_checkpoint, monkeypatc
 def test_a_chat_keeps_its_cache_resets_and_saves(tiny_checkpoint, monkeypatch, capsys, tmp_path):
     """Catches: a turn that is fed again, a reset that forgets nothing, a file overwritten."""
     target = tmp_path / "talk.json"
-    turns = f"hello\nagain\n/save {target}\n/save {target}\n/nonsense\n/reset\nhello\n/exit\nnever read\n"
+    long = "x" * 5000  # a line repeats no more than the beginning and the end of it
+    turns = f"hello\nagain\n/save {target}\n/save {target}\n/nonsense{long}\n/save {long}\n"
+    turns += "/reset\nhello\n/exit\nnever read\n"
     arguments = ["--checkpoint_dir", str(tiny_checkpoint), "--max_new_tokens", "8", *GREEDY]
     assert run("generate/chat.py", arguments, monkeypatch, stdin=turns) == 0
     printed = capsys.readouterr()
     stats = printed.err.split("prefill ")[1:]
     assert len(stats) == 3 and "prompt tokens in it" in stats[1] and "in it" not in stats[0]
-    assert "is there already" in printed.err and "no command /nonsense" in printed.err
+    assert "is there already" in printed.err and "no command /nonsense" in printed.err and len(printed.err) < 3000
     messages = json.loads(target.read_text())
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and messages[2]["content"] == "again"
     assert printed.out == f"{messages[1]['content']}\n{messages[3]['content']}\n{messages[1]['content']}\n"
