@@ -619,7 +619,7 @@ def trained(tmp_path) -> Path:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"peft_type": "IA3"}, "type IA3: only LORA"),
+        ({"peft_type": "IA3"}, "type 'IA3': only LORA"),
         ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 1]]}, "layer_replication, which is not supported"),
         ({"lora_bias": True}, "lora_bias"),
