@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -604,15 +605,24 @@ def edit(path: Path, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-@pytest.fixture
-def trained(tmp_path) -> Path:
-    """A trained directory and its base."""
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory) -> Path:
+    """A directory with a trained directory and its base."""
+    directory = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(4)
     model = GPT(tiny_config())
     randomize(model)
-    save_checkpoint(model, model.config, tmp_path / "base")
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    model, config = with_lora(tmp_path / "base", extra_trainable=("norm",))
-    save_adapter(model, tmp_path / "trained", tmp_path / "base", config)
+    save_checkpoint(model, model.config, directory / "base")
+    (directory / "base" / "tokenizer.json").write_text("{}")
+    model, config = with_lora(directory / "base", extra_trainable=("norm",))
+    save_adapter(model, directory / "trained", directory / "base", config)
+    return directory
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path) -> Path:
+    """A copy of the trained directory and its base, which may be changed."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "trained"
 
 
