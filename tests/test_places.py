@@ -93,7 +93,7 @@ def test_a_gguf_file_is_its_directory_or_a_command(project: Path, monkeypatch) -
         ),
         (
             "Cached/thing",
-            "cache has it: mkdir -p .*/Cached/thing && cp -L .*/snapshots/c0/[*] .* && python .*convert_hf",
+            "cache has it: mkdir -p .*/Cached/thing && cp -rL .*/snapshots/c0/[.] .* && python .*convert_hf",
         ),
         ("nothing-like-it", "download.py makes one, and with --list it shows"),
         ("run/metrics.csv", "is a file: give the directory"),

@@ -168,10 +168,10 @@ def _unknown(name: str) -> str:
     repo = name.removeprefix(f"{CHECKPOINTS}/")
     is_repo = re.fullmatch(REPO_ID, repo) is not None
     download = script("download.py", repo_id=repo)
-    if near := _near(name, repo):
-        return f"{text}: did you mean {_either(near)}?" + (f" ({download} downloads it.)" if is_repo else "")
     if is_repo and (copying := copy_from_hub_cache(repo)):
         return f"{text}; Hugging Face's cache has it: {copying}"
+    if near := _near(name, repo):
+        return f"{text}: did you mean {_either(near)}?" + (f" ({download} downloads it.)" if is_repo else "")
     if is_repo:
         return f"{text}: {download} makes one, if the Hugging Face hub has it."
     return f"{text}: {script('download.py')} makes one, and with --list it shows those that are there."
@@ -205,7 +205,5 @@ def copy_from_hub_cache(repo: str) -> str | None:
     if not isinstance(config, str):
         return None
     own, snapshot = roots()[-1] / repo, Path(config).parent
-    to = shlex.quote(str(own))
-    return (
-        f"mkdir -p {to} && cp -L {shlex.quote(str(snapshot))}/* {to} && {script('convert_hf.py', checkpoint_dir=own)}"
-    )
+    to, convert = shlex.quote(str(own)), script("convert_hf.py", checkpoint_dir=own)
+    return f"mkdir -p {to} && cp -rL {shlex.quote(str(snapshot))}/. {to} && {convert}"
