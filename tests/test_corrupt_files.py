@@ -501,16 +501,17 @@ def test_a_folder_of_templates_may_not_be_a_link_out(tmp_path: Path) -> None:
         read_chat_templates(tmp_path / "a", {})
 
 
-@pytest.mark.parametrize("name", ["dataset.json", "run.json", "lit_adapter.json", "lit_config.json"])
+@pytest.mark.parametrize("name", ["dataset.json", "run.json", "lit_adapter.json", "lit_config.json", "metrics.csv"])
 def test_every_description_is_regular_and_inside(tmp_path: Path, name: str) -> None:
     """Would catch a reader of a prepared dataset, a run or an adapter that takes what a link or a pipe gives."""
     from lit_swa.checkpoint import load_config
     from lit_swa.data.prepared import load_prepared
     from lit_swa.formats.adapter_files import adapter_kind
+    from lit_swa.training.log import read_metrics
     from lit_swa.training.saving import read_record
 
     read = {
-        "dataset.json": lambda path: load_prepared(path, None, 8, {}), "run.json": read_record,
+        "dataset.json": lambda path: load_prepared(path, None, 8, {}), "run.json": read_record, "metrics.csv": read_metrics,
         "lit_adapter.json": adapter_kind, "lit_config.json": load_config,
     }[name]  # fmt: skip
     place = tmp_path / ("final" if name == "run.json" else ".") / name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_swa.data.records import Fields
-from lit_swa.formats.files import directory_lock, named_when_full, read_json, require_space, write_json
+from lit_swa.formats.files import directory_lock, find_inside, named_when_full, read_json, require_space, write_json
 from lit_swa.formats.hub import ask_hub, fetch_file, missing_bytes
 from lit_swa.formats.places import roots
 
@@ -92,7 +92,7 @@ def _known_files(directory: Path, selection: str) -> list[Path]:
 
 
 def _read_index(directory: Path) -> dict[str, Any]:
-    return read_json(directory / HUB_INDEX) if (directory / HUB_INDEX).exists() else {}
+    return read_json(find_inside(directory, HUB_INDEX)) if (directory / HUB_INDEX).exists() else {}
 
 
 def select_files(info: Any, preset: Preset, selection: str) -> list[Any]:

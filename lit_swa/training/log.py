@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_swa.formats.files import named_when_full, write_text
+from lit_swa.formats.files import find_inside, named_when_full, write_text
 from lit_swa.utils import ProgressLine, format_number, print_line
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def read_lines(path: Path) -> list[str]:
 
     A last line without its end, which a full disk leaves, is not among them. Raises ValueError for anything else.
     """
-    text = path.read_bytes().decode(errors="replace").replace("\r\n", "\n")
+    text = find_inside(path.parent, path.name).read_bytes().decode(errors="replace").replace("\r\n", "\n")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if lines and lines[0] != ",".join(METRICS):
         raise ValueError(f"{path} is damaged: its first line must be {','.join(METRICS)}; mend it or move it away.")
