@@ -454,6 +454,9 @@ def test_what_no_prompt_holds_is_in_the_report(tiny_checkpoint, tokenizer, tmp_p
         for what in ("tools", "calls of functions", "thoughts", "the key 'images'", "the key 'mask'", "the key 'eot'"):
             assert f"{what} (of 1)" in report, known
         assert "'id'" not in report and "source" not in report and "text" not in report
+    assert (
+        "the key 'system' (of 1)" in load(write(path, [{"text": "a b", "system": "s", "url": "x"}]), tokenizer).report
+    )
     users = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     users += "{% if add_generation_prompt %}assistant: {% endif %}"
     own = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=users)

@@ -11,7 +11,7 @@ from lit_swa.data.dataset import Dataset, Example, pack, split_dataset
 from lit_swa.data.hub import PRESETS
 from lit_swa.data.load import load_dataset
 from lit_swa.data.prepared import save_dataset
-from lit_swa.data.prompts import PROMPT_STYLES, encode_record
+from lit_swa.data.prompts import PROMPT_STYLES, encode_examples, encode_record
 from lit_swa.data.records import Record
 from lit_swa.data.token_files import check_tokens, open_token_file, write_token_file
 
@@ -24,6 +24,7 @@ __all__ = [
     "Record",
     "check_dataset",
     "check_tokens",
+    "encode_examples",
     "encode_record",
     "load_dataset",
     "open_token_file",

@@ -89,9 +89,10 @@ def to_record(content: dict[str, Any], where: str, fields: Fields | None = None)
         text = text_of(content[row.text], f"{where}, {row.text}")
         if not text.strip():
             raise Dropped("without a text")
-        return Record([], text=text)
+        prompts = [*SYSTEM_KEYS, HISTORY_KEY, *TOOL_KEYS]  # which a document has not
+        return Record([], text=text, unread=tuple(key for key in prompts if content.get(key)))
     turns, input = to_turns(content, row, where) if row.messages else instruction_turns(content, row, where)
-    messages, untrained = to_messages([*system_turn(content, turns, where), *turns], where)
+    messages, untrained = to_messages([*system_turn(content, turns, where), *turns])
     return Record(messages, input, None, to_tools(content, where), untrained, unread_keys(content, row))
 
 
@@ -165,9 +166,9 @@ def system_turn(content: dict[str, Any], turns: list[dict[str, Any]], where: str
     return [{"role": "system", "content": text}] if text and there is None else []
 
 
-def to_messages(messages: list[dict[str, Any]], where: str) -> tuple[list[dict[str, Any]], frozenset[int]]:
+def to_messages(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], frozenset[int]]:
     """The messages up to the last answer that is trained, and which of their answers are not."""
-    trained = [message["role"] == "assistant" and is_trained(message, where) for message in messages]
+    trained = [is_trained(message) for message in messages]
     while trained and not trained[-1]:
         trained.pop()
     if not trained:
@@ -181,14 +182,18 @@ def to_messages(messages: list[dict[str, Any]], where: str) -> tuple[list[dict[s
     return [{key: value for key, value in m.items() if key not in TRAIN_KEYS} for m in kept], untrained
 
 
-def is_trained(answer: dict[str, Any], where: str) -> bool:
-    """Whether an answer's weight, or another of TRAIN_KEYS, lets it be trained. Raises ValueError for a part of it."""
+def is_trained(message: dict[str, Any]) -> bool:
+    """Whether a message is an answer, and its weight, or another of TRAIN_KEYS, lets it be trained."""
+    return message["role"] == "assistant" and all(message.get(key) in (None, 1) for key in TRAIN_KEYS)
+
+
+def check_training_keys(answer: dict[str, Any], where: str) -> None:
+    """Raises ValueError for an answer that is to be trained in part."""
     if detail := next((key for key in DETAIL_KEYS if answer.get(key)), None):
         raise ValueError(f"{where} has {detail}, and an answer is trained whole or not at all: leave the key out.")
     for key in TRAIN_KEYS:
         if answer.get(key) not in (None, 0, 1):
-            raise ValueError(f"{where} has an answer with {key}={str(answer[key])[:40]}: it must be 0 or 1.")
-    return all(answer.get(key) in (None, 1) for key in TRAIN_KEYS)
+            raise ValueError(f"{where} has {key}={str(answer[key])[:40]}: it must be 0 or 1.")
 
 
 def to_message(turn: Any, n: int, where: str) -> dict[str, Any]:
@@ -200,6 +205,8 @@ def to_message(turn: Any, n: int, where: str) -> dict[str, Any]:
     role, content = (turn.get(k) for k in (("role", "content") if "role" in turn else ("from", "value")))
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where} has the role {role!r}: it must be one of {', '.join(ROLES)}.")
+    if ROLES[role] == "assistant":
+        check_training_keys(turn, where)
     calls = to_calls(turn, role, content, where)
     if "content" not in turn and "value" not in turn and not calls:
         raise ValueError(f"{where} needs role and content (or from and value).")
