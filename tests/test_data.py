@@ -483,7 +483,7 @@ def test_an_answer_of_weight_0_is_read_and_not_trained(tokenizer, tmp_path):
             whole = load(path, tokenizer, prompt_style=style, mask_prompt=False)[0]
             assert whole.ids.tolist() == data[0].ids.tolist()
             assert "wrong" not in tokenizer.decode(answer_ids(whole)) and (whole.labels == IGNORED).sum() < 12
-    for value, reason in ((0.5, "weight=0.5: it must be 0 or 1"), ("0", "weight=0: it must")):
+    for value, reason in ((0.5, "message 2 has weight=0.5: it must be 0 or 1"), ("0", "weight=0: it must")):
         with pytest.raises(ValueError, match=reason):
             load(write(path, [{"messages": [turns[0], {**turns[1], "weight": value}]}]), tokenizer)
 
