@@ -181,6 +181,8 @@ def find_architecture(hf: dict[str, Any]) -> str:
         "gpt_neox": "GPTNeoXForCausalLM",
     }
     architecture = named[0] if isinstance(named, list) and named else by_model_type.get(str(hf.get("model_type")))
+    if isinstance(architecture, str):  # saved without its head: it is there if it is tied to the embedding
+        architecture = re.sub(r"(Text)?Model$", "ForCausalLM", architecture)
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(
             f"The architecture {architecture or hf.get('model_type')!r} is not supported: "

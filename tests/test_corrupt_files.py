@@ -511,8 +511,8 @@ def test_every_description_is_regular_and_inside(tmp_path: Path, name: str) -> N
     from lit_swa.training.saving import read_record
 
     read = {
-        "dataset.json": lambda path: load_prepared(path, None, 8, {}), "run.json": read_record, "metrics.csv": read_metrics,
-        "lit_adapter.json": adapter_kind, "lit_config.json": load_config,
+        "dataset.json": lambda path: load_prepared(path, None, 8, {}), "run.json": read_record,
+        "metrics.csv": read_metrics, "lit_adapter.json": adapter_kind, "lit_config.json": load_config,
     }[name]  # fmt: skip
     place = tmp_path / ("final" if name == "run.json" else ".") / name
     place.parent.mkdir(exist_ok=True)
