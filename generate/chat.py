@@ -52,11 +52,12 @@ def main(
             sliding --model.sliding_window_size 1024 --model.rolling_kv_cache true a conversation can go on without end.
     """
     from lit_swa.checkpoint import check_checkpoint_dir, load_model
+    from lit_swa.checks import check_range
     from lit_swa.fast_decode import compile_decode, warm_up
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.places import locate
-    from lit_swa.generate import Sampling, Session
+    from lit_swa.generate import Sampling, Session, check_stops
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.training.resuming import trained_prompt_style
@@ -65,6 +66,8 @@ def main(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    check_range("max_new_tokens", max_new_tokens, 1, 10**9)
+    check_stops(stop or ())
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     base_checkpoint_dir = base_checkpoint_dir and locate(base_checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir, base_dir=base_checkpoint_dir)

@@ -624,12 +624,17 @@ def generate_text(
     continues: the new text continues that of the prompt, so a first token " word" keeps its space. False: it begins a
         text of its own.
     """
-    if "" in stop:
-        raise ValueError("A stop is an empty text: leave it out, or give the text that ends the answer.")
+    check_stops(stop)
     decoder = StreamDecoder(tokenizer)
     for token in prompt_ids if continues else ():
         decoder.push(token)
     return join_text(generate(model, prompt_ids, **arguments), decoder, StopFinder(list(stop), empty=""))
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Raises ValueError for a stop that would end nothing."""
+    if "" in stops:
+        raise ValueError("A stop is an empty text: leave it out, or give the text that ends the answer.")
 
 
 def join_text(tokens: Iterator[int], decoder: StreamDecoder, stops: StopFinder) -> Iterator[str]:

@@ -208,10 +208,15 @@ def encode_pieces(tokenizer: "Tokenizer", blocks: Iterator[str]) -> Iterator[np.
     beginning of a text, such as a space in front, happens at the beginning of these lines.
     """
     from_beginning = tokenizer.sums_scores
-    text, done = "", 0  # text[:done] is encoded already
+    text, done, tried = "", 0, 0  # text[:done] is encoded already
     for block in blocks:
         text += block
-        cut = None if from_beginning and len(text) < 2 * done else find_cut(tokenizer, text, done)
+        if from_beginning and len(text) < 2 * done:
+            continue  # what is encoded already is encoded again
+        cut = find_cut(tokenizer, text, done)
+        if cut is None and len(text) - done >= BLOCK_BYTES // 4 and len(text) >= 2 * tried:
+            tried = len(text)
+            cut = find_cut_within_word(tokenizer, text, done)
         if cut is None:
             continue  # the next block may hold a place
         start, stop = cut
@@ -250,4 +255,13 @@ def find_cut(tokenizer: "Tokenizer", text: str, done: int) -> tuple[int, int] | 
             start = starts[-1] if starts else 0
             if encode_behind(tokenizer, text[start:stop], text[stop : stop + NEAR]) is not None:
                 return start, stop
+    return None
+
+
+def find_cut_within_word(tokenizer: "Tokenizer", text: str, done: int) -> tuple[int, int] | None:
+    """As find_cut, in a text without a border: all of it is the context of what follows, and the ids on the left of the
+    cut stay the same with what stands near on its right."""
+    for stop in range(len(text) - NEAR, max(done, len(text) - NEAR - 4), -1):
+        if encode_behind(tokenizer, text[:stop], text[stop:]) is not None:
+            return 0, stop
     return None

@@ -157,6 +157,15 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(
     assert len(printed.err.strip().splitlines()) == 1 and printed.out == ""
 
 
+@pytest.mark.parametrize("arguments", [["--stop", ""], ["--stop", '["x", ""]'], ["--max_new_tokens", "0"]])
+def test_a_chat_refuses_what_no_turn_could_mend(arguments, tiny_checkpoint, monkeypatch, capsys):
+    """Catches: the same error at every turn, and exit code 0."""
+    arguments = ["--checkpoint_dir", str(tiny_checkpoint), *arguments]
+    assert run("generate/chat.py", arguments, monkeypatch, stdin="hello\n") == 2
+    error = capsys.readouterr().err
+    assert "A stop is an empty text" in error or "max_new_tokens=0" in error
+
+
 @pytest.fixture(scope="module")
 def overflowing(tiny_checkpoint, tmp_path_factory) -> Path:
     """A checkpoint whose activations are too large for float16, as Gemma's are."""
