@@ -195,15 +195,24 @@ def test_what_peft_saves_gives_us_the_same_logits(families, family, case, tmp_pa
     assert error(model(idx), expected) < 2e-5
 
 
-@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 97, 100]},
+    ],
+)
 @pytest.mark.parametrize("family", ["llama", "tied llama"])
 @torch.no_grad()
-def test_added_tokens_are_pefts(families, family, saved, tmp_path):
-    """Catches: original_module, which PEFT stores beside what was trained, refused or taken for the trained weights."""
+def test_added_tokens_are_pefts(families, family, fields, tmp_path):
+    """Catches: original_module, which PEFT stores beside what was trained, refused or taken for the trained weights;
+    rows that were trained alone and are left out, or reach one of two tied matrices."""
     reference, base = families[family]
     larger = copy.deepcopy(reference)
     larger.resize_token_embeddings(101, mean_resizing=False)
-    theirs = peft_model(larger, LLAMA_QV, modules_to_save=saved)
+    theirs = peft_model(larger, LLAMA_QV, **fields)
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
     model, idx = load_model(base), torch.cat([tokens(), torch.tensor([[97, 98], [99, 100]])], dim=1)
     load_adapter(model, tmp_path)
@@ -633,7 +642,7 @@ def trained(trained_once, tmp_path) -> Path:
         ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 1]]}, "layer_replication, which is not supported"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices of adapter_config.json do not fit"),
         ({"r": 9}, "rank is 9: they do not belong together"),
         ({"r": "many"}, "r='many'"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "only plain names"),

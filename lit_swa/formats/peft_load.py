@@ -30,6 +30,7 @@ KNOWN_PEFT_KEYS = {  # any other key that is set asks for something that is not 
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision", "target_modules",
+    "trainable_token_indices",
     "task_type", "use_dora", "use_rslora", "megatron_core", "qalora_group_size", "runtime_config", "enable_lora",
     "merge_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # how the weights were initialised
 }  # fmt: skip
@@ -38,6 +39,7 @@ KNOWN_PEFT_KEYS = {  # any other key that is set asks for something that is not 
 KEEPS_BASE = ("none", "true", "false", "gaussian", "orthogonal", "eva", "mica")
 LORA_NAME = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_magnitude_vector)(\.[\w-]+?)?(\.weight)?")
 PLAIN_PATTERN = re.compile(r"\^?[\w-]+(\\?\.[\w-]+)*\$?")  # an expression of PEFT's that is read: it cannot run long
+TOKEN_ROWS = "trainable_tokens_delta"  # rows of the embedding that were trained alone
 UNTRAINED = re.compile(r"\.original_module(\.[\w-]+)?$")  # what modules_to_save began as, which PEFT may store too
 SAVED_NAME = re.compile(
     r"(?P<module>.+?)(\.modules_to_save(\.[\w-]+?)?|\.(?P<base>base_layer))?\.(?P<kind>weight|bias)"
@@ -133,7 +135,9 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
         raise ValueError(f"{more_file} holds {left[0][:120]!r}, which this model has no place for.")
     config = config_of(peft, path)
     adapter = Adapter(config, rows=model.config.padded_vocab_size)
+    rows = {name: saved.pop((name, False)) for name, _ in list(saved) if name.endswith(TOKEN_ROWS)}
     read_saved(adapter, saved, model, file)
+    read_token_rows(adapter, rows, peft, model, file)
     read_saved(adapter, also_saved, model, more_file)
     check_saved(adapter, modules, peft, file)
     if "transformer.wte.weight" in adapter.trained and "lm_head" in extra_modules(model, ("embed",)):
@@ -241,12 +245,16 @@ def sort_tensors(
         if UNTRAINED.search(full_name):
             continue
         own_name = re.sub(r"^(base_model\.model\.)*", "", WRAPPERS.sub("", full_name))
-        name = re.sub(r"^embed_out\.", "lm_head.", own_name)  # of GPT-NeoX, renamed in transformers 5
+        name = re.sub(
+            r"^embed_out\.", "lm_head.", own_name.replace(".token_adapter.", ".")
+        )  # of GPT-NeoX, renamed in transformers 5
         for prefix, plain in PREFIXES.items():
             name = plain + name.removeprefix(prefix) if name.startswith(prefix) else name
         if (match := LORA_NAME.fullmatch(name)) and match["module"] in modules:
             found = lora.setdefault(match["module"], Found(LORA_NAME.fullmatch(own_name)["module"]))
             found.tensors[match["kind"]] = tensor
+        elif name.endswith(f".{TOKEN_ROWS}") and name.removesuffix(f".{TOKEN_ROWS}") in modules:
+            saved[f"{modules[name.removesuffix(f'.{TOKEN_ROWS}')][0]}.{TOKEN_ROWS}", False] = tensor
         elif (match := SAVED_NAME.fullmatch(name)) and modules.get(match["module"], ("", 0, 3))[2:] == (1,):
             lit = modules[match["module"]][0]
             key = f"{lit}.{match['kind']}", bool(match["base"])
@@ -393,6 +401,33 @@ def read_saved(adapter: Adapter, saved: Mapping[tuple[str, bool], LazyTensor], m
             continue
         adapter.saved[name] = load_finite(tensor, name, file)
         adapter.trained |= set() if is_base else {name}
+
+
+def read_token_rows(
+    adapter: Adapter, rows: Mapping[str, LazyTensor], peft: Mapping[str, Any], model: GPT, file: Path
+) -> None:
+    """The rows of the embedding that trainable_token_indices names, trained alone; a tied lm_head has them too."""
+    indices, wte, head = peft.get("trainable_token_indices"), "transformer.wte", "lm_head"
+    if not rows and not indices:
+        return
+    tied = model.config.tie_embeddings
+    if not isinstance(indices, list) or f"{wte}.{TOKEN_ROWS}" not in rows or len(rows) > 1 + tied:
+        raise ValueError(
+            f"{file} and trainable_token_indices of {PEFT_CONFIG} do not fit: a list for the embedding must."
+        )
+    values = load_finite(rows[f"{wte}.{TOKEN_ROWS}"], f"{wte}.{TOKEN_ROWS}", file)
+    weight = adapter.saved.get(f"{wte}.weight", model.transformer.wte.weight).detach().clone()
+    whole = all(type(i) is int and 0 <= i < len(weight) for i in indices)
+    if not whole or values.shape != (len(indices), weight.shape[1]):
+        raise ValueError(
+            f"{file} has {list(values.shape)} for the rows that trainable_token_indices of {PEFT_CONFIG} names, of an "
+            f"embedding of {list(weight.shape)}: they do not belong together."
+        )
+    weight[indices] = values.to(weight)
+    adapter.saved[f"{wte}.weight"] = weight
+    adapter.trained.add(f"{wte}.weight")
+    if tied and f"{head}.weight" in adapter.saved:
+        adapter.saved[f"{head}.weight"] = weight
 
 
 def check_saved(
