@@ -413,7 +413,7 @@ def read_token_rows(
     tied = model.config.tie_embeddings
     if not isinstance(indices, list) or f"{wte}.{TOKEN_ROWS}" not in rows or len(rows) > 1 + tied:
         raise ValueError(
-            f"{file} and trainable_token_indices of {PEFT_CONFIG} do not fit: a list for the embedding must."
+            f"{file} and trainable_token_indices of {PEFT_CONFIG} do not fit: only a list, for the embedding, is read."
         )
     values = load_finite(rows[f"{wte}.{TOKEN_ROWS}"], f"{wte}.{TOKEN_ROWS}", file)
     weight = adapter.saved.get(f"{wte}.weight", model.transformer.wte.weight).detach().clone()
