@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import CONTEXT
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT, evaluate
@@ -363,26 +364,30 @@ def test_two_processes_give_one_process_result_to_the_last_bit(llama, tmp_path, 
     assert results_of(tmp_path / "two.json")["nll"] != results_of(tmp_path / "one.json")["nll"]
 
 
+def run_until_killed(argv: list[str], threads: int) -> None:
+    """Run the script in this process, which kills itself at the fourth window."""
+    window_nll, calls = evaluate.window_nll, []
+
+    def killed(*a):
+        calls.append(a)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return window_nll(*a)
+
+    torch.set_num_threads(threads)  # so that both processes round alike
+    evaluate.window_nll = killed
+    evaluate.Results.add_all = functools.partialmethod(evaluate.Results.add_all, every=0)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
 def test_a_killed_run_goes_on(llama, ppl, tmp_path):
     """Catches: a partial file that is only right when a run ends by its own will."""
-    kill_at_fourth = f"""
-import functools, os, runpy, signal, sys
-from lit_swa import evaluate
-
-window_nll, calls = evaluate.window_nll, []
-def killed(*a):
-    calls.append(a)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return window_nll(*a)
-
-evaluate.window_nll = killed
-evaluate.Results.add_all = functools.partialmethod(evaluate.Results.add_all, every=0)
-sys.argv = {[SCRIPT, *map(str, arguments_for(llama[1], tmp_path / "o.json"))]}
-runpy.run_path({SCRIPT!r}, run_name="__main__")
-"""
-    killed = subprocess.run([sys.executable, "-c", kill_at_fourth], cwd=ROOT, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "o.json").exists()
+    argv = [str(ROOT / SCRIPT), *map(str, arguments_for(llama[1], tmp_path / "o.json"))]
+    process = CONTEXT.Process(target=run_until_killed, args=(argv, torch.get_num_threads()))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "o.json").exists()
     assert "3 parts are done" in ppl(*arguments_for(llama[1], tmp_path / "o.json"))[2]
     assert ppl(*arguments_for(llama[1], tmp_path / "whole.json"))[0] == 0
     assert results_of(tmp_path / "o.json") == results_of(tmp_path / "whole.json")
