@@ -378,6 +378,16 @@ def test_stop_ids_of_config_json_count_where_generation_config_names_none(
     )
 
 
+def test_templates_in_folders_are_copied_with_the_tokenizer(copy_of, tmp_path):
+    """Catches: a merged or a finetuned model that lost the chat format of its base."""
+    directory = copy_of("byte_level")
+    for folder in ("chat_templates", "additional_chat_templates"):
+        (directory / folder).mkdir()
+        (directory / folder / f"{folder}.jinja").write_text("T")
+    copy_tokenizer(directory, tmp_path)
+    assert sorted(p.parent.name for p in tmp_path.rglob("*.jinja")) == ["additional_chat_templates", "chat_templates"]
+
+
 @pytest.mark.parametrize("value", ["2", -1, True, [2, None], {"a": 1}, 1.0, 2**40])
 def test_stop_ids_of_a_wrong_type_are_refused(value, copy_of):
     """Would catch stop ids that no token ever equals."""

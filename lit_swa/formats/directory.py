@@ -30,7 +30,8 @@ from lit_swa.formats.files import (
     write_weights,
 )
 from lit_swa.formats.hugging_face import expected_shapes, require_layers
-from lit_swa.formats.tokenizer_files import read_stop_ids, vocab_file_name
+from lit_swa.formats.reading import is_listed
+from lit_swa.formats.tokenizer_files import read_stop_ids, template_files, vocab_file_name
 
 CONFIG_FILE, STEM = "lit_config.json", "lit_model"
 ADAPTER_FILE = "lit_adapter.json"  # an adapter has it in place of weights: see adapter_files.py
@@ -218,9 +219,10 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     """
     if source.resolve() == directory.resolve():
         return
-    for name in COPIED_FILES:
-        if (source / name).exists():
-            copy_file(find_inside(source, name), directory / name)
+    for folder, name in [*(("", name) for name in COPIED_FILES if is_listed(source / name)), *template_files(source)]:
+        path = find_inside(source, name, folder)
+        (directory / folder).mkdir(exist_ok=True)
+        copy_file(path, directory / folder / name)
     path, ids = directory / "generation_config.json", read_stop_ids(source)
     content = read_json(path) if path.exists() else {}
     if ids and content.get("eos_token_id") is None:

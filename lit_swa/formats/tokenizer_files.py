@@ -193,12 +193,19 @@ def _added_token(value: Any, where: str, special: bool = True) -> AddedToken:
 # Chat templates
 
 
+TEMPLATE_FOLDERS = ("chat_templates", "additional_chat_templates")
+
+
+def template_files(directory: Path) -> list[tuple[str, str]]:
+    """The folder and the name of every chat template that lies in a folder of its own."""
+    return [(folder, p.name) for folder in TEMPLATE_FOLDERS for p in sorted((directory / folder).glob("*.jinja"))]
+
+
 def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     """Name -> template. Files of their own come before tokenizer_config.json, chat_template.json comes last."""
     templates = {}
-    for folder in ("chat_templates", "additional_chat_templates"):
-        for path in sorted((directory / folder).glob("*.jinja")):
-            templates[path.stem] = read_text(find_inside(directory, path.name, folder))
+    for folder, name in template_files(directory):
+        templates[name.removesuffix(".jinja")] = read_text(find_inside(directory, name, folder))
     if is_listed(directory / "chat_template.jinja"):
         templates["default"] = read_text(find_inside(directory, "chat_template.jinja"))
     if templates:
