@@ -30,7 +30,7 @@ def main(
 
     Args:
         r: Rank of the matrices.
-        alpha: The product of a pair is scaled by alpha / r, with an alpha above 0.
+        alpha: The product of a pair is scaled by alpha / r: 0.001 to 1000000.
         dropout: Probability that an input of the matrices is set to zero in training.
         targets: The layers that get a pair of matrices, of q, k, v, o, mlp, head.
         extra_trainable: Weights that are trained in full as well, of embed, norm.
@@ -41,9 +41,8 @@ def main(
         quantize: Hold the frozen weights in 4 or 8 bits (QLoRA).
     """
     args = Training(**training)
+    check_range("alpha", alpha, 1e-3, 1e6)  # at 0 nothing is trained
     check_range("loraplus_lr_ratio", loraplus_lr_ratio, 1e-3, 1e3)
-    if not alpha > 0:
-        raise ValueError(f"alpha={alpha!r} does not fit: it must be greater than 0, or nothing is trained.")
 
     import torch
 

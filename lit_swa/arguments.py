@@ -107,6 +107,10 @@ class Training:
             value = getattr(self, name)
             if value is not None:
                 check_range(name, value, least, most)
+        if 0 < self.grad_clip < 1e-6:
+            raise ValueError(
+                f"grad_clip={self.grad_clip!r} does not fit: it must be 0 for no limit, or at least 1e-06."
+            )
         if self.epochs <= 0 or self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError("epochs and learning_rate must be greater than 0.")
         if isinstance(self.recompute, str) and self.recompute.isdigit():

@@ -246,8 +246,18 @@ def test_a_best_step_that_was_not_kept_is_said(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         pretrain(tmp_path / "run", stop_after=2, measure=scripted([1.0, 2.0]), **how)
     pretrain(tmp_path / "run", measure=scripted([4.0, 3.0]), resume="auto", early_stop=3, **how)
-    assert "the step with the best validation loss, 1, was not kept" in capsys.readouterr().err
+    assert "looked for anew: step 1, which has it, was not kept" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "final" / "run.json").read_text())["weights_of_step"] == 4
+
+
+def test_losses_of_other_data_are_not_compared(tmp_path, capsys, monkeypatch):
+    """Catches: --early_stop that takes a loss on other validation data for the best."""
+    how = {"eval_interval": 1, "save_interval": 1, "lr_schedule": "constant", "early_stop": 3}
+    pretrain(tmp_path / "run", measure=scripted([1.0]), max_steps=1, **how)
+    monkeypatch.setattr(RandomRows, "identity", "other")
+    pretrain(tmp_path / "run", measure=scripted([9.0, 8.0, 8.5]), max_steps=4, resume="auto", **how)
+    assert "looked for anew: what is validated on is not what it was" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "final" / "run.json").read_text())["weights_of_step"] == 3
 
 
 def is_complete_model(directory: Path) -> bool:

@@ -95,11 +95,13 @@ def write_token_file(
             raise FileNotFoundError(f"There is no file {file}: give texts, or a directory of .txt files.")
         if file.suffix not in (*READERS, ".txt"):
             raise ValueError(f"{file} is no text: it must be .txt, or {', '.join(READERS)} with a text in each record.")
-    kind = id_dtype(model_vocab_size(tokenizer))
+    vocab_size = model_vocab_size(tokenizer)
+    kind = id_dtype(vocab_size)
     n_documents = n_tokens = 0
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as stream:
         for ids in read_documents(files, tokenizer):
+            check_tokens(ids, vocab_size, f"Document {n_documents} (counted from 0)")
             stream.write(ids.astype(kind).tobytes())
             n_documents, n_tokens = n_documents + 1, n_tokens + len(ids)
             if progress:

@@ -93,6 +93,10 @@ class ExampleValidation:
     def __init__(self, dataset: Dataset, tokens: int) -> None:
         self.dataset, self.tokens, self.trained_tokens = dataset, tokens, int(dataset.trained.sum())
 
+    @property
+    def identity(self) -> str:
+        return self.dataset.fingerprint
+
     def batches(self) -> Iterator[Batch]:
         numbers: list[int] = []
         filled = 0

@@ -61,9 +61,10 @@ class Feed(Protocol):
 
 
 class Validation(Protocol):
-    """What is validated on."""
+    """What is validated on. identity: losses can be compared where it is the same, as JSON."""
 
     trained_tokens: int  # tokens that the loss is the mean of
+    identity: Any
 
     def batches(self) -> Iterable[Batch]:
         """All of it, in order."""

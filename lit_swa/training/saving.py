@@ -98,6 +98,7 @@ class Saver:
         resumed run must have the same."""
         self.run, self.model, self.optimizer, self.save_model = run, model, optimizer, save_model
         self.identity = json.loads(json.dumps(identity_of(run, method)))
+        self.validation = json.loads(json.dumps(None if run.valid is None else run.valid.identity))
         self.saved = -1  # the last step that was
 
     def save_step(self, progress: Progress) -> None:
@@ -153,6 +154,7 @@ class Saver:
             "memory": memory_in_use(),
             "arguments": self.run.args.as_json(),
             "identity": self.identity,
+            "validation": self.validation,
             "progress": asdict(progress),
             "weights_of_step": step,
             "prompt_style": self.run.prompt_style,
@@ -182,17 +184,22 @@ class Saver:
         restore(self.model, self.optimizer, path)
         run.log.rewind(progress.step)
         self.saved = progress.step
-        self.look_for_best_anew(progress)
+        self.forget_best(progress, record)
         run.log.say(self.end_of(progress) if run.is_over(progress) else f"going on from {path}")
         return progress
 
-    def look_for_best_anew(self, progress: Progress) -> None:
-        """Where --early_stop comes to a run whose best step was not kept, only steps from here on can be the best."""
-        best, out_dir = self.run.best_step(progress), self.run.out_dir
-        if self.run.args.early_stop > 0 and (best is None or step_dir(out_dir, best) not in saved_steps(out_dir)):
-            if progress.best is not None:
-                self.run.log.say(f"note: the step with the best validation loss, {best}, was not kept")
-            progress.best, progress.best_step, progress.since_best = None, None, 0
+    def forget_best(self, progress: Progress, record: dict[str, Any]) -> None:
+        """Look for the best validation loss anew where the one before cannot be compared, or its step was not kept."""
+        run, why = self.run, ""
+        if record.get("validation", self.validation) != self.validation:
+            why = "what is validated on is not what it was"
+        elif run.args.early_stop > 0 and (
+            progress.best_step is None or step_dir(run.out_dir, progress.best_step) not in saved_steps(run.out_dir)
+        ):
+            why = f"step {progress.best_step}, which has it, was not kept"
+        if why and progress.best is not None:
+            run.log.say(f"note: the best validation loss is looked for anew: {why}")
+            progress.best, progress.best_step, progress.since_best, progress.plateau = None, None, 0, 0
 
     def end_of(self, progress: Progress) -> str:
         """What is said of a run that is started again after its end."""
