@@ -85,8 +85,7 @@ def prepare(args: Training, method: str, rate: float, small_rate: float | None =
     config = load_config(checkpoint_dir).override(**(args.model or {}))
     tokenizer = Tokenizer(checkpoint_dir)
     data, held_out = read_data(args, tokenizer, config)
-    size = sum(math.prod(shape) for shape in expected_shapes(config).values())
-    if small_rate is not None and size < SMALL:
+    if small_rate is not None and count_weights(config) < SMALL:
         rate = small_rate
     longest = max(int(d.lengths.max()) for d in (data, held_out) if d is not None)
     max_seq_length = args.max_seq_length or min(longest, config.block_size)
@@ -107,18 +106,23 @@ def prepare(args: Training, method: str, rate: float, small_rate: float | None =
         data=data,
     )
     run.log.say(data.report + ("" if held_out is None else f" {len(held_out)} more are held out for validation."))
-    if chosen := describe_choices(run, size):
-        run.log.say(chosen)
-    if note := unheard_end(data, tokenizer):
-        run.log.say(note)
+    for note in (describe_choices(run), unheard_end(data, tokenizer)):
+        if note:
+            run.log.say(note)
     return run
 
 
-def describe_choices(run: Finetuning, size: int) -> str:
+def count_weights(config: Config) -> int:
+    return sum(math.prod(shape) for shape in expected_shapes(config).values())
+
+
+def describe_choices(run: Finetuning) -> str:
     """What was chosen for the model and the run where the arguments left it open, or do not fit them."""
     args, chosen, warmup = run.args, [], warmup_steps(run.steps, run.args)
     if args.learning_rate is None:
-        chosen.append(f"--learning_rate {run.peak_rate:g} for a model of {size / 1e6:.3g}M weights")
+        chosen.append(
+            f"--learning_rate {run.peak_rate:g} for a model of {count_weights(run.config) / 1e6:.3g}M weights"
+        )
     if args.warmup_steps is None:
         chosen.append(f"--warmup_steps {warmup} of {run.steps}")
     elif args.warmup_steps != warmup:
