@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lit_swa.checks import check_range
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
+from lit_swa.memory import free_memory, require_memory
 from lit_swa.model import GPT
-from lit_swa.utils import format_rate, free_memory, wait_for
+from lit_swa.utils import format_rate, wait_for
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
@@ -303,13 +304,16 @@ class Session:
         room = model.cache_length(tokens)
         if model.unbounded(cached=False) and not model.rolls:  # windows in dense caches: a slot for each token
             room = tokens
+        lookahead = max(self.lookahead, model.lookahead)
         if self.length:
             if model.max_seq_length < room:  # at least double it, so that the content is seldom copied
-                model.extend_kv_cache(max(room, model.cache_length(2 * model.max_seq_length)))
-        elif (
-            model.cache_batch_size != self.batch_size or model.max_seq_length < room or model.lookahead < self.lookahead
-        ):
-            model.set_kv_cache(self.batch_size, room, lookahead=max(self.lookahead, model.lookahead))
+                double = max(room, model.cache_length(2 * model.max_seq_length))
+                fits = 2 * cache_bytes(model, self.batch_size, double, lookahead) < free_memory(self.device)
+                require_cache(model, self.batch_size, room, lookahead)
+                model.extend_kv_cache(double if fits else room)
+        elif model.cache_batch_size != self.batch_size or model.max_seq_length < room or model.lookahead < lookahead:
+            require_cache(model, self.batch_size, room, lookahead, freed=model.kv_cache_bytes())
+            model.set_kv_cache(self.batch_size, room, lookahead=lookahead)
         else:
             model.reset_kv_cache()
 
@@ -370,6 +374,33 @@ def context_error(model: GPT, tokens: int, what: str, new_tokens: int = 0) -> Va
         f"{what} has {tokens} tokens and the context {model.config.block_size}: shorten it, go further with "
         f"--model.attention dual_chunk --model.block_size {tokens + new_tokens}, or give every layer a window with "
         "--model.attention streaming --model.sliding_window_size S."
+    )
+
+
+def cache_bytes(model: GPT, batch_size: int, length: int, lookahead: int = 0) -> int:
+    """What model.set_kv_cache(batch_size, length, lookahead=lookahead) allocates: each cache is made without memory."""
+    first, held, weight = {}, {}, model.transformer.wte.weight
+    for attn in model.layers:
+        heads, beside = (attn.n_head, attn.n_query_groups), first.get(attn.mixer.kind)
+        cache = attn.mixer.new_cache(batch_size, length, lookahead, heads, beside, device="meta", dtype=weight.dtype)
+        first.setdefault(attn.mixer.kind, cache)
+        held |= {id(buffer): buffer for buffer in cache.buffers()}  # shared ones once
+    return sum(buffer.nbytes for buffer in held.values())
+
+
+def require_cache(model: GPT, batch_size: int, length: int, lookahead: int, freed: int = 0) -> None:
+    """Raises ValueError when there is no memory for such caches. freed: bytes that go before they are made."""
+    needed = cache_bytes(model, batch_size, length, lookahead)
+    of = f"{batch_size} times {length:,}" if batch_size > 1 else f"{length:,}"
+    remedy = "lower sliding_window_size or n_sink_tokens" if model.rolls else (
+        "ask for fewer tokens (--max_new_tokens, or a shorter text), or give every layer a window (--model.attention "
+        "sliding --model.sliding_window_size S --model.rolling_kv_cache true)"
+    )  # fmt: skip
+    require_memory(
+        needed - freed,
+        model.transformer.wte.weight.device,
+        f"The caches of {of} tokens",
+        f"{remedy}, or use --dtype bfloat16",
     )
 
 

@@ -1,5 +1,6 @@
 """What every script shares: the command line, errors for people."""
 
+import inspect
 import io
 import math
 import os
@@ -12,6 +13,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lit_swa.memory import memory_sentence
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,14 +22,13 @@ if TYPE_CHECKING:
 def run_script(main: Callable[..., Any]) -> None:
     """Run main with the command line's arguments.
 
-    A ValueError or an OSError is the user's to mend: its one sentence goes to stderr, with exit code 2. Anything else
-    is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is set. Lines on a stderr that
-    nobody reads any more change neither the work nor the exit code. Where the reader of stdout has had enough (| head),
-    the script ends without a word.
+    A ValueError or an OSError is the user's to mend, and so is too little memory: one sentence goes to stderr, with
+    exit code 2. Anything else is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is
+    set. Lines on a stderr that nobody reads any more change neither the work nor the exit code. Where the reader of
+    stdout has had enough (| head), the script ends without a word.
     """
-    from jsonargparse import ArgumentError
 
-    from lit_swa.command_line import run_main, shorten
+    from lit_swa.command_line import run_main
 
     if not isinstance(sys.stderr, Unbreakable):
         sys.stderr = Unbreakable(sys.stderr or open(os.devnull, "w"))  # None: it was closed before the start
@@ -39,17 +41,31 @@ def run_script(main: Callable[..., Any]) -> None:
                 sys.stdout.flush()
     except BrokenPipeError:
         sys.exit(128 + 13)  # as a shell says of SIGPIPE
-    except (ArgumentError, ValueError, OSError) as e:
-        if os.environ.get("LIT_SWA_TRACEBACK") == "1":
+    except Exception as e:
+        sentence = error_sentence(e, main)
+        if sentence is None or os.environ.get("LIT_SWA_TRACEBACK") == "1":
             raise
-        hint = " (--help lists the arguments)" if isinstance(e, ArgumentError) else ""
-        print_line(f"error: {shorten(str(e))}{hint}")
+        print_line(f"error: {sentence}")
         sys.exit(2)
     except KeyboardInterrupt:
         print_line("interrupted")
         sys.exit(130)
     finally:
         drop_unread_output()
+
+
+def error_sentence(error: Exception, main: Callable[..., Any]) -> str | None:
+    """What to tell the user of main's error; None for a bug of ours."""
+    from jsonargparse import ArgumentError
+
+    from lit_swa.arguments import Training
+    from lit_swa.command_line import shorten
+
+    names, fields = list(inspect.signature(main).parameters), Training.__dataclass_fields__
+    if (sentence := memory_sentence(error, [*names, *(fields if "training" in names else ())])) is not None:
+        return sentence
+    hint = " (--help lists the arguments)" if isinstance(error, ArgumentError) else ""
+    return f"{shorten(str(error))}{hint}" if isinstance(error, (ArgumentError, ValueError, OSError)) else None
 
 
 class Unbreakable:
@@ -250,19 +266,6 @@ def memory_in_use() -> str:
         return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
     except ImportError:  # Windows
         return ""
-
-
-def free_memory(device: "torch.device") -> int:
-    """Bytes that can be allocated on the device; an estimate on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on this system
-        return 2**31
 
 
 def wait_for(device: "torch.device") -> None:

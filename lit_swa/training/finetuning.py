@@ -175,7 +175,7 @@ def load_base(run: Finetuning, quantize: str | None = None) -> GPT:
 def place(run: Run, model: GPT) -> nn.Module:
     """Put the model on its devices: trained weights in float32, as many layers recomputed as memory demands."""
     train_in_float32(model, run.dtype)
-    choose_recompute(run, model)
+    choose_recompute(run, model, accumulates=len(run.feed.batches(0)) > run.fabric.world_size)
     return run.fabric.setup_module(model)
 
 

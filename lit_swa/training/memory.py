@@ -1,29 +1,92 @@
 """Activations: kept for the backward, or computed again there to save memory (Chen et al. 2016, arXiv 1604.06174)."""
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_swa.memory import format_bytes, free_memory, ran_out_of_memory, require_memory
 from lit_swa.model import GPT
+from lit_swa.training.estimate import estimate_step
 from lit_swa.training.loop import Batch, Run
 
 
-def choose_recompute(run: Run, model: GPT) -> int:
+def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     """Let as many layers recompute their activations as --recompute says; returns how many.
 
-    auto: on a GPU, as many as it takes to leave a tenth of its memory free with the longest micro-batch; on a CPU none.
+    auto: as many as it takes to leave some memory free with the longest micro-batch: a tenth of a GPU's, a quarter of a
+    CPU's, whose heap falls into pieces. accumulates: a step may read several micro-batches.
+    Raises ValueError when the step does not fit into the memory.
     """
     n, device = model.config.n_layer, run.fabric.device
+    recompute_blocks(model, 0)
     wanted = {"all": n, "none": 0}.get(run.args.recompute, run.args.recompute)
-    if wanted == "auto" and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        wanted = fitting_recompute(model, run.feed.longest().to(device), int(0.9 * total))
-    wanted = 0 if wanted == "auto" else min(int(wanted), n)
+    wanted = wanted if wanted == "auto" else min(int(wanted), n)
+    if device.type == "cuda":
+        limit = int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+        wanted = fitting_recompute(model, run.feed.longest().to(device), limit) if wanted == "auto" else wanted
+    else:
+        wanted = fitting_on_cpu(run, model, wanted, accumulates)
     recompute_blocks(model, wanted)
     return wanted
+
+
+def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -> int:
+    """How many layers recompute, by an estimate, which is told. Raises ValueError when it exceeds the memory."""
+    fabric, n = run.fabric, model.config.n_layer
+    batch = run.feed.longest()
+    try:
+        step = estimate_step(model, batch, accumulates, fabric.autocast)
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise
+        return 0 if wanted == "auto" else wanted  # a module of the user's looks at numbers: nothing is known of it
+    here = fabric.world_size // run.args.num_nodes  # processes that share this machine's memory
+    shared = step.gradients if fabric.world_size > 1 else 0  # DDP's copies of the gradients
+    extra = shared + mapped_bytes(p for p in model.parameters() if p.requires_grad)  # what a step writes to is copied
+    needed = [here * (step.beside_weights(i) + extra) for i in range(n + 1)]
+    free = free_memory(fabric.device)
+    if wanted == "auto":
+        wanted = next((i for i in range(n + 1) if needed[i] < 0.75 * free), n)
+    weights = format_bytes(here * step.weights)
+    what = (
+        f"The longest micro-batch ({batch.idx.numel()} tokens), with gradients and moments beside weights of {weights},"
+    )
+    require_memory(needed[wanted], fabric.device, what, training_remedy(needed, wanted, free))
+    parts = f"{format_bytes(here * step.gradients)} of gradients, {format_bytes(here * step.moments)} of moments"
+    run.log.say(
+        f"Memory, estimated: {weights} of weights, and at most {format_bytes(needed[wanted])} beside them ({parts} and "
+        f"activations; {wanted} of {n} layers compute theirs again); {format_bytes(free)} are free."
+    )
+    return wanted
+
+
+def training_remedy(needed: list[int], wanted: int, free: int) -> str:
+    """What to do when a step does not fit that needs so many bytes, by the layers that recompute."""
+    if needed[-1] < free:
+        return f"use --recompute all ({format_bytes(needed[-1])}), a smaller --max_seq_length or --micro_batch_size 1"
+    less = f" (--recompute all alone would leave {format_bytes(needed[-1])})" if wanted < len(needed) - 1 else ""
+    return f"use a smaller --max_seq_length, --micro_batch_size 1, or finetune/lora.py with --quantize nf4{less}"
+
+
+def mapped_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors that are a file's pages: they take memory of their own once they are written to."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:
+        return 0
+    files = [line[0].split("-") for line in lines if len(line) > 5 and line[4] != "0"]
+    ranges = sorted((int(start, 16), int(end, 16)) for start, end in files)
+    starts = [start for start, _ in ranges]
+    total = 0
+    for x in tensors:
+        i = bisect.bisect_right(starts, x.data_ptr()) - 1
+        total += x.nbytes if i >= 0 and x.data_ptr() < ranges[i][1] else 0
+    return total
 
 
 def recompute_blocks(model: GPT, n: int) -> None:
