@@ -11,6 +11,7 @@ what they add depends on the query through a softmax, which no weight of the bas
 and a model with an adapter is run with it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from lit_swa.linear_formats import (
     is_plain,
     remove_injected,
 )
+from lit_swa.memory import require_memory
 from lit_swa.model import GPT, CausalSelfAttention, RMSNorm, softcap
 
 WEIGHTS_FILE = "lit_adapter.safetensors"
@@ -129,6 +131,9 @@ def add_adapter(model: GPT, config: AdapterConfig) -> list[str]:
     Raises ValueError when the model has no layer at start_layer, or something put into it already.
     """
     targets = adapter_targets(model, config)
+    needed = sum(4 * math.prod(shape) for shape in expected_state(model, config).values())
+    device = model.transformer.wte.weight.device
+    require_memory(needed, device, f"Prompts of {config.prompt_length} tokens", "use a smaller --prompt_length")
     model.requires_grad_(False)
     for module in targets.values():
         if isinstance(module, CausalSelfAttention):

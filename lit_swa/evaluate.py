@@ -26,7 +26,7 @@ from lit_swa.formats.files import LazyTensor, write_json
 from lit_swa.generate import NonFiniteLogits, Session, explain_overflow, prefill_chunk
 from lit_swa.model import GPT, Config
 from lit_swa.texts import encode_file, find_frame
-from lit_swa.utils import count_processes
+from lit_swa.utils import check_devices, count_processes
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -441,8 +441,7 @@ def launch_ranks(device: str, devices: int = 1, num_nodes: int = 1) -> Ranks:
         return Ranks(device)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} does not fit {devices * num_nodes} processes: use cuda or cpu.")
-    if device == "cuda" and devices > torch.cuda.device_count():
-        raise ValueError(f"devices={devices} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
+    check_devices(device, devices)
     try:
         from lightning.fabric import Fabric
     except ImportError:

@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_swa.memory import free_memory
+
 if TYPE_CHECKING:
     from lit_swa.model import GPT
 
@@ -166,12 +168,15 @@ def pack_for_cpu(model: "GPT") -> int:
 
     One token at a time, torch's own product reads float32 weights at half the memory's speed on AMD, and bfloat16 ones
     at a third. The model can then only infer: it is not to be trained, saved or moved. Where oneDNN is missing, and for
-    other dtypes and devices, nothing changes.
+    other dtypes and devices, nothing changes; nor where the memory does not hold the weights a second time.
     """
     weight = model.transformer.wte.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return 0
-    return replace_linears(model, PackedLinear) if torch.backends.mkldnn.is_available() else 0
+    size = sum(p.nbytes for p in model.parameters())
+    if not torch.backends.mkldnn.is_available() or 1.1 * size > free_memory(weight.device):
+        return 0
+    return replace_linears(model, PackedLinear)
 
 
 def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> int:

@@ -28,6 +28,7 @@ from lit_swa.linear_formats import (
     is_plain,
     remove_injected,
 )
+from lit_swa.memory import require_memory
 from lit_swa.model import GPT
 
 QKV = re.compile(r"\.attn\.qkv$")
@@ -159,6 +160,7 @@ def add_lora(model: GPT, config: LoRAConfig) -> list[str]:
     if lora_linears(model):
         raise ValueError("The model has a LoRA already: merge_lora folds it into the weights.")
     chosen = [(name, target) for target in config.targets for name in matching_linears(model, target)]
+    require_room(model, chosen, config.r)
     model.requires_grad_(False)
     for name, target in chosen:
         add_part(model, name, TARGETS[target][1], config)
@@ -175,6 +177,16 @@ def matching_linears(model: GPT, target: str) -> list[str]:
         there = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in linears}) or ["none"]
         raise ValueError(f"No trainable layer matches the target {target!r}: the linear layers are {', '.join(there)}.")
     return found
+
+
+def require_room(model: GPT, chosen: list[tuple[str, str]], r: int) -> None:
+    """Raises ValueError when there is no memory for the matrices of these layers and targets."""
+    needed = 0
+    for name, target in chosen:
+        start, stop = rows_of_part(model, name, TARGETS[target][1])
+        needed += 4 * r * (model.get_submodule(name).in_features + stop - start)
+    device = model.transformer.wte.weight.device
+    require_memory(needed, device, f"LoRA's matrices of rank {r}", "use a smaller --r, or fewer --targets")
 
 
 def add_part(

@@ -138,6 +138,31 @@ def count_processes(devices: int, num_nodes: int) -> tuple[int, int]:
     return per_node, world // per_node
 
 
+def check_devices(device: str, count: int) -> None:
+    """Raises ValueError when this machine cannot run so many processes on such a device.
+
+    Processes that share a core only take its memory and time from each other. Two are allowed on any machine, so that
+    what runs on several devices can be tried; torchrun and srun, which have started theirs already, may start more.
+    """
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        there = torch.cuda.device_count()
+        if count > there:
+            raise ValueError(f"devices={count} does not fit: this machine has {there} GPUs.")
+        if number.isdigit() and int(number) >= there:
+            raise ValueError(f"device={device!r} does not fit: this machine has {there} GPUs, counted from 0.")
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    started = {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys()
+    if count > max(2, cores) and not started:
+        raise ValueError(
+            f"devices={count} does not fit: each is a process, and this machine has {cores} cores: use at most "
+            f"{max(2, cores)}."
+        )
+
+
 def pick_dtype(name: str, device: str) -> str:
     """The dtype of that name; "auto" is bfloat16 on a GPU that has it and float32 elsewhere."""
     import torch

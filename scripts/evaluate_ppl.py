@@ -121,7 +121,7 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
     quantize = arguments.get("quantize")
     gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], ranks.device, quantize=quantize, **overrides)
     pack_for_cpu(gpt)
-    batch_size, chunk_size = arguments["batch_size"], arguments["chunk_size"]
+    batch_size, chunk_size = min(arguments["batch_size"], len(windows.starts)), arguments["chunk_size"]
     if chunk_size is None:  # a resumed run takes the size it had, or its numbers would be rounded in another way
         picked = pick_chunk_size(gpt, batch_size, windows.seq_len)
         chunk_size = ranks.broadcast(results.parts.setdefault("_chunk_size", picked) if results else None)

@@ -3,6 +3,7 @@
 This is the top of the formats: it decides by what the directory holds (directory.py, adapter_files.py) and hands over.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,6 +31,7 @@ from lit_swa.formats.files import LazyTensor, find_inside, open_safetensors
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.peft_load import check_peft_dir, find_adapter_config, load_adapter
 from lit_swa.lora import merge_lora
+from lit_swa.memory import require_memory
 from lit_swa.model import GPT
 from lit_swa.quantize import quantizable_linears, quantize_linear, round_linears
 from lit_swa.rope import RoPE
@@ -249,6 +251,9 @@ def build_model(
     quantize: a mode of lit_swa.quantize for the linear layers of its blocks, each of which is dense on the device for
         as long as it takes to quantise it. Raises ValueError, before anything is loaded, when one cannot be quantised.
     """
+    needed = loaded_bytes(tensors, dtype, device, quantize)
+    remedy = "use --dtype bfloat16, --quantize nf4 or a smaller model"
+    require_memory(needed, device, f"The weights, as {str(dtype).removeprefix('torch.')} on {device},", remedy)
     model = empty_model(config)
     model.rope = RoPE(config)  # its frequencies are computed, not stored
     model.rope.to(device)
@@ -269,6 +274,21 @@ def build_model(
         empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         assert not empty, f"{empty[:3]} were never filled"
     return model.eval()
+
+
+def loaded_bytes(
+    tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device, quantize: str | None = None
+) -> int:
+    """Bytes that build_model allocates for these weights, at least. Those that stay a file's pages take none."""
+    total = 0
+    for name, tensor in tensors.items():
+        size = dtype.itemsize
+        if quantize is not None and name.startswith("transformer.h.") and len(tensor.shape) == 2:
+            size = 1.0 if quantize == "int8" else 0.5
+        elif device.type == "cpu" and tensor.dtype == dtype:
+            continue
+        total += int(size * math.prod(tensor.shape))
+    return total
 
 
 def set_parameter(module: nn.Module, key: str, tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa.model import GPT
-from lit_swa.utils import count_processes, pick_device
+from lit_swa.utils import check_devices, count_processes, pick_device
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -41,8 +41,7 @@ def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
     if precision == "auto":
         precision = "bf16-true" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
     count, num_nodes = count_processes(args.devices, args.num_nodes)
-    if kind == "cuda" and count > torch.cuda.device_count():
-        raise ValueError(f"devices={count} does not fit: this machine has {torch.cuda.device_count()} GPUs.")
+    check_devices(device, count)
     devices = [int(device.split(":")[1])] if ":" in device and count == 1 else count
     strategy: Any = "auto"
     if args.strategy == "fsdp":

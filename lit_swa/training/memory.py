@@ -57,9 +57,9 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
         f"The longest micro-batch ({batch.idx.numel()} tokens), with gradients and moments beside weights of {weights},"
     )
     require_memory(needed[wanted], fabric.device, what, training_remedy(needed, wanted, free))
-    parts = f"{format_bytes(here * step.gradients)} of gradients, {format_bytes(here * step.moments)} of moments"
+    parts = f"gradients {format_bytes(here * step.gradients)}, moments {format_bytes(here * step.moments)}"
     run.log.say(
-        f"Memory, estimated: {weights} of weights, and at most {format_bytes(needed[wanted])} beside them ({parts} and "
+        f"Memory, estimated: weights {weights}, and at most {format_bytes(needed[wanted])} beside them ({parts}, "
         f"activations; {wanted} of {n} layers compute theirs again); {format_bytes(free)} are free."
     )
     return wanted

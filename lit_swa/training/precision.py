@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.memory import require_memory
 from lit_swa.model import GPT, RMSNorm
 
 
@@ -18,6 +19,9 @@ def train_in_float32(model: GPT, dtype: torch.dtype) -> int:
     """
     if dtype == torch.float32:
         return 0
+    needed = sum(4 * p.numel() for p in model.parameters() if p.requires_grad and p.dtype != torch.float32)
+    what = "The trained weights, in float32 beside the model,"
+    require_memory(needed, model.transformer.wte.weight.device, what, "train less of it, as finetune/lora.py does")
     count = 0
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
