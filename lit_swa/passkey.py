@@ -17,7 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lit_swa.formats.tokenizer import Tokenizer
+from lit_swa.memory import require_memory
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -28,6 +31,7 @@ NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key?"
 ANSWER_BEGINS = " The pass key is"  # for a model that completes text; asked in a chat template, it begins by itself
 LARGEST_KEY = 49_999
+TOKEN_BYTES = 200  # that the tokenizer takes for a token of a text, at least
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,11 @@ def build_prompt(
     room: tokens that are left for the answer.
     haystack: the words (split_words) of a text to use instead of the filler; each trial starts at another of them.
     chat: make the prompt a user's turn in the model's chat template.
-    Raises ValueError when the length has no room for the needle and the question, or the haystack is too short.
+    Raises ValueError when the length has no room for the needle and the question, the haystack is too short, or the
+    memory too small.
     """
+    remedy = "use smaller --lengths"
+    require_memory(TOKEN_BYTES * trial.length, torch.device("cpu"), f"A prompt of {trial.length:,} tokens", remedy)
     chance = random.Random(f"{seed}/{trial.key}")
     passkey = chance.randint(1, LARGEST_KEY)
     depth = chance.random() if trial.depth is None else trial.depth

@@ -95,6 +95,8 @@ def check_arguments(task: str, lengths: list[int], depths: int | None, trials: i
     for name, value in values.items():
         if value is not None:
             check_range(name, value, 1)
+    if (count := len(lengths) * (depths or 1) * trials) > 10**6:
+        raise ValueError(f"That makes {count:,} questions, and 1,000,000 are the most: lower --trials or --depths.")
     return depths
 
 

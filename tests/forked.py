@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -16,19 +17,23 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "lightning.fabric", "jsonargparse", "lit_swa.train", "lit_swa.lora"])
 
 
-def start_script(script: str | Path, *arguments: object, log: Path, **environment: str):
+def start_script(script: str | Path, *arguments: object, log: Path, room: int | None = None, **environment: str):
     """`python script arguments`, its output in the file `log`: a multiprocessing process, in a group of its own.
 
-    The scripts that it starts are forked too.
+    The scripts that it starts are forked too. room: how many bytes it may allocate beyond what a fork has.
     """
     argv = [str(ROOT / script), *map(str, arguments)]
-    process = CONTEXT.Process(target=run_child, args=(argv, environment, log))
+    process = CONTEXT.Process(target=run_child, args=(argv, environment, log, room))
     process.start()
     return process
 
 
-def run_child(argv: list[str], environment: dict[str, str], log: Path) -> None:
+def run_child(argv: list[str], environment: dict[str, str], log: Path, room: int | None = None) -> None:
     import torch
+
+    if room is not None:
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + room
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

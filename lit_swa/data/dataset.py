@@ -129,6 +129,7 @@ def pack(lengths: np.ndarray, max_seq_length: int, seed: int) -> list[list[int]]
             f"An example has {int(lengths.max())} tokens and a row {max_seq_length}: an example must have 1 to "
             f"{max_seq_length} tokens."
         )
+    max_seq_length = min(max_seq_length, max(1, int(lengths.sum())))  # more room than that is of no use
     random = np.random.RandomState(seed)
     order = random.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]

@@ -91,7 +91,7 @@ def prepare(args: Training, method: str, rate: float, small_rate: float | None =
     max_seq_length = args.max_seq_length or min(longest, config.block_size)
     feed = ExampleFeed(data, args, max_seq_length, fabric.device.type)
     # No more tokens at once than in training, which the rehearsal shows to fit.
-    valid = held_out and ExampleValidation(held_out, feed.micro_batch_size * max_seq_length)
+    valid = held_out and ExampleValidation(held_out, feed.longest().idx.numel())
     run = Finetuning(
         args=args,
         fabric=fabric,

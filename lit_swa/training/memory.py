@@ -1,6 +1,9 @@
 """Activations: kept for the backward, or computed again there to save memory (Chen et al. 2016, arXiv 1604.06174)."""
 
 import bisect
+import ctypes
+import os
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,8 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
         f"The longest micro-batch ({batch.idx.numel()} tokens), with gradients and moments beside weights of {weights},"
     )
     require_memory(needed[wanted], fabric.device, what, training_remedy(needed, wanted, free))
+    if 4 * needed[wanted] > free:
+        return_what_is_freed()
     parts = f"gradients {format_bytes(here * step.gradients)}, moments {format_bytes(here * step.moments)}"
     run.log.say(
         f"Memory, estimated: weights {weights}, and at most {format_bytes(needed[wanted])} beside them ({parts}, "
@@ -71,6 +76,16 @@ def training_remedy(needed: list[int], wanted: int, free: int) -> str:
         return f"use --recompute all ({format_bytes(needed[-1])}), a smaller --max_seq_length or --micro_batch_size 1"
     less = f" (--recompute all alone would leave {format_bytes(needed[-1])})" if wanted < len(needed) - 1 else ""
     return f"use a smaller --max_seq_length, --micro_batch_size 1, or finetune/lora.py with --quantize nf4{less}"
+
+
+def return_what_is_freed() -> None:
+    """Let malloc give blocks of 4 MB and more back to the system when they are freed, where it is glibc's.
+
+    Otherwise it keeps those below 32 MB in a heap that falls into pieces: with rows of 4,096 tokens a step held twice
+    what it used. A step takes about a sixth longer.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
 
 
 def mapped_bytes(tensors: Iterable[Tensor]) -> int:
