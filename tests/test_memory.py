@@ -194,7 +194,7 @@ SLIDING = {"attention": "sliding,full", "sliding_window_size": 100}
         ({"tie_embeddings": True}, False, 1),
         (SLIDING, True, 0),
         ({"attention": "dual_chunk", "dual_chunk_pretraining_length": 128}, True, 4),
-        ({"s2_attention": True, "vocab_size": 4000}, True, 3),
+        ({"s2_attention": True, "vocab_size": 1000}, True, 3),
     ],
 )
 def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, monkeypatch):
