@@ -100,10 +100,18 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
         elif not given and is_switch(option, kind):
             out.append(f"{option}=true")
         else:
+            check_option(parser, option, value)
             out.append(option + equals + value)
-            if count_brackets(out[-1]) > MOST_BRACKETS:
-                raise ValueError(f"{out[-1][:80]}... opens more than {MOST_BRACKETS} brackets: give less.")
     return out, typed
+
+
+def check_option(parser: ArgumentParser, option: str, value: str) -> None:
+    """Raises ArgumentError for an option that there is not, before a missing one is missed; ValueError for a value that
+    would end the process."""
+    if option.startswith("--") and option.split(".")[0] not in {"--", *parser._option_string_actions}:
+        raise ArgumentError(None, f"unrecognized arguments: {option}{suggestion(parser, option)}")
+    if count_brackets(option + value) > MOST_BRACKETS:
+        raise ValueError(f"{option[:40]} {value[:40]}... opens more than {MOST_BRACKETS} brackets: give less.")
 
 
 def take_value(option: str, value: str, kind: set[Any], typed: dict[str, Any]) -> str:
@@ -113,10 +121,10 @@ def take_value(option: str, value: str, kind: set[Any], typed: dict[str, Any]) -
         return value if value.lstrip().startswith("[") else f"[{value}]"
     if kind in TEXTS:
         typed[name] = as_text(option, value, kind)
-        value = str(typed[name])
     else:
         typed[name] = as_list(option, value, kind, typed.get(name))
-        value = json.dumps([str(v) for v in (typed[name] if isinstance(typed[name], list) else [typed[name]])])
+    several = isinstance(typed[name], list)
+    value = json.dumps([str(item) for item in typed[name]]) if several else str(typed[name])
     if count_brackets(value) > MOST_BRACKETS or re.search("[\ud800-\udfff]", value):
         return "." if kind in TEXTS else '["."]'  # a stand-in for what it cannot read
     return value

@@ -146,7 +146,7 @@ def test_lists_and_switches_need_no_json(parse):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--promt", "x"], "unrecognized arguments: --promt x: did you mean --prompt?"),
+        (["--promt", "x"], "unrecognized arguments: --promt: did you mean --prompt?"),
         (["--pro", "x"], "did you mean --prompt?"),
         (["--lenghts", "1"], "did you mean --lengths?"),
         (["--prompt", "a", "b c"], "b c: a value with spaces needs quotes"),
