@@ -40,7 +40,7 @@ def describe_devices() -> Iterator[str]:
         return
     import torch
 
-    from lit_swa.utils import free_memory
+    from lit_swa.memory import free_memory
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     memory = f", {total / 1e9:.1f} GB, {free_memory(torch.device('cpu')) / 1e9:.1f} GB of them free" if total else ""
