@@ -120,6 +120,8 @@ def require_memory(needed: int, device: "torch.device", what: str, remedy: str) 
 
 def format_bytes(n: float) -> str:
     """1.2 GB, 345 MB."""
+    if n < 1000:
+        return f"{n:.0f} bytes"
     for unit in ("kB", "MB", "GB", "TB"):
         n /= 1000
         if n < 999.5 or unit == "TB":

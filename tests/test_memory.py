@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from tiny import tiny_config
 
 from lit_swa import GPT, memory
 from lit_swa.checkpoint import load_model
+from lit_swa.formats.reading import read_bytes
 from lit_swa.generate import Session, cache_bytes
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.memory import free_memory, memory_sentence, ran_out_of_memory, require_memory
@@ -139,6 +141,15 @@ def test_scripts_refuse_what_the_memory_does_not_hold(tiny_checkpoint, run_scrip
     assert load_model(tiny_checkpoint, torch.float32) is not None  # the file's own pages
     with pytest.raises(ValueError, match="rank 7 would take"):
         add_lora(load_model(tiny_checkpoint, torch.float32), LoRAConfig(r=7))
+
+
+def test_a_small_file_takes_no_more_memory_than_it_has(tmp_path):
+    """Catches: a read that allocates as much as a file may have, whatever this one has."""
+    (tmp_path / "small").write_bytes(b"small")
+    tracemalloc.start()
+    assert read_bytes(tmp_path / "small", 2**30) == b"small"
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
 
 
 def test_training_without_memory_ends_in_a_sentence(tiny_checkpoint, tmp_path):

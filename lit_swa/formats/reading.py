@@ -52,8 +52,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """The content of a regular file. Raises ValueError when it is longer than `limit`, whatever its size is said to be;
     no more than that is read."""
     require_regular(path)
+    pieces, left = [], limit + 1
     with open(path, "rb") as stream:
-        data = stream.read(limit + 1)
+        while left and (piece := stream.read(min(left, 2**20))):  # read() allocates what it is asked for
+            pieces.append(piece)
+            left -= len(piece)
+    data = b"".join(pieces)
     if len(data) > limit:
         raise ValueError(f"{path} has more than {limit:,} bytes, which are not read: it is not such a file.")
     return data
