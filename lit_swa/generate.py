@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_swa.checks import check_range
+from lit_swa.config import Config
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 from lit_swa.memory import free_memory, require_memory
 from lit_swa.model import GPT
@@ -404,16 +405,29 @@ def require_cache(model: GPT, batch_size: int, length: int, lookahead: int, free
     )
 
 
+def live_elements(config: Config) -> int:
+    """Elements of activations that are there at once for each token of a call, some in float32: at most, and more than
+    a third of it in any case."""
+    heads = (2 * config.n_head + 3 * config.n_query_groups) * config.head_size
+    return 4 * config.n_embd + 3 * heads + 3 * config.intermediate_size
+
+
+def require_activations(model: GPT, batch_size: int, tokens: int) -> None:
+    """Raises ValueError when there is no memory to read so many tokens of each of so many texts in one call."""
+    weight = model.transformer.wte.weight
+    needed = batch_size * tokens * live_elements(model.config) * weight.element_size() // 3
+    what = f"A call of {batch_size} times {tokens:,} tokens"
+    require_memory(needed, weight.device, what, "use a smaller --batch_size or --chunk_size")
+
+
 def prefill_chunk(model: GPT, batch_size: int) -> int:
     """How many tokens of a prompt to feed at once: as many as a quarter of the free memory holds activations for.
 
     The weights and the caches are allocated already, and attention bounds its own memory, so what grows with the tokens
     is the residual stream, the projections and the MLP.
     """
-    config, weight = model.config, model.transformer.wte.weight
-    heads = (2 * config.n_head + 3 * config.n_query_groups) * config.head_size
-    elements = 4 * config.n_embd + 3 * heads + 3 * config.intermediate_size  # live at once, some of it in float32
-    per_token = batch_size * elements * max(weight.element_size(), 4)
+    weight = model.transformer.wte.weight
+    per_token = batch_size * live_elements(model.config) * max(weight.element_size(), 4)
     most = 16384 if weight.device.type == "cuda" else 4096
     tokens = max(SMALLEST_CHUNK, min(most, free_memory(weight.device) // 4 // per_token))
     return 2 ** (tokens.bit_length() - 1)

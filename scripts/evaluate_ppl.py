@@ -113,6 +113,7 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
 
     from lit_swa.checkpoint import load_model
     from lit_swa.evaluate import pick_chunk_size
+    from lit_swa.generate import require_activations
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.utils import describe_machine, memory_in_use
 
@@ -125,6 +126,7 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
     if chunk_size is None:  # a resumed run takes the size it had, or its numbers would be rounded in another way
         picked = pick_chunk_size(gpt, batch_size, windows.seq_len)
         chunk_size = ranks.broadcast(results.parts.setdefault("_chunk_size", picked) if results else None)
+    require_activations(gpt, batch_size, min(chunk_size or windows.seq_len, windows.seq_len))
     read_windows(ranks, results, gpt, tokens, windows, batch_size, chunk_size)
     if results is None:
         return None

@@ -14,10 +14,10 @@ from tiny import tiny_config
 from lit_swa import GPT, memory
 from lit_swa.checkpoint import load_model
 from lit_swa.formats.reading import read_bytes
-from lit_swa.generate import Session, cache_bytes
+from lit_swa.generate import Session, cache_bytes, live_elements, require_activations
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.memory import free_memory, memory_sentence, ran_out_of_memory, require_memory
-from lit_swa.training.estimate import estimate_step
+from lit_swa.training.estimate import Tracker, estimate_step
 from lit_swa.training.loop import Batch
 from lit_swa.training.memory import choose_recompute, mapped_bytes, recompute_blocks
 from lit_swa.utils import check_devices
@@ -113,19 +113,27 @@ def test_bugs_keep_their_traceback_and_a_hidden_cause_is_found():
 
 
 def test_caches_are_counted_before_they_are_made(tiny_model, monkeypatch):
-    """Catches: another size than set_kv_cache allocates, caches that are made and then found too large."""
+    """Catches: another size than is allocated, a refusal of what would fit, caches made before the question."""
     for fields in ({}, {"attention": "sliding,full", "sliding_window_size": 8, "rolling_kv_cache": True}):
         model = tiny_model(**fields)
         model.set_kv_cache(3, 40)
         held = {id(b): b.nbytes for cache in model.caches for b in cache.buffers()}
         assert cache_bytes(model, 3, 40) == sum(held.values()) >= model.kv_cache_bytes()
     model = tiny_model(block_size=2**31)
+    call = model.plan_call(idx := torch.zeros(4, 300, dtype=torch.long), None)
+    with torch.no_grad(), Tracker() as tracker:
+        model.run_blocks(idx, call)
+    most = 4 * 1200 * live_elements(model.config)
+    assert most / 3 < tracker.peak < most
+    require_activations(model, 4, 300)
     monkeypatch.setattr(memory, "free_memory", lambda device, swap: 10**9)
     with pytest.raises(
         ValueError, match=r"caches of 1,000,000,000 tokens would take 264 GB and 1.00 GB are free: .*--max_new"
     ):
         Session(model).reserve(10**9)
     assert not model.caches
+    with pytest.raises(ValueError, match="1000000 times 64 tokens would take .*--batch_size"):
+        require_activations(model, 10**6, 64)
 
 
 def test_scripts_refuse_what_the_memory_does_not_hold(tiny_checkpoint, run_script, monkeypatch, tmp_path):
