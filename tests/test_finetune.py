@@ -206,15 +206,6 @@ def test_what_is_shown_is_the_question_and_an_answer_that_is_new(train, tiny_che
     assert "chosen: a warmup of 1 steps, since the run has 3 and not 99" in err
 
 
-def test_more_steps_go_on_where_a_constant_rate_ended(train):
-    """Catches: a finished run that says it is done although more steps are asked for."""
-    arguments = {"lr_schedule": "constant", "batch_size": 4, "eval_interval": 100, "validation_fraction": 0}
-    whole, _, _ = train(name="whole", max_steps=5, **arguments)
-    train(name="parts", max_steps=3, **arguments)
-    parts, _, _ = train(name="parts", max_steps=5, resume="auto", **arguments)
-    assert losses(parts) == losses(whole)
-
-
 def test_a_sigterm_ends_after_the_step_at_hand(tiny_checkpoint, data_file, tmp_path):
     """Catches: a cluster's warning that loses the steps since the last save."""
     out_dir, log = tmp_path / "run", tmp_path / "log"
@@ -235,16 +226,6 @@ def test_a_sigterm_ends_after_the_step_at_hand(tiny_checkpoint, data_file, tmp_p
     err = log.read_text()
     assert process.exitcode == 130 and "--resume auto goes on" in err, err[-500:]
     assert [path.name for path in out_dir.glob("step-*")] == [f"step-{int(metrics(out_dir)[-1]['step']):06d}"]
-
-
-def test_a_run_that_ended_before_its_first_save_leaves_no_lines(train):
-    """Catches: metrics of a run that nothing is left of, before those of the next."""
-    directory, _, _ = train(max_steps=2, batch_size=4)
-    for path in directory.glob("*0*"):
-        shutil.rmtree(path)
-    shutil.rmtree(directory / "final")
-    train(max_steps=2, batch_size=4)
-    assert [row["step"] for row in metrics(directory)] == ["0", "1", "2"]
 
 
 @pytest.mark.slow

@@ -228,16 +228,28 @@ def test_early_stop_keeps_the_weights_of_the_best_validation(tmp_path, capsys):
     assert json.loads((tmp_path / "parts" / "final" / "run.json").read_text())["weights_of_step"] == 7
 
 
-def test_a_finished_run_makes_no_step(tmp_path, capsys):
-    """Catches: a second start that trains on, or writes final/ anew; one whose final/ is missing and stays so."""
-    how = {"max_steps": 2, "resume": "auto", "lr_schedule": "constant"}
-    first = pretrain(tmp_path / "run", **how)
+def test_a_finished_run_makes_no_step_unless_more_are_asked_for(tmp_path, capsys):
+    """Catches: a second start that trains on, or writes final/ anew; one whose final/ is missing and stays so; more
+    steps that do not go on where a constant rate ended."""
+    how = {"resume": "auto", "lr_schedule": "constant"}
+    whole = pretrain(tmp_path / "whole", max_steps=5, **how)
+    first = pretrain(tmp_path / "run", max_steps=3, **how)
     rows = (tmp_path / "run" / "metrics.csv").read_text()
     shutil.rmtree(tmp_path / "run" / "final")
-    assert pretrain(tmp_path / "run", **how) == [] and is_complete_model(tmp_path / "run" / "final")
-    assert "it ended after step 2: no step is made; more --max_steps or --epochs go on" in capsys.readouterr().err
+    assert pretrain(tmp_path / "run", max_steps=3, **how) == [] and is_complete_model(tmp_path / "run" / "final")
+    assert "it ended after step 3: no step is made; more --max_steps or --epochs go on" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.csv").read_text() == rows
-    assert len(pretrain(tmp_path / "run", **how | {"max_steps": 3})) == 1 and len(first) == 2
+    assert first + pretrain(tmp_path / "run", max_steps=5, **how) == whole
+    assert read_metrics(tmp_path / "run")["loss"] == whole
+
+
+def test_a_run_that_ended_before_its_first_save_leaves_no_lines(tmp_path):
+    """Catches: metrics of a run that nothing is left of, before those of the next."""
+    pretrain(tmp_path / "run", max_steps=2)
+    for name in names(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run" / name)
+    pretrain(tmp_path / "run", max_steps=2)
+    assert read_metrics(tmp_path / "run")["step"] == [1, 2]
 
 
 def test_a_best_step_that_was_not_kept_is_said(tmp_path, capsys):
