@@ -927,6 +927,19 @@ def test_splits_are_disjoint_complete_and_repeatable(tokenizer, tmp_path):
             split_dataset(data, wrong, seed=3)
 
 
+def test_the_answers_of_a_conversation_are_on_one_side_of_a_split(tokenizer, tmp_path):
+    """Catches: a validation loss over prompts and answers that were trained."""
+    rows = [{"instruction": f"number {i // 3}", "output": f"is {i}"} for i in range(60)]
+    data = load(write(tmp_path / "a.json", rows), tokenizer)
+    for part, size in ((0.05, 3), (7, 9)):
+        train, validation = split_dataset(data, part, seed=3)
+        assert len(validation) == size and len(train) == 60 - size
+        prompts = [{tuple(e.ids[: int((e.labels == IGNORED).sum())]) for e in d} for d in (train, validation)]
+        assert not prompts[0] & prompts[1]
+    one = split_dataset(data.subset(np.arange(3), ""), 1, seed=3)
+    assert [len(d) for d in one] == [2, 1]
+
+
 @pytest.mark.parametrize("limit", [64, 512, 4096])
 def test_packing_puts_every_example_in_one_bin_and_fills_the_bins(limit):
     """Catches: an example lost or doubled, a bin beyond the context, half-empty bins, all long ones first."""

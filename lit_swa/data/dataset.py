@@ -96,7 +96,8 @@ def count_trained(mask: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
 def split_dataset(dataset: Dataset, validation: float | int, seed: int) -> tuple[Dataset, Dataset]:
     """(training, validation), disjoint, both in the dataset's order; the same seed gives the same split.
 
-    validation: how many examples, from 1; or which part of them, between 0 and 1. Raises ValueError for none or all.
+    validation: how many examples, from 1; or which part of them, between 0 and 1. Some more are taken where a
+    conversation has several, so that none is on both sides. Raises ValueError for none or all.
     """
     n = len(dataset)
     count = round(validation * n) if 0 < validation < 1 else validation
@@ -105,8 +106,13 @@ def split_dataset(dataset: Dataset, validation: float | int, seed: int) -> tuple
             f"A validation set of {validation} out of {n} examples does not fit: give a number of examples below {n}, "
             "or a part between 0 and 1 that is at least one example."
         )
-    shuffled = np.random.RandomState(seed).permutation(n)  # NumPy promises that its numbers stay the same
-    parts = [np.sort(shuffled[int(count) :]), np.sort(shuffled[: int(count)])]
+    numbers = number_conversations(dataset)
+    numbers = numbers if numbers[-1] else np.arange(n)  # one conversation alone is cut all the same
+    shuffled = np.random.RandomState(seed).permutation(numbers[-1] + 1)  # NumPy promises that its numbers stay the same
+    taken = np.cumsum(np.bincount(numbers)[shuffled])
+    chosen = shuffled[: min(int(np.searchsorted(taken, count)) + 1, len(shuffled) - 1)]
+    held_out = np.isin(numbers, chosen)
+    parts = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
     return tuple(
         dataset.subset(
             index,
@@ -115,6 +121,21 @@ def split_dataset(dataset: Dataset, validation: float | int, seed: int) -> tuple
         )
         for name, index in zip(("training", "validation"), parts, strict=True)
     )
+
+
+def number_conversations(dataset: Dataset) -> np.ndarray:
+    """(n,) numbers in order, the same for neighbours that begin with the same prompt, such as the answers of one
+    conversation."""
+    if dataset.mask is None or not dataset.info["mask_prompt"]:
+        return np.arange(len(dataset))
+    new, before = [], None
+    for i in range(len(dataset)):
+        ids, labels = dataset[i]
+        new.append(before is None or not np.array_equal(ids[: len(before)], before))
+        if new[-1]:
+            prompt = ids[: int(np.argmax(labels != IGNORED))]
+            before = prompt if len(prompt) > 1 else None  # BOS alone is no prompt
+    return np.cumsum(new) - 1
 
 
 def pack(lengths: np.ndarray, max_seq_length: int, seed: int) -> list[list[int]]:
