@@ -23,6 +23,8 @@ from lit_swa.data.token_files import check_tokens as check_tokens  # scripts tak
 from lit_swa.data.token_files import open_token_file
 from lit_swa.formats.checkpoint import build_model, check_shapes
 from lit_swa.formats.files import LazyTensor, write_json
+from lit_swa.formats.json_files import MAX_RESULT_BYTES, UNFIT, parse_json
+from lit_swa.formats.reading import is_listed, read_bytes
 from lit_swa.generate import NonFiniteLogits, Session, explain_overflow, prefill_chunk
 from lit_swa.model import GPT, Config
 from lit_swa.texts import encode_file, find_frame
@@ -41,29 +43,44 @@ class Results:
 
     The parts are saved in `<output>.partial`. A run that is started again with the same arguments goes on from there.
     A part whose key begins with "_" is a note, and does not count as work done. `finish` writes `output` and removes
-    the partial file, so `output` is never incomplete.
+    the partial file, so `output` is never incomplete. Used as `with Results(...) as results`, it names the file that
+    was gone on from where what stands in it is no part of such a run.
     """
 
     def __init__(self, output: Path, arguments: dict[str, Any]) -> None:
         """arguments: everything that the results depend on, of types that JSON can hold.
 
-        Raises ValueError when `output` is a file that holds no results, since it would be lost.
+        Raises ValueError when `output` is a file that holds no results, since it would be lost, and when the partial
+        file is damaged.
         """
         self.output, self.arguments = Path(output), json.loads(json.dumps(arguments, default=str))
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.parts: dict[str, Any] = {}
         self.saved = time.monotonic()
         there, kept = self._read(self.output), self._read(self.partial)
-        if there is None and self.output.exists():
+        if there is None and is_listed(self.output):
             raise ValueError(f"{self.output} is there and holds no results: choose another --output.")
+        if is_listed(self.partial) and (kept is None or not isinstance(kept.get("parts"), dict)):
+            raise ValueError(f"{self.partial} is damaged: delete it to begin anew.")
+        self.source = there and self.output  # the file that the run goes on from
         if there is not None and there["arguments"] != self.arguments:
             self._tell(self.output, there["arguments"], "and will be replaced")
         if kept is not None and kept["arguments"] != self.arguments:
             self._tell(self.partial, kept["arguments"], "so the run starts anew")
-        elif kept is not None and isinstance(kept.get("parts"), dict):
-            self.parts = kept["parts"]
+        elif kept is not None:
+            self.parts, self.source = kept["parts"], self.partial
             done = sum(not key.startswith("_") for key in self.parts)
             print(f"going on from {self.partial}: {done} parts are done", file=sys.stderr)
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if self.source and isinstance(error, UNFIT):
+            raise self.unfit() from error
+
+    def unfit(self) -> ValueError:
+        return ValueError(f"{self.source} does not hold what such a run writes: delete it to begin anew.")
 
     def _tell(self, path: Path, others: dict[str, Any], consequence: str) -> None:
         """Say in which arguments the run that wrote a file differs from this one."""
@@ -73,10 +90,10 @@ class Results:
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(read_bytes(path, MAX_RESULT_BYTES), path, max_digits=400)
         except (OSError, ValueError):
             return None
-        return content if isinstance(content, dict) and isinstance(content.get("arguments"), dict) else None
+        return content if isinstance(content.get("arguments"), dict) else None
 
     @property
     def finished(self) -> dict[str, Any] | None:

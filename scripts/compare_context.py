@@ -98,14 +98,14 @@ def main(
         "weights": evaluate.weights_identity(checkpoint_dir),
     }  # fmt: skip
     torch.manual_seed(seed)
-    results = evaluate.Results(output, arguments)
-    finished = results.finished
-    if finished is None:
-        finished = run(results, arguments, chosen, setup, tokens, cuts)
-    else:
-        print(f"{output} holds the results of these arguments already", file=sys.stderr)
-    report(finished)
-    draw_results(output, lambda plt: draw(plt, finished))
+    with evaluate.Results(output, arguments) as results:
+        finished = results.finished
+        if finished is None:
+            finished = run(results, arguments, chosen, setup, tokens, cuts)
+        else:
+            print(f"{output} holds the results of these arguments already", file=sys.stderr)
+        report(finished)
+        draw_results(output, lambda plt: draw(plt, finished))
 
 
 # ---------------------------------------------------------------------------------------------------------- the methods

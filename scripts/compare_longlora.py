@@ -104,20 +104,20 @@ def main(
         "eval_sha256": check_tokens(tokens, config.vocab_size, eval_data),
         "weights": evaluate.weights_identity(checkpoint_dir),
     }  # fmt: skip
-    results = evaluate.Results(output, arguments)
-    finished = results.finished
-    if finished is None:
-        results.save()
-        for name in chosen:
-            if name not in results.parts:
-                results.add(name, measure(name, training, fields, r, out_dir, tokens, cuts, device), every=0)
-        rows = [{"method": name} | results.parts[name] for name in chosen]
-        command, machine = "python " + shlex.join(sys.argv), describe_machine(device)
-        finished = {"command": command, "machine": machine, "rows": rows}
-        results.finish(finished)
-        finished["arguments"] = results.arguments
-    report(finished)
-    draw_results(output, lambda plt: draw(plt, finished))
+    with evaluate.Results(output, arguments) as results:
+        finished = results.finished
+        if finished is None:
+            results.save()
+            for name in chosen:
+                if name not in results.parts:
+                    results.add(name, measure(name, training, fields, r, out_dir, tokens, cuts, device), every=0)
+            rows = [{"method": name} | results.parts[name] for name in chosen]
+            command, machine = "python " + shlex.join(sys.argv), describe_machine(device)
+            finished = {"command": command, "machine": machine, "rows": rows}
+            results.finish(finished)
+            finished["arguments"] = results.arguments
+        report(finished)
+        draw_results(output, lambda plt: draw(plt, finished))
 
 
 def measure(

@@ -67,19 +67,19 @@ def main(
         "haystack": hidden_in, "max_new_tokens": max_new_tokens, "use_chat_template": use_chat_template, "seed": seed,
         "device": device, "dtype": dtype, "model": model or {}, "weights": weights_identity(checkpoint_dir),
     }  # fmt: skip
-    results = Results(output, arguments)
-    content = results.finished
-    if content is not None:
-        print(f"{output} is complete: this is what it says", file=sys.stderr)
-    else:
-        plan = plan_trials(lengths, [None] if task == "passkey" else spread_depths(depths), trials)
-        ask_all(plan, results, text)
-        parts = [results.parts[trial.key] for trial in plan]
-        content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
-        content |= {"accuracy": accuracy_rows(parts), "trials": parts}
-        results.finish(content)
-    print("\n".join(table_of(content["accuracy"])))
-    draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
+    with Results(output, arguments) as results:
+        content = results.finished
+        if content is not None:
+            print(f"{output} is complete: this is what it says", file=sys.stderr)
+        else:
+            plan = plan_trials(lengths, [None] if task == "passkey" else spread_depths(depths), trials)
+            ask_all(plan, results, text)
+            parts = [results.parts[trial.key] for trial in plan]
+            content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+            content |= {"accuracy": accuracy_rows(parts), "trials": parts}
+            results.finish(content)
+        print("\n".join(table_of(content["accuracy"])))
+        draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
 
 
 def check_arguments(task: str, lengths: list[int], depths: int | None, trials: int, max_new_tokens: int) -> int | None:

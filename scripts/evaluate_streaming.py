@@ -75,22 +75,22 @@ def main(
         "sha256": digest, "methods": methods, "device": device, "dtype": dtype,
         "weights": weights_identity(checkpoint_dir),
     }  # fmt: skip
-    results = Results(output, arguments | settings)
-    finished = results.finished
-    if finished is None:
-        content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
-        content |= run_chat(results, questions) if data is None else run_text(results, tokens)
-        results.finish(content)
-    else:
-        print(f"{output} is complete: this is what it says", file=sys.stderr)
-        content = finished
-        for part in content.get("answers", []):
-            print_answer(part)
-    if data is None:
-        print(f"results: {output}", file=sys.stderr)
-        return
-    print("\n".join(table_of(content["methods"])))
-    draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
+    with Results(output, arguments | settings) as results:
+        finished = results.finished
+        if finished is None:
+            content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+            content |= run_chat(results, questions) if data is None else run_text(results, tokens)
+            results.finish(content)
+        else:
+            print(f"{output} is complete: this is what it says", file=sys.stderr)
+            content = finished
+            for part in content.get("answers", []):
+                print_answer(part)
+        if data is None:
+            print(f"results: {output}", file=sys.stderr)
+            return
+        print("\n".join(table_of(content["methods"])))
+        draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
 
 
 def check_settings(data: Path | None, chat: Path | None, given: dict[str, int | None]) -> dict[str, int]:

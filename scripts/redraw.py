@@ -23,17 +23,18 @@ def main(results: list[Path] | Path) -> None:
             compare_context.py, compare_longlora.py, evaluate_passkey.py, evaluate_streaming.py, plot_masks.py,
             plot_metrics.py.
     """
-    from lit_swa.formats.json_files import read_json
+    from lit_swa.formats.json_files import MAX_RESULT_BYTES, UNFIT, parse_json
+    from lit_swa.formats.reading import read_bytes
     from lit_swa.plots import require_matplotlib, save_picture
 
     require_matplotlib()
     for path in results if isinstance(results, list) else [results]:
-        content = read_json(path)
+        content = parse_json(read_bytes(path, MAX_RESULT_BYTES), path)
         name = script_of(content, path)
         picture, draw = path.with_suffix(".png"), draw_of(name)
         try:
             save_picture(picture, lambda plt, draw=draw, content=content: draw(plt, content))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (*UNFIT, ValueError) as error:
             raise ValueError(f"{path} is no whole result of scripts/{name}.py: run its command again.") from error
         print(picture)
 
@@ -41,7 +42,10 @@ def main(results: list[Path] | Path) -> None:
 def script_of(content: Any, path: Path) -> str:
     """The name of the script that wrote these results. Raises ValueError where none that draws did."""
     command = content.get("command") if isinstance(content, dict) else None
-    words = shlex.split(command) if isinstance(command, str) else []
+    try:
+        words = shlex.split(command) if isinstance(command, str) else []
+    except ValueError:  # a quote is not closed
+        words = []
     name = next((Path(word).stem for word in words if word.endswith(".py")), "no script")
     if name not in SCRIPTS:
         raise ValueError(

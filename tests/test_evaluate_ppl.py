@@ -393,6 +393,30 @@ def test_a_killed_run_goes_on(llama, ppl, tmp_path):
     assert results_of(tmp_path / "o.json") == results_of(tmp_path / "whole.json")
 
 
+@pytest.mark.parametrize("part", ["x", [], [[1.0]], [["x"] * 8] * 2])
+def test_kept_parts_and_results_that_no_run_wrote_end_in_a_sentence(llama, ppl, tmp_path, part):
+    """Catches: a traceback of a file that was gone on from, a damaged one that is dropped without a word."""
+    arguments, output, partial = arguments_for(llama[1], tmp_path / "o.json"), tmp_path / "o.json", ".json.partial"
+    assert ppl(*arguments)[0] == 0
+    content = json.loads(output.read_text())
+    output.write_text(json.dumps({"arguments": content["arguments"], "ppl": part}))
+    code, _, err = ppl(*arguments)
+    assert code == 2 and f"error: {output} does not hold what such a run writes" in err
+    output.rename(output.with_suffix(partial))
+    code, _, err = ppl(*arguments)
+    assert code == 2 and f"error: {output}.partial is damaged: delete it" in err
+    kept = {"arguments": content["arguments"], "parts": {"0": part, "_seconds": 1.0, "_chunk_size": 0}}
+    output.with_suffix(partial).write_text(json.dumps(kept))
+    code, _, err = ppl(*arguments)
+    assert code == 2 and f"error: {output}.partial does not hold what such a run writes" in err
+
+
+def test_a_pipe_in_place_of_results_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "o.json.partial")
+    with pytest.raises(ValueError, match="damaged"):
+        evaluate.Results(tmp_path / "o.json", {})
+
+
 def test_a_start_of_several_processes_that_cannot_be_is_refused(monkeypatch):
     """Catches: a run on fewer GPUs than asked for, a traceback of another library."""
     with pytest.raises(ValueError, match="has 0 GPUs" if not torch.cuda.is_available() else "GPUs"):

@@ -189,9 +189,11 @@ def test_the_command_draws_beside_the_results_and_refuses_others(run_script, tmp
     del scalings["wavelengths"]
     (tmp_path / "cut.json").write_text(json.dumps(scalings))
     (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "quote.json").write_text(json.dumps(scalings | {"command": "python 'scripts/plot_masks.py"}))
     for path, message in (
         (tmp_path / "cut.json", "no whole result of scripts/plot_masks.py"),
         (tmp_path / "list.json", "list.json"),
+        (tmp_path / "quote.json", "no results that have a picture"),
         (RESULTS / "parity.json", "no results that have a picture"),
         (tmp_path / "none.json", "none.json"),
     ):

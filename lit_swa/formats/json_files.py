@@ -8,6 +8,8 @@ from lit_swa.formats.reading import read_bytes
 
 MAX_JSON_BYTES = 4 * 2**20  # parsed, it may take 25 times as much memory
 MAX_KEY_CHARS = 500
+MAX_RESULT_BYTES = 2**28  # of results that the scripts wrote
+UNFIT = (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)  # what values of another kind end in
 
 
 def read_json(path: Path) -> dict[str, Any]:
