@@ -77,10 +77,7 @@ class Results:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if self.source and isinstance(error, UNFIT):
-            raise self.unfit() from error
-
-    def unfit(self) -> ValueError:
-        return ValueError(f"{self.source} does not hold what such a run writes: delete it to begin anew.")
+            raise ValueError(f"{self.source} does not hold what such a run writes: delete it to begin anew.") from error
 
     def _tell(self, path: Path, others: dict[str, Any], consequence: str) -> None:
         """Say in which arguments the run that wrote a file differs from this one."""
@@ -235,6 +232,14 @@ class Windows(NamedTuple):
         """For each window, the sums of nll (B, T - first) by bucket, added in float64 and always in the same order."""
         of = self.bucket_of_targets()
         return [np.bincount(of, weights=row)[of[0] :].tolist() for row in nll.double().cpu().numpy()]
+
+    def check_sums(self, sums: Any, n_windows: int) -> None:
+        """Raises TypeError unless these, which were read from a file, are the sums of so many windows."""
+        n_buckets = len(set(self.bucket_of_targets()))
+        numbers = [number for window in sums if len(window) == n_buckets for number in window]
+        fits = len(sums) == n_windows and len(numbers) == n_windows * n_buckets and all(map(math.isfinite, numbers))
+        if not fits:
+            raise TypeError("other sums than those of the windows")
 
     def summary(self, sums: Sequence[Sequence[float]]) -> dict[str, Any]:
         """Perplexities and counts of windows with these sums. math.fsum is exact, so their order changes nothing."""

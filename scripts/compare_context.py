@@ -238,6 +238,8 @@ def read_windows(results, row: dict[str, Any], gpt, tokens, cut, arguments: dict
 
     keys = {f"{row['method']} {row['length']} {start}": start for start in cut.starts}
     todo = {key: start for key, start in keys.items() if key not in results.parts}
+    for key in keys.keys() - todo:
+        cut.check_sums([results.parts[key]["sums"]], 1)
     if todo:
         changed = with_fields(gpt, **row["fields"])
         pack_for_cpu(changed)

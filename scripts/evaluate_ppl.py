@@ -164,8 +164,8 @@ def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_si
 
     batches = {str(a): windows.starts[i : i + batch_size] for i, a in enumerate(windows.starts) if i % batch_size == 0}
     done = results.parts if results else {}
-    if not all(are_sums(done[key], len(batches[key]), windows) for key in batches if key in done):
-        raise results.unfit()
+    for key in batches.keys() & done:
+        windows.check_sums(done[key], len(batches[key]))
     todo = ranks.broadcast([key for key in batches if key not in done])  # as rank 0 has it
     kept = [window for key in batches for window in done.get(key, ())]
     n_done, n_windows, nll_sum = len(kept), len(windows.starts), sum(map(sum, kept))
@@ -191,15 +191,6 @@ def read_windows(ranks, results, gpt, tokens, windows, batch_size: int, chunk_si
                     results.save()
                     print(f"{n_done} of {n_windows} windows are kept: the same command goes on", file=sys.stderr)
                 raise KeyboardInterrupt
-
-
-def are_sums(part, n_windows: int, windows) -> bool:
-    """True for what is kept of a batch: for each of its windows, a number for each bucket."""
-    import math
-
-    n_buckets = len(set(windows.bucket_of_targets()))
-    numbers = [number for sums in part if len(sums) == n_buckets for number in sums]
-    return len(part) == n_windows and len(numbers) == n_windows * n_buckets and all(map(math.isfinite, numbers))
 
 
 def read_batch(gpt, tokens, windows, starts, batch_size: int, chunk_size: int, device):
