@@ -194,13 +194,16 @@ def find_architecture(hf: dict[str, Any]) -> str:
 # What changes the attention or the size of what flows through a model has one of these in its key's name.
 ATTENTION_KEY = re.compile(
     r"att(ention|n)|rope|rotary|alibi|window|soft_?cap|sink|chunk|(^|_)qkv?(_|$)|layer_types|multiplier|logits?_scal|"
-    r"scale_(emb|depth)|(^|_)mup|mlp_bias|experts|quantization_config|bidirectional|causal|position_embedding_type"
+    r"scale_(emb|depth)|emb(edding)?_scale|(^|_)mup|mlp_bias|experts|(quantization|compression)_config|bidirectional|causal|"
+    r"position_embedding(_type)?$|softmax_scale|mscale|logn|ntk|yarn|xpos|nope|(^|_)swa(_|$)|self_extend|multi_query|"
+    r"kv_shared|lora_rank"
 )
 NO_EFFECT = re.compile(  # on the logits, or none without a key that is read or refused
     r"dropout|pdrop|att(ention|n)_implementation|flash_att|flash_attn|memory_efficient|sdpa|output_attentions|attention_backend|"
     r"softmax_in_fp32|initializer|num_experts_per_tok|_fused|fused_|ffn_dim_multiplier|^use_sliding_window$|^max_window_layers$"
 )
-NEUTRAL = {"is_causal": True, "partial_rotary_factor": 1, "rotary_pct": 1, "rotary_emb_base": 10000}
+NEUTRAL = {"partial_rotary_factor": 1, "rotary_pct": 1, "rotary_emb_base": 10000, "scale_attn_weights": True}
+NEUTRAL |= dict.fromkeys(("causal", "is_causal", "use_rope", "use_rotary", "use_rotary_embeddings", "rotary"), True)
 ALWAYS_READ = {"num_attention_heads", "rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
 
 

@@ -187,7 +187,8 @@ SAVED_OTHERWISE = {  # what training scripts and other libraries make of a state
         "llama",
         lambda state: state
         | {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(8) for name in ("cos_cached", "sin_cached")}
-        | {f"model.rotary_emb{name}": torch.ones(8) for name in (".inv_freq", ".original_inv_freq", "_local.inv_freq")},
+        | {f"model.rotary_emb{name}": torch.ones(8) for name in (".inv_freq", ".original_inv_freq", "_local.inv_freq")}
+        | {"model.layers.0.self_attn.rotary_emb.cos_sin_cache": torch.ones(8), "model.causal_mask": torch.ones(2, 2)},
     ),
     "with masks": (
         "neox, parallel",

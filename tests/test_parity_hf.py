@@ -349,7 +349,8 @@ UNREAD = {
         {"quantization_config": {"quant_method": "gptq"}}, {"attention_sink_size": 4}, {"sliding_window": 64},
         {"dual_chunk_attention_config": QWEN_1M}, {"num_local_experts": 8}, {"use_bidirectional_attention": True},
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
-        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, {"softmax_scale": 0.1}, {"causal": False},
+        {"use_rope": False}, {"use_dynamic_ntk": True}, {"kv_lora_rank": 8}, {"embedding_scale": 8.0},
     ],
     "mistral": [{"mlp_bias": True}, {"layer_types": ["chunked_attention"] * 4}],
     "qwen2": [
@@ -401,6 +402,7 @@ def test_keys_that_ask_for_nothing_are_fine():
         "use_mrope": False, "is_causal": True, "add_cross_attention": False, "cross_attention_hidden_size": None,
         "layer_types": ["full_attention"] * 4, "pretraining_tp": 2, "rope_interleaved": False, "qk_layernorm": False,
         "rope_scaling": None, "attn_logit_softcapping": None, "output_attentions": True, "num_experts_per_tok": 2,
+        "causal": True, "use_rope": True, "use_rotary_embeddings": True, "scale_attn_weights": True,
     }  # fmt: skip
     assert Config.from_hf(SHAPE | {"model_type": "llama"} | off) == Config.from_hf(SHAPE | {"model_type": "llama"})
     legacy = {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 512}

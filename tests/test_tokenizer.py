@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from lit_swa.formats.directory import copy_tokenizer, has_tokenizer
 from lit_swa.formats.tokenizer_backends import _growth
+from lit_swa.formats.tokenizer_slow import check_slow_class
 from lit_swa.tokenizer import StreamDecoder, Tokenizer
 
 CORPUS = [
@@ -665,6 +666,7 @@ def test_cost_of_a_token_does_not_grow_with_the_text(kind, text, tokenizers, mon
         ({"bos_token": "<s>", "eos_token": "</s>"}, {"<s>": 501, "</s>": 500}),
         ({"bos_token": None, "pad_token": "<pad>"}, None),
         ({"tokenizer_class": "Qwen2TokenizerFast"}, None),
+        ({"tokenizer_class": "GPTNeoXTokenizer"}, None),
         ({"added_tokens_decoder": {"500": {"content": "<s>", "special": True, "lstrip": True}}}, None),
     ],
 )
@@ -685,8 +687,9 @@ def test_slow_tokenizers_are_read_as_transformers_reads_them(config, added, tmp_
 def test_slow_tokenizers_of_other_kinds_are_refused(tmp_path):
     """Would catch CLIP's and RoBERTa's vocabularies read as GPT-2's, and half a tokenizer taken for one."""
     directory = make_slow(tmp_path / "slow", tokenizer_class="RobertaTokenizer")
-    with pytest.raises(ValueError, match="RobertaTokenizer.*save_pretrained"):
-        Tokenizer(directory)
+    for read in (Tokenizer, check_slow_class):  # when it is used, and when a checkpoint is converted or checked
+        with pytest.raises(ValueError, match="RobertaTokenizer.*save_pretrained"):
+            read(directory)
     write_json(directory / "tokenizer_config.json", {})
     write_json(directory / "vocab.json", {"a</w>": 0})
     with pytest.raises(ValueError, match="no byte-level BPE"):
@@ -847,9 +850,10 @@ def test_many_harmless_rules_are_loaded(copy_of):
     rules = [replace(chr(0xFB00 + n), "ffi") for n in range(30)] + [
         replace(r, " ", "Regex") for r in (r"\s{2,}", "\t|\v")
     ] * 20
+    rules += [replace(rf"[{chr(0x2460 + n)}{chr(0x2776 + n)}]+", f"({n})", "Regex") for n in range(9)]
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"normalizer": sequence(rules)})
     tokenizer = Tokenizer(path.parent)
-    assert tokenizer.encode("\ufb00 \ufb1d  x") == tokenizer.encode("ffi ffi x")
+    assert tokenizer.encode("\ufb00 \ufb1d  x\u2460\u2776") == tokenizer.encode("ffi ffi x(0)")
 
 
 def sequence(rules: list[dict]) -> dict:

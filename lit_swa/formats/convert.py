@@ -43,6 +43,7 @@ from lit_swa.formats.files import (
 )
 from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
 from lit_swa.formats.reading import is_listed
+from lit_swa.formats.tokenizer_slow import check_slow_class
 
 # -------------------------------------------------------------------------------------------------------------- convert
 
@@ -66,6 +67,15 @@ def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX
             if not (directory / name).exists():
                 write_text(directory / name, text)
         write_checkpoint(directory, _with_progress(tensors, "converting"), config, max_shard_bytes)
+    _warn_of_tokenizer(directory)
+
+
+def _warn_of_tokenizer(directory: Path) -> None:
+    """Say at once that the tokenizer is of a kind that is not read: the weights are converted all the same."""
+    try:
+        check_slow_class(directory)
+    except (ValueError, OSError) as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[str, str]]:

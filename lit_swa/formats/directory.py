@@ -32,6 +32,7 @@ from lit_swa.formats.files import (
 from lit_swa.formats.hugging_face import expected_shapes, require_layers
 from lit_swa.formats.reading import is_listed
 from lit_swa.formats.tokenizer_files import read_stop_ids, template_files, vocab_file_name
+from lit_swa.formats.tokenizer_slow import check_slow_class
 
 CONFIG_FILE, STEM = "lit_config.json", "lit_model"
 ADAPTER_FILE = "lit_adapter.json"  # an adapter has it in place of weights: see adapter_files.py
@@ -73,6 +74,8 @@ def check_weights_dir(checkpoint_dir: str | Path, tokenizer: bool = True) -> Non
         (there if found else missing).append(found or "tokenizer.json")
     if missing:
         raise FileNotFoundError(_incomplete(directory, there, missing))
+    if tokenizer:
+        check_slow_class(directory)
     try:
         open_weights(directory)
     except FileNotFoundError as error:

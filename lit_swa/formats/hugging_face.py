@@ -61,7 +61,7 @@ WRAPPERS = re.compile(
 ANCHOR = "layers.0.input_layernorm.weight"  # which every architecture has: what stands before it is the prefix
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(?=[^.]+$)")  # GPT-NeoX's has either name
 NOT_NEEDED = re.compile(  # buffers that old checkpoints carry, and the parts of a model that see images
-    r"rotary_emb\w*\.(\w*inv_freq|cos_cached|sin_cached)$|attention\.(masked_)?bias$|"
+    r"rotary_emb\w*\.[^.]+$|(attention|attn)\.(masked_)?bias$|(^|\.)(causal_mask|position_ids)$|"
     r"(^|\.)(vision_tower|multi_modal_projector)\."
 )
 

@@ -23,6 +23,7 @@ from lit_swa.formats.reading import read_bytes
 from lit_swa.formats.tokenizer_files import MAX_DIGITS, MAX_VOCAB_BYTES, AddedToken, TokenConfig, require_sane_ids
 
 MAX_GROWTH = 4096  # how many times longer a file's replacement rules may make a text
+MAX_FOLLOWED = 100  # rules whose characters are followed one by one through the rules behind them
 
 
 @contextlib.contextmanager
@@ -157,8 +158,10 @@ def _growth(rules: dict[str, Any]) -> float:
     From the last rule to the first: what one character becomes by the end. Rules that write what no later rule replaces
     do not multiply.
     """
-    becomes: dict[str | None, float] = {None: 1.0}  # by character; None: any other
-    for rule in reversed(_steps(rules)):
+    steps = _steps(rules)
+    written = {c for step in steps[:MAX_FOLLOWED] if step["type"] == "Replace" for c in step["content"][:8]}
+    becomes: dict[str | None, float] = dict.fromkeys([None, *written], 1.0)  # by character; None: any other
+    for rule in reversed(steps):
         worst, kind = max(becomes.values()), rule["type"]
         if kind == "Replace":
             becomes = _before_replace(rule, becomes)
@@ -187,7 +190,18 @@ def _before_replace(rule: dict[str, Any], becomes: dict[str | None, float]) -> d
         share = new / len(literal)
         return becomes | {c: max(becomes.get(c, becomes[None]), share) for c in literal}
     between = 0.0 if _never_empty(regex) else new  # written where nothing was
-    return {c: max(size, new) + between for c, size in becomes.items()}
+    atoms = [] if between else re.findall(_ATOM, regex)
+    return {
+        c: max(size, new) + between if between or c is None or _any_matches(atoms, c) else size
+        for c, size in becomes.items()
+    }
+
+
+def _any_matches(atoms: list[str], character: str) -> bool:
+    """True if the library finds one of these patterns, each of one character, in this one."""
+    from tokenizers import Regex, normalizers
+
+    return any(normalizers.Replace(Regex(atom), "").normalize_str(character) == "" for atom in atoms)
 
 
 _ATOM = r"(?:\[\^?(?:\\.|[^\[\]\\])+\]|\\[sdwSDWntr]|\\[pP]\{\w+\}|\\[^\w\s]|[^\\\[\](){}|*+?^$])"

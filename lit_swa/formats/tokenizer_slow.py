@@ -16,9 +16,19 @@ from lit_swa.formats.gguf_pre_tokenizer import QWEN2
 from lit_swa.formats.json_files import parse_json
 from lit_swa.formats.reading import find_inside, read_bytes
 from lit_swa.formats.tokenizer_backends import FastBackend
-from lit_swa.formats.tokenizer_files import MAX_DIGITS, MAX_VOCAB_BYTES, AddedToken, TokenConfig, read_small_json
+from lit_swa.formats.tokenizer_files import (
+    MAX_DIGITS,
+    MAX_VOCAB_BYTES,
+    AddedToken,
+    TokenConfig,
+    read_small_json,
+    vocab_file_name,
+)
 
 END_OF_TEXT = "<|endoftext|>"
+REMEDY = (
+    "make a tokenizer.json of it with transformers, AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
+)
 
 
 class SlowClass(NamedTuple):
@@ -26,23 +36,25 @@ class SlowClass(NamedTuple):
 
     cut: str | None  # the pattern that cuts a text; None: GPT-2's
     nfc: bool  # characters are composed first
-    named: tuple[str, ...]  # tokens that are END_OF_TEXT where the config does not name them
+    named: dict[str, str]  # tokens where the config does not name them
 
 
-GPT2 = SlowClass(None, False, ("bos_token", "eos_token", "unk_token"))
+GPT2 = SlowClass(None, False, dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT))
 CLASSES = {
     "GPT2Tokenizer": GPT2,
     "CodeGenTokenizer": GPT2,
-    "Qwen2Tokenizer": SlowClass(QWEN2, True, ("eos_token", "unk_token", "pad_token")),
+    "GPTNeoXTokenizer": SlowClass(None, True, GPT2.named | {"pad_token": "<|padding|>"}),
+    "Qwen2Tokenizer": SlowClass(QWEN2, True, dict.fromkeys(("eos_token", "unk_token", "pad_token"), END_OF_TEXT)),
 }
+OF_MODELS = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}  # others: GPT-2's
 
 
 class SlowBackend(FastBackend):
     """The same ids as transformers' for these files."""
 
     def __init__(self, path: Path, config: dict[str, Any], tokens: TokenConfig) -> None:
-        self.kind = _class_of(path.parent, config)
-        usual = {name: AddedToken(END_OF_TEXT) for name in self.kind.named if name not in config}
+        self.kind = slow_class(path.parent, config)
+        usual = {name: AddedToken(content) for name, content in self.kind.named.items() if name not in config}
         super().__init__(path, config, replace(tokens, named=usual | tokens.named))
         self.rust.post_processor = self._template(config)
 
@@ -79,16 +91,12 @@ class SlowBackend(FastBackend):
         return processors.TemplateProcessing(single=[part for part in single if part], special_tokens=ids)
 
 
-REMEDY = (
-    "make a tokenizer.json of it with transformers, AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
-)
-
-
-def _class_of(directory: Path, config: dict[str, Any]) -> SlowClass:
+def slow_class(directory: Path, config: dict[str, Any]) -> SlowClass:
+    """The class that the config names. Raises ValueError, with the remedy, for one that is not read."""
     name = config.get("tokenizer_class")
     if name is None:  # transformers goes by the model then
-        model_type = str(read_small_json(directory / "config.json").get("model_type"))
-        name = "Qwen2Tokenizer" if model_type.startswith("qwen") else "GPT2Tokenizer"
+        model_type = read_small_json(directory / "config.json").get("model_type")
+        name = OF_MODELS.get(str(model_type), "GPT2Tokenizer")
     kind = CLASSES.get(str(name).removesuffix("Fast"))
     if kind is None:
         raise ValueError(
@@ -96,6 +104,12 @@ def _class_of(directory: Path, config: dict[str, Any]) -> SlowClass:
             f"{REMEDY}."
         )
     return kind
+
+
+def check_slow_class(directory: Path) -> None:
+    """Raises ValueError where the tokenizer of a checkpoint is a vocab.json of a class that is not read."""
+    if vocab_file_name(directory) == "vocab.json":
+        slow_class(directory, read_small_json(directory / "tokenizer_config.json"))
 
 
 def _read_merges(path: Path) -> list[list[str]]:
