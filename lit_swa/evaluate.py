@@ -58,6 +58,9 @@ class Results:
         self.parts: dict[str, Any] = {}
         self.saved = time.monotonic()
         there, kept = self._read(self.output), self._read(self.partial)
+        if there is not None and kept is not None and there["arguments"] == kept["arguments"]:
+            self.partial.unlink()  # left by a run that was killed behind its end
+            kept = None
         if there is None and is_listed(self.output):
             raise ValueError(f"{self.output} is there and holds no results: choose another --output.")
         if is_listed(self.partial) and (kept is None or not isinstance(kept.get("parts"), dict)):

@@ -1,5 +1,6 @@
 """Downloads: verified, resumed, complete or named incomplete, silent once complete. The hub is a local server."""
 
+import errno
 import hashlib
 import json
 import os
@@ -193,6 +194,13 @@ def no_network(monkeypatch) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- from the hub
+
+
+def test_a_full_disk_is_named_with_its_place(hub, monkeypatch, tmp_path):
+    """Catches: "the download stopped, run it again", which sends people to their network."""
+    monkeypatch.setattr(hub_client, "_request", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+    with pytest.raises(OSError, match=rf"^No space for {tmp_path}/d/\S+: {tmp_path}/d has .* left: free some space"):
+        download_checkpoint(REPO, tmp_path / "d")
 
 
 def test_a_repository_becomes_a_checkpoint(hub: FakeHub, tmp_path: Path, monkeypatch) -> None:

@@ -399,13 +399,15 @@ def test_kept_parts_and_results_that_no_run_wrote_end_in_a_sentence(llama, ppl, 
     arguments, output, partial = arguments_for(llama[1], tmp_path / "o.json"), tmp_path / "o.json", ".json.partial"
     assert ppl(*arguments)[0] == 0
     content = json.loads(output.read_text())
+    kept = {"arguments": content["arguments"], "parts": {"0": part, "_seconds": 1.0, "_chunk_size": 0}}
+    output.with_suffix(partial).write_text(json.dumps(kept))
+    assert ppl(*arguments)[0] == 0 and not output.with_suffix(partial).exists()  # left by a kill behind the end
     output.write_text(json.dumps({"arguments": content["arguments"], "ppl": part}))
     code, _, err = ppl(*arguments)
     assert code == 2 and f"error: {output} does not hold what such a run writes" in err
     output.rename(output.with_suffix(partial))
     code, _, err = ppl(*arguments)
     assert code == 2 and f"error: {output}.partial is damaged: delete it" in err
-    kept = {"arguments": content["arguments"], "parts": {"0": part, "_seconds": 1.0, "_chunk_size": 0}}
     output.with_suffix(partial).write_text(json.dumps(kept))
     code, _, err = ppl(*arguments)
     assert code == 2 and f"error: {output}.partial does not hold what such a run writes" in err

@@ -55,6 +55,10 @@ def atomic_file(path: Path, n_bytes: int | None = None) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
+class DiskFull(OSError):
+    """A full disk's error with the place in it."""
+
+
 @contextmanager
 def named_when_full(path: Path, n_bytes: int | None = None) -> Iterator[None]:
     """The system's error of a full disk says neither where nor what to do. Within this block it does.
@@ -70,7 +74,7 @@ def named_when_full(path: Path, n_bytes: int | None = None) -> Iterator[None]:
         needs = "" if n_bytes is None else f"it takes {format_bytes(n_bytes)} and "
         with suppress(OSError):
             needs += f"{where} has {format_bytes(shutil.disk_usage(where).free)} left: "
-        raise OSError(
+        raise DiskFull(
             f"{error.strerror} for {path}: {needs}free some space, or choose another directory, and start again "
             "(a training run goes on with --resume auto)."
         ) from None

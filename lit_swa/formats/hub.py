@@ -16,6 +16,7 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from lit_swa.formats.files import DiskFull, named_when_full
 from lit_swa.formats.places import PARTIAL
 
 PROBE_SECONDS = 4.0  # for the hub's first answer
@@ -116,8 +117,9 @@ def fetch_file(info: Any, file: Any, directory: Path, token: str | None = None, 
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_path(path, published)
-        _receive(published, partial, token)
-    except Refused:
+        with named_when_full(partial):
+            _receive(published, partial, token)
+    except (Refused, DiskFull):
         raise
     except (GatedRepoError, PermissionRefused):
         raise OSError(_gated(info.id, kind)) from None

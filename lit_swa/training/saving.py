@@ -259,7 +259,7 @@ def copy_model(step: Path, directory: Path) -> None:
     """The files of a saved step that the next command loads."""
     for path in sorted(step.iterdir()):
         if path.is_file() and path.name not in (STATE_FILE, RUN_FILE):
-            copy_file(path, directory / path.name)
+            copy_file(find_inside(step, path.name), directory / path.name)
 
 
 def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
