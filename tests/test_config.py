@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_config
 
 from lit_swa import GPT, Config
+from lit_swa.checkpoint import load_config
 from lit_swa.config import CHOICES, RANGES
 from lit_swa.families import CONFIGS
 
@@ -160,6 +161,12 @@ def test_a_config_file_holds_what_belongs_to_the_weights_and_what_was_changed(na
     assert Config.from_dict(stored) == config
     assert Config.from_dict(dataclasses.asdict(config)) == config  # a file that holds every field, as older ones do
     assert "rolling_kv_cache" not in stored and stored["n_layer"] == config.n_layer and "norm_eps" in stored
+
+
+def test_a_file_that_an_editor_saved_with_a_byte_order_mark_is_read(tmp_path):
+    """Catches: a hand-edited lit_config.json called damaged, with the advice to download it again."""
+    (tmp_path / "lit_config.json").write_text(json.dumps(Config(n_layer=3).to_dict()), encoding="utf-8-sig")
+    assert load_config(tmp_path).n_layer == 3
 
 
 def test_an_edited_default_counts_for_a_checkpoint_that_does_not_say_otherwise(monkeypatch):

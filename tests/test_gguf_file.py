@@ -262,12 +262,14 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
     assert [path.name for path in parts] == [f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
     for name in ("whole", "split"):
         convert_hf_checkpoint(tmp_path / name)
+    renamed = [shutil.copy(part, tmp_path / name) for part, name in zip(parts, ("b.gguf", "c.gguf"), strict=False)]
     whole, split = open_weights(tmp_path / "whole"), open_weights(tmp_path / "split")
     assert whole.keys() == split.keys() and all(torch.equal(whole[k].load(), split[k].load()) for k in whole)
 
     for wrong, message in (
         ([parts[1]], "m-00001-of-00003.gguf, m-00003-of-00003.gguf are missing"),
         ([*parts, tmp_path / "whole" / "m.gguf"], "holds 2 models.*directories of their own"),
+        (renamed, "b.gguf is part [12] of 3 of a model: put all parts into one"),
     ):
         directory = tmp_path / message[:9]
         directory.mkdir()

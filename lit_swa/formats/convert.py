@@ -162,6 +162,7 @@ def _find_gguf(directory: Path) -> list[str]:
     parts = {name: re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name) for name in names}
     models = {part.groups() if part else (name, None): name for name, part in parts.items()}
     if len(models) > 1:
+        gguf.refuse_renamed_parts([find_inside(directory, name) for name, part in parts.items() if not part])
         first, second = sorted(models.values())[:2]
         raise ValueError(
             f"{directory} holds {len(models)} models as GGUF files ({first}, {second}): leave the files of the one to "

@@ -204,6 +204,29 @@ def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int,
         file.tensors[name] = TensorInfo(shape, int(type_id), file.path, start, n_bytes)
 
 
+NAMES_OF_PARTS = (
+    "put all parts into one directory, under the names that gguf-split gives them (NAME-00001-of-00002.gguf and so on)"
+)
+
+
+def part_number(file: GGUFFile) -> tuple[int, int]:
+    """Which part of a model a file is, counted from 0, and of how many."""
+    return file.get("split.no", int, 0), file.get("split.count", int, 1) or 1
+
+
+def _told_part(file: GGUFFile) -> str:
+    number, count = part_number(file)
+    return f"{file.path} is part {number + 1} of {count} of a model"
+
+
+def refuse_renamed_parts(paths: Sequence[Path]) -> None:
+    """Raises ValueError for a part of a model whose name does not say so, among files that look like several models."""
+    for path in paths:
+        file = read_gguf(path)
+        if part_number(file)[1] > 1:
+            raise ValueError(f"{_told_part(file)}: {NAMES_OF_PARTS}.")
+
+
 def read_parts(paths: Sequence[Path]) -> GGUFFile:
     """A model in several files, as gguf-split writes it: the metadata of the first, the tensors of all.
 
@@ -213,12 +236,8 @@ def read_parts(paths: Sequence[Path]) -> GGUFFile:
     parts = [read_gguf(path) for path in paths]
     first = parts[0]
     for n, part in enumerate(parts):
-        count, number = part.get("split.count", int, 1) or 1, part.get("split.no", int, 0)
-        if (number, count) != (n, len(parts)):
-            raise ValueError(
-                f"{part.path} is part {number + 1} of {count} of a model, not {n + 1} of {len(parts)}: put all parts "
-                "into one directory, under the names that gguf-split gives them (NAME-00001-of-00002.gguf and so on)."
-            )
+        if part_number(part) != (n, len(parts)):
+            raise ValueError(f"{_told_part(part)}, not {n + 1} of {len(parts)}: {NAMES_OF_PARTS}.")
         if twice := part.tensors.keys() & first.tensors.keys() if n else ():
             raise ValueError(
                 f"{part.path} repeats tensor {min(twice)[:80]!r} of {first.path.name}: they are not of one model."

@@ -41,7 +41,8 @@ def parse_json(data: bytes, path: Path, max_digits: int = 20) -> dict[str, Any]:
         raise ValueError(f"{name} is no number")
 
     try:
-        content = json.loads(data.decode(), object_pairs_hook=unique, parse_int=number, parse_constant=no_constant)
+        text = data.decode("utf-8-sig")  # some editors put a byte order mark in front
+        content = json.loads(text, object_pairs_hook=unique, parse_int=number, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged: it does not hold the JSON it should ({str(error)[:100]}); "
