@@ -664,6 +664,29 @@ def test_a_pickle_of_something_else_is_refused(tmp_path: Path, content: object) 
         convert_hf_checkpoint(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_pickled_nested_tensor_is_refused(tmp_path: Path) -> None:
+    """Would catch torch's own RuntimeError: such a tensor has no shape."""
+    import torch
+
+    from lit_swa.checkpoint import convert_hf_checkpoint
+
+    make_config(tmp_path)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"model.norm.weight": torch.ones(8), "x": nested}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="something other than a dict of weights"):
+        convert_hf_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that cannot be read, of the kernel's own")
+def test_a_file_that_the_disk_does_not_give_is_named() -> None:
+    """Would catch "[Errno 5] Input/output error", which says nothing of where."""
+    from lit_swa.formats.reading import read_bytes
+
+    with pytest.raises(OSError, match=r"^/proc/self/mem cannot be read \(Input/output error\)"):
+        read_bytes(Path("/proc/self/mem"), 100)
+
+
 @pytest.mark.parametrize("kind", ["meta", "expanded"])
 def test_a_pickled_tensor_without_its_numbers_is_refused(tmp_path: Path, kind: str) -> None:
     """Would catch a traceback while the weights are written, and a KB that becomes terabytes."""

@@ -999,3 +999,13 @@ def test_packing_takes_work_in_proportion_to_the_examples():
         return count
 
     assert lines(4_000) < 5 * lines(1_000)
+
+
+@pytest.mark.parametrize("names", [5, [5], ["/etc/passwd"], ["../x"], ["a\0"], {"a": 1}])
+def test_the_index_of_a_published_dataset_names_files_of_its_directory(tmp_path, names):
+    """Catches: a file elsewhere that is read as the dataset, a traceback."""
+    from lit_swa.data.hub import HUB_INDEX, _known_files
+
+    (tmp_path / HUB_INDEX).write_text(json.dumps({"": names}))
+    with pytest.raises(ValueError, match=f"{HUB_INDEX} is damaged"):
+        _known_files(tmp_path, "")

@@ -196,6 +196,19 @@ def no_network(monkeypatch) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- from the hub
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("size", "1"), ("size", -1), ("size", 10**400), ("size", True), ("rfilename", 5), ("rfilename", "a\0"),
+     ("blobId", 1.5), ("lfs", [1]), ("lfs", {"sha256": 1, "size": 1, "pointerSize": 1})],
+)  # fmt: skip
+def test_a_damaged_description_is_one_sentence(hub, monkeypatch, tmp_path, key, value):
+    """Catches: a traceback of a size that is none, a file's name that the system refuses."""
+    files = hub.siblings()
+    monkeypatch.setattr(hub, "siblings", lambda: [files[0] | {key: value}, *files[1:]])
+    with pytest.raises(OSError, match=rf"does not give {REPO} \(OSError: its description is damaged\): check"):
+        download_checkpoint(REPO, tmp_path / "d")
+
+
 def test_a_full_disk_is_named_with_its_place(hub, monkeypatch, tmp_path):
     """Catches: "the download stopped, run it again", which sends people to their network."""
     monkeypatch.setattr(hub_client, "_request", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))

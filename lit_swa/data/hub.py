@@ -87,7 +87,11 @@ def fetch_preset(name: str, selection: str = "") -> list[Path]:
 
 def _known_files(directory: Path, selection: str) -> list[Path]:
     """The files of a selection if all were downloaded, else none."""
-    known = [directory / file for file in _read_index(directory).get(selection, []) if ".." not in Path(file).parts]
+    names = _read_index(directory).get(selection, [])
+    plain = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
+    if not plain or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+        raise ValueError(f"{directory / HUB_INDEX} is damaged: delete it, and the files are looked at again.")
+    known = [directory / name for name in names]
     return known if all(path.is_file() for path in known) else []
 
 

@@ -404,7 +404,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(
-        type(name) is str and type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+        type(name) is str and type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_nested
         for name, t in state.items()
     ):
         raise ValueError(f"{path} holds something other than a dict of weights: use a checkpoint in safetensors.")

@@ -21,6 +21,7 @@ from lit_swa.formats.places import PARTIAL
 
 PROBE_SECONDS = 4.0  # for the hub's first answer
 MAX_DESCRIPTION = 2**25  # bytes
+MAX_SIZE = 2**50  # bytes of a file
 ATTEMPTS = 5  # in a row that bring no byte
 LOG_IN = {  # kind of repository -> how its users say who they are
     "model": "pass --access_token",
@@ -74,7 +75,24 @@ def _describe(repo_id: str, token: str | None, kind: str) -> Any:
         )
     if status != 200:
         raise OSError(f"HTTP {status}")
-    return (ModelInfo if kind == "model" else DatasetInfo)(**json.loads(body))
+    try:
+        info = (ModelInfo if kind == "model" else DatasetInfo)(**json.loads(body))
+        sound = _is_sound(info)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise OSError("its description is damaged")
+    return info
+
+
+def _is_sound(info: Any) -> bool:
+    """True if what is used of a description has the types and the range that the hub gives."""
+    files = info.siblings or []
+    texts = [info.id, info.sha, *(file.rfilename for file in files)]
+    texts += [text for file in files for text in (file.blob_id, file.lfs and file.lfs.sha256) if text is not None]
+    sizes = [file.size for file in files if file.size is not None]
+    plain = all(isinstance(text, str) and len(text) < 1000 and text.isprintable() for text in texts)
+    return plain and all(type(size) is int and 0 <= size < MAX_SIZE for size in sizes)
 
 
 def _headers(token: str | None) -> dict[str, str]:

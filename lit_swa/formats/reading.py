@@ -1,5 +1,7 @@
 """Which files of a directory that may come from a stranger are opened, and how much of them is read. No torch here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -41,11 +43,20 @@ def require_regular(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file.")
     if path.stat().st_size <= POINTER_BYTES:
-        with open(path, "rb") as stream:
+        with open(path, "rb") as stream, named_when_unread(path):
             if stream.read(len(POINTER)) == POINTER:
                 raise ValueError(
                     f"{path} is a Git LFS pointer, not the file itself: run git lfs pull there, or download it again."
                 )
+
+
+@contextmanager
+def named_when_unread(path: Path) -> Iterator[None]:
+    """The system's error of a disk that gives no bytes does not say of which file. Within this block it does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror}): put a copy there.") from None
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -53,7 +64,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     no more than that is read."""
     require_regular(path)
     pieces, left = [], limit + 1
-    with open(path, "rb") as stream:
+    with open(path, "rb") as stream, named_when_unread(path):
         while left and (piece := stream.read(min(left, 2**20))):  # read() allocates what it is asked for
             pieces.append(piece)
             left -= len(piece)
