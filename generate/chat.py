@@ -57,7 +57,7 @@ def main(
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.places import locate
-    from lit_swa.generate import Sampling, Session, check_stops
+    from lit_swa.generate import Sampling, Session, check_stops, require_cache
     from lit_swa.linear_formats import pack_for_cpu
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.training.resuming import trained_prompt_style
@@ -87,6 +87,7 @@ def main(
         print(f"compiled in {warm_up(session, min(1024, gpt.config.block_size)):.1f} s", file=sys.stderr)
     else:
         pack_for_cpu(gpt)
+    require_cache(gpt, 1, gpt.cache_length(max_new_tokens), LOOKAHEAD)  # or no turn can be answered
     session.reserve(min(1024, gpt.config.block_size))
     arguments = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop or ()}
     talk(session, tokenizer, [] if system is None else [{"role": "system", "content": system}], arguments)

@@ -101,6 +101,8 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
             out.append(f"{option}=true")
         else:
             check_option(parser, option, value)
+            if not given and option.startswith("--model."):
+                raise ArgumentError(None, needs_value(option))
             out.append(option + equals + value)
     return out, typed
 
@@ -210,7 +212,7 @@ def check_fields(parser: ArgumentParser, model: dict[str, Any]) -> None:
 def reword(parser: ArgumentParser, message: str) -> str:
     """What jsonargparse says of its keys and types, in the words of the command line."""
     if found := re.fullmatch(r"argument (--\S+?)(/\S+)?: expected one argument", message):
-        return f"{found[1]} needs a value; one that begins with two dashes is given as {found[1]}=VALUE."
+        return needs_value(found[1])
     if found := re.fullmatch(r"the following arguments are required: (.*)", message):
         return f"{', '.join(f'--{name}' for name in found[1].split(', '))} is missing: give it a value."
     if message.startswith("unrecognized arguments: "):
@@ -225,6 +227,10 @@ def reword(parser: ArgumentParser, message: str) -> str:
         return f"{option} is missing: give it a value." if "required" in reason else f"{option}: {reason}"
     wanted = " or ".join(sorted(describe_type(t, option) for t in kind))
     return f"{option} {value[1]} does not fit: give {wanted}."
+
+
+def needs_value(option: str) -> str:
+    return f"{option} needs a value; one that begins with two dashes is given as {option}=VALUE."
 
 
 def suggestion(parser: ArgumentParser, unknown: str) -> str:

@@ -339,7 +339,8 @@ def check_dual_chunk(config: Config) -> None:
             f"dual_chunk_size={s} + dual_chunk_local={w} must be at most the trained length of {c} tokens "
             "(dual_chunk_pretraining_length), since it is the greatest distance that occurs: make them smaller."
         )
-    if config.sliding_window_size is not None:
+    windows = any("sliding_window_size" in VARIANTS[name].needs for name in config.layer_variants)  # of other layers
+    if config.sliding_window_size is not None and not windows:
         raise ValueError(
             f"dual_chunk attention sees every key, and sliding_window_size={config.sliding_window_size}: "
             "set sliding_window_size to null."

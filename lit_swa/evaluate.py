@@ -301,7 +301,8 @@ def spread_windows(
     """`count` windows of seq_len tokens, evenly spread over the stream; every target counts. Raises ValueError."""
     check_at_least(seq_len=(seq_len, 2), windows=(count, 1), bucket=(bucket, 1))
     last = n_tokens - check_text_length(n_tokens, seq_len, data, prefix)
-    starts = sorted({last * i // max(1, count - 1) for i in range(count)})
+    count = min(count, last + 1)  # so many can begin at different tokens
+    starts = [last * i // max(1, count - 1) for i in range(count)]
     return Windows(starts, seq_len, max(1, len(prefix)), bucket, tuple(prefix))
 
 
@@ -330,7 +331,8 @@ def check_text_length(n_tokens: int, seq_len: int, data: object, prefix: Sequenc
         raise ValueError(f"seq_len={seq_len} has no room behind the {len(prefix)} tokens that a text begins with.")
     if n_tokens < room:
         raise ValueError(
-            f"{data} gives {n_tokens} tokens and a window has {room}: lower --seq_len, or give a longer text."
+            f"{data} gives {n_tokens} tokens and a window has {room}: read shorter windows (--seq_len, or "
+            "--lengths), or give a longer text."
         )
     return room
 

@@ -154,6 +154,7 @@ UNITS = {
 
 WHAT = {  # function in the traceback -> what it makes
     "build_model": "the weights",
+    "random_model": "the weights",
     "add_lora": "LoRA's matrices",
     "set_kv_cache": "the key/value caches",
     "run_blocks": "the activations",
@@ -171,11 +172,18 @@ REMEDIES = {  # argument of a script -> how it makes less of what takes memory
     "seq_len": "a smaller --seq_len",
     "batch_size": "a smaller --batch_size",
     "lengths": "smaller --lengths",
+    "prompt_tokens": "a smaller --prompt_tokens",
+    "positions": "smaller --positions",
+    "cache_size": "a smaller --cache_size",
+    "tokens": "fewer --tokens",
     "chunk_size": "a smaller --chunk_size",
+    "name": "a smaller model",
     "dtype": "--dtype bfloat16",
+    "dtypes": "--dtypes bfloat16",
     "quantize": "--quantize nf4",
     "model": "a window (--model.attention sliding --model.sliding_window_size S --model.rolling_kv_cache true)",
 }
+OF_WEIGHTS = ("name", "dtype", "dtypes", "quantize")  # what makes the weights smaller
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -208,6 +216,8 @@ def memory_sentence(error: BaseException, arguments: Collection[str]) -> str | N
         free = free_memory(torch.device("cpu"))
     figures = "" if asked is None else f": {format_bytes(asked)} more were asked for"
     figures += "" if free is None else f"{' and' if figures else ':'} {format_bytes(free)} are free"
+    if made in ("the weights", "the packed weights"):  # a shorter text is no help
+        arguments = [name for name in OF_WEIGHTS if name in arguments] or arguments
     return f"The memory does not hold {made or 'what this run needs'}{figures}. {remedy_sentence(arguments)}"
 
 

@@ -77,20 +77,26 @@ def main(
 
 def load(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str, overrides: dict[str, Any]):
     """The plain model."""
-    import torch
-
-    from lit_swa import GPT, Config
+    from lit_swa import Config
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.download import find_checkpoint
 
     if name is None:
         return load_model(find_checkpoint(checkpoint_dir), dtype=dtype, device=device, **overrides)
-    config = Config.from_name(name, **overrides)
+    return random_model(Config.from_name(name, **overrides), dtype, device)
+
+
+def random_model(config, dtype: str, device: str):
+    import torch
+
+    from lit_swa import GPT
+
     torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device(device):
-        model = GPT(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
+    try:
+        with torch.device(device):
+            return GPT(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def prepare(weights, device: str, compiled: bool = False):

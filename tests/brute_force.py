@@ -95,7 +95,7 @@ def attention_weights(
 def logits(
     model,
     idx: Tensor,
-    meet: Meet,
+    meet: Meet | list[Meet],
     *,
     places: list[int] | None = None,
     scale: float = 1.0,
@@ -103,7 +103,7 @@ def logits(
     factor=lambda i: 1.0,
 ) -> Tensor:
     """Logits (T, V) for idx (T,) of a model with RMSNorm, gated MLP and no biases. places: the tokens' positions; None:
-    they follow each other from 0 on."""
+    they follow each other from 0 on. meet: a list has one for each layer."""
     config, weights = model.config, {name: p.double() for name, p in model.state_dict().items()}
     H, G, D, base = config.n_head, config.n_query_groups, config.head_size, base or config.rope_base
 
@@ -116,7 +116,8 @@ def logits(
         at = f"transformer.h.{layer}."
         qkv = norm(x, at + "norm_1.weight") @ weights[at + "attn.qkv.weight"].T
         q, k, v = qkv.view(len(idx), -1, D).transpose(0, 1).split((H, G, G))
-        y = attention_weights(q, k, places, meet, config, scale, base, factor) @ v.repeat_interleave(H // G, dim=0)
+        met = meet[layer] if isinstance(meet, list) else meet
+        y = attention_weights(q, k, places, met, config, scale, base, factor) @ v.repeat_interleave(H // G, dim=0)
         x = x + y.transpose(0, 1).flatten(1) @ weights[at + "attn.proj.weight"].T
         h = norm(x, at + "norm_2.weight")
         gate = torch.nn.functional.silu(h @ weights[at + "mlp.fc_1.weight"].T)

@@ -151,7 +151,7 @@ def test_lists_and_switches_need_no_json(parse):
         (["--lenghts", "1"], "did you mean --lengths?"),
         (["--prompt", "a", "b c"], "b c: a value with spaces needs quotes"),
         (["--prompt"], "--prompt needs a value"),
-        (["--model.n_layer"], "--model needs a value"),
+        (["--model.n_layer"], "--model.n_layer needs a value"),
         (["--steps", "x"], "--steps x does not fit: give a whole number."),
         (["--score", "some"], "--score some does not fit: give one of all, last."),
         (["--compile", "maybe"], "--compile maybe does not fit: give true or false."),

@@ -164,3 +164,4 @@ def test_windows_are_spread_from_the_first_token_to_the_last():
     assert evaluate.spread_windows(100, 40, 1, 8).starts == [0]
     assert evaluate.spread_windows(100, 40, 3, 8).starts == [0, 30, 60]
     assert evaluate.spread_windows(40, 40, 3, 8) == Windows([0], 40, 1, 8)
+    assert evaluate.spread_windows(43, 40, 10**15, 8).starts == [0, 1, 2, 3]

@@ -154,7 +154,7 @@ def test_ctrl_c_keeps_the_steps_of_the_run_at_hand(checkpoint, tmp_path):
         (["--methods", "[s3]"], "There is no method 's3': choose from untrained"),
         (["--lengths", "[256]"], "at most the context of 128"),
         (["--context", 8], "context=8 does not fit"),
-        (["--max_eval_tokens", 100], "lower --seq_len"),
+        (["--max_eval_tokens", 100], "read shorter windows (--seq_len, or --lengths)"),
     ],
 )
 def test_bad_arguments_are_told_in_a_sentence(compare, arguments, words):

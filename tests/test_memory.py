@@ -95,6 +95,20 @@ def test_errors_that_mean_too_little_memory_get_a_remedy(error, words):
     assert "--max_new_tokens" in memory_sentence(error, ["max_new_tokens"])
 
 
+def test_weights_that_do_not_fit_are_not_helped_by_a_shorter_text():
+    """Catches: a remedy that cannot work."""
+
+    def build_model():
+        raise MemoryError
+
+    with pytest.raises(MemoryError) as caught:
+        build_model()
+    sentence = memory_sentence(caught.value, ["max_new_tokens", "dtype", "quantize", "model"])
+    assert sentence.startswith("The memory does not hold the weights")
+    assert sentence.endswith("Use --dtype bfloat16 or --quantize nf4.")
+    assert "End other programs" not in memory_sentence(caught.value, ["prompt_tokens"])
+
+
 def test_bugs_keep_their_traceback_and_a_hidden_cause_is_found():
     """Catches: any RuntimeError or OSError taken for one of memory; a MemoryError told as a damaged file."""
     for error in (
