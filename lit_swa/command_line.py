@@ -20,6 +20,8 @@ TEXTS = ({str}, {Path})
 LISTS = ({list[str]}, {list[Path]}, {list[Path], Path}, {list[int]})
 LONGEST = 600  # characters of an error
 MOST_BRACKETS = 200  # in a value that is read as YAML
+MOST_ALIASES = 20  # in a configuration file; aliases of aliases stand for a number of values that grows exponentially
+MAX_CONFIG_BYTES = 2**20
 
 
 def run_main(main: Callable[..., Any]) -> None:
@@ -46,6 +48,8 @@ class Parser(ArgumentParser):
             parsed = super().parse_args(args, **how)
         except ArgumentError as e:
             raise ArgumentError(None, reword(self, str(e))) from e
+        except RecursionError:
+            raise ValueError("A configuration file has lists within lists that are too deep: write fewer.") from None
         for name, value in typed.items():
             parsed[name] = value
         if isinstance(parsed.get("model"), dict):
@@ -99,6 +103,11 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
             out.append(f"{option}={take_value(option, value if equals else left.pop(0), kind, typed)}")
         elif not given and is_switch(option, kind):
             out.append(f"{option}=true")
+        elif given and option == "--config":
+            value = value if equals else left.pop(0)
+            if Path(value).is_file():  # a pipe of the shell's is read as it is
+                check_config_file(Path(value))
+            out.append(f"--config={value}")
         else:
             check_option(parser, option, value)
             if not given and option.startswith("--model."):
@@ -114,6 +123,27 @@ def check_option(parser: ArgumentParser, option: str, value: str) -> None:
         raise ArgumentError(None, f"unrecognized arguments: {option}{suggestion(parser, option)}")
     if count_brackets(option + value) > MOST_BRACKETS:
         raise ValueError(f"{option[:40]} {value[:40]}... opens more than {MOST_BRACKETS} brackets: give less.")
+
+
+def check_config_file(path: Path) -> None:
+    """Raises ValueError or OSError for a configuration file that is no text, or would end or hang the process."""
+    from lit_swa.formats.reading import read_bytes
+    from lit_swa.texts import decode_text
+
+    text = decode_text(read_bytes(path, MAX_CONFIG_BYTES), path)
+    if count_brackets(text) <= MOST_BRACKETS and text.count("*") <= MOST_ALIASES:
+        return
+    brackets = aliases = 0
+    try:
+        for token in yaml.scan(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            brackets += isinstance(token, (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken))
+            aliases += isinstance(token, yaml.AliasToken)
+            if brackets > MOST_BRACKETS:
+                raise ValueError(f"{path} opens more than {MOST_BRACKETS} brackets: give less.")
+            if aliases > MOST_ALIASES:
+                raise ValueError(f"{path} has more than {MOST_ALIASES} YAML aliases (*NAME): write the values out.")
+    except yaml.YAMLError:  # whoever reads the values says what is wrong
+        return
 
 
 def take_value(option: str, value: str, kind: set[Any], typed: dict[str, Any]) -> str:

@@ -103,6 +103,31 @@ def test_deep_nesting_does_not_reach_the_library_that_crashes_on_it(parse):
         parse("--model", deep)
 
 
+ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (ALIASES, "more than 20 YAML aliases"),
+        ("prompt: " + "[" * 50_000, "more than 200 brackets"),
+        ("model:\n" + "".join(" " * i + "-\n" for i in range(1, 1200)), "too deep"),
+        ("prompt: caf\udce9", "c.yaml is no UTF-8 text"),
+        ("prompt: " + "x" * 2**20, "more than 1,048,576 bytes"),
+    ],
+)
+def test_a_configuration_file_that_would_hang_or_crash_is_refused(parse, tmp_path, content, message):
+    """Catches: aliases of aliases, which stand for 2^40 values, and a library in C that overflows its stack."""
+    (tmp_path / "c.yaml").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        parse("--config", str(tmp_path / "c.yaml"))
+
+
+def test_stars_and_brackets_in_a_configuration_files_text_are_text(parse, tmp_path):
+    (tmp_path / "c.yaml").write_text("system: '" + "*a [b] " * 300 + "'\n")
+    assert parse("--config", str(tmp_path / "c.yaml"))["system"] == "*a [b] " * 300
+
+
 def test_arguments_that_python_read_as_ascii_are_text(parse):
     """Catches: a C locale, in which the bytes of a letter become surrogates that no tokenizer takes."""
     hidden = "caf\u00e9 \u4f60".encode().decode("ascii", "surrogateescape")
