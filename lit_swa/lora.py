@@ -249,18 +249,22 @@ def merge_lora(model: GPT) -> int:
     for name, linear in changed:
         weight = merged_weight(linear)
         remove_injected(linear, "lora", add_lora_output)
+        weight = weight.to((linear if is_plain(linear) else model.transformer.wte).weight.dtype)
+        require_held(weight, f"{name} with its LoRA")
         if not is_plain(linear):
-            weight = weight.to(model.transformer.wte.weight.dtype)
             model.set_submodule(name, dense_linear(linear, weight))
             continue
-        weight = weight.to(dtype := linear.weight.dtype)
-        if not bool(weight.isfinite().all()):
-            held = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{name} with its LoRA is beyond what {held} holds: merge in bfloat16 or float32.")
         linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         if name == "lm_head":
             model.config.tie_embeddings = False
     return len(changed)
+
+
+def require_held(weight: Tensor, name: str) -> None:
+    """Raises ValueError when a weight is NaN or infinite in its dtype, which may be too narrow for it."""
+    if not bool(weight.isfinite().all()):
+        held = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} is beyond what {held} holds: merge in bfloat16 or float32.")
 
 
 def merged_weight(linear: nn.Module) -> Tensor:

@@ -442,21 +442,23 @@ def test_what_no_prompt_holds_is_in_the_report(tiny_checkpoint, tokenizer, tmp_p
     """Catches: tools, calls, thoughts and keys that are left out of the training without a word."""
     turns = [
         {"role": "user", "content": "a", "mask": 1, "name": "Ann"},
-        {"role": "assistant", "content": "b", "tool_calls": [CALL], "thinking": "t", "eot": True},
+        {"role": "assistant", "content": "b", "tool_calls": [CALL], "thinking": "t", "eot": True, "loss_mask": 0},
     ]
     rows = [
         {"messages": turns, "tools": TOOLS, "images": ["x.png"], "id": 7, "source": "s"},
         {**ROWS[0], "text": "Below"},
     ]
     path = write(tmp_path / "a.json", rows)
+    keys = [f"the key {key!r}" for key in ("images", "mask", "eot", "loss_mask")]
     for style, known in ((None, "chat"), ("alpaca", "alpaca")):
         report = load(path, tokenizer, prompt_style=style).report
-        for what in ("tools", "calls of functions", "thoughts", "the key 'images'", "the key 'mask'", "the key 'eot'"):
+        for what in ("tools", "calls of functions", "thoughts", *keys):
             assert f"{what} (of 1)" in report, known
         assert "'id'" not in report and "source" not in report and "text" not in report
-    assert (
-        "the key 'system' (of 1)" in load(write(path, [{"text": "a b", "system": "s", "url": "x"}]), tokenizer).report
-    )
+    report = load(write(path, [{"text": "a b", "system": "s", "weight": 0, "url": "x"}]), tokenizer).report
+    assert "the key 'system' (of 1), the key 'weight' (of 1)." in report
+    with pytest.raises(ValueError, match="element 1, prompt is a list: it must be a text"):
+        load(write(path, [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}]), tokenizer)
     users = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     users += "{% if add_generation_prompt %}assistant: {% endif %}"
     own = copy_checkpoint(tiny_checkpoint, tmp_path / "t", chat_template=users)

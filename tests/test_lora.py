@@ -536,8 +536,12 @@ def test_another_base_given_by_hand_is_said(trained, tmp_path, capsys):
     model = load_model(base)
     randomize(model)
     save_checkpoint(model, model.config, other)
-    load_model(trained, base_dir=other)
-    assert f"the weights in {other} are not those that {trained} was trained on" in capsys.readouterr().err
+    for own in (True, False):  # PEFT's notes the place of its base alone
+        load_model(trained, base_dir=other)
+        assert f"the weights in {other} are not those that {trained} was trained on" in capsys.readouterr().err, own
+        (trained / "lit_adapter.json").unlink(missing_ok=True)
+    load_model(trained, base_dir=base)
+    assert capsys.readouterr().err == ""
     with pytest.raises(ValueError, match="is no adapter: leave base_checkpoint_dir out"):
         load_model(other, base_dir=base)
 
@@ -715,6 +719,16 @@ def test_a_merge_beyond_the_dtype_is_refused(tiny_model):
         ValueError, match="transformer.h.0.attn.qkv with its LoRA is beyond what float16 holds: merge in"
     ):
         merge_lora(model)
+
+
+def test_a_merge_is_refused_in_a_dtype_that_does_not_hold_it(trained):
+    """Catches: a merge in the base's float32, cast to float16 afterwards and written with infinities."""
+    file = trained / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t * 1e4 if ".lora_" in name else t for name, t in tensors.items()}, file)
+    assert all(p.isfinite().all() for p in load_model(trained).parameters())
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.qkv is beyond what float16 holds: merge in"):
+        load_model(trained, torch.float16)
 
 
 class Code:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lit_swa.data.records import HARMLESS, Dropped, Record
+from lit_swa.data.records import HARMLESS, Dropped, Record, has
 from lit_swa.formats.tokenizer import REASONING_KEYS, Tokenizer
 
 
@@ -270,7 +270,7 @@ def left_out_by_template(
 def other_keys(messages: list[dict[str, Any]]) -> list[str]:
     """Keys of messages that only a template can know, in order."""
     known = {"role", "content", "tool_calls", "name", "tool_call_id", *REASONING_KEYS, *HARMLESS}
-    return list(dict.fromkeys(key for m in messages for key, value in m.items() if value and key not in known))
+    return list(dict.fromkeys(key for m in messages for key, value in m.items() if has(value) and key not in known))
 
 
 def encode_turns(turns: list[Turn], tokenizer: Tokenizer) -> list[Piece]:

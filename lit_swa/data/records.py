@@ -89,8 +89,8 @@ def to_record(content: dict[str, Any], where: str, fields: Fields | None = None)
         text = text_of(content[row.text], f"{where}, {row.text}")
         if not text.strip():
             raise Dropped("without a text")
-        prompts = [*SYSTEM_KEYS, HISTORY_KEY, *TOOL_KEYS]  # which a document has not
-        return Record([], text=text, unread=tuple(key for key in prompts if content.get(key)))
+        others = [*SYSTEM_KEYS, HISTORY_KEY, *TOOL_KEYS, *TRAIN_KEYS]  # which a document has not
+        return Record([], text=text, unread=tuple(key for key in others if has(content.get(key))))
     turns, input = to_turns(content, row, where) if row.messages else instruction_turns(content, row, where)
     messages, untrained = to_messages([*system_turn(content, turns, where), *turns])
     return Record(messages, input, None, to_tools(content, where), untrained, unread_keys(content, row))
@@ -101,7 +101,8 @@ def text_of(value: Any, where: str) -> str:
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         return "".join(text_of(part.get("text"), where) for part in value)
     if isinstance(value, list):
-        kind = next((str(p.get("type"))[:40] for p in value if isinstance(p, dict) and p.get("type") != "text"), "list")
+        kinds = (str(part.get("type", "list"))[:40] for part in value if isinstance(part, dict))
+        kind = next((kind for kind in kinds if kind != "text"), "list")
         raise ValueError(f"{where} is a {kind}: it must be a text.")
     if not isinstance(value, str | None):
         raise ValueError(f"{where} is a {type(value).__name__}: it must be a text.")
@@ -118,7 +119,12 @@ def list_of(value: Any, where: str, of: str) -> list[Any]:
 
 def unread_keys(content: dict[str, Any], row: Fields) -> tuple[str, ...]:
     used = {*row, *SYSTEM_KEYS, *TOOL_KEYS, *(() if row.messages else (HISTORY_KEY,))}
-    return tuple(key for key in content if key not in used | HARMLESS and content[key] not in (None, "", [], {}))
+    return tuple(key for key in content if key not in used | HARMLESS and has(content[key]))
+
+
+def has(value: Any) -> bool:
+    """Whether a key's value may mean something: 0 and false may, as of a loss_mask."""
+    return value not in (None, "", [], {})
 
 
 # ------------------------------------------------------------------------------------------------------------ the turns

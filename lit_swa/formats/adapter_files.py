@@ -7,6 +7,7 @@ files and lit_adapter.json, which is written last and says what kind of adapter 
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,13 @@ def read_fingerprint(directory: Path) -> str | None:
     if not isinstance(fingerprint, str | None):
         raise ValueError(f"{path} is damaged: its base_identity must be a text.")
     return fingerprint
+
+
+def named_fingerprint(directory: Path) -> str | None:
+    """The fingerprint of the base checkpoint that PEFT's adapter names, where it is here and converted."""
+    with suppress(ValueError, OSError):
+        return weights_fingerprint(find_named_base(directory))
+    return None
 
 
 def find_named_base(directory: Path) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_swa import adapter
 from lit_swa.config import Config
-from lit_swa.formats.adapter_files import read_base, read_fingerprint, weights_fingerprint
+from lit_swa.formats.adapter_files import named_fingerprint, read_base, read_fingerprint, weights_fingerprint
 from lit_swa.formats.directory import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -30,7 +30,7 @@ from lit_swa.formats.directory import load_config as read_config
 from lit_swa.formats.files import LazyTensor, find_inside, open_safetensors
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.peft_load import check_peft_dir, find_adapter_config, load_adapter
-from lit_swa.lora import merge_lora
+from lit_swa.lora import merge_lora, require_held
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
 from lit_swa.quantize import quantizable_linears, quantize_linear, round_linears
@@ -185,7 +185,8 @@ def load_adapted(
         weights as it does: QLoRA was trained with these numbers.
     base_dir: the base checkpoint; None: the one that the directory names. Without lit_config.json (PEFT's and
         LongLoRA's directories have none) the base's config counts.
-    Raises FileNotFoundError or ValueError when something is missing, or base and adapter do not fit.
+    Raises FileNotFoundError or ValueError when something is missing, base and adapter do not fit, or a merged weight
+    is beyond the dtype.
     """
     directory = Path(directory)
     llama_adapter = adapter.is_llama_adapter(directory)
@@ -204,6 +205,8 @@ def load_adapted(
         load_adapter(model, directory)
         merge_lora(model)
         model.to(dtype)
+        for name, p in model.named_parameters() if dtype != torch.promote_types(stored, dtype) else ():
+            require_held(p, name.removesuffix(".weight"))
     else:
         model = build_model(config, tensors, dtype, device, quantize)
         (adapter.load_adapter if llama_adapter else load_adapter)(model, directory)
@@ -222,7 +225,10 @@ def _checked_base(directory: Path, base_dir: str | Path | None) -> Path:
     is given by hand is taken, and stderr says so."""
     if not adapter.is_llama_adapter(directory):
         find_adapter_config(directory)
-    base, fingerprint = find_base(directory) if base_dir is None else (Path(base_dir), read_fingerprint(directory))
+    if base_dir is None:
+        base, fingerprint = find_base(directory)
+    else:
+        base, fingerprint = Path(base_dir), read_fingerprint(directory) or named_fingerprint(directory)
     check_base(base)
     if fingerprint is None or weights_fingerprint(base) == fingerprint:
         return base
