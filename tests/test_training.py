@@ -229,8 +229,8 @@ def test_early_stop_keeps_the_weights_of_the_best_validation(tmp_path, capsys):
 
 
 def test_a_finished_run_makes_no_step_unless_more_are_asked_for(tmp_path, capsys):
-    """Catches: a second start that trains on, or writes final/ anew; one whose final/ is missing and stays so; more
-    steps that do not go on where a constant rate ended."""
+    """Catches: a second start that trains on, or writes final/ anew; one whose final/ is missing and stays so, or that
+    leaves what a kill at the very end did not delete; more steps that do not go on where a constant rate ended."""
     how = {"resume": "auto", "lr_schedule": "constant"}
     whole = pretrain(tmp_path / "whole", max_steps=5, **how)
     first = pretrain(tmp_path / "run", max_steps=3, **how)
@@ -239,6 +239,11 @@ def test_a_finished_run_makes_no_step_unless_more_are_asked_for(tmp_path, capsys
     assert pretrain(tmp_path / "run", max_steps=3, **how) == [] and is_complete_model(tmp_path / "run" / "final")
     assert "it ended after step 3: no step is made; more --max_steps or --epochs go on" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.csv").read_text() == rows
+    shutil.copytree(tmp_path / "run" / "final", tmp_path / "run" / ".final.lit_swa.tmp")
+    before = (tmp_path / "run" / "final").stat().st_ino
+    assert "step-000002" in names(tmp_path / "run")
+    assert pretrain(tmp_path / "run", max_steps=3, **how, keep_last=1) == []
+    assert names(tmp_path / "run") == ["final", "step-000003"] and (tmp_path / "run" / "final").stat().st_ino == before
     assert first + pretrain(tmp_path / "run", max_steps=5, **how) == whole
     assert read_metrics(tmp_path / "run")["loss"] == whole
 

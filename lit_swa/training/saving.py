@@ -139,12 +139,16 @@ class Saver:
             write_json(temporary / RUN_FILE, self.record(progress, step))
             (temporary / LOCK_NAME).unlink(missing_ok=True)
             replace_directory(temporary, path)
-            best = self.run.best_step(progress)
-            kept = [*saved_steps(out_dir)[-self.run.args.keep_last :], best is not None and step_dir(out_dir, best)]
-            for old in [*saved_steps(out_dir), *half_deleted_steps(out_dir)]:
-                if old not in kept:
-                    with suppress(OSError):
-                        remove_directory(old)
+            self.remove_old_steps(progress)
+
+    def remove_old_steps(self, progress: Progress) -> None:
+        """Delete the steps that are not to be kept, and what a kill left of others."""
+        out_dir, best = self.run.out_dir, self.run.best_step(progress)
+        kept = [*saved_steps(out_dir)[-self.run.args.keep_last :], best is not None and step_dir(out_dir, best)]
+        for old in [*saved_steps(out_dir), *half_deleted_steps(out_dir)]:
+            if old not in kept:
+                with suppress(OSError):
+                    remove_directory(old)
 
     def record(self, progress: Progress, step: int) -> dict[str, Any]:
         return {
@@ -236,6 +240,10 @@ class Saver:
         path, best = run.out_dir / "final", run.best_step(progress)
         step = progress.step if best is None else best
         if run.fabric.broadcast(is_final(path, asdict(progress), step)):
+            if run.fabric.is_global_zero:  # a kill may have come between final/ and the end
+                with suppress(OSError), directory_lock(run.out_dir):
+                    remove_leftovers(run.out_dir)
+                    self.remove_old_steps(progress)
             return path
         if step == progress.step:
             self.save(path, progress, state=False)
