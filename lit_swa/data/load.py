@@ -159,7 +159,7 @@ class Builder:
 
     def add(self, record: Record, examples: list[Encoded], left_out: list[str]) -> None:
         """The sequences of one record."""
-        self.left_out.update({*left_out, *(f"the key {key[:60]!r}" for key in record.unread)})
+        self.left_out.update(dict.fromkeys([*left_out, *(f"the key {key[:60]!r}" for key in record.unread)], 1))
         self.split += len(examples) > 1
         for encoded in examples:
             ids, trained = encoded.ids[: self.max_seq_length], encoded.trained[1 : self.max_seq_length]
