@@ -19,7 +19,7 @@ FREE_TEXT = ("stop",)  # lists of any text, in which [INST] is a text
 TEXTS = ({str}, {Path})
 LISTS = ({list[str]}, {list[Path]}, {list[Path], Path}, {list[int]})
 LONGEST = 600  # characters of an error
-MOST_BRACKETS = 200  # in a value that is read as YAML
+DEEPEST = 200  # lists or mappings within each other, in a text that is read as YAML
 MOST_ALIASES = 20  # in a configuration file; aliases of aliases stand for a number of values that grows exponentially
 MAX_CONFIG_BYTES = 2**20
 
@@ -100,13 +100,13 @@ def take_text(parser: ArgumentParser, args: list[str]) -> tuple[list[str], dict[
         option = option.removesuffix("+") if option.startswith("--") else option
         kind, given = option_type(parser, option), bool(equals) or bool(left) and not left[0].startswith("--")
         if given and kind in TEXTS + LISTS:
-            out.append(f"{option}={take_value(option, value if equals else left.pop(0), kind, typed)}")
+            out.append(f"{option}={take_value(parser, option, value if equals else left.pop(0), kind, typed)}")
         elif not given and is_switch(option, kind):
             out.append(f"{option}=true")
         elif given and option == "--config":
             value = value if equals else left.pop(0)
             if Path(value).is_file():  # a pipe of the shell's is read as it is
-                check_config_file(Path(value))
+                check_config_file(parser, Path(value))
             out.append(f"--config={value}")
         else:
             check_option(parser, option, value)
@@ -121,35 +121,48 @@ def check_option(parser: ArgumentParser, option: str, value: str) -> None:
     would end the process."""
     if option.startswith("--") and option.split(".")[0] not in {"--", *parser._option_string_actions}:
         raise ArgumentError(None, f"unrecognized arguments: {option}{suggestion(parser, option)}")
-    if count_brackets(option + value) > MOST_BRACKETS:
-        raise ValueError(f"{option[:40]} {value[:40]}... opens more than {MOST_BRACKETS} brackets: give less.")
+    if nests_deeply(value) or nests_deeply(option):
+        raise ValueError(f"{option[:40]} {value[:40]}... has more than {DEEPEST} lists within each other: give fewer.")
 
 
-def check_config_file(path: Path) -> None:
-    """Raises ValueError or OSError for a configuration file that is no text, or would end or hang the process."""
+def check_config_file(parser: ArgumentParser, path: Path) -> None:
+    """Raises ValueError or OSError for a configuration file that holds no arguments, or would end or hang the process.
+
+    Raises ArgumentError for an argument that there is not.
+    """
     from lit_swa.formats.reading import read_bytes
     from lit_swa.texts import decode_text
 
     text = decode_text(read_bytes(path, MAX_CONFIG_BYTES), path)
-    if count_brackets(text) <= MOST_BRACKETS and text.count("*") <= MOST_ALIASES:
-        return
-    brackets = aliases = 0
+    if nests_deeply(text):
+        raise ValueError(f"{path} has more than {DEEPEST} lists within each other: give fewer.")
+    if count_aliases(text) > MOST_ALIASES:
+        raise ValueError(f"{path} has more than {MOST_ALIASES} YAML aliases (*NAME): write the values out.")
     try:
-        for token in yaml.scan(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            brackets += isinstance(token, (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken))
-            aliases += isinstance(token, yaml.AliasToken)
-            if brackets > MOST_BRACKETS:
-                raise ValueError(f"{path} opens more than {MOST_BRACKETS} brackets: give less.")
-            if aliases > MOST_ALIASES:
-                raise ValueError(f"{path} has more than {MOST_ALIASES} YAML aliases (*NAME): write the values out.")
-    except yaml.YAMLError:  # whoever reads the values says what is wrong
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # whoever reads the values says what is wrong
         return
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no arguments: write one a line, as in max_new_tokens: 100.")
+    for name in values:
+        check_option(parser, f"--{name}", "")
 
 
-def take_value(option: str, value: str, kind: set[Any], typed: dict[str, Any]) -> str:
+def count_aliases(text: str) -> int:
+    if text.count("*") <= MOST_ALIASES:
+        return 0
+    try:
+        tokens = yaml.scan(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return sum(isinstance(token, yaml.AliasToken) for token in tokens)
+    except yaml.YAMLError:
+        return 0
+
+
+def take_value(parser: ArgumentParser, option: str, value: str, kind: set[Any], typed: dict[str, Any]) -> str:
     """What jsonargparse is given for a text, a path or a list of them, which is put into `typed`."""
     name = option.removeprefix("--")
     if kind == {list[int]}:
+        check_option(parser, option, value)
         return value if value.lstrip().startswith("[") else f"[{value}]"
     if kind in TEXTS:
         typed[name] = as_text(option, value, kind)
@@ -157,14 +170,24 @@ def take_value(option: str, value: str, kind: set[Any], typed: dict[str, Any]) -
         typed[name] = as_list(option, value, kind, typed.get(name))
     several = isinstance(typed[name], list)
     value = json.dumps([str(item) for item in typed[name]]) if several else str(typed[name])
-    if count_brackets(value) > MOST_BRACKETS or re.search("[\ud800-\udfff]", value):
+    if nests_deeply(value) or re.search("[\ud800-\udfff]", value):
         return "." if kind in TEXTS else '["."]'  # a stand-in for what it cannot read
     return value
 
 
-def count_brackets(text: str) -> int:
-    """How many brackets are opened. YAML's library in C crashes on some ten thousand within each other."""
-    return text.count("[") + text.count("{")
+def nests_deeply(text: str) -> bool:
+    """True for YAML with many lists within each other: its library in C crashes on some ten thousand."""
+    if sum(map(text.count, "[{-?:")) <= DEEPEST:
+        return False
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                return True
+    except yaml.YAMLError:  # jsonargparse says what is wrong
+        pass
+    return False
 
 
 def is_switch(option: str, kind: set[Any]) -> bool:

@@ -2,12 +2,14 @@
 
 import io
 import os
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from jsonargparse import ArgumentError
 
 from lit_swa.command_line import describe_fields, run_main
 from lit_swa.config import Config
@@ -95,11 +97,33 @@ def test_text_in_a_configuration_file_is_taken_as_it_stands(parse, tmp_path):
     assert parse("--config", str(tmp_path / "c.yaml"), "--stop", "#")["stop"] == ["#"]
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"promt: x\n", "--promt: did you mean --prompt?"),
+        (b"prompt: \xe9\n", "c.yaml is no UTF-8 text (byte 8)"),
+        (b"", "c.yaml holds no arguments"),
+        (b"[1, 2]", "c.yaml holds no arguments"),
+        (b"[" * 50_000, "c.yaml has more than 200 lists"),
+        (b"- " * 50_000, "c.yaml has more than 200 lists"),
+        (b"model: {atention: full}", "did you mean attention"),
+    ],
+)
+def test_a_configuration_file_that_does_not_fit_is_told_in_a_sentence(content, message, parse, tmp_path, monkeypatch):
+    """Catches: a parser's words, a file without its name, a crash."""
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises((ValueError, ArgumentError), match=re.escape(message)):
+        parse("--config", str(tmp_path / "c.yaml"))
+    many = f'prompt: "{"[ - " * 300}"\nsteps: 3'
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbf" + many.encode())
+    assert parse("--config", str(tmp_path / "c.yaml"))["steps"] == 3
+
+
 def test_deep_nesting_does_not_reach_the_library_that_crashes_on_it(parse):
     """Catches: a prompt of brackets that ends the process."""
     deep = "[" * 50_000
     assert parse("--prompt", deep, "--stop", deep)["stop"] == [GOT["prompt"]] == [deep]
-    with pytest.raises(ValueError, match="more than 200 brackets"):
+    with pytest.raises(ValueError, match="more than 200 lists"):
         parse("--model", deep)
 
 
@@ -110,8 +134,8 @@ ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" f
     "content, message",
     [
         (ALIASES, "more than 20 YAML aliases"),
-        ("prompt: " + "[" * 50_000, "more than 200 brackets"),
-        ("model:\n" + "".join(" " * i + "-\n" for i in range(1, 1200)), "too deep"),
+        ("prompt: " + "[" * 50_000, "more than 200 lists"),
+        ("model:\n" + "".join(" " * i + "-\n" for i in range(1, 1200)), "more than 200 lists"),
         ("prompt: caf\udce9", "c.yaml is no UTF-8 text"),
         ("prompt: " + "x" * 2**20, "more than 1,048,576 bytes"),
     ],
