@@ -65,7 +65,7 @@ class Results:
             raise ValueError(f"{self.output} is there and holds no results: choose another --output.")
         if is_listed(self.partial) and (kept is None or not isinstance(kept.get("parts"), dict)):
             raise ValueError(f"{self.partial} is damaged: delete it to begin anew.")
-        self.source = there and self.output  # the file that the run goes on from
+        self.source = self.output if self.finished is not None else None  # the file that the run goes on from
         if there is not None and there["arguments"] != self.arguments:
             self._tell(self.output, there["arguments"], "and will be replaced")
         if kept is not None and kept["arguments"] != self.arguments:
@@ -79,7 +79,8 @@ class Results:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if self.source and isinstance(error, UNFIT):
+        shown = self.source == self.output  # no more is done than to show it
+        if self.source and isinstance(error, (*UNFIT, ValueError) if shown else UNFIT):
             raise ValueError(f"{self.source} does not hold what such a run writes: delete it to begin anew.") from error
 
     def _tell(self, path: Path, others: dict[str, Any], consequence: str) -> None:

@@ -405,6 +405,9 @@ def test_kept_parts_and_results_that_no_run_wrote_end_in_a_sentence(llama, ppl, 
     output.write_text(json.dumps({"arguments": content["arguments"], "ppl": part}))
     code, _, err = ppl(*arguments)
     assert code == 2 and f"error: {output} does not hold what such a run writes" in err
+    output.write_text(json.dumps(content | {"seconds": "x"}))
+    assert f"error: {output} does not hold what such a run writes" in ppl(*arguments)[2]
+    output.write_text(json.dumps({"arguments": content["arguments"]}))
     output.rename(output.with_suffix(partial))
     code, _, err = ppl(*arguments)
     assert code == 2 and f"error: {output}.partial is damaged: delete it" in err
