@@ -131,9 +131,11 @@ def check_config_file(parser: ArgumentParser, path: Path) -> None:
     Raises ArgumentError for an argument that there is not.
     """
     from lit_swa.formats.reading import read_bytes
-    from lit_swa.texts import decode_text
 
-    text = decode_text(read_bytes(path, MAX_CONFIG_BYTES), path)
+    try:
+        text = read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no UTF-8 text (byte {e.start}): write the arguments as YAML in UTF-8.") from None
     if nests_deeply(text):
         raise ValueError(f"{path} has more than {DEEPEST} lists within each other: give fewer.")
     if count_aliases(text) > MOST_ALIASES:
