@@ -229,6 +229,8 @@ def window_strips(pairs: "Pairs", n: int, stop: int, kernel: str, band: bool) ->
     keys = pairs.layout.keys(max(0, lo), hi)
     if kernel == "flash":
         return [Strip(keys, n)]
+    if keys.stop <= keys.start:  # all keys are sinks
+        return []
     more = min(keys.start, -(keys.stop - keys.start) % FLEX_BLOCK)  # whole blocks need no check of where keys end
     block_mask = window_block_mask(stop, keys.stop - keys.start + more, window, more, pairs.q_pos.device)
     return [Strip(slice(keys.start - more, keys.stop), n, flex=block_mask)]
