@@ -339,11 +339,11 @@ def check_dual_chunk(config: Config) -> None:
             f"dual_chunk_size={s} + dual_chunk_local={w} must be at most the trained length of {c} tokens "
             "(dual_chunk_pretraining_length), since it is the greatest distance that occurs: make them smaller."
         )
-    windows = any("sliding_window_size" in VARIANTS[name].needs for name in config.layer_variants)  # of other layers
-    if config.sliding_window_size is not None and not windows:
+    if config.sliding_window_size is not None:
+        alone = "" if set(config.layer_variants) == {"dual_chunk"} else ", and attention to layers without a window"
         raise ValueError(
             f"dual_chunk attention sees every key, and sliding_window_size={config.sliding_window_size}: "
-            "set sliding_window_size to null."
+            f"set sliding_window_size to null{alone}."
         )
     if config.dual_chunk_temperature != 1.0 and config.dual_chunk_temperature_slope is not None:
         raise ValueError("dual_chunk_temperature and dual_chunk_temperature_slope are two ways to say it: set one.")

@@ -38,15 +38,9 @@ CASES = {
         },
         brute_force.meet_dual_chunk(6, 3),
     ),
-    "chunks under sinks": (
-        {
-            "attention": "dual_chunk,streaming",
-            "dual_chunk_pretraining_length": 9,
-            "dual_chunk_size": 4,
-            "sliding_window_size": 4,
-            "n_sink_tokens": 2,
-        },
-        [brute_force.meet_dual_chunk(4, 1), brute_force.meet_streaming(4, 2)],
+    "sinks under full": (
+        {"attention": "streaming,full", "sliding_window_size": 4, "n_sink_tokens": 2},
+        [brute_force.meet_streaming(4, 2), brute_force.meet_full],
     ),
     "dilated": (dilated.FIELDS, brute_force.meet_dilated(4, 3)),
     "dilated rolling": (dilated.FIELDS | {"rolling_kv_cache": True}, brute_force.meet_dilated(4, 3)),

@@ -354,7 +354,7 @@ def test_the_block_mask_of_a_window_equals_the_dense_one(queries, keys, window, 
         ({"attention": "dual_chunk", "dual_chunk_size": 200, "dual_chunk_local": 57}, "must be at most the trained"),
         ({"attention": "dual_chunk", "dual_chunk_pretraining_length": 2}, None),
         ({"attention": "dual_chunk", "sliding_window_size": 8}, "set sliding_window_size to null"),
-        ({"attention": "dual_chunk,sliding", "sliding_window_size": 8}, "set sliding_window_size to null"),
+        ({"attention": "dual_chunk,sliding", "sliding_window_size": 8}, "to null, and attention to layers without"),
         (
             {"attention": "dual_chunk", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "depends on the text's length",
