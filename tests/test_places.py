@@ -84,6 +84,7 @@ def test_a_gguf_file_is_its_directory_or_a_command(project: Path, monkeypatch) -
     [
         ("org/tiny-model-1", "did you mean Org/tiny-Model-1[?] .*download.py --repo_id org/tiny-model-1 downloads it"),
         ("tiny-Model-1", "did you mean Org/tiny-Model-1[?]$"),
+        ("tiny", "did you mean Org/tiny-Model-1[?]$"),
         ("checkpoints/Org", "did you mean .*/checkpoints/Org/tiny-Model-1[?]$"),
         ("run", "run holds no checkpoint itself: did you mean run/final or run/step-4[?]$"),
         ("run/finel", "did you mean run/final[?]"),

@@ -178,11 +178,13 @@ def _unknown(name: str) -> str:
 
 
 def _near(name: str, repo: str) -> list[str]:
-    """Names of checkpoints that are there, and of neighbours in the directory that is meant, nearly spelt like this."""
+    """Names of checkpoints that are there, and of neighbours in the directory that is meant, nearly spelt like this or
+    beginning so."""
     known = {spelt.lower(): found.name for found in present() for spelt in (found.name.split("/")[-1], found.name)}
     near = [
         known[key] for word in (repo, repo.split("/")[-1]) for key in difflib.get_close_matches(word.lower(), known)
     ]
+    near += [known[key] for key in known if key.startswith(repo.lower())]
     parent = Path(os.path.expanduser(name)).parent
     neighbours = {path.name.lower(): str(path) for path in _subdirectories(parent)} if parent != Path() else {}
     near += [neighbours[key] for key in difflib.get_close_matches(Path(name).name.lower(), neighbours)]
