@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from lit_swa.data.records import HARMLESS, Dropped, Record, has
 from lit_swa.formats.tokenizer import REASONING_KEYS, Tokenizer
+from lit_swa.texts import find_frame
 
 
 class PromptStyle(NamedTuple):
@@ -309,7 +310,7 @@ def style_pieces(record: Record, name: str, tokenizer: Tokenizer) -> list[Piece]
         roles = ", ".join(m["role"] for m in messages[:8])
         raise ValueError(f"The messages are of {roles}: prompt_style={name!r} needs user and assistant alternately.")
     end = [tokenizer.token_to_id(style.end) if style.end else tokenizer.eos_id]
-    bos, pieces = own_bos(tokenizer), []
+    (bos, _), pieces = find_frame(tokenizer) or ([], []), []
     for k in range(0, len(turns), 2):
         user, answer = turns[k]["content"], style.before_answer + turns[k + 1]["content"]
         kind = "untrained" if first + k + 1 in record.untrained else "answer"
@@ -331,15 +332,6 @@ def left_out_by_style(record: Record) -> list[str]:
         reasons += ["calls of functions"] if message.get("tool_calls") else []
         reasons += ["thoughts"] if any(message.get(key) for key in REASONING_KEYS) else []
     return reasons + [f"the key {key[:60]!r}" for key in other_keys(record.messages)]
-
-
-def own_bos(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts in front of a text: BOS, or nothing."""
-    plain, own = tokenizer.encode("a", bos=False), tokenizer.encode("a")
-    for k in range(len(own) - len(plain) + 1):
-        if own[k : k + len(plain)] == plain:
-            return own[:k]
-    return []
 
 
 def end_ids(style: str, tokenizer: Tokenizer) -> list[int]:
