@@ -564,8 +564,10 @@ def check_cache(model: "GPT", batch_size: int, max_seq_length: int, lookahead: i
 
 def check_kept(model: "GPT", pos: "Tensor", span: "Span") -> None:
     """Refuse a call at pos (1 or B, T) whose first tokens need a key that a later one replaced in a rolling cache."""
-    caches = model.caches if span.looked else []
-    rolling = {id(c.slots): c.slots for c in caches if hasattr(c, "slots") and c.slots.copies == 2}  # one for each kind
+    if not span.looked:
+        return
+    caches = [cache for cache in model.caches if hasattr(cache, "slots") and cache.slots.copies == 2]
+    rolling = {id(cache.slots): cache.slots for cache in caches}  # one for each kind
     first = pos.where(pos >= 0, 2**40).amin(dim=1, keepdim=True)
     for slots in rolling.values():
         held = slots.pos[:, slots.sinks : slots.sinks + slots.n_slots]

@@ -1067,12 +1067,8 @@ class PlainMLP(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": GELU_TANH, "relu": F.relu}
 
 
 class RMSNorm(nn.Module):
