@@ -97,3 +97,15 @@ def test_any_history_of_the_cache_leaves_each_sequence_its_own_text(case, lookah
     model = GPT(tiny_config(n_head=4, n_embd=32, **fields)).eval()
     randomize(model)
     assert sum(play(model, meet, seed, lookahead) for seed in range(4)) > 80
+
+
+@torch.no_grad()
+def test_a_short_call_with_gaps_keeps_the_keys_of_its_first_tokens(tiny_model):
+    """Catches: position 25 written to the slot of 17 before position 19 has read it."""
+    model, idx = tiny_model(**ROLLING), torch.randint(0, 97, (1, 21))
+    places = [*range(18), 19, 22, 25]
+    model.set_kv_cache(1, ROOM, lookahead=3)
+    model(idx[:, :18], torch.arange(18))
+    got = model(idx[:, 18:], torch.tensor(places[18:]))[0]
+    expected = brute_force.logits(model, idx[0], brute_force.meet_sliding(5), places=places)[18:]
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
