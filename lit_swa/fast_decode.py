@@ -14,8 +14,11 @@ from lit_swa.model import GPT
 from lit_swa.utils import wait_for
 
 
-def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """A one-token step for `Session(decode=...)`, compiled at its first call, once for all positions.
+def compile_decode(model: GPT, tokens: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+    """A step of few tokens for `Session(decode=...)`, compiled at its first call, once for all positions.
+
+    tokens: how many tokens of a sequence it feeds at most, as its attribute most_tokens says.
+    It takes (idx (B, T), input_pos (T,) or (B, T)) and gives logits (B, T, padded_vocab_size).
 
     On a GPU the whole model becomes one CUDA graph. On a CPU one block is compiled and serves all layers, which takes
     seconds instead of minutes; its products are sums that Inductor writes itself (see OneTokenLinear), and the model
@@ -26,12 +29,18 @@ def compile_decode(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
         replace_linears(model, OneTokenLinear)
         for module in (*model.transformer.h, model.lm_head):
             compile_for_one_token(module)
-        return model
+
+        def run(idx: Tensor, input_pos: Tensor) -> Tensor:
+            return model(idx, input_pos)
+
+        run.most_tokens = tokens
+        return run
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
-    def step(token: Tensor, input_pos: Tensor) -> Tensor:
-        return compiled(token, input_pos).clone()  # the next run of the CUDA graph overwrites its result
+    def step(idx: Tensor, input_pos: Tensor) -> Tensor:
+        return compiled(idx, input_pos).clone()  # the next run of the CUDA graph overwrites its result
 
+    step.most_tokens = tokens
     return step
 
 

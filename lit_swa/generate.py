@@ -163,8 +163,9 @@ class Session:
         batch_size: B, the sequences that are fed together.
         lookahead: how many tokens a rolling cache must be able to take back; a dense cache can take back any number.
         chunk_size: how many tokens of a sequence to feed in one call; None: as many as fit the free memory.
-        decode: feeds one token to each sequence, as a compiled step does (compile_decode): (token (B, 1), input_pos
-            (1,) or (B, 1)) -> logits (B, 1, padded_vocab_size). None: the model does it.
+        decode: feeds few tokens to each sequence, as a compiled step does (compile_decode): (idx (B, T), input_pos
+            (T,) or (B, T)) -> logits (B, T, padded_vocab_size), for up to decode.most_tokens tokens, or one. None: the
+            model does it.
         """
         check_range("batch_size", batch_size, 1)
         check_range("lookahead", lookahead, 0)
@@ -227,8 +228,8 @@ class Session:
                 return None
             chunk = ids[:, start : start + size]
             kept = start + chunk.size(1) - max(start, first_kept)  # how many of the chunk's logits; may be below 0
-            if T == 1 and self.decode is not None:
-                logits = self.call(lambda idx, pos, **_: self.decode(idx, pos), chunk)
+            if self.decode is not None and T <= getattr(self.decode, "most_tokens", 1):
+                logits = self.call(lambda idx, pos, **_: self.decode(idx, pos), chunk)[:, -kept:]
             else:
                 logits = self.call(functools.partial(self.model, logits_to_keep=max(1, kept)), chunk)
             if kept > 0:
