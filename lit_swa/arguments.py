@@ -1,4 +1,4 @@
-"""The arguments of every finetuning script, with what they mean: each script's --help shows them."""
+"""The arguments that scripts share, with what they mean: each script's --help shows them."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -147,3 +147,56 @@ RANGES: dict[str, tuple[float, float]] = {
     "log_interval": (1, 2**31),
     "seed": (0, 2**31),
 }
+
+
+@dataclass
+class Generation:
+    """Which text is completed by which model, and how.
+
+    Args:
+        prompt: The text to go on from; several --prompt are completed one after the other. "-" reads standard input.
+        checkpoint_dir: The directory of a checkpoint or an adapter, or a checkpoint's name. By default
+            SmolLM2-135M-Instruct, which is downloaded once.
+        base_checkpoint_dir: The base checkpoint of an adapter, instead of the one that it names.
+        max_new_tokens: How many tokens to add at most.
+        temperature: 0 takes the likeliest token each time; a higher temperature gives more varied text.
+        top_k: Sample among the k likeliest tokens.
+        top_p: Sample among the fewest tokens, likeliest first, whose probabilities reach this sum.
+        min_p: Sample among the tokens that are at least this many times as likely as the likeliest; between 0 and 1.
+        repetition_penalty: Above 1, tokens that the text holds already become less likely.
+        stop: A text that ends the completion and is not printed, as it is typed, such as --stop "User:"; several as a
+            list, --stop '["User:", "###"]', or as several --stop.
+        num_samples: How many completions of a prompt to print.
+        seed: The same seed gives the same text; each further completion of a prompt takes the next seed.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        compile: Compile the decode step, which takes a while at the start and makes each token faster.
+        quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes: it saves memory, not time.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as
+            --model.attention sliding --model.sliding_window_size 256 --model.rolling_kv_cache true.
+    """
+
+    prompt: list[str] | str = "Once upon a time, in a small village by the sea,"
+    checkpoint_dir: Path | None = None
+    base_checkpoint_dir: Path | None = None
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] | None = None
+    num_samples: int = 1
+    seed: int = 1234
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: bool = False
+    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None
+    model: dict[str, Any] | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+SHARED = {"training": Training, "generation": Generation}  # what a script's **arguments are, by their name

@@ -17,7 +17,7 @@ from jsonargparse import CLI, ArgumentError, ArgumentParser, Namespace
 
 FREE_TEXT = ("stop",)  # lists of any text, in which [INST] is a text
 TEXTS = ({str}, {Path})
-LISTS = ({list[str]}, {list[Path]}, {list[Path], Path}, {list[int]})
+LISTS = ({list[str]}, {list[str], str}, {list[Path]}, {list[Path], Path}, {list[int]})
 LONGEST = 600  # characters of an error
 DEEPEST = 200  # lists or mappings within each other, in a text that is read as YAML
 MOST_ALIASES = 20  # in a configuration file; aliases of aliases stand for a number of values that grows exponentially
@@ -170,8 +170,9 @@ def take_value(parser: ArgumentParser, option: str, value: str, kind: set[Any], 
         typed[name] = as_text(option, value, kind)
     else:
         typed[name] = as_list(option, value, kind, typed.get(name))
-    several = isinstance(typed[name], list)
-    value = json.dumps([str(item) for item in typed[name]]) if several else str(typed[name])
+    items = typed[name] if isinstance(typed[name], list) else [typed[name]]
+    several = isinstance(typed[name], list) or kind == {list[str], str}  # such a text alone may look like a list
+    value = json.dumps([str(item) for item in items]) if several else str(typed[name])
     if nests_deeply(value) or re.search("[\ud800-\udfff]", value):
         return "." if kind in TEXTS else '["."]'  # a stand-in for what it cannot read
     return value
@@ -202,10 +203,14 @@ def is_switch(option: str, kind: set[Any]) -> bool:
 
 
 def as_list(option: str, value: str, kind: set[Any], before: Any = None) -> Any:
-    """The value of an option that takes several texts or paths. before: that of the same option earlier."""
+    """The value of an option that takes several texts or paths. before: that of the same option earlier.
+
+    An option of the type list[str] | str takes each text whole, one in brackets too.
+    """
     values = before if isinstance(before, list) else [] if before is None else [before]
-    values = values + [as_text(option, text, kind) for text in split_list(option.removeprefix("--"), value)]
-    return values[0] if Path in kind and len(values) == 1 else values  # one path alone is welcome too
+    texts = [value] if str in kind else split_list(option.removeprefix("--"), value)
+    values = values + [as_text(option, text, kind) for text in texts]
+    return values[0] if len(kind) == 2 and len(values) == 1 else values  # one alone is welcome too
 
 
 def as_text(option: str, value: str, kind: set[Any]) -> str | Path:

@@ -58,11 +58,12 @@ def error_sentence(error: Exception, main: Callable[..., Any]) -> str | None:
     """What to tell the user of main's error; None for a bug of ours."""
     from jsonargparse import ArgumentError
 
-    from lit_swa.arguments import Training
+    from lit_swa.arguments import SHARED
     from lit_swa.command_line import shorten
 
-    names, fields = list(inspect.signature(main).parameters), Training.__dataclass_fields__
-    if (sentence := memory_sentence(error, [*names, *(fields if "training" in names else ())])) is not None:
+    names = list(inspect.signature(main).parameters)
+    shared = [field for name in names if name in SHARED for field in SHARED[name].__dataclass_fields__]
+    if (sentence := memory_sentence(error, [*names, *shared])) is not None:
         return sentence
     hint = " (--help lists the arguments)" if isinstance(error, ArgumentError) else ""
     return f"{shorten(str(error))}{hint}" if isinstance(error, (ArgumentError, ValueError, OSError)) else None

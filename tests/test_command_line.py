@@ -1,6 +1,7 @@
 """The command line: text as it is typed, errors in words of its own, pipes and consoles of every kind."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ GOT: dict[str, Any] = {}
 def script(
     data: list[Path] | Path = Path("a.txt"),
     prompt: str = "once",
+    texts: list[str] | str = "once",
     system: str | None = None,
     output: Path | None = None,
     stop: list[str] | None = None,
@@ -86,6 +88,20 @@ def test_text_is_taken_as_it_is_typed(parse, typed):
         assert parse(*arguments)["stop"] == [typed]
     got = parse("--prompt", typed, "--system", typed, "--output", typed, "--data", typed)
     assert (got["prompt"], got["system"], got["output"], got["data"]) == (typed, typed, Path(typed), Path(typed))
+
+
+@pytest.mark.parametrize("typed", ["[INST] a", '["a", "b"]', "[", "- x", "null", "{}", "a\nb", r"a\n", ""])
+def test_a_text_that_may_be_given_several_times_is_taken_whole(parse, tmp_path, typed, capsys):
+    """Catches: a prompt in brackets that becomes a list, on the command line, in a file, or printed and read again."""
+    assert parse()["texts"] == "once" and parse("--texts", typed)["texts"] == typed
+    assert parse("--texts", typed, "--texts", "x", f"--texts={typed}")["texts"] == [typed, "x", typed]
+    for value, expected in ((typed, typed), ([typed, "x"], [typed, "x"])):
+        (tmp_path / "c.yaml").write_text(json.dumps({"texts": value}))
+        assert parse("--config", str(tmp_path / "c.yaml"))["texts"] == expected
+    with pytest.raises(SystemExit):
+        parse("--texts", typed, "--print_config")
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    assert parse("--config", str(tmp_path / "c.yaml"))["texts"] == [typed]
 
 
 def test_text_in_a_configuration_file_is_taken_as_it_stands(parse, tmp_path):
