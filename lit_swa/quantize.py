@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_swa.linear_formats import dense_weight, is_injected, is_linear, is_plain
 from lit_swa.model import GPT
+from lit_swa.weight_only import Int4Linear, Int8Linear  # noqa: F401
 
 
 class Mode(NamedTuple):
