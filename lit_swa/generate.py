@@ -18,8 +18,9 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.config import Config
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
-from lit_swa.memory import free_memory, require_memory
+from lit_swa.memory import format_bytes, free_memory, peak_memory, require_memory
 from lit_swa.model import GPT
+from lit_swa.speed import StepTrace, copy_rate, step_bytes
 from lit_swa.utils import format_rate, wait_for
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -473,10 +474,14 @@ class Stats:
     first_token_seconds: float = 0.0  # to read the prompt and choose the first new token
     decode_seconds: float = 0.0  # to feed each new token and choose the next one
     decode_steps: int = 0
+    decode_bytes: float | None = None  # that decode read; None: a call of the model for each step
     cut: str = ""  # why the text goes no further though no stop was found: a sentence
+    trace: StepTrace | None = None  # records some of the decode steps
 
     def count(self, seconds: float) -> None:
         """Count a new token. seconds: from when the tokens before it began to be fed to when it was chosen."""
+        if self.trace is not None:
+            self.trace.step()
         if self.new_tokens == 0:
             self.first_token_seconds = seconds
         else:
@@ -485,19 +490,41 @@ class Stats:
         self.new_tokens += 1
 
     def line(self, model: GPT, text: str | None = None) -> str:
-        """The figures for people: a line of speeds and one of the model. text: the answer; where it is cut or empty, a
-        third line says so."""
-        fed = self.prompt_tokens - self.cached_tokens
-        prefill = f"prefill {fed} tokens, {format_rate(fed / max(self.prefill_seconds, 1e-9))}"
-        decode = f"decode {self.decode_steps} steps, {self.decode_steps / max(self.decode_seconds, 1e-9):.1f} tok/s"
+        """The figures for people: a line of speeds, one of what the memory gave, one of the model. text: the answer;
+        where it is cut or empty, a fourth line says so."""
+        fed, rates = self.prompt_tokens - self.cached_tokens, ["", ""]
+        if self.prefill_seconds > 0:
+            rates[0] = f", {format_rate(fed / self.prefill_seconds)}"
+        if self.decode_steps and self.decode_seconds > 0:
+            rates[1] = f", {self.decode_steps / self.decode_seconds:.1f} tok/s"
+        first = f"first token {self.first_token_seconds * 1e3:.0f} ms"
         cached = f", {self.cached_tokens} prompt tokens in it" if self.cached_tokens else ""
         lines = [
-            f"{prefill} | first token {self.first_token_seconds * 1e3:.0f} ms | {decode}",
+            f"prefill {fed} tokens{rates[0]} | {first} | decode {self.decode_steps} steps{rates[1]}",
+            self.memory_line(model),
             f"{describe_attention(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB{cached}",
         ]
         if text is not None and (self.cut or self.new_tokens and not text):
             lines.append(self.cut or "The model stopped at once: there is no text.")
-        return "\n".join(lines)
+        return "\n".join(line for line in lines if line)
+
+    def memory_line(self, model: GPT) -> str:
+        """What decode read per second, its share of the device's copy rate, and the peak of the memory."""
+        device = model.transformer.wte.weight.device
+        peak, parts = peak_memory(device), []  # before the copy that is timed
+        rate = self.bytes_decoded(model) / self.decode_seconds if self.decode_seconds > 0 else 0
+        if rate:
+            copied = copy_rate(device)
+            share = "" if copied is None else f", {rate / copied:.0%} of the copy rate of {format_bytes(copied)}/s"
+            parts.append(f"decode read {format_bytes(rate)}/s{share}")
+        return " | ".join(parts + ([f"peak memory {format_bytes(peak)}"] if peak else []))
+
+    def bytes_decoded(self, model: GPT) -> float:
+        """Bytes that the decode steps read, by step_bytes."""
+        if self.decode_bytes is not None or not self.decode_steps:
+            return self.decode_bytes or 0
+        first = self.prompt_tokens + 1
+        return self.decode_steps * step_bytes(model, first, self.prompt_tokens + self.decode_steps)
 
 
 def describe_attention(model: GPT) -> str:

@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import re
+import sys
 import traceback
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -43,6 +44,19 @@ def free_memory(device: "torch.device", swap: bool = False) -> int:
     swapped = system.get("SwapFree", 0) if swap else 0
     free = [system.get("MemAvailable", system.get("MemFree", UNKNOWN)), *control_group_room()]
     return max(0, min(min(free) + swapped, *process_room()))
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Bytes: the most that torch had allocated on a GPU so far, or that this process had in memory; 0: not known."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine_memory() -> int:

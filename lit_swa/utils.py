@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lit_swa.memory import memory_sentence
+from lit_swa.memory import memory_sentence, peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -283,15 +283,8 @@ def memory_in_use() -> str:
     """The peak so far: of the GPU's memory where there is one, else of this process."""
     import torch
 
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
-    except ImportError:  # Windows
-        return ""
+    peak = peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{peak / 1e9:.1f} GB" if peak else ""
 
 
 def wait_for(device: "torch.device") -> None:

@@ -315,7 +315,7 @@ def test_statistics_name_the_window_and_the_cache(tiny_model):
     assert (stats.prompt_tokens, stats.new_tokens, stats.decode_steps) == (3, 4, 3)
     line = stats.line(model, "some text")
     assert "window 5 rolling in 2 of 3 layers" in line and f"cache {model.kv_cache_bytes() / 1e6:.1f} MB" in line
-    assert line.splitlines()[2:] == ["Cut at 4 tokens: --max_new_tokens N gives more."]
+    assert line.splitlines()[3:] == ["Cut at 4 tokens: --max_new_tokens N gives more."]
     assert describe_window(tiny_model()) == "none (context 256)"
     model = tiny_model(attention="streaming", sliding_window_size=5, n_sink_tokens=3)
     assert describe_window(model) == "5 rolling behind 3 sinks"
@@ -331,8 +331,8 @@ def test_statistics_fit_a_terminal_and_name_what_shapes_the_attention(tiny_model
     """Catches: a line that wraps, a chunked attention or a scaling of RoPE that goes unsaid."""
     model = tiny_model(block_size=131072, rope_scaling={"type": "yarn", "factor": 4.0}, attention="dual_chunk")
     lines = Stats(131072, 12345, 10**6, 99.9, 99.99, 5000.0, 10**5).line(model).splitlines()
-    assert len(lines) == 2 and max(map(len, lines)) <= 100 and "12345 prompt tokens" in lines[1]
-    assert "dual_chunk 81920 + 16384" in lines[1] and "RoPE yarn by 4" in lines[1]
+    assert len(lines) == 3 and max(map(len, lines)) <= 100 and "12345 prompt tokens" in lines[2]
+    assert "dual_chunk 81920 + 16384" in lines[2] and "RoPE yarn by 4" in lines[2]
     usual = Stats(30, 0, 100, 0.1, 0.12, 3.0, 99).line(tiny_model()).splitlines()
     assert max(map(len, usual)) <= 80
 

@@ -1,0 +1,161 @@
+"""What a run says of its speed: the bytes that a step reads, worked out by hand; the lines; the trace of steps."""
+
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+
+from lit_swa import generate as generate_file
+from lit_swa.generate import Session, Stats, generate
+from lit_swa.memory import peak_memory
+from lit_swa.speed import StepTrace, check_trace, copy_rate, mean_below, step_bytes
+
+# The tiny model, in float32: a layer's qkv 80 x 48, proj 48 x 48, MLP 3 x 64 x 48 and two norms of 48; lm_head 97 x 48,
+# the last norm and one row of wte. A key and its value take 2 groups x 8 x 2 x 4 = 128 bytes a layer.
+WEIGHTS = 4 * (2 * (80 * 48 + 48 * 48 + 3 * 64 * 48 + 2 * 48) + 97 * 48 + 48 + 48)
+CPU = torch.device("cpu")
+
+
+class Codes(nn.Module):
+    """A LinearFormat of one byte a number and a float32 scale a row, as a quantised layer is; its child holds nothing
+    more."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.bias, self.bytes = linear, linear.bias, linear.weight.numel() + 4 * linear.out_features
+
+    def dense_weight(self) -> torch.Tensor:
+        return self.inner.weight
+
+    def weight_bytes(self) -> int:
+        return self.bytes
+
+
+@pytest.mark.parametrize(
+    "fields, keys",
+    [
+        ({}, 256 * 11),
+        ({"tie_embeddings": True}, 256 * 11),  # the table is read once, as lm_head's weight
+        ({"attention": "sliding", "sliding_window_size": 5}, 256 * 5),  # in a dense cache too
+        ({"attention": "sliding,full", "sliding_window_size": 5, "rolling_kv_cache": True}, 128 * (5 + 11)),
+        ({"attention": "streaming", "sliding_window_size": 5, "n_sink_tokens": 3}, 256 * 8),
+        ({"attention": "dual_chunk", "dual_chunk_pretraining_length": 12}, 256 * 11),
+    ],
+)
+def test_a_step_reads_every_weight_once_and_the_keys_that_it_sees(tiny_model, fields, keys):
+    """Catches: an embedding table that counts, a tied one twice, slots that no query sees, rows counted once."""
+    model = tiny_model(**fields)
+    model.set_kv_cache(1, 64, lookahead=3)
+    assert step_bytes(model, 11) == pytest.approx(WEIGHTS + keys)
+    model.set_kv_cache(3, 64)
+    assert step_bytes(model, 11, batch_size=3) == pytest.approx(WEIGHTS + 3 * keys + 2 * 4 * 48)
+
+
+def test_formats_say_what_they_take(tiny_model):
+    """Catches: a quantised weight that counts as floats, a bias that is left out, a format's child counted beside it,
+    a LoRA left out."""
+    from lit_swa.lora import LoRAConfig, add_lora
+
+    model = tiny_model(mlp_bias=True)
+    model.set_kv_cache(1, 64)
+    biases, before = 2 * 4 * (64 + 64 + 48), step_bytes(model, 1)
+    assert before == WEIGHTS + 256 + biases
+    mlp = model.transformer.h[0].mlp
+    mlp.proj = Codes(mlp.proj)
+    assert before - step_bytes(model, 1) == 64 * 48 * 3 - 4 * 48
+    add_lora(model, LoRAConfig(r=2, targets=("o",)))
+    assert before - step_bytes(model, 1) == 64 * 48 * 3 - 4 * 48 - 2 * 4 * 2 * (48 + 48)
+
+
+def test_lengths_are_averaged_over_the_steps():
+    """Catches: a window that is reached in the middle of a text and counts from its beginning, or not at all."""
+    for first, last, most in ((3, 9, 5), (1, 4, 9), (6, 9, 5), (5, 5, 5), (1, 1, 1)):
+        lengths = range(first, last + 1)
+        assert mean_below(first, last, most) == pytest.approx(sum(min(n, most) for n in lengths) / len(lengths))
+
+
+def test_the_line_gives_the_rates_of_its_counters(tiny_model, monkeypatch):
+    """Catches: a rate of the prompt's tokens, of the first token's step, a share of another rate."""
+    monkeypatch.setattr(generate_file, "copy_rate", lambda device: 8 * WEIGHTS)
+    model, stats = tiny_model(), Stats()
+    list(generate(model, list(range(10)), 5, stats=stats))
+    stats.prefill_seconds, stats.decode_seconds = 0.5, 2.0
+    keys = 256 * (11 + 12 + 13 + 14)
+    assert stats.bytes_decoded(model) == pytest.approx(4 * WEIGHTS + keys)
+    speeds, memory = stats.line(model, "text").splitlines()[:2]
+    assert "prefill 10 tokens, 20 tok/s" in speeds and speeds.endswith("decode 4 steps, 2.0 tok/s")
+    share = (4 * WEIGHTS + keys) / 2 / (8 * WEIGHTS)
+    assert memory.startswith(f"decode read {(4 * WEIGHTS + keys) / 2e3:.0f} kB/s, {share:.0%} of the copy rate of ")
+    assert memory.rpartition(" | ")[2].startswith("peak memory ") and memory.endswith("B")
+    stats.decode_bytes = 6e9
+    assert "decode read 3.00 GB/s" in stats.line(model)
+
+
+@pytest.mark.parametrize("steps, seconds", [(0, 0.0), (0, 1e-9), (1, 0.0), (9, 0.0)])
+def test_no_figure_is_made_up(tiny_model, monkeypatch, steps, seconds):
+    """Catches: a division by zero, nan, and rates of a clock that stood still."""
+    stats = Stats(prompt_tokens=3, new_tokens=steps + 1, decode_steps=steps, decode_seconds=seconds)
+    speeds, memory = stats.line(tiny_model()).splitlines()[:2]
+    assert "tok/s" not in speeds and memory.startswith("peak memory ")
+    monkeypatch.setattr(generate_file, "copy_rate", lambda device: None)
+    stats.decode_steps, stats.decode_seconds = 4, 1.0
+    assert "%" not in stats.line(tiny_model()) and "decode read" in stats.line(tiny_model())
+
+
+def test_the_copy_rate_is_measured_where_there_is_memory(monkeypatch):
+    """Catches: a run that fails at its end for the memory of a measurement; a rate in other units."""
+    copy_rate.cache_clear()
+    monkeypatch.setattr("lit_swa.speed.free_memory", lambda device: 2**20)
+    assert copy_rate(CPU) is None and copy_rate(torch.device("meta")) is None
+    copy_rate.cache_clear()
+    monkeypatch.setattr("lit_swa.speed.free_memory", lambda device: 2**40)
+    monkeypatch.setattr("lit_swa.speed.COPIED", {"cpu": 2**20})
+    assert 1e7 < copy_rate(CPU) < 1e13 and copy_rate(CPU) == copy_rate(CPU)
+    copy_rate.cache_clear()
+    before = peak_memory(CPU)
+    assert before > 5e7 and torch.ones(2**26).sum() and peak_memory(CPU) >= before
+
+
+# -------------------------------------------------------------------------------------------------------------- traces
+
+
+def test_a_trace_holds_some_warm_steps(tiny_model, tmp_path, capfd):
+    """Catches: a trace of the whole run or of nothing, one that a second text overwrites, times of all steps together,
+    a word of it on stdout."""
+    model, path = tiny_model(), tmp_path / "trace.json"
+    trace = StepTrace(path, "cpu", skip=3, steps=4)
+    for text in ([1, 2, 3], [4, 5]):
+        list(generate(model, text, 12, stats=Stats(trace=trace)))
+        assert capfd.readouterr().out == ""
+        content, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    trace.close()
+    names = [event.get("name", "") for event in content["traceEvents"] if event.get("ph") == "X"]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 4
+    products = 2 * 5 + 1  # qkv, proj and the MLP's three in each of two layers, and lm_head
+    assert names.count("aten::linear") == 4 * products
+    assert [p.name for p in tmp_path.iterdir()] == ["trace.json"] and path.stat().st_mtime_ns == written
+
+
+def test_a_trace_of_a_short_text_says_what_it_holds(tiny_model, tmp_path, capfd):
+    """Catches: a text that ends early, whose trace is lost; one that never came so far, and an empty file for it."""
+    model, session = tiny_model(), None
+    for count, said in ((3, "There is no trace: the text had 2 decode steps"), (7, "trace of 3 steps")):
+        path = tmp_path / f"{count}.json"
+        trace = StepTrace(path, "cpu", skip=3, steps=9)
+        session = session or Session(model)
+        list(generate(model, [1, 2, 3], count, session=session, stats=Stats(trace=trace)))
+        trace.close()
+        trace.close()
+        error = capfd.readouterr().err
+        assert "USDT" not in error and error.count(said) == 1 and path.exists() == (count == 7)
+    rows = [line.split() for line in error.splitlines() if " ms " in line and "x  " in line]
+    assert any(row[-1] == "aten::mm" and row[3] == "11.0x" for row in rows)
+
+
+def test_a_name_that_no_trace_can_have_is_refused(tmp_path):
+    """Catches: a run that fails at its end, after all its work."""
+    with pytest.raises(OSError, match="is a directory: give the name of a file"):
+        StepTrace(tmp_path, "cpu")
+    with pytest.raises(OSError, match="There is no directory .*nowhere for t.json"):
+        check_trace(tmp_path / "nowhere" / "t.json")
