@@ -222,9 +222,8 @@ class Int4Linear(WeightOnlyLinear):
 def check_group(in_features: int, group_size: int, name: str = "The layer") -> None:
     """Raises ValueError unless rows of so many inputs can be quantised in groups of this size."""
     if group_size not in GROUP_SIZES:
-        raise ValueError(
-            f"group_size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}: choose one of them."
-        )
+        choices = ", ".join(map(str, GROUP_SIZES))
+        raise ValueError(f"group_size {group_size} does not exist: choose one of {choices}.")
     if in_features % group_size:
         fitting = [str(size) for size in GROUP_SIZES if in_features % size == 0]
         remedy = f"use --group_size {' or '.join(fitting)}" if fitting else "use int8, which has no groups"
