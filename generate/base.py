@@ -24,7 +24,7 @@ def main(**generation: Any) -> None:
     completion.make_ready(session, run)
     for prompt, sampling in run.samples():
         session.reset()  # each completion reads its prompt, so that its statistics are those of a whole run
-        stats = Stats()
+        stats = Stats(trace=run.trace)
         pieces = generate_text(
             gpt, run.tokenizer, prompt.ids, sampling=sampling, session=session, progress=show_reading,
             stats=stats, **run.limits,

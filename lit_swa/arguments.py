@@ -172,6 +172,8 @@ class Generation:
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         compile: Compile the decode step, which takes a while at the start and makes each token faster.
         quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes: it saves memory, not time.
+        profile: Write a trace of some decode steps of the first completion to this file, for ui.perfetto.dev, and print
+            on stderr which operations took longest.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as
             --model.attention sliding --model.sliding_window_size 256 --model.rolling_kv_cache true.
     """
@@ -192,6 +194,7 @@ class Generation:
     dtype: str = "auto"
     compile: bool = False
     quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None
+    profile: Path | None = None
     model: dict[str, Any] | None = None
 
     @property

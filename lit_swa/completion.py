@@ -16,6 +16,7 @@ from lit_swa.formats.places import locate
 from lit_swa.generate import Sampling, Session, check_stops
 from lit_swa.linear_formats import pack_for_cpu
 from lit_swa.model import GPT
+from lit_swa.speed import StepTrace
 from lit_swa.texts import encode_text, read_stdin
 from lit_swa.tokenizer import Tokenizer
 from lit_swa.utils import pick_device, pick_dtype
@@ -38,6 +39,7 @@ class Run:
     base_checkpoint_dir: Path | None
     tokenizer: Tokenizer
     prompts: list[Prompt]
+    trace: StepTrace | None  # for the Stats of a completion
 
     def load_model(self, **overrides: Any) -> GPT:
         """The model. overrides: of load_model's arguments and of the fields of the config."""
@@ -50,6 +52,8 @@ class Run:
         for prompt in self.prompts:
             for n in range(self.args.num_samples):
                 yield prompt, replace(self.sampling, seed=self.args.seed + n)
+                if self.trace is not None:  # of the first completion
+                    self.trace.close()
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -67,6 +71,7 @@ def prepare(args: Generation) -> Run:
     """Check the arguments, find the checkpoint and encode the prompts. Raises ValueError or OSError."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    trace = None if args.profile is None else StepTrace(args.profile, device)
     texts = [read_stdin() if text == "-" else text for text in args.prompts]
     if not texts or "" in texts:
         raise ValueError('The prompt is empty: give some text with --prompt "...".')
@@ -78,7 +83,7 @@ def prepare(args: Generation) -> Run:
     check_checkpoint_dir(checkpoint_dir, base_dir=base_checkpoint_dir)
     tokenizer = Tokenizer(tokenizer_dir(checkpoint_dir, base_checkpoint_dir))
     encoded = [Prompt(text, encode_text(tokenizer, text).tolist()) for text in texts]
-    return Run(args, device, dtype, sampling, checkpoint_dir, base_checkpoint_dir, tokenizer, encoded)
+    return Run(args, device, dtype, sampling, checkpoint_dir, base_checkpoint_dir, tokenizer, encoded, trace)
 
 
 def make_ready(session: Session, run: Run) -> None:

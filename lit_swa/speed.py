@@ -97,53 +97,47 @@ def copy_rate(device: torch.device) -> float | None:
 class StepTrace:
     """Records a few warm decode steps: call step() when one begins, and close() when no more will follow.
 
-    They are written as a trace, which ui.perfetto.dev and chrome://tracing show, and stderr gets a table of what took
-    longest. The steps after them are not recorded.
+    close() writes them as a trace, which ui.perfetto.dev and chrome://tracing show, and a table of what took longest to
+    stderr.
     """
 
     def __init__(self, path: Path, device: torch.device | str, skip: int = 8, steps: int = 8) -> None:
         """skip: steps that go by first. steps: how many are recorded. Raises OSError as check_trace does."""
         check_trace(path)
         self.path, self.device, self.skip, self.steps = path, torch.device(device), skip, steps
-        self.begun = 0  # steps
+        self.begun, self.closed = 0, False
+        self.times: list[float] = []  # when each of the recorded steps began, and when the last one ended
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's own log goes to stderr
-        self.times: list[float] = []  # when each of the recorded steps began, and the one after them
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
         phases = schedule(wait=skip, warmup=1, active=steps, repeat=1)  # what is traced first takes longer
-        self.profiler: profile | None = profile(activities=activities, schedule=phases, on_trace_ready=self.write)
+        self.profiler = profile(activities=activities, schedule=phases)
         self.profiler.start()
 
     def step(self) -> None:
-        if self.profiler is None:
+        if self.closed or len(self.times) > self.steps:
             return
         self.begun += 1
-        if self.begun >= self.skip:
-            wait_for(self.device)  # its work belongs to the step before
         if self.begun > self.skip:
+            wait_for(self.device)  # its work belongs to the step before
             self.times.append(time.perf_counter())
         self.profiler.step()
-        if len(self.times) > self.steps:
-            self.close()
 
     def close(self) -> None:
         """Write what was recorded, or say on stderr that nothing was, unless that was done."""
-        if self.profiler is None:
+        if self.closed:
             return
-        profiler, self.profiler = self.profiler, None
-        profiler.stop()
-        if len(self.times) < 2:
-            what = f"{max(0, self.begun - 1)} decode steps, and a trace begins after {self.skip}"
-            print(f"There is no trace: the text had {what}.", file=sys.stderr)
-
-    def write(self, profiler: profile) -> None:
+        self.closed = True
+        self.profiler.stop()
         steps = len(self.times) - 1
         if steps < 1:
+            what = f"{max(0, self.begun - 1)} decode steps, and a trace begins after {self.skip}"
+            print(f"There is no trace: the text had {what}.", file=sys.stderr)
             return
         with tempfile.TemporaryDirectory() as directory:
-            profiler.export_chrome_trace(f"{directory}/trace.json")
+            self.profiler.export_chrome_trace(f"{directory}/trace.json")
             copy_file(Path(directory) / "trace.json", self.path)  # it appears whole
         milliseconds = (self.times[-1] - self.times[0]) * 1e3 / steps
-        print(*table_of_steps(profiler, steps, milliseconds), sep="\n", file=sys.stderr)
+        print(*table_of_steps(self.profiler, steps, milliseconds), sep="\n", file=sys.stderr)
         print(f"trace of {steps} steps, for ui.perfetto.dev: {self.path}", file=sys.stderr)
 
 

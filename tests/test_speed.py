@@ -9,6 +9,7 @@ import torch.nn as nn
 from lit_swa import generate as generate_file
 from lit_swa.generate import Session, Stats, generate
 from lit_swa.memory import peak_memory
+from lit_swa.quantize import Int8Linear
 from lit_swa.speed import StepTrace, check_trace, copy_rate, mean_below, step_bytes
 
 # The tiny model, in float32: a layer's qkv 80 x 48, proj 48 x 48, MLP 3 x 64 x 48 and two norms of 48; lm_head 97 x 48,
@@ -17,19 +18,18 @@ WEIGHTS = 4 * (2 * (80 * 48 + 48 * 48 + 3 * 64 * 48 + 2 * 48) + 97 * 48 + 48 + 4
 CPU = torch.device("cpu")
 
 
-class Codes(nn.Module):
-    """A LinearFormat of one byte a number and a float32 scale a row, as a quantised layer is; its child holds nothing
-    more."""
+class Wrapped(nn.Module):
+    """A LinearFormat that holds another linear layer."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.inner, self.bias, self.bytes = linear, linear.bias, linear.weight.numel() + 4 * linear.out_features
+        self.inner, self.bias = linear, linear.bias
 
     def dense_weight(self) -> torch.Tensor:
         return self.inner.weight
 
     def weight_bytes(self) -> int:
-        return self.bytes
+        return self.inner.weight.nbytes
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_formats_say_what_they_take(tiny_model):
     biases, before = 2 * 4 * (64 + 64 + 48), step_bytes(model, 1)
     assert before == WEIGHTS + 256 + biases
     mlp = model.transformer.h[0].mlp
-    mlp.proj = Codes(mlp.proj)
-    assert before - step_bytes(model, 1) == 64 * 48 * 3 - 4 * 48
+    mlp.fc_1, mlp.proj = Wrapped(mlp.fc_1), Int8Linear.from_weight(mlp.proj.weight.data, mlp.proj.bias)
+    assert before - step_bytes(model, 1) == 64 * 48 * 3 - 4 * 48  # a byte a number, and a float32 scale for each row
     add_lora(model, LoRAConfig(r=2, targets=("o",)))
     assert before - step_bytes(model, 1) == 64 * 48 * 3 - 4 * 48 - 2 * 4 * 2 * (48 + 48)
 
@@ -124,17 +124,18 @@ def test_a_trace_holds_some_warm_steps(tiny_model, tmp_path, capfd):
     """Catches: a trace of the whole run or of nothing, one that a second text overwrites, times of all steps together,
     a word of it on stdout."""
     model, path = tiny_model(), tmp_path / "trace.json"
-    trace = StepTrace(path, "cpu", skip=3, steps=4)
+    trace, written = StepTrace(path, "cpu", skip=3, steps=4), None
     for text in ([1, 2, 3], [4, 5]):
         list(generate(model, text, 12, stats=Stats(trace=trace)))
-        assert capfd.readouterr().out == ""
-        content, written = json.loads(path.read_text()), path.stat().st_mtime_ns
-    trace.close()
+        assert capfd.readouterr() == ("", "")  # the text is not interrupted
+        trace.close()
+        content, before, written = json.loads(path.read_text()), written, path.stat().st_mtime_ns
+        assert (capfd.readouterr().out, trace.times[4:]) == ("", [trace.times[4]])
     names = [event.get("name", "") for event in content["traceEvents"] if event.get("ph") == "X"]
     assert sum(name.startswith("ProfilerStep#") for name in names) == 4
     products = 2 * 5 + 1  # qkv, proj and the MLP's three in each of two layers, and lm_head
     assert names.count("aten::linear") == 4 * products
-    assert [p.name for p in tmp_path.iterdir()] == ["trace.json"] and path.stat().st_mtime_ns == written
+    assert [p.name for p in tmp_path.iterdir()] == ["trace.json"] and before == written
 
 
 def test_a_trace_of_a_short_text_says_what_it_holds(tiny_model, tmp_path, capfd):
@@ -159,3 +160,18 @@ def test_a_name_that_no_trace_can_have_is_refused(tmp_path):
         StepTrace(tmp_path, "cpu")
     with pytest.raises(OSError, match="There is no directory .*nowhere for t.json"):
         check_trace(tmp_path / "nowhere" / "t.json")
+
+
+def test_a_script_traces_its_first_completion(tiny_checkpoint, run_script, tmp_path):
+    """Catches: a --profile that does nothing, or is refused after the model was loaded; a trace of another text."""
+    arguments = ["--checkpoint_dir", tiny_checkpoint, "--prompt", "the quick", "--max_new_tokens", "24", "--profile"]
+    path = tmp_path / "trace.json"
+    code, out, err = run_script("generate/base.py", *arguments, path, "--num_samples", "2", "--temperature", "0")
+    assert code == 0 and out.count("the quick") == 2 and err.count("trace of 8 steps") == 1
+    assert json.loads(path.read_text())["traceEvents"]
+    code, out, err = run_script("generate/base.py", *arguments, tmp_path / "no" / "t.json")
+    assert (
+        code == 2
+        and out == ""
+        and err == f"error: There is no directory {tmp_path}/no for t.json: make it, or give another name.\n"
+    )
