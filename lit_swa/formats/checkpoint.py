@@ -33,6 +33,7 @@ from lit_swa.formats.peft_load import check_peft_dir, find_adapter_config, load_
 from lit_swa.lora import merge_lora, require_held
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
+from lit_swa.parallel import ALONE, Rank, connect, shrink
 from lit_swa.quantize import quantizable_linears, quantize_linear, round_linears
 from lit_swa.rope import RoPE
 
@@ -138,6 +139,7 @@ def load_model(
     merge: bool = True,
     base_dir: str | Path | None = None,
     quantize: str | None = None,
+    rank: Rank = ALONE,
     **config_overrides: Any,
 ) -> GPT:
     """The model of a checkpoint directory, in eval mode, its weights in `dtype` on `device`.
@@ -148,6 +150,7 @@ def load_model(
     base_dir: the base checkpoint of an adapter, instead of the one that it names.
     quantize: hold the weights of the blocks in 4 or 8 bits, a mode of lit_swa.quantize. An adapter then stays
         apart from them, as QLoRA trains it.
+    rank: one of several processes that share the model: only what it holds is read (see parallel.py).
     config_overrides: fields of Config that replace those of lit_config.json.
     Weights are mapped from the file and go to the device one by one, where each is cast or quantised: the peak is one
     copy of the model and one more tensor. A model whose stored dtype is asked for, on the CPU, keeps using the file's
@@ -159,12 +162,14 @@ def load_model(
     dtype, device = check_dtype(dtype, device)
     check_checkpoint_dir(directory, tokenizer=False, base_dir=base_dir)
     if is_adapter_dir(directory):
+        if rank.size > 1:
+            raise ValueError(f"{directory} is an adapter, which is not split: merge it with scripts/merge_lora.py.")
         how = {"merge": merge and not quantize, "base_dir": base_dir, "quantize": quantize}
         return load_adapted(directory, dtype, device, **how, **config_overrides)
     config = read_config(directory).override(**config_overrides)
     tensors = open_weights(directory)
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, directory)
-    return build_model(config, tensors, dtype, device, quantize)
+    return build_model(config, tensors, dtype, device, quantize, rank)
 
 
 def load_adapted(
@@ -251,16 +256,20 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     quantize: str | None = None,
+    rank: Rank = ALONE,
 ) -> GPT:
     """A GPT made of these weights, in eval mode. It is built without memory, then given them one at a time.
 
     quantize: a mode of lit_swa.quantize for the linear layers of its blocks, each of which is dense on the device for
         as long as it takes to quantise it. Raises ValueError, before anything is loaded, when one cannot be quantised.
+    rank: one of several processes that share the model: it is given its part of each tensor.
     """
+    model = empty_model(config)
+    if rank.size > 1:
+        tensors = shrink(model, rank, tensors)
     needed = loaded_bytes(tensors, dtype, device, quantize)
     remedy = "use --dtype bfloat16, --quantize nf4 or a smaller model"
     require_memory(needed, device, f"The weights, as {str(dtype).removeprefix('torch.')} on {device},", remedy)
-    model = empty_model(config)
     model.rope = RoPE(config)  # its frequencies are computed, not stored
     model.rope.to(device)
     linears = quantizable_linears(model, quantize, dtype, device) if quantize is not None else {}
@@ -276,6 +285,8 @@ def build_model(
         if name in linears:
             model.set_submodule(name, quantize_linear(linears.pop(name), quantize, dtype, device))
     model.tie_weights()
+    if rank.size > 1:
+        connect(model, rank)
     if device.type != "meta":
         empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
         assert not empty, f"{empty[:3]} were never filled"

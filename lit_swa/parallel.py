@@ -1,0 +1,259 @@
+"""Tensor parallelism: each of several processes, its ranks, holds a part of every layer (Shoeybi et al. 2019,
+arXiv 1909.08053), and all of them compute every token together.
+
+    attn.qkv             rows: the rank's query heads, and the key and value heads that these read
+    attn.proj            columns: those of the rank's query heads; the ranks' products are summed, then comes the bias
+    mlp.fc_1, fc_2, fc   rows
+    mlp.proj             columns, summed in the same way
+    lm_head              rows of the vocabulary; each rank gets the logits of all
+    wte, norms, RoPE     whole on each rank
+
+Two sums in each block are all that ranks exchange, and the logits at the end. Attention is per head: every variant and
+cache works as it is, on fewer heads. The logits of a rank are gathered from the others' by copying, so they are the
+same bits on all ranks, and samplers with the same seed choose the same tokens: no choice needs to be sent.
+
+For inference: no gradient flows through the sums. Shapes: V padded_vocab_size, G n_query_groups, as in model.py.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_swa.config import Config
+from lit_swa.formats.files import LazyTensor, as_lazy
+from lit_swa.linear_formats import is_injected, is_linear
+from lit_swa.model import GPT
+
+UNITS = (128, 64, 32, 1)  # a rank has a multiple of one of these of the MLP's inner outputs: whole groups of int4 weights
+
+
+class Rank(NamedTuple):
+    """One of the processes that share a model."""
+
+    index: int = 0  # 0 .. size - 1
+    size: int = 1
+    group: "dist.ProcessGroup | None" = None  # None: all processes of torch.distributed
+
+
+ALONE = Rank()
+
+# ------------------------------------------------------------------------------------------------- what ranks exchange
+
+
+def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
+    """The sum of all ranks' x, the same bits on each. May change x. Every sum of a forward is made here."""
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def join_ranks(x: Tensor, size: int, group: Any = None) -> Tensor:
+    """All ranks' x (..., n), one behind the other: (..., size * n)."""
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x, group=group)
+    return torch.cat(parts, dim=-1)
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose inputs are split over the ranks: their products are summed, and the bias is added once."""
+
+    def __init__(self, linear: nn.Module, rank: Rank) -> None:
+        """linear: the columns of this rank, with the bias of the whole layer."""
+        super().__init__()
+        self.group = rank.group
+        self.bias = linear.bias
+        linear.bias = None
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = sum_over_ranks(self.linear(x), self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelLinear(nn.Module):
+    """A last projection of which each rank holds some rows: (..., C) to logits of the whole vocabulary (..., V)."""
+
+    def __init__(self, linear: nn.Module, rank: Rank, rows: int, vocabulary: int) -> None:
+        """linear: the rows of this rank: `rows` of them, fewer on the last ranks if they do not divide the vocabulary."""
+        super().__init__()
+        self.size, self.group, self.rows, self.vocabulary = rank.size, rank.group, rows, vocabulary
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).contiguous()
+        if y.size(-1) < self.rows:
+            y = F.pad(y, (0, self.rows - y.size(-1)))
+        return join_ranks(y, self.size, self.group)[..., : self.vocabulary]
+
+
+# -------------------------------------------------------------------------------------------------- what a rank holds
+
+
+class Part(NamedTuple):
+    """Some rows or columns of a linear layer's weight (out, in)."""
+
+    dim: int  # 0: rows, 1: columns
+    ranges: tuple[tuple[int, int], ...]  # first and last + 1 of each run of them
+
+    @property
+    def size(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+
+def share(n: int, index: int, size: int) -> tuple[int, int]:
+    """First and last + 1 of n things that one of `size` gets, about as many as the others."""
+    return n * index // size, n * (index + 1) // size
+
+
+def head_shares(config: Config, rank: Rank) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last + 1 of a rank's query heads, and of the key/value heads that these read.
+
+    Ranks get whole groups of heads, and where there are more ranks than groups, heads of one group. That group's keys
+    are then on several ranks. H = 8, G = 2 on four ranks: query heads 0-1, 2-3, 4-5, 6-7 with key heads 0, 0, 1, 1.
+    """
+    H, G = config.n_head, config.n_query_groups
+    R = H // G
+    if rank.size <= G:
+        first, last = share(G, *rank[:2])
+        return (first * R, last * R), (first, last)
+    group = rank.index * G // rank.size
+    mates = [i for i in range(rank.size) if i * G // rank.size == group]
+    first, last = share(R, mates.index(rank.index), len(mates))
+    return (group * R + first, group * R + last), (group, group + 1)
+
+
+def vocabulary_rows(config: Config, rank: Rank) -> int:
+    """How many rows of lm_head a rank has, but for the last ranks where that does not divide the vocabulary."""
+    return -(-config.padded_vocab_size // rank.size)
+
+
+def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
+    """Name of a linear layer of the model -> what the rank holds of it."""
+    check_split(config, rank)
+    H, G, D = config.n_head, config.n_query_groups, config.head_size
+    (q0, q1), (k0, k1) = head_shares(config, rank)
+    rows = [(q0, q1), (H + k0, H + k1), (H + G + k0, H + G + k1)]
+    inner, V, n = config.intermediate_size, config.padded_vocab_size, vocabulary_rows(config, rank)
+    unit = next(u for u in UNITS if inner % u == 0 and inner // u >= rank.size)
+    first, last = share(inner // unit, *rank[:2])
+    inside = ((first * unit, last * unit),)
+    names = ("fc_1", "fc_2") if config.mlp_class_name == "GatedMLP" else ("fc",)
+    parts = {
+        "attn.qkv": Part(0, tuple((a * D, b * D) for a, b in rows)),
+        "attn.proj": Part(1, ((q0 * D, q1 * D),)),
+        **{f"mlp.{name}": Part(0, inside) for name in names},
+        "mlp.proj": Part(1, inside),
+    }
+    named = {f"transformer.h.{i}.{name}": part for i in range(config.n_layer) for name, part in parts.items()}
+    return named | {"lm_head": Part(0, ((min(V, n * rank.index), min(V, n * (rank.index + 1))),))}
+
+
+def check_split(config: Config, rank: Rank) -> None:
+    """Raises ValueError for more ranks than there are parts."""
+    for count, what in ((config.n_head, "query heads"), (config.intermediate_size, "inner outputs of its MLP")):
+        if rank.size > count:
+            raise ValueError(
+                f"The model has {count} {what} and there are {rank.size} processes to hold them: use at most {count}."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- a tensor's part
+
+
+def cut(tensor: LazyTensor, part: Part, linear: tuple[int, int], name: str) -> LazyTensor:
+    """A part of a tensor that belongs to a linear layer (out, in): its weight, its bias, or the scales of either.
+
+    A tensor has a row for each output, and a dimension 1 that the inputs divide: weights packed in bytes and scales of
+    groups too. Rows cut all of a layer's tensors, columns those of two dimensions. Only the part is read.
+    Raises ValueError where the part begins or ends within a packed number or a group.
+    """
+    if part.dim == 1 and len(tensor.shape) < 2:
+        return tensor
+    whole, held = linear[part.dim], tensor.shape[part.dim]
+    if any(place * held % whole for pair in part.ranges for place in pair):
+        raise ValueError(
+            f"{name} keeps {whole // held} inputs together, and the processes would cut between them: use fewer "
+            "processes, or a smaller group_size."
+        )
+    ranges = [(start * held // whole, stop * held // whole) for start, stop in part.ranges]
+    pieces = [(tensor.rows if part.dim == 0 else tensor.columns)(*pair) for pair in ranges]
+    if len(pieces) == 1:
+        return pieces[0]
+    shape = (sum(piece.shape[0] for piece in pieces), *tensor.shape[1:])
+    return LazyTensor(shape, tensor.dtype, lambda: torch.cat([piece.load() for piece in pieces]))
+
+
+def cut_linear(linear: nn.Module, part: Part, name: str) -> nn.Module:
+    """A layer of the same class with a part of a layer's tensors, which are copied: the whole one can be freed.
+
+    Any format will do that keeps a row for each output. Raises ValueError for one that does not, and where something
+    was put into the layer.
+    """
+    features = (linear.out_features, linear.in_features)
+    tensors = dict(linear.named_parameters()) | dict(linear.named_buffers())
+    if is_injected(linear):
+        raise ValueError(f"{name} has LoRA or an adapter beside it, which cannot be split: merge it first.")
+    if any(tensor.dim() == 0 or tensor.size(0) != features[0] for tensor in tensors.values()):
+        raise ValueError(
+            f"{name} is a {type(linear).__name__}, whose weight cannot be split: quantise with scripts/quantize.py."
+        )
+    piece = copy.copy(linear)
+    piece._parameters, piece._buffers = dict(linear._parameters), dict(linear._buffers)
+    for key, tensor in tensors.items():
+        new = cut(as_lazy(tensor), part, features, name).load().clone()
+        setattr(piece, key, nn.Parameter(new, requires_grad=False) if key in piece._parameters else new)
+    sizes = (part.size, features[1]) if part.dim == 0 else (features[0], part.size)
+    piece.out_features, piece.in_features = sizes
+    return piece
+
+
+# --------------------------------------------------------------------------------------------------- a model's part
+
+
+def split_model(model: GPT, rank: Rank) -> GPT:
+    """Keep a rank's part of a model, in place, and return it. Its config stays that of the whole model.
+
+    From then on every rank must make the same calls of it. Caches that it has are dropped.
+    Raises ValueError for more ranks than query heads, and for a layer that cannot be split: the model is then unusable.
+    """
+    if rank.size > 1:
+        shrink(model, rank)
+        connect(model, rank)
+    return model
+
+
+def shrink(model: GPT, rank: Rank, tensors: Mapping[str, LazyTensor] | None = None) -> dict[str, LazyTensor]:
+    """Keep a rank's part of every linear layer, and of the stored tensors that are going to fill them, which are
+    returned. Nothing can be computed until `connect`."""
+    model.clear_kv_cache()
+    (q0, q1), (k0, k1) = head_shares(model.config, rank)
+    for attn in model.layers:
+        attn.n_head, attn.n_query_groups = q1 - q0, k1 - k0
+    tensors = dict(tensors or {})
+    for name, part in named_parts(model.config, rank).items():
+        if name == "lm_head" and model.config.tie_embeddings:
+            continue
+        linear = model.get_submodule(name)
+        for key in [key for key in tensors if key.rpartition(".")[0] == name]:
+            tensors[key] = cut(tensors[key], part, (linear.out_features, linear.in_features), name)
+        model.set_submodule(name, cut_linear(linear, part, name))
+    return tensors
+
+
+def connect(model: GPT, rank: Rank) -> None:
+    """Let the layers of a model that was shrunk exchange what they make with the other ranks'."""
+    config = model.config
+    for block in model.transformer.h:
+        for module in (block.attn, block.mlp):
+            module.proj = RowParallelLinear(module.proj, rank)
+    if config.tie_embeddings:  # the rows are those of wte, which is whole
+        ((start, stop),) = named_parts(config, rank)["lm_head"].ranges
+        model.lm_head = nn.Linear(config.n_embd, stop - start, bias=False, device="meta")
+        model.lm_head.weight = nn.Parameter(model.transformer.wte.weight.detach()[start:stop])
+    model.lm_head = VocabParallelLinear(model.lm_head, rank, vocabulary_rows(config, rank), config.padded_vocab_size)
+    model.requires_grad_(False)
