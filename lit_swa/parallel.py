@@ -27,10 +27,15 @@ from torch import Tensor
 
 from lit_swa.config import Config
 from lit_swa.formats.files import LazyTensor, as_lazy
-from lit_swa.linear_formats import is_injected, is_linear
+from lit_swa.linear_formats import INJECTED
 from lit_swa.model import GPT
 
-UNITS = (128, 64, 32, 1)  # a rank has a multiple of one of these of the MLP's inner outputs: whole groups of int4 weights
+UNITS = (
+    128,
+    64,
+    32,
+    1,
+)  # a rank has a multiple of one of these of the MLP's inner outputs: whole groups of int4 weights
 
 
 class Rank(NamedTuple):
@@ -79,7 +84,7 @@ class VocabParallelLinear(nn.Module):
     """A last projection of which each rank holds some rows: (..., C) to logits of the whole vocabulary (..., V)."""
 
     def __init__(self, linear: nn.Module, rank: Rank, rows: int, vocabulary: int) -> None:
-        """linear: the rows of this rank: `rows` of them, fewer on the last ranks if they do not divide the vocabulary."""
+        """linear: the rows of this rank: `rows` of them, fewer on the last ranks if the vocabulary does not divide."""
         super().__init__()
         self.size, self.group, self.rows, self.vocabulary = rank.size, rank.group, rows, vocabulary
         self.linear = linear
@@ -191,13 +196,10 @@ def cut(tensor: LazyTensor, part: Part, linear: tuple[int, int], name: str) -> L
 def cut_linear(linear: nn.Module, part: Part, name: str) -> nn.Module:
     """A layer of the same class with a part of a layer's tensors, which are copied: the whole one can be freed.
 
-    Any format will do that keeps a row for each output. Raises ValueError for one that does not, and where something
-    was put into the layer.
+    Any format will do that keeps a row for each output. Raises ValueError for one that does not.
     """
     features = (linear.out_features, linear.in_features)
     tensors = dict(linear.named_parameters()) | dict(linear.named_buffers())
-    if is_injected(linear):
-        raise ValueError(f"{name} has LoRA or an adapter beside it, which cannot be split: merge it first.")
     if any(tensor.dim() == 0 or tensor.size(0) != features[0] for tensor in tensors.values()):
         raise ValueError(
             f"{name} is a {type(linear).__name__}, whose weight cannot be split: quantise with scripts/quantize.py."
@@ -221,9 +223,12 @@ def split_model(model: GPT, rank: Rank) -> GPT:
     From then on every rank must make the same calls of it. Caches that it has are dropped.
     Raises ValueError for more ranks than query heads, and for a layer that cannot be split: the model is then unusable.
     """
-    if rank.size > 1:
-        shrink(model, rank)
-        connect(model, rank)
+    if rank.size == 1:
+        return model
+    if any(name.rpartition(".")[2] in INJECTED for name, _ in model.named_modules()):
+        raise ValueError("The model has LoRA or an adapter in it, which is not split: merge it first.")
+    shrink(model, rank)
+    connect(model, rank)
     return model
 
 

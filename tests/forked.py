@@ -82,13 +82,17 @@ class ForkedPopen:
     def terminate(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
 
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
 
 def fork_instead() -> None:
     """Let this process fork the project's scripts instead of starting Python anew."""
     popen, run = subprocess.Popen, subprocess.run
 
     def is_script(args: list[str]) -> bool:
-        return args[0] == sys.executable and Path(args[1]).parent.name in ("finetune", "scripts")
+        folders = ("finetune", "generate", "scripts")
+        return args[0] == sys.executable and Path(args[1]).parent.name in folders
 
     def forked_run(args: list[str], **how: object) -> SimpleNamespace:
         return SimpleNamespace(returncode=ForkedPopen(args).wait()) if is_script(args) else run(args, **how)

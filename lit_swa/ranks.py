@@ -1,0 +1,199 @@
+"""The processes that share a model: starting them, joining them, and ending them all when one ends.
+
+torchrun starts a script in several processes, or `start` does; `joined` lets them talk. The first alone prints. An
+error is said once: another process waits a moment before it says its own, and if the first has met the same, whoever
+started them has ended the rest by then.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lit_swa.utils import check_devices, pick_device, print_line
+
+if TYPE_CHECKING:
+    from lit_swa.parallel import Rank
+
+PATIENCE = 2.0  # seconds that the others are left to end by themselves, and that a later rank waits before it speaks
+
+
+def started() -> bool:
+    """True in a process that torchrun, or start(), has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def count_ranks(devices: int | None, device: str) -> int:
+    """How many processes to start: as many as asked for, or one for each GPU. Raises ValueError if there are fewer."""
+    import torch
+
+    name = pick_device(device)
+    if devices is None:
+        devices = torch.cuda.device_count() if name == "cuda" else 1
+    if devices > 1 and ":" in name:
+        raise ValueError(f"device={device!r} is one device and devices={devices}: use --device cuda.")
+    check_devices(name, devices)
+    return devices
+
+
+def start(count: int) -> NoReturn:
+    """Run this script in `count` processes instead, and end with the exit code of the first that failed, or 0."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(x) for name, x in shared.items()}
+    processes: list[subprocess.Popen] = []
+    end = {number: signal.signal(number, raise_exit) for number in (signal.SIGTERM, getattr(signal, "SIGHUP", 15))}
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit it: Ctrl-C ends this one,
+    try:
+        for rank in range(count):
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            stdin = None if rank == 0 else subprocess.DEVNULL
+            processes.append(subprocess.Popen([sys.executable, *sys.argv], env=own, stdin=stdin))
+        signal.signal(signal.SIGINT, interrupt)
+        code = wait_for_all(processes)
+    finally:  # ... and this one them
+        stop_all(processes)
+        for number, handler in (end | {signal.SIGINT: interrupt}).items():
+            signal.signal(number, handler)
+    sys.exit(code)
+
+
+def raise_exit(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def wait_for_all(processes: list[subprocess.Popen]) -> int:
+    """0 when all have ended well, else the exit code of the first that has not; a signal's end is told."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [(code, rank) for rank, code in enumerate(codes) if code]
+        if not failed:
+            if None not in codes:
+                return 0
+            time.sleep(0.02)
+            continue
+        code, rank = min(failed)  # a signal is negative: what it ended is the cause of what failed beside it
+        if code < 0:
+            name = signal.Signals(-code).name
+            print_line(f"error: process {rank} of {len(processes)} was ended by {name}: was there too little memory?")
+        return code if code > 0 else 2
+
+
+def stop_all(processes: list[subprocess.Popen]) -> None:
+    """End what still runs, by force if need be."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    limit = time.monotonic() + PATIENCE
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > limit:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def joined(devices: int | None, device: str) -> "Iterator[tuple[Rank, str]]":
+    """Within it this process is one of those that torchrun, or start(), has started, or alone; gives its rank and the
+    name of its device. Only the first prints. Raises ValueError if the processes are not as many as asked for."""
+    from lit_swa.parallel import ALONE, Rank
+
+    if not started():
+        yield ALONE, device
+        return
+    index, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with speaking_once(index), muted(index > 0):
+        if devices not in (None, size):
+            raise ValueError(f"devices={devices} does not fit the {size} processes that were started: leave it out.")
+        name = local_device(device)
+        with connected(name, index, size):
+            yield Rank(index, size), name
+
+
+def local_device(device: str) -> str:
+    """The device of this process: of several GPUs, the one of its number."""
+    name, number = pick_device(device), int(os.environ.get("LOCAL_RANK", "0"))
+    if ":" in name:
+        raise ValueError(f"device={device!r} is one device, and there are several processes: use --device cuda.")
+    check_devices(name, int(os.environ.get("LOCAL_WORLD_SIZE", number + 1)))
+    return f"cuda:{number}" if name == "cuda" else name
+
+
+@contextlib.contextmanager
+def connected(device: str, index: int, size: int) -> Iterator[None]:
+    """Within it torch.distributed reaches the other processes: by NCCL on GPUs, by gloo elsewhere."""
+    import torch
+    import torch.distributed as dist
+
+    options: dict[str, Any] = {"backend": "gloo"}
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        options = {"backend": "nccl", "device_id": torch.device(device)}
+    dist.init_process_group(rank=index, world_size=size, **options)
+    yield
+    dist.destroy_process_group()  # not after an error: the others may wait for this process in a sum
+
+
+@contextlib.contextmanager
+def muted(silent: bool) -> Iterator[None]:
+    """Within it, what Python prints goes nowhere."""
+    if not silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def speaking_once(index: int) -> Iterator[None]:
+    """Within it, an error that all processes meet is raised by the first of them alone, for whoever prints it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if index == 0:
+            raise
+        sys.exit(130)
+    except Exception as e:
+        if lost_another(e):
+            sys.exit(2)  # it has said why, or whoever started it does
+        if index > 0:
+            time.sleep(PATIENCE)
+        raise
+
+
+def lost_another(error: Exception) -> bool:
+    """True for what torch.distributed raises when another process has ended."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "/gloo/" in str(error)
+
+
+def from_first(value: Any, rank: "Rank") -> Any:
+    """The value of the first process, in all of them."""
+    import torch.distributed as dist
+
+    if rank.size == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, group=rank.group)
+    return held[0]
+
+
+def least(n: int, rank: "Rank", device: str) -> int:
+    """The least of all processes' n."""
+    import torch
+    import torch.distributed as dist
+
+    if rank.size == 1:
+        return n
+    held = torch.tensor(n, device=device)
+    dist.all_reduce(held, op=dist.ReduceOp.MIN, group=rank.group)
+    return int(held)

@@ -1,0 +1,215 @@
+"""A model over several processes or devices is the model of one: logits to float32's rounding, and greedy tokens."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from forked import free_port, start_script, torchrun_environment
+from ranks import Ranks
+from tiny import randomize, tiny_config
+
+from lit_swa import GPT
+from lit_swa.checkpoint import load_model, save_checkpoint
+from lit_swa.generate import Session, generate
+from lit_swa.lora import LoRAConfig, add_lora
+from lit_swa.parallel import Rank, head_shares, named_parts, split_model
+
+BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
+NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True}
+SHAPES = {
+    "two groups, each rank one": {},
+    "one group on both ranks": {"n_query_groups": 1},
+    "three groups, shared unevenly": {"n_head": 9, "n_query_groups": 3, "n_embd": 72, "intermediate_size": 67},
+    "NeoX: biases, as many groups as heads": {"n_query_groups": 6} | NEOX | BIASES,
+    "Gemma 2: norms behind, tied, capped": {
+        "post_attention_norm": True,
+        "post_mlp_norm": True,
+        "norm_unit_offset": True,
+        "tie_embeddings": True,
+        "scale_embeddings": True,
+        "final_logit_softcapping": 5.0,
+        "attention_logit_softcapping": 5.0,
+        "attention": "sliding,full",
+        "sliding_window_size": 7,
+    },
+    "norms of queries and keys": {"norm_qk": True, "attn_bias": True},
+    "rolling": {"attention": "sliding", "sliding_window_size": 7, "rolling_kv_cache": True},
+    "streaming": {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 2},
+    "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12},
+    "dynamic RoPE": {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}},
+}
+IDS = (torch.arange(80).view(2, 40) * 7 + 3) % 97
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.end()
+
+
+def build(fields: dict, seed: int = 5) -> GPT:
+    """A random model: the same for the same arguments, in every process."""
+    torch.manual_seed(seed)
+    model = GPT(tiny_config(**fields)).eval()
+    randomize(model)
+    return model
+
+
+@torch.inference_mode()
+def read(model: GPT) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits without a cache, through a cache in pieces, and greedy tokens."""
+    session = Session(model, batch_size=2)
+    pieces = [session.feed(IDS[:, a:b], logits_to_keep=0) for a, b in ((0, 21), (21, 22), (22, 25), (25, 40))]
+    return model(IDS), torch.cat(pieces, dim=1), list(generate(model, IDS[0, :9].tolist(), max_new_tokens=25))
+
+
+def read_split(index: int, fields: dict, size: int) -> tuple[tuple, int]:
+    model = split_model(build(fields), Rank(index, size))
+    return read(model), model.kv_cache_bytes()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_two_ranks_are_one(two_ranks, name):
+    """Catches: a head or column on no rank or on two, a bias added twice, rows of the vocabulary out of order, a cache
+    of another rank's heads, logits that differ between ranks by a bit."""
+    model = build(SHAPES[name])
+    logits, cached, tokens = read(model)
+    answers = two_ranks(read_split, SHAPES[name], 2)
+    for (ours, ours_cached, ours_tokens), n_bytes in answers:
+        torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+        torch.testing.assert_close(ours_cached, cached, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+        assert ours_tokens == tokens
+        assert torch.equal(ours, answers[0][0][0]) and torch.equal(ours_cached, answers[0][0][1])
+        assert n_bytes < model.kv_cache_bytes() or model.config.n_query_groups == 1
+
+
+@pytest.mark.parametrize("H, G", [(6, 2), (8, 8), (8, 1), (9, 3), (12, 4), (7, 1)])
+def test_every_head_is_on_one_rank_with_its_keys(H, G):
+    """Catches: a query head that reads another group's keys, or none, for any number of ranks."""
+    config, R = tiny_config(n_head=H, n_query_groups=G, n_embd=8 * H), H // G
+    for size in range(1, H + 1):
+        shares = [head_shares(config, Rank(index, size)) for index in range(size)]
+        assert [h for (a, b), _ in shares for h in range(a, b)] == list(range(H))
+        for (a, b), (k0, k1) in shares:
+            assert (b - a) % (k1 - k0) == 0 and b > a
+            assert [k0 + i // ((b - a) // (k1 - k0)) for i in range(b - a)] == [h // R for h in range(a, b)]
+
+
+def test_parts_make_up_the_whole():
+    """Catches: rows of the MLP or of the vocabulary that no rank has, a group of 4-bit weights cut in two."""
+    for inner, size in ((512, 3), (96, 3), (67, 5), (128, 2)):
+        config = tiny_config(intermediate_size=inner)
+        ranks = [named_parts(config, Rank(index, size)) for index in range(size)]
+        for name, n in (("transformer.h.1.mlp.proj", inner), ("transformer.h.0.mlp.fc_1", inner), ("lm_head", 97)):
+            ends = [part[name].ranges[0] for part in ranks]
+            assert [place for end in ends for place in range(*end)] == list(range(n))
+            assert "mlp" not in name or inner != 512 or all(start % 128 == 0 for start, _ in ends)
+
+
+def test_what_cannot_be_split_is_refused(tiny_model, tiny_checkpoint):
+    """Catches: a rank without heads, a LoRA that is dropped without a word, a layer whose bytes are no rows."""
+    with pytest.raises(ValueError, match="6 query heads and there are 7 processes to hold them: use at most 6"):
+        split_model(tiny_model(), Rank(0, 7))
+    with pytest.raises(ValueError, match="6 query heads and there are 9"):
+        load_model(tiny_checkpoint, rank=Rank(0, 9))
+    model = tiny_model()
+    add_lora(model, LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="has LoRA or an adapter in it, which is not split: merge it"):
+        split_model(model, Rank(0, 2))
+    model = tiny_model()
+    model.transformer.h[0].mlp.proj = Blob(64, 48)
+    with pytest.raises(ValueError, match="mlp.proj is a Blob, whose weight cannot be split: quantise with scripts/"):
+        split_model(model, Rank(0, 2))
+
+
+class Blob(torch.nn.Linear):
+    """A layer that keeps its weight as a run of bytes, as bitsandbytes' of 4 bits."""
+
+    def __init__(self, *features: int) -> None:
+        super().__init__(*features, bias=False)
+        self.weight = torch.nn.Parameter(self.weight.detach().view(-1, 1))
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True, "attn_bias": True, "attn_proj_bias": True}])
+def test_a_rank_loads_its_part_alone(tmp_path, fields):
+    """Catches: a rank that holds the whole model, at the end or as what its parts are views of; another part than that
+    of a model in memory."""
+    model = build(fields)
+    save_checkpoint(model, model.config, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    whole = sum(p.numel() for p in model.parameters())
+    for rank in (Rank(0, 2), Rank(1, 2), Rank(2, 3)):
+        loaded = load_model(tmp_path, torch.bfloat16, rank=rank)
+        expected = dict(split_model(build(fields), rank).named_parameters())
+        assert loaded.lm_head.linear.weight.shape == expected["lm_head.linear.weight"].shape
+        for name, p in loaded.named_parameters():
+            assert torch.equal(p, expected[name].bfloat16()) and not p.requires_grad, name
+        held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in loaded.parameters()}
+        assert sum(held.values()) == 2 * sum(p.numel() for p in expected.values()) - 2 * shared(loaded) < 1.5 * whole
+
+
+def shared(model: GPT) -> int:
+    """Numbers of lm_head that are wte's."""
+    head = model.lm_head.linear.weight
+    return head.numel() if head.untyped_storage().data_ptr() == model.transformer.wte.weight.data_ptr() else 0
+
+
+# ---------------------------------------------------------------------------------------------------------- the scripts
+
+SCRIPT = "generate/tensor_parallel.py"
+
+
+def finish(*processes) -> set[int]:
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return {process.exitcode for process in processes}
+
+
+def test_the_script_prints_what_base_prints(tiny_checkpoint, run_script, tmp_path):
+    """Catches: two processes that both print, another text, a standard input that only one of them has read."""
+    arguments = ["--checkpoint_dir", tiny_checkpoint, "--device", "cpu", "--max_new_tokens", 30, "--prompt", "the fox"]
+    _, expected, _ = run_script("generate/base.py", *arguments)
+    assert finish(start_script(SCRIPT, *arguments, "--devices", 2, log=tmp_path / "log")) == {0}
+    printed = (tmp_path / "log").read_text()
+    assert expected in printed and printed.count("the fox") == 1 and printed.count("tok/s | first token") == 1
+
+
+def test_an_error_of_all_is_said_once(tiny_checkpoint, tmp_path):
+    """Catches: a sentence from each process, one that waits for the others for ever. As torchrun starts them, and ends
+    the rest when one has ended."""
+    port, logs = free_port(), [tmp_path / "0", tmp_path / "1"]
+    flags = ["--checkpoint_dir", tiny_checkpoint, "--device", "cpu", "--temperature", -1]
+    processes = [start_script(SCRIPT, *flags, log=logs[r], **torchrun_environment(r, 2, port)) for r in range(2)]
+    assert finish(processes[0]) == {2}
+    processes[1].kill()
+    assert logs[0].read_text().startswith("error: temperature=-1.0 does not fit") and logs[1].read_text() == ""
+
+
+@pytest.mark.parametrize("what, code", [("killed", 2), ("interrupted", 130)])
+def test_when_one_process_ends_all_end(tiny_checkpoint, tmp_path, what, code):
+    """Catches: a rank that waits in a sum for one that was killed, one that lives on when the first was interrupted."""
+    log = tmp_path / "log"
+    flags = ["--checkpoint_dir", tiny_checkpoint, "--device", "cpu", "--devices", 2, "--max_new_tokens", 10**6]
+    flags += ["--model.attention", "streaming", "--model.sliding_window_size", 16, "--prompt", "the fox"]
+    starter = start_script(SCRIPT, *flags, log=log)
+    limit = time.monotonic() + 60
+    while "the fox" not in (log.read_text() if log.exists() else "") and time.monotonic() < limit:
+        time.sleep(0.02)
+    children = Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(
+        starter.pid if what == "interrupted" else int(children[1]),
+        getattr(signal, "SIGINT" if code == 130 else "SIGKILL"),
+    )
+    assert finish(starter) == {code}
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    said = {"killed": "error: process 1 of 2 was ended by SIGKILL: was there too little memory?", "interrupted": what}[
+        what
+    ]
+    assert log.read_text().count(said) == 1 and "Traceback" not in log.read_text()
