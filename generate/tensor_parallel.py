@@ -35,6 +35,7 @@ def main(devices: int | None = None, **generation: Any) -> None:
     with ranks.joined(devices, args.device) as (rank, args.device):
         texts = [read_stdin() if text == "-" else text for text in args.prompts] if rank.index == 0 else None
         args.prompt = ranks.from_first(texts, rank)
+        args.profile = args.profile if rank.index == 0 else None
         run = completion.prepare(args)
         gpt = run.load_model(rank=rank)
         # All ranks must make the same calls of the model, so they read a prompt in the same pieces.
@@ -43,7 +44,7 @@ def main(devices: int | None = None, **generation: Any) -> None:
         completion.make_ready(session, run)
         for prompt, sampling in run.samples():
             session.reset()
-            stats = Stats()
+            stats = Stats(trace=run.trace)
             pieces = generate_text(
                 gpt, run.tokenizer, prompt.ids, sampling=sampling, session=session, progress=show_reading,
                 stats=stats, **run.limits,

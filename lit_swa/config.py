@@ -570,7 +570,7 @@ def check_kept(model: "GPT", pos: "Tensor", span: "Span") -> None:
     rolling = {id(cache.slots): cache.slots for cache in caches}  # one for each kind
     first = pos.where(pos >= 0, 2**40).amin(dim=1, keepdim=True)
     for slots in rolling.values():
-        held = slots.pos[:, slots.sinks : slots.sinks + slots.n_slots]
+        held, first = slots.pos[:, slots.sinks : slots.sinks + slots.n_slots], first.to(slots.pos.device)
         held = held.where(held >= -1, -2 - held)  # what was forgotten had replaced an older key too
         before = held - slots.n_slots * ((held - first) // slots.n_slots + 1)  # the newest before the call in that slot
         replaced = (held >= first) & (before >= (first - slots.window + 1).clamp(min=slots.sinks))

@@ -381,9 +381,12 @@ def context_error(model: GPT, tokens: int, what: str, new_tokens: int = 0) -> Va
 
 
 def cache_bytes(model: GPT, batch_size: int, length: int, lookahead: int = 0) -> int:
-    """What model.set_kv_cache(batch_size, length, lookahead=lookahead) allocates: each cache is made without memory."""
+    """What model.set_kv_cache(batch_size, length, lookahead=lookahead) allocates on the device of the embeddings: each
+    cache is made without memory."""
     first, held, weight = {}, {}, model.transformer.wte.weight
     for attn in model.layers:
+        if getattr(attn.mixer, "device", weight.device) != weight.device:  # of a model on several devices
+            continue
         heads, beside = (attn.n_head, attn.n_query_groups), first.get(attn.mixer.kind)
         cache = attn.mixer.new_cache(batch_size, length, lookahead, heads, beside, device="meta", dtype=weight.dtype)
         first.setdefault(attn.mixer.kind, cache)

@@ -12,11 +12,13 @@ from forked import free_port, start_script, torchrun_environment
 from ranks import Ranks
 from tiny import randomize, tiny_config
 
-from lit_swa import GPT
+from lit_swa import GPT, sequential
 from lit_swa.checkpoint import load_model, save_checkpoint
+from lit_swa.formats.hugging_face import empty_model
 from lit_swa.generate import Session, generate
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, head_shares, named_parts, split_model
+from lit_swa.sequential import place_blocks, spread
 
 BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
 NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True}
@@ -65,7 +67,7 @@ def read(model: GPT) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Logits without a cache, through a cache in pieces, and greedy tokens."""
     session = Session(model, batch_size=2)
     pieces = [session.feed(IDS[:, a:b], logits_to_keep=0) for a, b in ((0, 21), (21, 22), (22, 25), (25, 40))]
-    return model(IDS), torch.cat(pieces, dim=1), list(generate(model, IDS[0, :9].tolist(), max_new_tokens=25))
+    return model(IDS), torch.cat(pieces, dim=1), list(generate(model, IDS[0, :9].tolist(), max_new_tokens=16))
 
 
 def read_split(index: int, fields: dict, size: int) -> tuple[tuple, int]:
@@ -213,3 +215,89 @@ def test_when_one_process_ends_all_end(tiny_checkpoint, tmp_path, what, code):
         what
     ]
     assert log.read_text().count(said) == 1 and "Traceback" not in log.read_text()
+
+
+# ------------------------------------------------------------------------------------------- one device after the other
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("devices, offload", [(1, 1), (1, 3), (1, 5), (2, 0), (2, 2), (2, 5)])
+@pytest.mark.parametrize("name", ["Gemma 2: norms behind, tied, capped", "streaming"])
+def test_blocks_on_devices_are_one_model(name, devices, offload):
+    """Catches: a block that reads the weights of the one before it, a cache that two devices note twice or not at all,
+    a plan of one kind of layer used for another, weights that stay in their place when another block's turn comes."""
+    fields = SHAPES[name] | {"n_layer": 5}
+    logits, cached, tokens = read(build(fields))
+    model = build(fields)
+    placement = place_blocks(model, [CPU] * devices, offload)
+    assert sum(placement.waits) == offload and placement.stages == sorted(placement.stages)
+    spread(model, placement)
+    ours, ours_cached, ours_tokens = read(model)
+    assert torch.equal(ours, logits) and torch.equal(ours_cached, cached) and ours_tokens == tokens
+
+
+def test_blocks_that_wait_share_two_places():
+    """Catches: weights that are held on the device all the time, the point of which was that they are not."""
+    model = build({"n_layer": 8})
+    expected, one = model(IDS), sum(p.nbytes for p in model.transformer.h[0].parameters())
+    spread(model, place_blocks(model, [CPU], 6))
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.transformer.h.parameters()}
+    assert 4 * one <= sum(storages.values()) <= 4.2 * one  # two blocks that stay, and two places
+    assert torch.equal(model(IDS), expected)
+
+
+def test_a_call_that_broke_off_leaves_no_wrong_weights(monkeypatch):
+    """Catches: a place that is taken to hold the block that was on the way when a call was interrupted."""
+    model = build({"n_layer": 5})
+    expected = model(IDS)
+    spread(model, place_blocks(model, [CPU], 5))
+    for broken in range(5):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model.transformer.h[broken].mlp, "forward", interrupt)
+            model(IDS)
+        assert torch.equal(model(IDS), expected)
+
+
+def interrupt(x: torch.Tensor) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_fits_stays(monkeypatch):
+    """Catches: blocks that wait though there is room, or stay without any; shares that forget the embeddings."""
+    config = tiny_config(n_layer=10, n_embd=64, padded_vocab_size=4000, vocab_size=4000, n_head=8)
+    model = empty_model(config)
+    block = sum(p.nbytes for p in model.transformer.h[0].parameters())
+    outside = sum(p.nbytes for p in model.parameters()) - 10 * block + model.rope.turns.nbytes
+    assert 10 < outside / block < 30
+    two = place_blocks(model, [CPU, CPU], 0)
+    assert two.stages == [0] + [1] * 9 and "blocks 0-0 on cpu, 1-9 on cpu; embeddings" in str(two)
+    beside = sequential.needed_beside(model, 10, 100)
+    for room, waiting in ((10, 0), (9.5, 3), (4, 8), (2, 10)):
+        free = int(outside + beside + room * block)
+        monkeypatch.setattr(sequential, "free_memory", lambda device, free=free: free)
+        placement = place_blocks(model, [CPU], None, 100)
+        assert sum(placement.waits) == waiting
+    gaps = [i for i, waits in enumerate(place_blocks(model, [CPU], 5).waits) if waits]
+    assert gaps == [1, 3, 5, 7, 9]
+    monkeypatch.setattr(sequential, "free_memory", lambda device: int(outside + beside + 1.5 * block))
+    with pytest.raises(ValueError, match="cpu has no room for two blocks of .* each"):
+        place_blocks(model, [CPU], None, 100)
+    with pytest.raises(ValueError, match="10 blocks and there are 11 devices: use at most 10"):
+        place_blocks(model, [CPU] * 11)
+    with pytest.raises(ValueError, match="offload=11 does not fit: the model has 10 blocks"):
+        place_blocks(model, [CPU], 11)
+
+
+def test_sequential_prints_what_base_prints(tiny_checkpoint, run_script):
+    """Catches: other text, placement on stdout, an option that is dropped without a word."""
+    arguments = ["--checkpoint_dir", tiny_checkpoint, "--device", "cpu", "--max_new_tokens", 30, "--prompt", "the fox"]
+    _, expected, _ = run_script("generate/base.py", *arguments)
+    code, out, err = run_script("generate/sequential.py", *arguments, "--devices", 2, "--offload", 1)
+    assert (code, out) == (0, expected)
+    assert err.startswith("blocks 0-0 on cpu, 1-1 on cpu (1 of them wait in the CPU's memory); embeddings")
+    code, _, err = run_script("generate/sequential.py", *arguments, "--devices", 3)
+    assert code == 2 and err == "error: The model has 2 blocks and there are 3 devices: use at most 2.\n"
+    code, _, err = run_script("generate/sequential.py", *arguments, "--compile", "true")
+    assert code == 2 and "leave --compile out" in err
