@@ -40,14 +40,14 @@ class Placement(NamedTuple):
     waits: list[bool]  # for each block, whether its weights are in the CPU's memory until its turn
 
     def __str__(self) -> str:
-        """Such as "blocks 0-14 on cuda:0 (5 of them wait in the CPU's memory), 15-31 on cuda:1"."""
+        """Such as "blocks 0-14 on cuda:0 (5 from the CPU's memory), 15-31 on cuda:1; embeddings ..."."""
         parts = []
         for stage, device in enumerate(self.devices):
             blocks = [i for i, s in enumerate(self.stages) if s == stage]
             waiting = sum(self.waits[i] for i in blocks)
-            few = f" ({waiting} of them wait in the CPU's memory)" if waiting else ""
-            if blocks:
-                parts.append(f"{blocks[0]}-{blocks[-1]} on {device}{few}")
+            ends = dict.fromkeys((blocks[0], blocks[-1]))  # one, if it is the same
+            few = f" ({waiting} from the CPU's memory)" if waiting else ""
+            parts.append(f"{'-'.join(map(str, ends))} on {device}{few}")
         return f"blocks {', '.join(parts)}; embeddings and the last projection on {self.devices[0]}"
 
 
