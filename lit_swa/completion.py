@@ -1,15 +1,16 @@
 """What the scripts in generate/ that complete prompts share: each shows the loop that is its own."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_swa.arguments import Generation
+from lit_swa.batches import Batch, Request
 from lit_swa.checkpoint import check_checkpoint_dir, load_model
 from lit_swa.checks import check_range
-from lit_swa.fast_decode import warm_up
+from lit_swa.fast_decode import compile_decode, warm_up
 from lit_swa.formats.checkpoint import tokenizer_dir
 from lit_swa.formats.download import find_checkpoint
 from lit_swa.formats.places import locate
@@ -50,10 +51,14 @@ class Run:
     def samples(self) -> Iterator[tuple[Prompt, Sampling]]:
         """What to complete: each prompt --num_samples times, each time with the next seed."""
         for prompt in self.prompts:
-            for n in range(self.args.num_samples):
-                yield prompt, replace(self.sampling, seed=self.args.seed + n)
+            for sampling in self.samplings():
+                yield prompt, sampling
                 if self.trace is not None:  # of the first completion
                     self.trace.close()
+
+    def samplings(self) -> Iterator[Sampling]:
+        for n in range(self.args.num_samples):
+            yield replace(self.sampling, seed=self.args.seed + n)
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -67,13 +72,16 @@ class Run:
         return max(len(prompt.ids) for prompt in self.prompts) + self.args.max_new_tokens
 
 
-def prepare(args: Generation) -> Run:
-    """Check the arguments, find the checkpoint and encode the prompts. Raises ValueError or OSError."""
+def prepare(args: Generation, from_file: bool = False) -> Run:
+    """Check the arguments, find the checkpoint and encode the prompts. Raises ValueError or OSError.
+
+    from_file: the prompts come from a file, and there are none among the arguments.
+    """
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     trace = None if args.profile is None else StepTrace(args.profile, device)
-    texts = [read_stdin() if text == "-" else text for text in args.prompts]
-    if not texts or "" in texts:
+    texts = [] if from_file else [read_stdin() if text == "-" else text for text in args.prompts]
+    if "" in texts or not texts and not from_file:
         raise ValueError('The prompt is empty: give some text with --prompt "...".')
     check_range("num_samples", args.num_samples, 1)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
@@ -92,6 +100,20 @@ def make_ready(session: Session, run: Run) -> None:
         print(f"compiled in {warm_up(session, run.most_tokens):.1f} s", file=sys.stderr)
     else:
         pack_for_cpu(session.model)
+
+
+def open_batch(run: Run, model: GPT, requests: Sequence[Request], batch_size: int | None) -> Batch:
+    """A batch that is ready to answer the requests: its caches are there, and its decode step is compiled if asked."""
+    decode = compile_decode(model) if run.args.compile else None
+    batch = Batch(
+        model, requests, run.sampling, batch_size=batch_size, decode=decode, tokenizer=run.tokenizer,
+        stop_tokens=run.tokenizer.eos_ids, trace=run.trace,
+    )  # fmt: skip
+    if decode is not None:
+        print(f"compiled in {batch.warm_up():.1f} s", file=sys.stderr)
+    else:
+        pack_for_cpu(model)
+    return batch
 
 
 def show(prompt: str, pieces: Iterator[str]) -> str:
