@@ -329,12 +329,12 @@ class Batch:
             self.token[rows], self.pos[rows] = torch.tensor(prompts, device=self.device), 0
             return
         size = max(SMALLEST_CHUNK, self.chunk // len(texts))
-        while max(lengths) % size == 1:  # a call of one token would compile for so many rows
+        while max(lengths) % size == 1:  # one token of so many rows would compile, and so would one token's logits
             size += 1
         with only_rows(self.model, rows):
-            logits = Session(self.model, len(texts), chunk_size=size).feed(prompts)[:, -1]  # (n, V)
+            logits = Session(self.model, len(texts), chunk_size=size).feed(prompts, logits_to_keep=2)  # (n, 2, V)
         self.pos[rows] = torch.tensor(lengths, device=self.device)[:, None]
-        self.choose(logits, rows)
+        self.choose(logits[:, -1], rows)
 
     def end(self, row: int) -> None:
         """Free a row."""
