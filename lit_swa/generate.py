@@ -341,6 +341,15 @@ class Session:
         self.length -= n
         self.fed = [torch.cat(self.fed, dim=1)[:, : self.length]]
 
+    def hold(self, sequences: Sequence[Sequence[int]], ahead: int) -> None:
+        """Take note that the caches hold these tokens, fed at their positions from 0 on by other means than feed().
+
+        ahead: how many more tokens were fed behind them at most, which are as if taken back.
+        """
+        ids, self.padding = to_batch(sequences, self.device)
+        self.fed, self.length = [ids], ids.size(1)
+        self.furthest = max(self.furthest, self.length + ahead)
+
     def keep_prefix(self, ids: Sequence[int]) -> int:
         """Keep the tokens that the session shares with the beginning of the text `ids`; returns how many those are.
 
