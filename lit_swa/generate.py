@@ -701,10 +701,12 @@ def generate_text(
     *,
     stop: Sequence[str] = (),
     continues: bool = True,
+    generate: Callable[..., Iterator[int]] = generate,
     **arguments: Any,
 ) -> Iterator[str]:
     """Yield the new text piece by piece, in whole characters and with its spaces. `arguments` are generate's.
 
+    generate: makes the tokens.
     stop: strings that end the text and are not part of it. Raises ValueError for an empty one.
     continues: the new text continues that of the prompt, so a first token " word" keeps its space. False: it begins a
         text of its own.

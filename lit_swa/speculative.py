@@ -42,9 +42,12 @@ from lit_swa.generate import (
     explain_overflow,
     why_cut,
 )
+from lit_swa.linear_formats import dense_weight, is_linear
 from lit_swa.model import GPT, KVCache, Slots, SoftmaxAttention
 from lit_swa.rope import Span
+from lit_swa.speed import step_bytes
 from lit_swa.utils import wait_for
+from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (idx (B, T), input_pos (T,) or (B, T)) -> logits (B, T, V or more)
 
@@ -139,6 +142,7 @@ def run_step(model: GPT, decode: Step | None, idx: Tensor, input_pos: Tensor) ->
 class Draft(Protocol):
     """What proposes tokens. Which ones decides only how many of them are accepted."""
 
+    model: GPT | None  # what it calls
     context: float  # tokens that a sequence may have when it proposes some
 
     def check(self, target: GPT, longest: int) -> None:
@@ -178,13 +182,22 @@ def propose(feed: Step, rows: Rows, k: int, first: int) -> tuple[Tensor, Tensor 
 class ModelDraft:
     """Another, smaller model with caches of its own."""
 
-    def __init__(self, session: Session) -> None:
-        """session: of the draft, with a lookahead of at least k. Its decode step should take two tokens."""
-        self.session = session
+    def __init__(self, session: Session, vocab_size: int | None = None) -> None:
+        """session: of the draft, with a lookahead of at least k. Its decode step should take two tokens.
+        vocab_size: how many tokens both models know, where their configs are padded to different numbers.
+        """
+        self.vocab_size = session.model.config.vocab_size if vocab_size is None else vocab_size
+        self.session, self.model = session, session.model
         self.context = math.inf if session.model.rolls else session.model.config.block_size
 
     def check(self, target: GPT, longest: int) -> None:
-        check_vocabulary(target, self.session.model)
+        self.beyond = target.config.vocab_size - self.vocab_size
+        sizes = self.session.model.config.vocab_size, target.config.vocab_size
+        if self.vocab_size > min(sizes) or self.vocab_size == sizes[0] != sizes[1]:
+            raise ValueError(
+                f"The draft's vocabulary has {sizes[0]} tokens and the target's {sizes[1]}: give a draft with the "
+                "target's tokenizer."
+            )
         if longest > self.context:
             raise ValueError(
                 f"The prompt has {longest} tokens and the draft's context {self.context}: give a shorter prompt, or "
@@ -201,7 +214,8 @@ class ModelDraft:
         return propose(self.feed, rows, k, first=2)
 
     def feed(self, idx: Tensor, input_pos: Tensor) -> Tensor:
-        return run_step(self.session.model, self.session.decode, idx, input_pos)
+        logits = run_step(self.model, self.session.decode, idx, input_pos)[..., : self.vocab_size]
+        return F.pad(logits, (0, self.beyond), value=-torch.inf)
 
     def extend(self, new: list[list[int]]) -> None:
         pass
@@ -248,7 +262,7 @@ class Lookup:
     No model is called. The newest occurrence counts, and each token takes the same time however long the text is.
     """
 
-    context = math.inf
+    model, context = None, math.inf
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         """longest, shortest: the tokens of the suffixes that are looked for."""
@@ -290,15 +304,6 @@ class Lookup:
         pass
 
 
-def check_vocabulary(target: GPT, draft: GPT) -> None:
-    """Raises ValueError for a draft whose tokens are not the target's."""
-    if draft.config.vocab_size != target.config.vocab_size:
-        raise ValueError(
-            f"The draft's vocabulary has {draft.config.vocab_size} tokens and the target's {target.config.vocab_size}: "
-            "give a draft of the same family, with the same tokenizer."
-        )
-
-
 # --------------------------------------------------------------------------- a model that shares another one's weights
 
 
@@ -309,6 +314,29 @@ def share_modules(module: Any) -> Any:
     own._parameters, own._buffers = dict(module._parameters), dict(module._buffers)
     own._modules = {name: child and share_modules(child) for name, child in module._modules.items()}
     return own
+
+
+def with_injected(module: nn.Module, replaced: nn.Module) -> nn.Module:
+    """The module with the LoRA or adapter of the one that it takes the place of."""
+    module._forward_hooks, module.training = replaced._forward_hooks, replaced.training
+    module._modules.update(replaced._modules)
+    return module
+
+
+def int4_copy(target: GPT, group_size: int = 32) -> GPT:
+    """The target with the linear layers of its blocks rounded to 4 bits, in groups of so many inputs; to 8 bits the
+    last layer, and those whose inputs the groups do not divide. It shares the rest."""
+    model = share_modules(target)
+    blocks = model.transformer.h.named_modules(prefix="transformer.h")
+    linears = {name: module for name, module in blocks if is_linear(module)} | {"lm_head": model.lm_head}
+    for name, linear in linears.items():
+        weight = dense_weight(linear).detach().float()
+        if name == "lm_head" or linear.in_features % group_size:
+            rounded = Int8Linear.from_weight(weight, linear.bias)
+        else:
+            rounded = Int4Linear.from_codes(*round_groups(weight, group_size), linear.bias)
+        model.set_submodule(name, with_injected(rounded, linear))
+    return model
 
 
 def recent_or_sink(q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
@@ -333,9 +361,7 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
             "length rotates them later: use --draft lookup or --draft self-int4."
         )
     plain = {"rolling_kv_cache": False, "rope_local_base_freq": None, "s2_attention": False}
-    config = replace(
-        target.config, attention="streaming", sliding_window_size=window, n_sink_tokens=n_sinks, **plain
-    )
+    config = replace(target.config, attention="streaming", sliding_window_size=window, n_sink_tokens=n_sinks, **plain)
     model = share_modules(target)
     layers = [attn for attn in model.layers if attn.mixer.kind == "full"]
     if not layers:
@@ -344,7 +370,7 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
             "use --draft lookup or --draft self-int4."
         )
     for attn in layers:
-        attn.mixer = SoftmaxAttention(config, "streaming")
+        attn.mixer = with_injected(SoftmaxAttention(config, "streaming"), attn.mixer)
         attn.mixer.kind, attn.mixer.row = "streaming draft", STREAMING_DRAFT
     return model
 
@@ -382,13 +408,22 @@ class WindowOfSlots(Slots):
 
 @dataclass
 class SpeculativeStats(Stats):
-    """What a run did, summed over its sequences."""
+    """What a run did, summed over its sequences. A decode step is a new token, whichever round it came in."""
 
     rounds: int = 0
     row_rounds: int = 0  # rounds times the sequences that went on in them
     proposed: int = 0
     accepted: int = 0
+    draft_calls: int = 0  # of a model
     draft_seconds: float = 0.0
+    draft_model: GPT | None = None
+
+    def count_round(self, tokens: int, seconds: float) -> None:
+        """Count the new tokens of a round, as `count` does one."""
+        if tokens:
+            self.count(seconds)
+        more = max(0, tokens - 1)  # they came at once
+        self.new_tokens, self.decode_steps = self.new_tokens + more, self.decode_steps + more
 
     def line(self, model: GPT, text: str | None = None) -> str:
         tokens = (self.accepted + self.row_rounds) / max(1, self.row_rounds)
@@ -397,6 +432,13 @@ class SpeculativeStats(Stats):
         speculative = f"{rate} | {tokens:.2f} tokens a round, {self.rounds} rounds | draft {share:.0%} of the time"
         first, *others = super().line(model, text).split("\n")
         return "\n".join([first, speculative, *others])
+
+    def bytes_decoded(self, model: GPT) -> float:
+        lengths = self.prompt_tokens + 1, self.prompt_tokens + self.decode_steps
+        if not self.rounds or model.cache_batch_size != 1:  # how long several sequences are is not known here
+            return 0
+        of_draft = self.draft_calls and self.draft_calls * step_bytes(self.draft_model, *lengths)
+        return of_draft + self.rounds * step_bytes(model, *lengths)
 
 
 class Speculation:
@@ -496,6 +538,7 @@ def speculate(
             f"The session has {session.batch_size} rows and a lookahead of {session.lookahead}: give it one row for "
             f"each of the {len(prompts)} prompts, and a lookahead of {k} at least."
         )
+    stats.draft_model = draft.model
     stats.prompt_tokens = sum(len(ids) for ids in prompts)
     stats.cached_tokens = session.keep_prefix(prompts[0]) if len(prompts) == 1 else session.reset() or 0
     context, longest = math.inf if model.rolls else model.config.block_size, max(len(ids) for ids in prompts)
@@ -564,21 +607,22 @@ def read_round(
     stats: SpeculativeStats,
 ) -> list[list[int]]:
     """What can be passed on of the new tokens of a round, as the device reported it."""
-    passed, new = [], []
+    passed, new, count = [], [], 0
     for text, (*tokens, accepted, proposed, finite) in zip(texts, rows, strict=True):
         before, going = len(text.ids), not text.ended
         if going and not finite:
             raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(session.model)}.")
         released, taken = text.take(tokens[: accepted + 1])
-        for _ in range(taken):
-            stats.count(seconds)
-            seconds = 0.0  # the round's tokens came at once
+        count += taken
         if going and stats.rounds:
             stats.row_rounds, stats.proposed = stats.row_rounds + 1, stats.proposed + proposed
             stats.accepted += accepted
         passed.append(released)
         new.append(text.ids[before:])
-    stats.draft_seconds += run.draft_seconds() if stats.rounds else 0.0
+    stats.count_round(count, seconds)
+    if stats.rounds:
+        stats.draft_seconds += run.draft_seconds()
+        stats.draft_calls += max(row[-2] for row in rows) if draft.model is not None else 0
     draft.extend(new)
     return passed
 
