@@ -17,10 +17,12 @@ Shapes: B sequences, V vocab_size, k proposed tokens.
 """
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +30,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.checkpoint import check_checkpoint_dir, load_model
 from lit_swa.checks import check_range
 from lit_swa.config import VARIANTS, Config, Part
+from lit_swa.fast_decode import compile_decode
+from lit_swa.formats.checkpoint import tokenizer_dir
+from lit_swa.formats.download import find_checkpoint
+from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import (
     NonFiniteLogits,
     Sampler,
@@ -42,13 +49,14 @@ from lit_swa.generate import (
     explain_overflow,
     why_cut,
 )
-from lit_swa.linear_formats import dense_weight, is_linear
+from lit_swa.linear_formats import dense_weight, is_linear, pack_for_cpu
 from lit_swa.model import GPT, KVCache, Slots, SoftmaxAttention
 from lit_swa.rope import Span
 from lit_swa.speed import step_bytes
 from lit_swa.utils import wait_for
 from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 
+SPECULATIVE_K = 1, 64  # least and most tokens that are proposed at a time
 Step = Callable[[Tensor, Tensor], Tensor]  # (idx (B, T), input_pos (T,) or (B, T)) -> logits (B, T, V or more)
 
 # ---------------------------------------------------------------------------------------------------- accept and refuse
@@ -85,8 +93,8 @@ def seen_along(seen: Tensor | None, tokens: Tensor) -> Tensor | None:
     if seen is None:
         return None
     along = [seen]
-    for token in tokens.split(1, dim=1):
-        along.append(along[-1].scatter(1, token, True))
+    for i in range(tokens.size(1)):
+        along.append(along[-1].scatter(1, tokens[:, i : i + 1], True))
     return torch.stack(along, dim=1)
 
 
@@ -302,6 +310,64 @@ class Lookup:
 
     def finish(self, sequences: list[list[int]]) -> None:
         pass
+
+
+def check_request(checkpoint_dir: Path | None, kind: str | None, k: int, window: int) -> None:
+    """Raises ValueError for a draft that cannot be, before any model is loaded."""
+    check_range("speculative_k", k, *SPECULATIVE_K)
+    check_range("draft_window", window, 1, 2**31)
+    if checkpoint_dir is not None and kind is not None:
+        raise ValueError(f"--draft {kind} and --draft_checkpoint_dir are two drafts: give one of them.")
+
+
+def make_draft(kind: str, target: GPT, window: int, compile: bool = False) -> Draft:
+    """The draft of a name that --draft takes. Its model is made of the target as it is by then: packed, or compiled."""
+    if kind == "lookup":
+        return Lookup()
+    if kind not in ("streaming", "self-int4"):
+        raise ValueError(f"There is no draft called {kind!r}: choose from lookup, streaming, self-int4.")
+    model = streaming_copy(target, window) if kind == "streaming" else int4_copy(target)
+    return SelfDraft(model, compile_decode(model) if compile else None)
+
+
+def load_draft(checkpoint_dir: Path, tokenizer: Tokenizer, k: int, compile: bool, target: GPT) -> ModelDraft:
+    """The model of a checkpoint, on the target's device and in its dtype.
+
+    Raises ValueError when its tokenizer is not the target's, and what loading raises.
+    """
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
+    check_checkpoint_dir(checkpoint_dir)
+    check_tokenizers(tokenizer, Tokenizer(tokenizer_dir(checkpoint_dir)))
+    weight = target.transformer.wte.weight
+    model = load_model(checkpoint_dir, dtype=weight.dtype, device=weight.device)
+    decode = compile_decode(model, tokens=2) if compile else None
+    if decode is None:
+        pack_for_cpu(model)
+    sizes = tokenizer.vocab_size, model.config.vocab_size, target.config.vocab_size
+    return ModelDraft(Session(model, lookahead=k, decode=decode), min(sizes))
+
+
+def check_tokenizers(target: Tokenizer, draft: Tokenizer) -> None:
+    """Raises ValueError unless both give every token the same number."""
+    for i in range(max(target.vocab_size, draft.vocab_size)):
+        ours, theirs = target.id_to_token(i), draft.id_to_token(i)
+        if ours != theirs:
+            raise ValueError(
+                f"The draft's tokenizer is another than the target's (token {i} is {theirs!r}, and there {ours!r}): "
+                "give a draft of the same family, or --draft lookup."
+            )
+
+
+def warm_up(session: Session, draft: Draft, k: int, tokens: int) -> float:
+    """Compile what a round calls, with room for so many tokens; returns the seconds that it took."""
+    started = time.perf_counter()
+    rounds = speculate(session, [[0] * 8], draft, speculative_k=k, max_new_tokens=max(1, tokens - 8))
+    for _ in itertools.islice(rounds, 4):  # a CUDA graph is recorded at the second call
+        pass
+    rounds.close()
+    wait_for(session.device)
+    session.reset()
+    return time.perf_counter() - started
 
 
 # --------------------------------------------------------------------------- a model that shares another one's weights
@@ -528,7 +594,7 @@ def speculate(
     """
     model, k, sampling, stats = session.model, speculative_k, sampling or Sampling(), stats or SpeculativeStats()
     prompts = [[int(i) for i in ids] for ids in prompts]
-    check_range("speculative_k", k, 1, 64)
+    check_range("speculative_k", k, *SPECULATIVE_K)
     check_range("max_new_tokens", max_new_tokens, 0, 10**9)
     for ids in prompts:
         check_prompt(model, ids, max_new_tokens)
