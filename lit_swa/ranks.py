@@ -6,6 +6,7 @@ started them has ended the rest by then.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lit_swa.utils import check_devices, pick_device, print_line
+from lit_swa.utils import check_devices, count_cores, pick_device, print_line
 
 if TYPE_CHECKING:
     from lit_swa.parallel import Rank
@@ -47,7 +48,7 @@ def start(count: int) -> NoReturn:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, count_cores() // count)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(x) for name, x in shared.items()}
     processes: list[subprocess.Popen] = []
     end = {number: signal.signal(number, raise_exit) for number in (signal.SIGTERM, getattr(signal, "SIGHUP", 15))}
@@ -81,7 +82,7 @@ def wait_for_all(processes: list[subprocess.Popen]) -> int:
             time.sleep(0.02)
             continue
         code, rank = min(failed)  # a signal is negative: what it ended is the cause of what failed beside it
-        if code < 0:
+        if code < 0 and -code != getattr(signal, "SIGALRM", 0):  # that one has said why it ends
             name = signal.Signals(-code).name
             print_line(f"error: process {rank} of {len(processes)} was ended by {name}: was there too little memory?")
         return code if code > 0 else 2
@@ -139,7 +140,19 @@ def connected(device: str, index: int, size: int) -> Iterator[None]:
         options = {"backend": "nccl", "device_id": torch.device(device)}
     dist.init_process_group(rank=index, world_size=size, **options)
     yield
+    forget_graphs()
     dist.destroy_process_group()  # not after an error: the others may wait for this process in a sum
+
+
+def forget_graphs() -> None:
+    """Free the CUDA graphs that nobody uses any more: NCCL waits for those that hold its sums before it ends."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+        gc.collect()
 
 
 @contextlib.contextmanager
@@ -163,10 +176,19 @@ def speaking_once(index: int) -> Iterator[None]:
         sys.exit(130)
     except Exception as e:
         if lost_another(e):
+            end_by_force()
             sys.exit(2)  # it has said why, or whoever started it does
         if index > 0:
             time.sleep(PATIENCE)
+        end_by_force()
         raise
+
+
+def end_by_force() -> None:
+    """End this process in a while if it has not ended by itself: NCCL may wait for the others for ever."""
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(4 * PATIENCE))
 
 
 def lost_another(error: Exception) -> bool:

@@ -139,6 +139,11 @@ def count_processes(devices: int, num_nodes: int) -> tuple[int, int]:
     return per_node, world // per_node
 
 
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_devices(device: str, count: int) -> None:
     """Raises ValueError when this machine cannot run so many processes on such a device.
 
@@ -155,7 +160,7 @@ def check_devices(device: str, count: int) -> None:
         if number.isdigit() and int(number) >= there:
             raise ValueError(f"device={device!r} does not fit: this machine has {there} GPUs, counted from 0.")
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     started = {"LOCAL_RANK", "SLURM_LOCALID"} & os.environ.keys()
     if count > max(2, cores) and not started:
         raise ValueError(

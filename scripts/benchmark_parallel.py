@@ -56,8 +56,10 @@ def main(
             for position in positions:
                 timing = {"position": position, "steps": steps, "repeats": repeats, "compiled": compile}
                 one = measure(config, mode, ALONE, device, **timing) if rank.index == 0 else None
+                ranks.forget_graphs()
                 ranks.from_first(None, rank)  # the others wait until the first has measured alone
                 split = measure(config, mode, rank, device, **timing)
+                ranks.forget_graphs()
                 if rank.index == 0:
                     rows.append({"mode": mode, "position": position, "one": one, "split": split})
                     rows[-1]["ratio"] = split["tokens_per_second"] / one["tokens_per_second"]
