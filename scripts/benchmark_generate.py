@@ -1,261 +1,489 @@
-"""Measure prefill and decode against transformers: python scripts/benchmark_generate.py."""
+"""Measure prefill and decode beside peers: python scripts/benchmark_generate.py."""
 
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+class Mode(NamedTuple):
+    """The dtype of the activations, and how the weights are held: dense, or in bits and groups of inputs."""
+
+    dtype: str
+    bits: int | None = None
+    group: int = 0  # of 4 bits; 0: the largest that divides the rows
+    gguf: str | None = None  # the nearest that llama.cpp has
+
+
+MODES = {
+    "fp32": Mode("float32", gguf="F32"),
+    "bf16": Mode("bfloat16", gguf="BF16"),
+    "fp16": Mode("float16", gguf="F16"),
+    "int8": Mode("bfloat16", 8, gguf="Q8_0"),
+    "int4": Mode("bfloat16", 4, gguf="Q4_0"),
+    "int4-g32": Mode("bfloat16", 4, 32, gguf="Q4_0"),
+    "int4-g64": Mode("bfloat16", 4, 64, gguf="Q4_0"),
+    "int4-g128": Mode("bfloat16", 4, 128, gguf="Q4_0"),
+}
+PEERS = ("transformers", "gpt-fast", "llama.cpp", "static")  # ours are compared with the first one that is there
 
 
 def main(
     checkpoint_dir: Path | None = None,
     name: str | None = None,
+    modes: list[str] | None = None,
     dtypes: list[str] | None = None,
     device: str = "auto",
     prompt_tokens: int = 1024,
     positions: list[int] | None = None,
+    batch_size: list[int] | None = None,
     steps: int = 32,
     repeats: int = 5,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    eager: bool = True,
     compile: bool = False,
+    compile_times: bool = False,
     transformers: bool = True,
+    llama_cpp: bool = True,
+    gpt_fast: Path | None = None,
     output: Path = Path("tutorials/results/benchmark_generate.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print tokens per second of prefill, and of decode at several positions, next to those of transformers.
+    """Print tokens per second of prefill, and of decode for several positions and batch sizes, beside peers.
 
-    All read the same random tokens with the same weights and alternate, `repeats` times; medians are given.
+    All read the same random tokens with the same shapes and alternate, `repeats` times; medians are given. Peers are
+    transformers (eager; on a GPU also with its static cache, compiled), on a CPU llama.cpp where xllamacpp can be
+    imported, and on a GPU gpt-fast; the last two with one sequence alone.
 
     Args:
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         name: A named shape, such as Mistral-7B-v0.1, with random weights in place of a checkpoint: speed does not
             depend on the weights.
-        dtypes: float32, bfloat16, float16. By default float32 and bfloat16 on a CPU, bfloat16 on a GPU.
+        modes: How weights are held: fp32, bf16, fp16, int8, int4, int4-g32, int4-g64, int4-g128 (weights alone, by
+            rounding; activations are bfloat16). By default fp32 and bf16 on a CPU, bf16 on a GPU.
+        dtypes: The modes of dense weights by other names: float32, bfloat16, float16.
         device: auto, cpu or cuda.
-        prompt_tokens: Tokens of the prefill that is timed.
+        prompt_tokens: Tokens of the prefill that is timed; 0 for none.
         positions: Where decoding is timed. By default 256 and 4000.
+        batch_size: How many sequences are decoded together, or several such numbers.
         steps: How many one-token steps are timed together.
         repeats: How often each is timed; the median counts.
+        temperature: How tokens are chosen, by everyone; 0 takes the likeliest.
+        top_k: Sample among the k likeliest tokens.
+        eager: Measure the step that is not compiled.
         compile: Measure the compiled decode step too.
+        compile_times: Measure how long compiling takes, without and with what an earlier run has kept of it.
         transformers: Measure transformers too.
-        output: Where the JSON goes.
+        llama_cpp: Measure llama.cpp too.
+        gpt_fast: The directory of a clone of gpt-fast, to measure it too.
+        output: Where the JSON goes; a picture goes next to it.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
     import torch
 
     from lit_swa.formats.files import write_json
+    from lit_swa.generate import Sampling
+    from lit_swa.plots import check_output, draw_results
+    from lit_swa.speed import copy_rate
     from lit_swa.utils import describe_machine, pick_device
+    from scripts.peers.decode import Cell
 
-    device = pick_device(device)
-    arguments = {"name": name, "prompt_tokens": prompt_tokens, "steps": steps, "repeats": repeats, "model": model}
-    if transformers:
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-    rows = []
-    for dtype in dtypes or (["float32", "bfloat16"] if device == "cpu" else ["bfloat16"]):
-        weights = load(checkpoint_dir, name, dtype, device, model or {})
-        ways = {"ours": prepare(weights, device)}
-        if compile:
-            ways["compiled"] = prepare(weights, device, compiled=True)
-        if transformers:
-            ways["transformers"] = build_transformers(weights, dtype, device)
-        with torch.inference_mode():
-            rows.append({"dtype": dtype, "what": "prefill"} | measure_prefill(ways, weights, prompt_tokens, repeats))
-            report(rows[-1])
-            for row in measure_decode(ways, weights, positions or [256, 4000], steps, repeats):
-                rows.append({"dtype": dtype, "what": "decode"} | row)
-                report(rows[-1])
-        del weights, ways
+    device, sampling = pick_device(device), Sampling(temperature, top_k)
+    modes = pick_modes(modes, dtypes, device)
+    cells = [Cell(b, p, steps) for b in batch_size or [1] for p in positions or [256, 4000]]
+    if min(min(map(min, cells)), repeats) < 1 or prompt_tokens < 0 or not (eager or compile):
+        raise ValueError("positions, batch_size, steps and repeats must be at least 1, and eager or compile true.")
+    check_output(output)
+    asked = {"checkpoint_dir": checkpoint_dir and str(checkpoint_dir), "name": name, "model": model, "repeats": repeats}
+    result: dict[str, Any] = {
+        "command": "python " + shlex.join(sys.argv).partition(" --output")[0],
+        "machine": describe_machine(device),
+        "arguments": asked | {"temperature": temperature, "top_k": top_k},
+        "copy_rate": copy_rate(torch.device(device)),
+        "compile": [],
+        "rows": [],
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
-    machine = describe_machine(device)
-    write_json(output, {"command": command, "machine": machine, "arguments": arguments, "rows": rows})
-    print(f"written to {output}", file=sys.stderr)
+    # Every batch size and length of caches is compiled anew, for itself, as a run of that size alone would be.
+    if compile or device != "cpu":
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4
+    for mode in modes:
+        source = Source(checkpoint_dir, name, mode, device, model or {})
+        if compile and compile_times:
+            result["compile"].append({"mode": mode} | time_compiling(source))
+            print("{mode}: compiled in {cold_s:.1f} s, again in {warm_s:.1f} s".format(**result["compile"][-1]))
+        weights = load(source)
+        ways = ours(weights, sampling, eager, compile)
+        wanted = {"transformers": transformers, "llama.cpp": llama_cpp, "gpt-fast": gpt_fast}
+        ways |= peers(weights, MODES[mode], sampling, max(p + n for _, p, n in cells), wanted)
+        with torch.inference_mode():
+            for row in measure(ways, weights, cells, prompt_tokens, repeats, result["copy_rate"]):
+                result["rows"].append({"mode": mode} | row)
+                report(result["rows"][-1])
+                write_json(output, result)  # what is done is kept
+        del weights, ways
+    draw_results(output, lambda plt: draw(plt, result))
 
 
-def load(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str, overrides: dict[str, Any]):
-    """The plain model."""
+def pick_modes(modes: list[str] | None, dtypes: list[str] | None, device: str) -> list[str]:
+    """Names of MODES. Raises ValueError for one that there is not."""
+    if modes and dtypes:
+        raise ValueError("modes and dtypes are both given: give modes alone.")
+    named = {mode.dtype: name for name, mode in MODES.items() if mode.bits is None}
+    chosen = [name for text in modes or dtypes or [] for name in text.split(",")]
+    chosen = [named.get(name, name) for name in chosen] or (["fp32", "bf16"] if device == "cpu" else ["bf16"])
+    if unknown := [name for name in chosen if name not in MODES]:
+        raise ValueError(f"There is no mode {unknown[0]!r}: choose from {', '.join(MODES)}.")
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+class Source(NamedTuple):
+    """Where a model comes from, and how its weights are held."""
+
+    checkpoint_dir: Path | None
+    name: str | None
+    mode: str
+    device: str
+    overrides: dict[str, Any]
+
+
+def load(source: Source):
+    """The model, before anything makes it faster."""
     from lit_swa import Config
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.download import find_checkpoint
+    from lit_swa.linear_formats import is_plain
 
-    if name is None:
-        return load_model(find_checkpoint(checkpoint_dir), dtype=dtype, device=device, **overrides)
-    return random_model(Config.from_name(name, **overrides), dtype, device)
+    mode = MODES[source.mode]
+    if source.name is not None:
+        return random_model(Config.from_name(source.name, **source.overrides), mode, source.device)
+    found = find_checkpoint(source.checkpoint_dir)
+    model = load_model(found, dtype=mode.dtype, device=source.device, **source.overrides)
+    for name, module in list(model.named_modules()):
+        if is_plain(module) and mode.bits is not None:
+            model.set_submodule(name, quantized(name, module, mode))
+    return model
 
 
-def random_model(config, dtype: str, device: str):
+def random_model(config, mode: Mode, device: str):
+    """A model of random weights. Only one of its layers is dense at a time, so that a large one fits."""
     import torch
 
     from lit_swa import GPT
+    from lit_swa.linear_formats import is_linear
 
-    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_default_dtype(getattr(torch, mode.dtype))
     try:
-        with torch.device(device):
-            return GPT(config).eval()
+        with torch.device("meta"):
+            model = GPT(config).eval()
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "reset_parameters"):
+                module.to_empty(device=device, recurse=False)
+                module.reset_parameters()
+            if is_linear(module) and mode.bits is not None:
+                model.set_submodule(name, quantized(name, module, mode))
     finally:
         torch.set_default_dtype(torch.float32)
+    if mode.bits is None:
+        model.tie_weights()
+    model.rope.to(device)
+    return model
 
 
-def prepare(weights, device: str, compiled: bool = False):
-    """(model, its compiled step or None), as generate/base.py runs them; the weights are shared where they can be."""
-    import torch
+def quantized(name: str, linear, mode: Mode):
+    """The layer with its weight in 8 or 4 bits, rounded; the last projection always in 8."""
+    from lit_swa.quantize import Int4Linear, Int8Linear
+    from lit_swa.weight_only import GROUP_SIZES, round_groups
 
-    from lit_swa import GPT
+    weight = linear.weight.detach().float()
+    if mode.bits == 8 or name == "lm_head":
+        return Int8Linear.from_weight(weight, linear.bias)
+    group = mode.group or next(size for size in reversed(GROUP_SIZES) if weight.size(1) % size == 0)
+    return Int4Linear.from_codes(*round_groups(weight, group), linear.bias)
+
+
+def copy_of(model):
+    """A model of its own that shares the weights, so that each can be made faster in its own way."""
+    import copy
+
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+# -------------------------------------------------------------------------------------------------------- what is timed
+
+
+class Ours:
+    """This project's model, plain or by its compiled step, measured as the peers are: see scripts/peers/decode.py."""
+
+    def __init__(self, model, sampling, step: Callable | None = None) -> None:
+        self.model, self.sampling, self.step = model, sampling, step
+        self.reads, self.batches = step is None, True  # a compiled step reads no prompts
+        self.logits: dict[Any, Any] = {}  # cell -> the last ones; None: the prompt's
+        self.sizes: dict[Any, dict[str, float]] = {}  # cell -> bytes
+
+    def prefill(self, ids) -> None:
+        from lit_swa.generate import Session
+
+        self.model.clear_kv_cache()  # making the caches is part of it, as for transformers
+        self.logits[None] = Session(self.model).feed(ids)
+
+    def decode(self, ids, cell) -> Callable[[], None]:
+        import torch
+
+        from lit_swa.speed import step_bytes
+
+        model, last = self.model, cell.position + cell.steps
+        caches = self.fill(ids, cell)
+        read = step_bytes(model, cell.position + 1, last, cell.batch_size)
+        self.sizes[cell] = {"read_bytes": read, "cache_bytes": model.kv_cache_bytes()}
+        first, sampler = cell.first_tokens(ids), cell.sampler(self.sampling, ids)
+        input_pos = torch.tensor([cell.position], device=ids.device)
+
+        def run() -> None:
+            vars(model).update(caches[0])
+            for attn, cache in zip(model.layers, caches[1], strict=True):
+                attn.kv_cache = cache
+            token = first
+            input_pos.fill_(cell.position)
+            for p in range(cell.position, last):  # token and position stay on the device
+                if self.step is None:
+                    logits = model(token, input_pos, input_pos_maxp1=p + 1)
+                else:
+                    logits = self.step(token, input_pos)
+                token = sampler.choose(logits[:, -1])
+                input_pos.add_(1)
+            self.logits[cell] = logits
+
+        return run
+
+    def fill(self, ids, cell) -> tuple[dict[str, int], list]:
+        """Caches that hold the text up to the cell's position, for each sequence, and the model's sizes of them.
+
+        One sequence is read, and copied to the others.
+        """
+        from lit_swa.generate import Session
+
+        model, lookahead = self.model, cell.steps if self.step is None else 0  # to go back; a fixed shape does without
+        model.clear_kv_cache()
+        session = Session(model, lookahead=lookahead)
+        session.reserve(cell.position + cell.steps)
+        session.feed(ids[:, : cell.position])
+        if cell.batch_size > 1:
+            filled = model.caches
+            model.set_kv_cache(cell.batch_size, model.max_seq_length, lookahead=lookahead)
+            for cache, one in zip(model.caches, filled, strict=True):
+                for held, row in zip(cache.buffers(), one.buffers(), strict=True):
+                    held.copy_(row)  # (1, ...) to (B, ...)
+        sizes = {name: getattr(model, name) for name in ("cache_batch_size", "max_seq_length", "lookahead")}
+        return sizes, [attn.kv_cache for attn in model.layers]
+
+
+def ours(weights, sampling, eager: bool, compile: bool) -> dict[str, Any]:
+    """As generate/base.py runs it."""
     from lit_swa.fast_decode import compile_decode
     from lit_swa.linear_formats import pack_for_cpu
 
-    with torch.device("meta"):
-        model = GPT(weights.config).eval()
-    model.load_state_dict(weights.state_dict(), assign=True)
-    model.tie_weights()
-    model = model.to(device)
-    if compiled:
-        return model, compile_decode(model)
-    pack_for_cpu(model)
-    return model, None
+    ways = {}
+    if eager:
+        model = copy_of(weights)
+        pack_for_cpu(model)
+        ways["ours"] = Ours(model, sampling)
+    if compile:
+        model = copy_of(weights)
+        ways["compiled"] = Ours(model, sampling, compile_decode(model))
+    return ways
 
 
-def build_transformers(weights, dtype: str, device: str):
-    """transformers' model of the same config and weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def peers(weights, mode: Mode, sampling, length: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The peers that are wanted, there, and fit. length: tokens of the longest text. stderr says why one is missing."""
+    from scripts.peers import decode
 
-    from lit_swa.formats.files import LazyTensor
-    from lit_swa.formats.hugging_face import config_to_hf, to_hf
-
-    config = AutoConfig.for_model(**config_to_hf(weights.config))
-    state = weights.state_dict()
-    if weights.config.tie_embeddings:
-        del state["lm_head.weight"]
-    lazy = {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}
-    with torch.device(device):
-        theirs = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    theirs.load_state_dict({n: t.load() for n, t in to_hf(lazy, weights.config).items()}, strict=False)
-    theirs.tie_weights()
-    return theirs.eval()
-
-
-def measure_prefill(ways: dict[str, Any], weights, tokens: int, repeats: int) -> dict[str, Any]:
-    from lit_swa.generate import Session
-
-    ids = random_ids(weights, tokens)
-    model = ways["ours"][0]
-
-    def ours() -> None:
-        model.clear_kv_cache()  # making the caches is part of it, as for transformers
-        Session(model).feed(ids)
-
-    runs = {"ours": ours}
-    if "transformers" in ways:
-        runs["transformers"] = lambda: ways["transformers"](ids, use_cache=True, logits_to_keep=1)
-    seconds = alternate(runs, repeats, ids.device)
-    return {"tokens": tokens} | {who: tokens / s for who, s in seconds.items()}
+    cpu = weights.transformer.wte.weight.device.type == "cpu"
+    builders: dict[str, Callable] = {}
+    if wanted["transformers"] and mode.bits is None:
+        builders["transformers"] = lambda: decode.Transformers(weights, sampling)
+    if wanted["llama.cpp"] and cpu:
+        builders["llama.cpp"] = lambda: decode.LlamaCpp(weights, sampling, mode.gguf, length)
+    if wanted["gpt-fast"] and not cpu:
+        builders["gpt-fast"] = lambda: decode.GptFast(weights, sampling, mode.bits, wanted["gpt-fast"])
+    ways: dict[str, Any] = {}
+    for name, build in builders.items():
+        try:
+            ways[name] = build()
+        except (ImportError, decode.LeftOut) as reason:
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+    if "transformers" in ways and not cpu:
+        ways["static"] = decode.StaticTransformers(ways["transformers"].model, sampling)
+    return ways
 
 
-def measure_decode(ways: dict[str, Any], weights, positions: list[int], steps: int, repeats: int) -> list[dict]:
-    """A row for each position. All positions alternate, each with caches of its own."""
-    import torch
-
-    from lit_swa.generate import Session
-
-    ids = random_ids(weights, max(positions))
-    device, token = ids.device, ids[:, :1]
-
-    def ours(position: int, model, step):
-        model.clear_kv_cache()
-        session = Session(model, lookahead=steps)  # each round goes back to where it began
-        session.reserve(position + steps)
-        session.feed(ids[:, :position])
-        cache = caches_of(model)
-        cache_bytes[position] = model.kv_cache_bytes()
-
-        def run() -> None:
-            put_caches(model, *cache)
-            for p in range(position, position + steps):
-                input_pos = torch.arange(p, p + 1, device=device)
-                logits = step(token, input_pos) if step else model(token, input_pos, input_pos_maxp1=p + 1)
-                logits.argmax(-1)
-
-        return run
-
-    def theirs(position: int, model):
-        cache = model(ids[:, :position], use_cache=True, logits_to_keep=1).past_key_values
-
-        def run() -> None:
-            for _ in range(steps):
-                model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
-            if not weights.unbounded(cached=True):  # where a window has passed, the oldest keys are gone for good
-                cache.crop(-steps)
-
-        return run
-
-    runs, cache_bytes = {}, {}
-    for position in positions:
-        for who, way in ways.items():
-            runs[who, position] = theirs(position, way) if who == "transformers" else ours(position, *way)
-    seconds = alternate(runs, repeats, device)
-    rows = []
-    for position in positions:
-        row = {"position": position} | {who: steps / seconds[who, position] for who in ways}
-        rows.append(row | {"cache_MB": cache_bytes[position] / 1e6})
-        if device.type == "cuda":
-            rows[-1]["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
-    return rows
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def caches_of(model) -> tuple[int, list]:
-    """(max_seq_length, each layer's cache) of a model, to be put back by put_caches."""
-    return model.max_seq_length, [block.attn.kv_cache for block in model.transformer.h]
+def measure(ways: dict, weights, cells: list, prompt_tokens: int, repeats: int, copied: float | None) -> Iterator[dict]:
+    """A row for the prefill, and one for each cell. copied: the copy rate."""
+    ids = random_ids(weights, max(prompt_tokens, *(cell.position for cell in cells), 1))
+    if prompt_tokens:
+        prompt = ids[:, :prompt_tokens]
+        runs = {(name, None): lambda way=way: way.prefill(prompt) for name, way in ways.items() if way.reads}
+        times = alternate(runs, repeats, ids.device)
+        yield {"what": "prefill", "tokens": prompt_tokens} | summarize(times, ways, None, prompt_tokens, None)
+    # A GPU's graphs and caches are large: a cell after the other. On a CPU all cells alternate, since its speed drifts.
+    for group in [cells] if ids.device.type == "cpu" else [[cell] for cell in cells]:
+        pairs = [(name, cell) for cell in group for name in ways if ways[name].batches or cell.batch_size == 1]
+        runs = {(name, cell): ways[name].decode(ids, cell) for name, cell in pairs}
+        times = alternate(runs, repeats, ids.device)
+        for cell in group:
+            figures = summarize(times, ways, cell, cell.batch_size * cell.steps, copied)
+            yield {"what": "decode"} | cell._asdict() | figures
 
 
-def put_caches(model, max_seq_length: int, caches: list) -> None:
-    model.max_seq_length = max_seq_length
-    for block, cache in zip(model.transformer.h, caches, strict=True):
-        block.attn.kv_cache = cache
-
-
-def random_ids(weights, tokens: int):
-    import torch
-
-    device = weights.transformer.wte.weight.device
-    return torch.randint(0, weights.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1)).to(
-        device
-    )
-
-
-def alternate(runs: dict, repeats: int, device) -> dict:
-    """Median seconds of each, run alternately after one round of warming up."""
+def alternate(runs: dict, repeats: int, device) -> dict[Any, tuple[float, float]]:
+    """For each, the median of its seconds, run alternately, after a round of warming up; and the seconds of that."""
     from statistics import median
 
     from lit_swa.utils import wait_for
 
-    times = {who: [] for who in runs}
-    for round_ in range(repeats + 1):
-        for who, run in runs.items():
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    for _ in range(repeats + 1):
+        for key, run in runs.items():
             wait_for(device)
             started = time.perf_counter()
-            run()
+            own = run()
             wait_for(device)
-            if round_:
-                times[who].append(time.perf_counter() - started)
-    return {who: median(seconds) for who, seconds in times.items()}
+            times[key].append(time.perf_counter() - started if own is None else own)
+    return {key: (median(seconds[1:]), seconds[0]) for key, seconds in times.items()}
+
+
+def summarize(times: dict, ways: dict, cell, tokens: int, copied: float | None) -> dict[str, Any]:
+    """The figures of one row. cell: None for the prefill. tokens: how many were read or made in the seconds."""
+    import torch
+
+    row: dict[str, Any] = {"ways": {}}
+    for name, way in ways.items():
+        if (name, cell) not in times:
+            continue
+        seconds, first = times[name, cell]
+        figures = row["ways"][name] = {"tok_s": tokens / seconds, "first_round_s": first}
+        if cell is not None:
+            figures["step_ms"] = seconds * 1e3 / cell.steps
+        if isinstance(way, Ours):
+            row |= way.sizes.get(cell, {})
+            if copied is not None and cell is not None:
+                figures["share"] = row["read_bytes"] * cell.steps / seconds / copied
+            figures["finite"] = bool(torch.isfinite(way.logits[cell]).all())
+    if torch.cuda.is_available():
+        row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return row
+
+
+def random_ids(weights, tokens: int):
+    """(1, T)"""
+    import torch
+
+    generator, device = torch.Generator().manual_seed(1), weights.transformer.wte.weight.device
+    return torch.randint(0, weights.config.vocab_size, (1, tokens), generator=generator).to(device)
+
+
+def time_compiling(source: Source) -> dict[str, float]:
+    """Seconds until the compiled step runs, in two new processes: the first one finds nothing compiled, the second what
+    the first has kept."""
+    import os
+    import tempfile
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    before, seconds = dict(os.environ), []
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": f"{directory}/triton"}
+        try:
+            for _ in range(2):
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    seconds.append(pool.submit(compile_once, source).result())
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+    return dict(zip(("cold_s", "warm_s"), seconds, strict=True))
+
+
+def compile_once(source: Source) -> float:
+    from lit_swa.fast_decode import compile_decode, warm_up
+    from lit_swa.generate import Session
+
+    model = load(source)
+    return warm_up(Session(model, decode=compile_decode(model)), min(512, model.config.block_size))
+
+
+# ------------------------------------------------------------------------------------------------- printing and drawing
 
 
 def report(row: dict[str, Any]) -> None:
-    where = f"{row['tokens']} tokens" if row["what"] == "prefill" else f"at position {row['position']}"
-    line = f"{row['dtype']:9} {row['what']:8} {where:17}"
-    for who in ("ours", "compiled", "transformers"):
-        if who in row:
-            ratio = (
-                f" ({row[who] / row['transformers']:.2f}x)" if "transformers" in row and who != "transformers" else ""
-            )
-            line += f"  {who} {row[who]:.1f} tok/s{ratio}"
-    line += f"  cache {row['cache_MB']:.1f} MB" if "cache_MB" in row else ""
-    line += f"  peak {row['peak_GB']:.1f} GB" if "peak_GB" in row else ""
-    print(line, flush=True)
+    """A line for what is measured, and one for each way."""
+    if row["what"] == "prefill":
+        print(f"{row['mode']}: prefill of {row['tokens']} tokens")
+    else:
+        sizes = f"a step reads {row['read_bytes'] / 1e9:.3f} GB, the caches take {row['cache_bytes'] / 1e9:.3f} GB"
+        print(f"{row['mode']}: decode at position {row['position']}, batch {row['batch_size']}; {sizes}")
+    peer = next((name for name in PEERS if name in row["ways"]), None)
+    for name, figures in row["ways"].items():
+        line = f"  {name:12} {figures['tok_s']:9.1f} tok/s"
+        line += f" {figures['step_ms']:8.2f} ms" if "step_ms" in figures else ""
+        line += f" {figures['share']:5.0%} of the copy rate" if "share" in figures else ""
+        if peer is not None and name not in PEERS:
+            line += f"  {figures['tok_s'] / row['ways'][peer]['tok_s']:.2f}x {peer}"
+        if not figures.get("finite", True):
+            line += "  its logits are no finite numbers: this dtype is too small for the activations"
+        print(line, flush=True)
+
+
+def draw(plt: Any, result: dict[str, Any]) -> Any:
+    """Decode over the positions, and over the batch sizes where there are several."""
+    from lit_swa.plots import set_title
+
+    rows = [row for row in result["rows"] if row["what"] == "decode"]
+    batches, positions = (sorted({row[key] for row in rows}) for key in ("batch_size", "position"))
+    panels = ["position"] * (len(positions) > 1) + ["batch_size"] * (len(batches) > 1) or ["position"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False, layout="constrained")
+    model = result["arguments"]["name"] or Path(result["arguments"]["checkpoint_dir"] or "SmolLM2-135M-Instruct").name
+    set_title(figure, f"decode of {model}", result["machine"])
+    for axis, across in zip(axes[0], panels, strict=True):
+        fixed, value = ("batch_size", batches[0]) if across == "position" else ("position", positions[0])
+        draw_panel(axis, [row for row in rows if row[fixed] == value], across)
+        axis.set_title(f"{'batch' if across == 'position' else 'position'} {value}", fontsize=10)
+    return figure
+
+
+def draw_panel(axis: Any, rows: list[dict], across: str) -> None:
+    """A curve for each way and mode: the way has a colour, the mode a kind of line."""
+    from lit_swa.plots import DASHES, log_axis, style_of, token_axis
+
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, figures in row["ways"].items():
+            curves.setdefault((name, row["mode"]), []).append((row[across], figures["tok_s"]))
+    modes, places = list(dict.fromkeys(mode for _, mode in curves)), sorted({row[across] for row in rows})
+    for (name, mode), points in sorted(curves.items(), key=lambda curve: -curve[1][-1][1]):
+        style = style_of(name).of_line() | {"linestyle": DASHES[modes.index(mode) % len(DASHES)]}
+        axis.plot(*zip(*sorted(points), strict=True), label=f"{name}, {mode}", **style)
+    axis.set_ylabel("decode (tok/s)")
+    if across == "position":
+        token_axis(axis, max(places) * 21 // 20)
+        axis.set_xlabel("position (tokens)")
+    else:
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set(xlabel="batch size (sequences)", xticks=places, xticklabels=[str(place) for place in places])
+    log_axis(axis)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 if __name__ == "__main__":
