@@ -279,7 +279,7 @@ class Ours:
         session.feed(ids[:, : cell.position])
         if cell.batch_size > 1:
             filled = model.caches
-            model.set_kv_cache(cell.batch_size, model.max_seq_length, lookahead=lookahead)
+            Session(model, cell.batch_size, lookahead=lookahead).reserve(cell.position + cell.steps)
             for cache, one in zip(model.caches, filled, strict=True):
                 for held, row in zip(cache.buffers(), one.buffers(), strict=True):
                     held.copy_(row)  # (1, ...) to (B, ...)
@@ -342,6 +342,7 @@ def measure(ways: dict, weights, cells: list, prompt_tokens: int, repeats: int, 
         pairs = [(name, cell) for cell in group for name in ways if ways[name].batches or cell.batch_size == 1]
         runs = {(name, cell): ways[name].decode(ids, cell) for name, cell in pairs}
         times = alternate(runs, repeats, ids.device)
+        del runs  # and the caches in it
         for cell in group:
             figures = summarize(times, ways, cell, cell.batch_size * cell.steps, copied)
             yield {"what": "decode"} | cell._asdict() | figures
