@@ -18,9 +18,9 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.config import Config
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
-from lit_swa.memory import format_bytes, free_memory, peak_memory, require_memory
+from lit_swa.memory import free_memory, require_memory
 from lit_swa.model import GPT
-from lit_swa.speed import StepTrace, copy_rate, step_bytes
+from lit_swa.speed import StepTrace, memory_line, step_bytes
 from lit_swa.utils import format_rate, wait_for
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -513,23 +513,12 @@ class Stats:
         cached = f", {self.cached_tokens} prompt tokens in it" if self.cached_tokens else ""
         lines = [
             f"prefill {fed} tokens{rates[0]} | {first} | decode {self.decode_steps} steps{rates[1]}",
-            self.memory_line(model),
+            memory_line(model, self.bytes_decoded(model), self.decode_seconds),
             f"{describe_attention(model)} | cache {model.kv_cache_bytes() / 1e6:.1f} MB{cached}",
         ]
         if text is not None and (self.cut or self.new_tokens and not text):
             lines.append(self.cut or "The model stopped at once: there is no text.")
         return "\n".join(line for line in lines if line)
-
-    def memory_line(self, model: GPT) -> str:
-        """What decode read per second, its share of the device's copy rate, and the peak of the memory."""
-        device = model.transformer.wte.weight.device
-        peak, parts = peak_memory(device), []  # before the copy that is timed
-        rate = self.bytes_decoded(model) / self.decode_seconds if self.decode_seconds > 0 else 0
-        if rate:
-            copied = copy_rate(device)
-            share = "" if copied is None else f", {rate / copied:.0%} of the copy rate of {format_bytes(copied)}/s"
-            parts.append(f"decode read {format_bytes(rate)}/s{share}")
-        return " | ".join(parts + ([f"peak memory {format_bytes(peak)}"] if peak else []))
 
     def bytes_decoded(self, model: GPT) -> float:
         """Bytes that the decode steps read, by step_bytes."""

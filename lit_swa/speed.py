@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from lit_swa.formats.files import copy_file
 from lit_swa.linear_formats import INJECTED, is_linear, weight_bytes
-from lit_swa.memory import free_memory
+from lit_swa.memory import format_bytes, free_memory, peak_memory
 from lit_swa.model import GPT, KVCache
 from lit_swa.utils import wait_for
 
@@ -89,6 +89,18 @@ def copy_rate(device: torch.device) -> float | None:
         wait_for(device)
         seconds.append(time.perf_counter() - started)
     return 2 * size * copies / max(min(seconds), 1e-9)
+
+
+def memory_line(model: GPT, read: float, seconds: float) -> str:
+    """For people: what decode read per second, its share of the copy rate, and the peak of the memory. read: bytes, 0
+    where they are not known."""
+    device = model.transformer.wte.weight.device
+    peak, parts = peak_memory(device), []  # before the copy that is timed
+    if read and seconds > 0:
+        rate, copied = read / seconds, copy_rate(device)
+        share = "" if copied is None else f", {rate / copied:.0%} of the copy rate of {format_bytes(copied)}/s"
+        parts.append(f"decode read {format_bytes(rate)}/s{share}")
+    return " | ".join(parts + ([f"peak memory {format_bytes(peak)}"] if peak else []))
 
 
 # ---------------------------------------------------------------------------------------------------- a trace of steps

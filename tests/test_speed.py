@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from lit_swa import generate as generate_file
+from lit_swa import speed
 from lit_swa.generate import Session, Stats, generate
 from lit_swa.memory import peak_memory
 from lit_swa.quantize import Int8Linear
@@ -77,7 +77,7 @@ def test_lengths_are_averaged_over_the_steps():
 
 def test_the_line_gives_the_rates_of_its_counters(tiny_model, monkeypatch):
     """Catches: a rate of the prompt's tokens, of the first token's step, a share of another rate."""
-    monkeypatch.setattr(generate_file, "copy_rate", lambda device: 8 * WEIGHTS)
+    monkeypatch.setattr(speed, "copy_rate", lambda device: 8 * WEIGHTS)
     model, stats = tiny_model(), Stats()
     list(generate(model, list(range(10)), 5, stats=stats))
     stats.prefill_seconds, stats.decode_seconds = 0.5, 2.0
@@ -98,7 +98,7 @@ def test_no_figure_is_made_up(tiny_model, monkeypatch, steps, seconds):
     stats = Stats(prompt_tokens=3, new_tokens=steps + 1, decode_steps=steps, decode_seconds=seconds)
     speeds, memory = stats.line(tiny_model()).splitlines()[:2]
     assert "tok/s" not in speeds and memory.startswith("peak memory ")
-    monkeypatch.setattr(generate_file, "copy_rate", lambda device: None)
+    monkeypatch.setattr(speed, "copy_rate", lambda device: None)
     stats.decode_steps, stats.decode_seconds = 4, 1.0
     assert "%" not in stats.line(tiny_model()) and "decode read" in stats.line(tiny_model())
 
