@@ -480,6 +480,7 @@ class SpeculativeStats(Stats):
     row_rounds: int = 0  # rounds times the sequences that went on in them
     proposed: int = 0
     accepted: int = 0
+    refused: int = 0  # one in a round at most: what was proposed behind it is not judged
     draft_calls: int = 0  # of a model
     draft_seconds: float = 0.0
     draft_model: GPT | None = None
@@ -682,7 +683,7 @@ def read_round(
         count += taken
         if going and stats.rounds:
             stats.row_rounds, stats.proposed = stats.row_rounds + 1, stats.proposed + proposed
-            stats.accepted += accepted
+            stats.accepted, stats.refused = stats.accepted + accepted, stats.refused + (accepted < proposed)
         passed.append(released)
         new.append(text.ids[before:])
     stats.count_round(count, seconds)
