@@ -242,7 +242,7 @@ class SelfDraft:
     context = math.inf  # that of the target
 
     def __init__(self, model: GPT, decode: Step | None = None) -> None:
-        """model: made by streaming_copy or share_modules. decode: its compiled step, of one token."""
+        """model: made by streaming_copy or int4_copy. decode: its compiled step, of one token."""
         self.model, self.decode = model, decode
 
     def check(self, target: GPT, longest: int) -> None:
@@ -361,8 +361,9 @@ def check_tokenizers(target: Tokenizer, draft: Tokenizer) -> None:
 def warm_up(session: Session, draft: Draft, k: int, tokens: int) -> float:
     """Compile what a round calls, with room for so many tokens; returns the seconds that it took."""
     started = time.perf_counter()
-    rounds = speculate(session, [[0] * 8], draft, speculative_k=k, max_new_tokens=max(1, tokens - 8))
-    for _ in itertools.islice(rounds, 4):  # a CUDA graph is recorded at the second call
+    prompt = [0] * min(8, tokens)
+    rounds = speculate(session, [prompt], draft, speculative_k=k, max_new_tokens=max(1, tokens - len(prompt)))
+    for _ in itertools.islice(rounds, 5):  # a step is recorded when it has run a few times
         pass
     rounds.close()
     wait_for(session.device)
@@ -382,6 +383,14 @@ def share_modules(module: Any) -> Any:
     return own
 
 
+def share_weights(target: GPT) -> GPT:
+    """A copy of the target that has its weights and no caches yet."""
+    model = share_modules(target)
+    for attn in model.layers:
+        attn.kv_cache = None
+    return model
+
+
 def with_injected(module: nn.Module, replaced: nn.Module) -> nn.Module:
     """The module with the LoRA or adapter of the one that it takes the place of."""
     module._forward_hooks, module.training = replaced._forward_hooks, replaced.training
@@ -392,7 +401,7 @@ def with_injected(module: nn.Module, replaced: nn.Module) -> nn.Module:
 def int4_copy(target: GPT, group_size: int = 32) -> GPT:
     """The target with the linear layers of its blocks rounded to 4 bits, in groups of so many inputs; to 8 bits the
     last layer, and those whose inputs the groups do not divide. It shares the rest."""
-    model = share_modules(target)
+    model = share_weights(target)
     blocks = model.transformer.h.named_modules(prefix="transformer.h")
     linears = {name: module for name, module in blocks if is_linear(module)} | {"lm_head": model.lm_head}
     for name, linear in linears.items():
@@ -428,7 +437,7 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
         )
     plain = {"rolling_kv_cache": False, "rope_local_base_freq": None, "s2_attention": False}
     config = replace(target.config, attention="streaming", sliding_window_size=window, n_sink_tokens=n_sinks, **plain)
-    model = share_modules(target)
+    model = share_weights(target)
     layers = [attn for attn in model.layers if attn.mixer.kind == "full"]
     if not layers:
         raise ValueError(
@@ -446,8 +455,9 @@ def borrow_caches(draft: GPT, target: GPT) -> None:
     draft.cache_batch_size, draft.max_seq_length = target.cache_batch_size, target.max_seq_length
     draft.lookahead = target.lookahead
     for own, attn in zip(draft.layers, target.layers, strict=True):
-        own.kv_cache = attn.kv_cache
-        if own.mixer.kind != attn.mixer.kind:
+        if own.mixer.kind == attn.mixer.kind:
+            own.kv_cache = attn.kv_cache
+        elif own.kv_cache is None or own.kv_cache.k is not attn.kv_cache.k:  # a step is recorded for the caches it had
             own.kv_cache = share_modules(attn.kv_cache)
             own.kv_cache.slots = WindowOfSlots(attn.kv_cache, own.mixer.n_sinks)
 
@@ -514,12 +524,13 @@ class Speculation:
     def __init__(self, target: Session, draft: Draft, rows: Rows, accept: Callable[..., Any] = accept) -> None:
         """target: a session whose caches hold all but the newest token of each of the rows."""
         self.target, self.draft, self.rows, self.accept = target, draft, rows, accept
+        self.rounds = 0
 
     def round(self, k: int) -> Tensor:
         """Propose k tokens and judge them, or 0: plain decoding. Returns, for each sequence, the new tokens in front,
         how many of the proposed ones are among them, how many were proposed, and 1 if all logits are finite:
         (B, k + 4) on the device, which the host has not waited for."""
-        rows = self.rows
+        rows, self.rounds = self.rows, self.rounds + 1
         self.began = mark(rows.length.device)
         tokens, q = self.draft.propose(rows, k) if k else (rows.newest[:, :0], None)
         self.proposed, k = mark(rows.length.device), tokens.size(1)
@@ -659,7 +670,6 @@ def decode_rounds(
             k = k if going + k <= context and going + k - 1 <= draft.context else 0  # from here on to the end
             run.rows.end([text.ended for text in texts])
             report = run.round(k)
-            stats.rounds += 1
     finally:
         finish(session, draft, texts, k, stats)
 
@@ -681,13 +691,14 @@ def read_round(
             raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(session.model)}.")
         released, taken = text.take(tokens[: accepted + 1])
         count += taken
-        if going and stats.rounds:
+        if going and run.rounds:
             stats.row_rounds, stats.proposed = stats.row_rounds + 1, stats.proposed + proposed
             stats.accepted, stats.refused = stats.accepted + accepted, stats.refused + (accepted < proposed)
         passed.append(released)
         new.append(text.ids[before:])
     stats.count_round(count, seconds)
-    if stats.rounds:
+    if run.rounds:  # else it is the first token, which plain decoding chose
+        stats.rounds += 1
         stats.draft_seconds += run.draft_seconds()
         stats.draft_calls += max(row[-2] for row in rows) if draft.model is not None else 0
     draft.extend(new)

@@ -118,7 +118,7 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_model):
         model, stats = tiny_model(**fields), SpeculativeStats()
         for draft in (ModelDraft(Session(model.__class__(model.config).eval(), 2, lookahead=3)), None):
             if draft is None:
-                draft = SelfDraft(speculative.share_modules(model))
+                draft = SelfDraft(speculative.share_weights(model))
             else:
                 draft.model.load_state_dict(model.state_dict())
             stats = SpeculativeStats()
@@ -135,7 +135,7 @@ def test_the_text_ends_with_the_context(tiny_model):
     expected, plain = [list(generate(model, ids, 100)) for ids in prompts], Stats()
     assert [len(ids) for ids in expected] == [29, 19]
     list(generate(model, prompts[0], 100, stats=plain))
-    for draft in (SelfDraft(speculative.share_modules(model)), ModelDraft(Session(small, 2, lookahead=4))):
+    for draft in (SelfDraft(speculative.share_weights(model)), ModelDraft(Session(small, 2, lookahead=4))):
         assert run(model, prompts, draft, 4, max_new_tokens=100) == expected
     stats = SpeculativeStats()
     assert list(speculative_generate(model, prompts[0], draft=Lookup(), max_new_tokens=100, stats=stats)) == expected[0]
@@ -439,10 +439,44 @@ def test_statistics_count_tokens_and_rounds(tiny_model):
     model, stats, plain = tiny_model(), SpeculativeStats(), Stats()
     ids = random_prompts(9)[0]
     list(generate(model, ids, 21, stats=plain))
-    list(speculative_generate(model, ids, draft=SelfDraft(speculative.share_modules(model)), max_new_tokens=21,
+    list(speculative_generate(model, ids, draft=SelfDraft(speculative.share_weights(model)), max_new_tokens=21,
                               stats=stats))  # fmt: skip
     for name in ("prompt_tokens", "new_tokens", "decode_steps", "cut"):
         assert asdict(stats)[name] == asdict(plain)[name]
     assert (stats.rounds, stats.proposed, stats.accepted, stats.draft_calls) == (4, 16, 16, 16)
     assert 0 < stats.draft_seconds < stats.decode_seconds
     assert "accepted 16 of 16 (100%) | 5.00 tokens a round, 4 rounds" in stats.line(model)
+
+
+def test_the_benchmark_forces_the_acceptance(tiny_checkpoint, run_script, tmp_path):
+    """Catches: a speed-up from tokens that were not accepted, and rounds that do not end at the first refused token."""
+    import json
+
+    output = tmp_path / "speed.json"
+    arguments = ["--checkpoint_dir", tiny_checkpoint, "--context", 64, "--batch_size", 2, "--steps", 4, "--repeats", 1]
+    for draft, acceptance, expected in (("streaming", 1, 4.0), ("self-int4", 0, 1.0), ("lookup", 1, 4.0)):
+        forced = ["--draft", draft, "--acceptance", acceptance, "--speculative_k", "[3]", "--output", output]
+        code, out, _ = run_script("scripts/benchmark_speculative.py", *arguments, *forced)
+        row = json.loads(output.read_text())["rows"][0]
+        assert code == 0 and row["counted_a_round"] == row["tokens_a_round"] == expected
+        assert row["ideal"] == pytest.approx(expected / (3 * row["c"] + 1))
+        assert row["speed_up"] == pytest.approx(row["tokens_per_second"] / row["plain_tokens_per_second"])
+        assert f"{row['share_of_ideal']:.0%} of the ideal" in out
+
+
+def test_the_table_of_acceptance_counts_what_is_judged(tiny_checkpoint, run_script, tmp_path):
+    """Catches: tokens behind a refused one that count as refused, and drafts that read another prompt."""
+    import json
+
+    text, output = tmp_path / "text.txt", tmp_path / "table.json"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    code, out, _ = run_script(
+        "scripts/evaluate_drafts.py", "--checkpoint_dir", tiny_checkpoint, "--texts", f"[{text}]", "--contexts", "[50]",
+        "--max_new_tokens", 21, "--draft_windows", "[4, 99]", "--output", output,
+    )  # fmt: skip
+    rows = {row["draft"]: row for row in json.loads(output.read_text())["rows"]}
+    assert code == 0 and list(rows) == ["lookup", "streaming 4", "streaming 99", "self-int4"]
+    assert rows["streaming 99"]["acceptance"] == 1.0 and rows["streaming 99"]["tokens_a_round"] == 5.0
+    for row in rows.values():
+        assert row["accepted"] <= row["judged"] <= row["accepted"] + row["rounds"]
+    assert "acceptance 1.00 (16 of 16) | 5.00 tokens a round, 4 rounds" in out
