@@ -18,7 +18,7 @@ from lit_swa.formats.hugging_face import empty_model
 from lit_swa.generate import Session, generate
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, head_shares, named_parts, split_model
-from lit_swa.sequential import place_blocks, spread
+from lit_swa.sequential import Ferry, place_blocks, spread
 
 BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
 NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True}
@@ -144,10 +144,11 @@ def test_a_rank_loads_its_part_alone(tmp_path, fields):
     model = build(fields)
     save_checkpoint(model, model.config, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    whole = sum(p.numel() for p in model.parameters())
+    whole, tied = sum(p.numel() for p in model.parameters()), model.config.tie_embeddings
     for rank in (Rank(0, 2), Rank(1, 2), Rank(2, 3)):
         loaded = load_model(tmp_path, torch.bfloat16, rank=rank)
         expected = dict(split_model(build(fields), rank).named_parameters())
+        assert tied or all(p.untyped_storage().nbytes() == p.nbytes for p in expected.values())
         assert loaded.lm_head.linear.weight.shape == expected["lm_head.linear.weight"].shape
         for name, p in loaded.named_parameters():
             assert torch.equal(p, expected[name].bfloat16()) and not p.requires_grad, name
@@ -236,16 +237,32 @@ def test_blocks_on_devices_are_one_model(name, devices, offload):
     spread(model, placement)
     ours, ours_cached, ours_tokens = read(model)
     assert torch.equal(ours, logits) and torch.equal(ours_cached, cached) and ours_tokens == tokens
+    stages = {id(cache.slots): set() for cache in model.caches}
+    for cache, stage in zip(model.caches, placement.stages, strict=True):
+        stages[id(cache.slots)].add(stage)
+    assert all(len(used) == 1 for used in stages.values())  # each device notes for itself what its caches hold
 
 
-def test_blocks_that_wait_share_two_places():
-    """Catches: weights that are held on the device all the time, the point of which was that they are not."""
-    model = build({"n_layer": 8})
+@pytest.mark.parametrize("waiting", [5, 6])
+def test_blocks_that_wait_share_two_places(monkeypatch, waiting):
+    """Catches: weights that are held on the device all the time, the point of which was that they are not; a block that
+    is brought when its turn has come, and not while another one computes."""
+    model, late = build({"n_layer": 8}), []
     expected, one = model(IDS), sum(p.nbytes for p in model.transformer.h[0].parameters())
-    spread(model, place_blocks(model, [CPU], 6))
+    before = Ferry.before
+
+    def watched(self: Ferry, n: int, block: torch.nn.Module, args: tuple) -> None:
+        late.append(self.inside[n % 2] != n)
+        before(self, n, block, args)
+
+    monkeypatch.setattr(Ferry, "before", watched)
+    spread(model, place_blocks(model, [CPU], waiting))
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.transformer.h.parameters()}
-    assert 4 * one <= sum(storages.values()) <= 4.2 * one  # two blocks that stay, and two places
-    assert torch.equal(model(IDS), expected)
+    n = 8 - waiting + 2  # the blocks that stay, and two places
+    assert n * one <= sum(storages.values()) <= 1.05 * n * one
+    for _ in range(3):
+        assert torch.equal(model(IDS), expected)
+    assert late == [True, True] + [False] * (3 * waiting - 2)  # only where nothing was there before
 
 
 def test_a_call_that_broke_off_leaves_no_wrong_weights(monkeypatch):
