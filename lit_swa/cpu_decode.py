@@ -1,260 +1,319 @@
-"""A decoding step on a CPU in one call of compiled code: cpu_step.cpp, which is compiled once for each machine.
+"""A decoding step on a CPU in one call of compiled code: cpu_step.cpp, which is compiled once for a machine.
 
-Here the model is described to it: pointers to weights, and for every call the plan that the model's own mixers made (which
-slots a token's key goes to, the angles that queries are rotated by, and the masks). The code knows softmax attention under
-any masks, and what config.py can ask of a block. What it does not know, `describe` refuses.
+Here a model is described to that code: where its weights are and, for every call, the plan that the model's own mixers
+made: the slots that keys go to, the angles that queries and keys are rotated by, and the masks of who sees whom. It
+knows softmax attention under any masks, and every block that a Config can ask for. `build_step` refuses the rest.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from collections.abc import Sequence
+from contextlib import suppress
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa import model as parts
 from lit_swa.linear_formats import is_injected
-from lit_swa.model import GPT, Call, Plan, RMSNorm, SoftmaxAttention
+from lit_swa.machine import cache_dir, keep_file, processor
+from lit_swa.model import (
+    GPT,
+    Block,
+    Call,
+    CausalSelfAttention,
+    Exchange,
+    GatedMLP,
+    KVCache,
+    PlainMLP,
+    Plan,
+    RMSNorm,
+    ShiftedSparseAttention,
+    SoftmaxAttention,
+)
 from lit_swa.weight_only import Int4Linear, Int8Linear
 
+MOST_ROWS = 16  # tokens of a call; the libraries' products are faster for more
+
+# --------------------------------------------------------------------------------------- the structs of cpu_step.cpp
+
+
+def struct(name: str, **types: type) -> type[Structure]:
+    return type(name, (Structure,), {"_fields_": list(types.items())})
+
+
+def numbers(names: str, of: type = c_int64) -> dict[str, type]:
+    return dict.fromkeys(names.split(), of)
+
+
+LINEARS, NORMS = "qkv proj fc_1 fc_2 out", "norm_1 norm_q norm_k post_attention norm_2 post_mlp"
+LinearStruct = struct("LinearStruct", **numbers("weight scale bias", c_void_p), **numbers("rows columns format group"))
+NormStruct = struct("NormStruct", **numbers("weight bias", c_void_p), eps=c_double, **numbers("size kind"))
+LayerStruct = struct("LayerStruct", **numbers(NORMS, NormStruct), **numbers(LINEARS, LinearStruct), kind=c_int64)
+ModelStruct = struct(
+    "ModelStruct",
+    **numbers("layers heads groups head_size embd rotated activation parallel"),
+    **numbers("scale score_cap logit_cap", c_double),
+    layer=POINTER(LayerStruct),
+    ln_f=NormStruct,
+    head=LinearStruct,
+)
+SeenStruct = struct("SeenStruct", **numbers("part first count"), mask=c_void_p, **numbers("b t"))
+AnglesStruct = struct("AnglesStruct", **numbers("cos sin", c_void_p), **numbers("b t"))
+KindStruct = struct(
+    "KindStruct",
+    **numbers("parts seen_count"),
+    seen=POINTER(SeenStruct),
+    queries=POINTER(AnglesStruct),
+    keys=AnglesStruct,
+    rotate_read=c_int64,
+    temperature=c_void_p,
+    copies=c_int64,
+    slots=c_void_p,
+    **numbers("cache_slots cache_bfloat16"),
+)
+CallStruct = struct(
+    "CallStruct",
+    **numbers("batch tokens"),
+    **numbers("x logits", c_void_p),
+    kind_count=c_int64,
+    kinds=POINTER(KindStruct),
+    caches=POINTER(c_void_p),
+)
+
+# ---------------------------------------------------------------------------------------------------------- compiling
+
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
+COMPILERS = ("c++", "g++", "clang++")  # CXX comes before them
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-w", "-shared", "-fPIC", "-pthread")
-NATIVE = ("-march=native", "-mcpu=native", None)  # for this processor, as compilers spell it; the last: for any
-MOST_ROWS = 16  # tokens of a call; for more, the products of libraries are faster
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-
-# ------------------------------------------------------------------------------------- the structs of cpu_step.cpp
-
-
-class Linear(Structure):
-    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p)] + [
-        (name, c_int64) for name in ("out", "in_", "format", "group")
-    ]
-
-
-class Norm(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_double), ("size", c_int64), ("kind", c_int64)]
-
-
-NORMS = ("norm_1", "norm_q", "norm_k", "post_attention", "norm_2", "post_mlp")
-LINEARS = ("qkv", "proj", "fc_1", "fc_2", "out")
-
-
-class Layer(Structure):
-    _fields_ = [(n, Norm) for n in NORMS] + [(n, Linear) for n in LINEARS] + [("kind", c_int64)]
-
-
-SIZES = ("layers", "heads", "groups", "head_size", "embd", "rotated", "activation", "parallel")
-
-
-class Model(Structure):
-    _fields_ = (
-        [(n, c_int64) for n in SIZES]
-        + [(n, c_double) for n in ("scale", "score_cap", "logit_cap")]
-        + [("layer", POINTER(Layer)), ("ln_f", Norm), ("head", Linear)]
-    )
-
-
-class Seen(Structure):
-    _fields_ = [("part", c_int64), ("first", c_int64), ("count", c_int64), ("mask", c_void_p)] + [
-        ("b", c_int64),
-        ("t", c_int64),
-    ]
-
-
-class Angles(Structure):
-    _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("b", c_int64), ("t", c_int64)]
-
-
-class Kind(Structure):
-    _fields_ = [
-        ("parts", c_int64), ("seen_count", c_int64), ("seen", POINTER(Seen)), ("queries", POINTER(Angles)),
-        ("keys", Angles), ("rotate_read", c_int64), ("temperature", c_void_p), ("copies", c_int64),
-        ("slots", c_void_p), ("cache_slots", c_int64), ("cache_bfloat16", c_int64),
-    ]  # fmt: skip
-
-
-class CallStruct(Structure):
-    _fields_ = [
-        ("batch", c_int64), ("tokens", c_int64), ("x", c_void_p), ("logits", c_void_p), ("logits_bfloat16", c_int64),
-        ("kinds", c_int64), ("kind", POINTER(Kind)), ("caches", POINTER(c_void_p)),
-    ]  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------- compiling
+NATIVE = (("-march=native",), ("-mcpu=native",), ())  # this processor's instructions, as compilers spell it; any's
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """cpu_step.cpp as a library, compiled if it was not. Raises OSError when that cannot be done."""
-    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    """The compiled cpu_step.cpp, from the cache if it was compiled before. Raises OSError when that is not possible."""
+    compiler = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS))), None)
     if compiler is None:
-        raise OSError("there is no C++ compiler: install g++ or clang++.")
-    machine = platform.processor() + platform.machine()
-    from lit_swa.utils import describe_machine
-    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, compiler, describe_machine("cpu"))).encode()).hexdigest()[:16]
-    for directory in (Path.home() / ".cache" / "lit_swa", Path(tempfile.gettempdir()) / "lit_swa"):
-        library = directory / f"cpu_step_{key}.so"
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            build(compiler, library)
-        lib = ctypes.CDLL(str(library))
-        lib.step_new.restype = c_void_p
-        lib.step_new.argtypes = [POINTER(Model), c_int64]
-        lib.step_free.argtypes = [c_void_p]
-        lib.step_run.argtypes = [c_void_p, POINTER(CallStruct)]
-        return lib
+        raise OSError("there is no C++ compiler; install g++ or clang++")
+    made_of = SOURCE.read_text(), FLAGS, NATIVE, compiler, processor()
+    name = f"cpu_step_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
+    try:
+        library = ctypes.CDLL(str(cache_dir() / name))
+    except OSError:  # it is not there, or broken
+        with tempfile.TemporaryDirectory() as directory:
+            made = Path(directory) / name
+            compile_source(compiler, made)
+            with suppress(OSError):
+                keep_file(made)
+            library = ctypes.CDLL(str(made))
+    library.step_new.argtypes, library.step_new.restype = [POINTER(ModelStruct), c_int64], c_void_p
+    library.step_free.argtypes, library.step_free.restype = [c_void_p], None
+    library.step_run.argtypes, library.step_run.restype = [c_void_p, POINTER(CallStruct)], None
+    return library
 
 
-def build(compiler, library):
+def compile_source(compiler: str, library: Path) -> None:
+    """Raises OSError with what the compiler says first."""
     for native in NATIVE:
-        flags = [f for f in (*FLAGS, native) if f]
-        if subprocess.run([compiler, *flags, str(SOURCE), "-o", f"{library}.tmp"]).returncode == 0:
-            os.replace(f"{library}.tmp", library)
+        command = [compiler, *FLAGS, *native, str(SOURCE), "-o", str(library)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode == 0:
             return
-    raise OSError("compile")
+    said = next((line for line in result.stderr.splitlines() if "error" in line), "it gives no reason")
+    raise OSError(f"{compiler} does not compile {SOURCE.name}: {said}")
 
 
-# ------------------------------------------------------------------------------------------------- describing the model
+# ------------------------------------------------------------------------------------------------ describing the model
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # of a dense weight; 2 is int8, 3 is int4
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
-class Unknown(Exception):
-    """Something that cpu_step.cpp does not know."""
+class Unknown(ValueError):
+    """A part of the model is none that cpu_step.cpp knows."""
 
 
-class Step:
-    def __init__(self, model: GPT, threads: int | None = None) -> None:
-        self.model, self.kept = model, []
-        self.lib = load_library()
-        self.kinds = list(dict.fromkeys(attn.mixer.kind for attn in model.layers))
-        self.layers = (Layer * len(model.transformer.h))(*(self.layer(block) for block in model.transformer.h))
+class Description:
+    """A model as cpu_step.cpp sees it. Raises Unknown for what it does not know.
+
+    Pointers lead into the model's weights, which must neither move nor change their size. What has no place there
+    (norms and biases in float32) is copied.
+    """
+
+    def __init__(self, model: GPT) -> None:
         config, attn = model.config, model.layers[0]
-        sizes = (
-            len(self.layers), attn.n_head, attn.n_query_groups, config.head_size, config.n_embd, config.rope_n_elem,
-            ACTIVATIONS.index(config.activation), config.parallel_residual,
-        )
+        self.kept: list[Tensor] = []
+        self.kinds = list(dict.fromkeys(attn.mixer.kind for attn in model.layers))
+        self.layers = (LayerStruct * config.n_layer)(*map(self.layer, model.transformer.h))
+        sizes = (config.n_layer, attn.n_head, attn.n_query_groups, config.head_size, config.n_embd, config.rope_n_elem)
+        how = ACTIVATIONS.index(config.activation), config.parallel_residual
         scale = (config.attention_scores_scalar or config.head_size) ** -0.5
         caps = config.attention_logit_softcapping or 0.0, config.final_logit_softcapping or 0.0
-        self.struct = Model(*sizes, scale, *caps, self.layers, self.norm(model.transformer.ln_f), self.linear(model.lm_head))
-        self.handle = self.lib.step_new(ctypes.byref(self.struct), threads or torch.get_num_threads())
-        self.dtype = model.transformer.wte.weight.dtype
-        model.fixed_shape_steps = True
-        self.caches = None
-        self.embedding = model.transformer.wte
+        last = self.norm(model.transformer.ln_f), self.linear(model.lm_head)
+        self.struct = ModelStruct(*sizes, *how, scale, *caps, self.layers, *last)
 
     def keep(self, tensor: Tensor) -> int:
+        """Its address; it stays in memory as long as this object."""
         tensor = tensor.detach().contiguous()
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def norm(self, norm: nn.Module) -> Norm:
-        if type(norm) is nn.Identity:
-            return Norm()
-        if type(norm) is RMSNorm:
-            weight = norm.weight.float() + norm.unit_offset
-            return Norm(self.keep(weight), None, norm.eps, weight.numel(), 1)
-        if type(norm) is nn.LayerNorm:
-            bias = None if norm.bias is None else self.keep(norm.bias.float())
-            return Norm(self.keep(norm.weight.float()), bias, norm.eps, norm.weight.numel(), 2)
-        raise Unknown(type(norm).__name__)
-
-    def linear(self, linear: nn.Module) -> Linear:
-        if is_injected(linear):
-            raise Unknown("LoRA")
-        bias = None if linear.bias is None else self.keep(linear.bias.float())
-        shape = linear.out_features, linear.in_features
-        if type(linear) is nn.Linear and linear.weight.dtype in DTYPES:
-            return Linear(self.keep(linear.weight), None, bias, *shape, DTYPES[linear.weight.dtype], 0)
-        if type(linear) is Int8Linear:
-            return Linear(self.keep(linear.weight), self.keep(linear.scale.float()), bias, *shape, 2, 0)
-        if type(linear) is Int4Linear:
-            return Linear(self.keep(linear.weight), self.keep(linear.scales), bias, *shape, 3, linear.group_size)
-        raise Unknown(type(linear).__name__)
-
-    def layer(self, block: nn.Module) -> Layer:
+    def layer(self, block: nn.Module) -> Structure:
         attn, mlp = block.attn, block.mlp
-        gated = type(mlp) is parts.GatedMLP
-        norms = (block.norm_1, attn.norm_q, attn.norm_k, block.post_attention_norm, block.norm_2, block.post_mlp_norm)
-        linears = (attn.qkv, attn.proj, *((mlp.fc_1, mlp.fc_2) if gated else (mlp.fc, None)), mlp.proj)
-        return Layer(*map(self.norm, norms), *(self.linear(l) if l is not None else Linear() for l in linears), self.kinds.index(attn.mixer.kind))
+        for module, known in ((block, (Block,)), (attn, (CausalSelfAttention,)), (mlp, (GatedMLP, PlainMLP)),
+                              (attn.mixer, (SoftmaxAttention, ShiftedSparseAttention))):  # fmt: skip
+            if type(module) not in known or is_injected(module):
+                raise Unknown(f"a {type(module).__name__}, or what was put into it")
+        norms = block.norm_1, attn.norm_q, attn.norm_k, block.post_attention_norm, block.norm_2, block.post_mlp_norm
+        into = (mlp.fc_1, mlp.fc_2) if isinstance(mlp, GatedMLP) else (mlp.fc, None)
+        linears = attn.qkv, attn.proj, *into, mlp.proj
+        return LayerStruct(*map(self.norm, norms), *map(self.linear, linears), self.kinds.index(attn.mixer.kind))
+
+    def norm(self, norm: nn.Module) -> Structure:
+        if type(norm) is nn.Identity:
+            return NormStruct()
+        if type(norm) not in (RMSNorm, nn.LayerNorm):
+            raise Unknown(f"a {type(norm).__name__}")
+        weight, bias = norm.weight.float() + getattr(norm, "unit_offset", 0), getattr(norm, "bias", None)
+        bias = None if bias is None else self.keep(bias.float())
+        return NormStruct(self.keep(weight), bias, norm.eps, weight.numel(), 1 if type(norm) is RMSNorm else 2)
+
+    def linear(self, linear: nn.Module | None) -> Structure:
+        if linear is None:
+            return LinearStruct()
+        weight, scale, group = linear.weight, None, 0
+        if type(linear) is nn.Linear and weight.dtype in FORMATS and not is_injected(linear):
+            kind = FORMATS[weight.dtype]
+        elif type(linear) is Int8Linear and not is_injected(linear):
+            kind, scale = 2, self.keep(linear.scale.float())
+        elif type(linear) is Int4Linear and not is_injected(linear):
+            kind, scale, group = 3, self.keep(linear.scales), linear.group_size
+        else:
+            raise Unknown(f"a {type(linear).__name__} of {weight.dtype}, or what was put into it")
+        bias = None if linear.bias is None else self.keep(linear.bias.float())
+        return LinearStruct(self.keep(weight), scale, bias, linear.out_features, linear.in_features, kind, group)
+
+
+# ------------------------------------------------------------------------------------------------- describing a call
+
+
+def is_known(plan: Plan) -> bool:
+    """True for the call of few tokens that writes its keys first and reads its slots under masks, in plain steps."""
+    exchange = plan.exchange
+    plain = plan.faster is None and len(plan.blocks) == 1 and not plan.texts and not plan.group
+    written = exchange is not None and exchange.write_first and isinstance(exchange.read[0], slice)
+    return plain and written and (exchange.write.any_token is not None or exchange.write.tokens == slice(None))
+
+
+def stride(x: Tensor, dim: int) -> int:
+    """How far apart the numbers of one sequence or token and the next lie; 0: they share them."""
+    return x.stride(dim) if x.size(dim) > 1 else 0
+
+
+def describe_angles(cos: Tensor, sin: Tensor, first: int = 0) -> Structure:
+    """first: the slot of the first angles, where they are those of slots."""
+    back = first * cos.size(3) * cos.element_size()
+    return AnglesStruct(cos.data_ptr() - back, sin.data_ptr() - back, stride(cos, 0), stride(cos, 2))
+
+
+def describe_seen(plan: Plan) -> Sequence[Structure]:
+    first, count = plan.exchange.read[0].start or 0, plan.exchange.k_pos.size(1)
+    seen = []
+    for keys, masks in plan.blocks[0].ranges:
+        lo, hi, _ = keys.indices(count)
+        for part, mask in masks.items():  # (1 or B, 1, T, L)
+            where = (0, 0, 0) if mask is None else (mask.data_ptr(), stride(mask, 0), stride(mask, 2))
+            seen.append(SeenStruct(part, first + lo, hi - lo, *where))
+    return (SeenStruct * len(seen))(*seen)
+
+
+def slots_written(exchange: Exchange, B: int, T: int) -> Tensor:
+    """(copies, B, T): the slot of each token's key in every copy; -1: it is not kept."""
+    write, slots = exchange.write, torch.stack(exchange.write.slots)
+    if write.any_token is None:
+        return slots[:, None].expand(-1, B, T).contiguous()
+    kept = slots.new_full((slots.size(0), B, T), -1)  # a token that is not kept has none of the writes
+    kept.scatter_(2, write.tokens.expand_as(slots), slots)
+    return torch.where(write.any_token, kept, -1)
+
+
+def describe_plan(plan: Plan, cache: KVCache, B: int, T: int) -> tuple[Structure, tuple]:
+    """The plan of a kind of layers, and what must stay in memory during the call."""
+    slots, seen = slots_written(plan.exchange, B, T), describe_seen(plan)
+    queries = (AnglesStruct * len(plan.q_angles))(*(describe_angles(*angles) for angles in plan.q_angles))
+    keys = describe_angles(*plan.k_angles, (plan.exchange.read[0].start or 0) if plan.rotate_read else 0)
+    temperature, address = plan.temperature, None
+    if temperature is not None:
+        temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(B, 1, T, 1).contiguous()
+        address = temperature.data_ptr()
+    shape = cache.k.size(2), cache.k.dtype is torch.bfloat16
+    struct = KindStruct(
+        len(queries), len(seen), seen, queries, keys, plan.rotate_read, address, slots.size(0), slots.data_ptr(), *shape
+    )
+    return struct, (slots, seen, queries, temperature)
+
+
+class Step:
+    """A decode step, see build_step."""
+
+    def __init__(self, model: GPT, tokens: int = 1) -> None:
+        self.model, self.most_tokens = model, tokens
+        self.library, self.description = load_library(), Description(model)
+        self.handle = self.library.step_new(byref(self.description.struct), torch.get_num_threads())
+        self.caches: list[KVCache] = []
+        model.fixed_shape_steps = True
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.library.step_free(self.handle)
 
     def __call__(self, idx: Tensor, input_pos: Tensor) -> Tensor:
-        B, T = idx.shape
-        model = self.model
-        if B * T > MOST_ROWS:
-            return model(idx, input_pos)
-        call = model.plan_call(idx, input_pos)
-        self.now = []
-        kinds = (Kind * len(self.kinds))()
-        held = [attn.kv_cache for attn in model.layers]
-        if held != self.caches:
-            self.caches = held
-            pointers = [t.data_ptr() for cache in held for t in (cache.k, cache.v)]
-            self.pointers = (c_void_p * len(pointers))(*pointers)
-            self.first = {attn.mixer.kind: attn.kv_cache.k for attn in reversed(model.layers)}
-        for kind, name in zip(kinds, self.kinds):
-            self.fill(kind, call.plans[name], B, T, self.first[name])
-        x = self.embedding(idx)
-        if model.config.scale_embeddings:
-            x = x * torch.tensor(model.config.n_embd**0.5, dtype=x.dtype)
+        if idx.numel() > MOST_ROWS:
+            return self.model(idx, input_pos)
+        call = self.model.plan_call(idx, input_pos)
+        if not all(map(is_known, call.plans.values())):
+            return self.model.project(self.model.run_blocks(idx, call))
+        return self.run(idx, call)
+
+    def run(self, idx: Tensor, call: Call) -> Tensor:
+        """Logits (B, T, padded_vocab_size) in float32, whatever the weights are."""
+        model, (B, T) = self.model, idx.shape
+        self.find_caches()
+        described = [describe_plan(call.plans[kind], self.first[kind], B, T) for kind in self.description.kinds]
+        kinds = (KindStruct * len(described))(*(struct for struct, _ in described))
+        x = model.transformer.wte(idx)
+        x = x * torch.tensor(model.config.n_embd**0.5, dtype=x.dtype) if model.config.scale_embeddings else x
         x = x.float().contiguous()
-        logits = torch.empty(B, T, model.config.padded_vocab_size, dtype=self.dtype)
-        struct = CallStruct(B, T, x.data_ptr(), logits.data_ptr(), self.dtype is torch.bfloat16, len(kinds), kinds, self.pointers)
-        self.lib.step_run(self.handle, ctypes.byref(struct))
+        logits = torch.empty(B, T, model.config.padded_vocab_size)
+        struct = CallStruct(B, T, x.data_ptr(), logits.data_ptr(), len(kinds), kinds, self.addresses)
+        self.library.step_run(self.handle, byref(struct))
         return logits
 
-    def fill(self, kind: Kind, plan: Plan, B: int, T: int, k: Tensor) -> None:
-        assert plan.exchange.write_first and len(plan.blocks) == 1 and plan.faster is None
-        read = plan.exchange.read[0]
-        first = read.start or 0
-        L = plan.exchange.k_pos.size(1)
-        kind.parts = len(plan.q_angles)
-        queries = (Angles * kind.parts)(*(angles(*a) for a in plan.q_angles))
-        kind.queries = queries
-        kind.keys = angles(*plan.k_angles)
-        kind.rotate_read = plan.rotate_read
-        seen = []
-        for keys, masks in plan.blocks[0].ranges:
-            lo, hi, _ = keys.indices(L)
-            for part, mask in masks.items():
-                if mask is None:
-                    seen.append(Seen(part, first + lo, hi - lo, None, 0, 0))
-                else:
-                    assert mask.stride(3) == 1
-                    seen.append(Seen(part, first + lo, hi - lo, mask.data_ptr(), stride(mask, 0), stride(mask, 2)))
-        kind.seen_count = len(seen)
-        seen = (Seen * len(seen))(*seen)
-        kind.seen = seen
-        if plan.temperature is not None:
-            t = torch.as_tensor(plan.temperature, dtype=torch.float32).expand(B, 1, T, 1).contiguous()
-            self.now.append(t)
-            kind.temperature = t.data_ptr()
-        write = plan.exchange.write
-        slots = torch.stack(write.slots)
-        if write.any_token is None:
-            slots = slots[:, None].expand(-1, B, -1).contiguous()
-        else:
-            slots = torch.where(write.any_token, slots, -1)
-        self.now.append((slots, queries, seen))
-        kind.copies = slots.size(0)
-        kind.slots = slots.data_ptr()
-        kind.cache_slots = k.size(2)
-        kind.cache_bfloat16 = k.dtype is torch.bfloat16
+    def find_caches(self) -> None:
+        """Note where the keys and values are, where the caches are not those of the last call."""
+        caches = self.model.caches
+        if len(caches) == len(self.caches) and all(map(lambda a, b: a is b, caches, self.caches)):
+            return
+        self.caches = caches
+        addresses = [tensor.data_ptr() for cache in caches for tensor in (cache.k, cache.v)]
+        self.addresses = (c_void_p * len(addresses))(*addresses)
+        self.first = {attn.mixer.kind: attn.kv_cache for attn in reversed(self.model.layers)}
 
 
-def angles(cos, sin):
-    return Angles(cos.data_ptr(), sin.data_ptr(), stride(cos, 0), stride(cos, 2))
+def build_step(model: GPT, tokens: int = 1) -> Step:
+    """A step for `Session(decode=...)` on a CPU: (idx (B, T), input_pos (T,) or (B, T)) -> logits (B, T, V), float32.
 
-
-def stride(x, dim):
-    return x.stride(dim) if x.size(dim) > 1 else 0
+    Calls of more than MOST_ROWS tokens, and those that do not read their slots under masks, go to the model itself. The
+    model's weights are read where they are: it must not be moved, nor its linear layers be replaced.
+    Raises OSError where cpu_step.cpp cannot be compiled, and Unknown for a model that it does not know.
+    """
+    weight = model.transformer.wte.weight
+    if weight.dtype not in FORMATS:
+        raise Unknown(f"weights of {weight.dtype}")
+    return Step(model, tokens)

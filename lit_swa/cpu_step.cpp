@@ -66,9 +66,8 @@ struct Kind {  // what layers of one kind share in a call
 };
 struct Call {
   int64_t batch, tokens;
-  float* x;  // (N, C), changed
-  void* logits;
-  int64_t logits_bfloat16, kinds;
+  float *x, *logits;  // (N, C), which changes, and (N, V)
+  int64_t kinds;
   const Kind* kind;
   void* const* caches;  // k and v, (B, G, slots, D), of every layer
 };
@@ -297,6 +296,7 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t n, int64_t s
   for (int64_t i = n; i < size; i++) y[i] = number(x[i]);
 }
 
+float soften(float x, float cap) { return cap * std::tanh(x / cap); }
 float gaussian(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678f)); }
 
 void activate(int64_t which, float* x, int64_t n) {  // silu, gelu, gelu_tanh, relu
@@ -329,7 +329,7 @@ struct Step {
   int64_t threads, N = 0, R, D, pieces = 1, parts = 1, stage = 0, chunk = 1;
   const Call* call = nullptr;
   Input normed, attended, hidden;
-  std::vector<float> qkv, queries, partial, t, gate, logits;
+  std::vector<float> qkv, queries, partial, t, gate;
   std::vector<Lists> lists;
 
   Step(const Model& model, int64_t threads) : m(model), threads(threads), R(m.heads / m.groups), D(m.head_size) {}
@@ -360,7 +360,6 @@ struct Step {
     for (int64_t i = 0; i < m.layers; i++) most = std::max(most, m.layer[i].fc_1.out);
     hidden.plain.resize(N * most);
     gate.resize(N * most);
-    logits.resize(N * m.head.out);
     normalize_x(m.layer[0].norm_1, m.layer[0].qkv);
   }
 
@@ -415,13 +414,9 @@ struct Step {
   }
 
   void make_logits(int64_t lo, int64_t hi) {
-    multiply(m.head, normed, N, lo, hi, logits.data());
-    for (int64_t n = 0; n < N; n++)
-      for (int64_t i = n * m.head.out + lo; i < n * m.head.out + hi; i++) {
-        float x = m.logit_cap ? float(m.logit_cap) * std::tanh(logits[i] / float(m.logit_cap)) : logits[i];
-        if (call->logits_bfloat16) put(static_cast<bfloat16*>(call->logits) + i, x);
-        else put(static_cast<float*>(call->logits) + i, x);
-      }
+    multiply(m.head, normed, N, lo, hi, call->logits);
+    for (int64_t n = 0; m.logit_cap && n < N; n++)
+      for (int64_t i = n * m.head.out + lo; i < n * m.head.out + hi; i++) call->logits[i] = soften(call->logits[i], m.logit_cap);
   }
 
   void finish() {  // what follows on a stage whose chunks are all done
@@ -532,8 +527,8 @@ struct Step {
       if (kind().rotate_read) dots<K>(turned, q + r * D, D, D, y);
       else dots<K>(keys + slot * D, q + r * D, D, D, y);
       for (int k = 0; k < K; k++) {
-        float s = y[k] * float(m.scale), cap = float(m.score_cap);
-        scores[(r + k) * KEYS] = cap ? cap * std::tanh(s / cap) : s;
+        float s = y[k] * float(m.scale);
+        scores[(r + k) * KEYS] = m.score_cap ? soften(s, m.score_cap) : s;
       }
     });
   }

@@ -27,6 +27,13 @@ def _seeded() -> None:
     torch.manual_seed(1234)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is found out about the machine, and compiled for it, lies in a directory that all workers share."""
+    shared = tmp_path_factory.getbasetemp()
+    os.environ["LIT_SWA_CACHE"] = str((shared.parent if workers else shared) / "cache")
+
+
 @pytest.fixture(params=["fast", "plain"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test twice: with fast_attention.py, and as if it were not there."""

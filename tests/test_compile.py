@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lit_swa.fast_decode import compile_decode
+from lit_swa.fast_decode import compile_blocks, plain_step
 from lit_swa.generate import generate
 
 pytestmark = pytest.mark.usefixtures("dilated_row")
@@ -99,12 +99,13 @@ def test_a_whole_sequence_is_one_graph(tiny_model, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", FIELDS)
-def test_the_compiled_decode_step_equals_the_plain_one(tiny_model, variant):
+def test_compiled_blocks_equal_the_plain_ones(tiny_model, variant):
     """Catches: a product that Inductor writes wrongly, or a block that is compiled again for each layer or position."""
     torch._dynamo.reset()
     counters.clear()
     model = tiny_model(**FIELDS[variant], attn_bias=True, mlp_bias=True, n_layer=4)
     expected = list(generate(model, [1, 2, 3], max_new_tokens=40))
-    assert list(generate(model, [1, 2, 3], max_new_tokens=40, decode=compile_decode(model))) == expected
+    compile_blocks(model)
+    assert list(generate(model, [1, 2, 3], max_new_tokens=40, decode=plain_step(model, 1))) == expected
     kinds_of_layer = len(set(model.config.layer_variants))
     assert counters["stats"]["unique_graphs"] == kinds_of_layer + 1  # and lm_head
