@@ -12,16 +12,17 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa.linear_formats import is_injected
+from lit_swa.linear_formats import OneTokenLinear, is_injected, pack_for_cpu, replace_linears
 from lit_swa.machine import cache_dir, keep_file, processor
 from lit_swa.model import (
     GPT,
@@ -37,6 +38,7 @@ from lit_swa.model import (
     ShiftedSparseAttention,
     SoftmaxAttention,
 )
+from lit_swa.utils import print_line
 from lit_swa.weight_only import Int4Linear, Int8Linear
 
 MOST_ROWS = 16  # tokens of a call; the libraries' products are faster for more
@@ -317,3 +319,51 @@ def build_step(model: GPT, tokens: int = 1) -> Step:
     if weight.dtype not in FORMATS:
         raise Unknown(f"weights of {weight.dtype}")
     return Step(model, tokens)
+
+
+# ------------------------------------------------------------------------------------------------------- what is chosen
+
+
+def compile_for_cpu(model: GPT, tokens: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+    """The step of `build_step`. For a model that it does not know one block is compiled, which serves all layers: that
+    takes seconds each time, its products are sums that Inductor writes itself (see OneTokenLinear), and the model stays
+    changed in this way. Where there is no C++ compiler, which both need, the step is the model's own.
+    """
+    try:
+        load_library()
+    except OSError as e:
+        print_line(f"decoding is not compiled: {e}")
+        pack_for_cpu(model)
+        return plain_step(model, tokens)
+    try:
+        return build_step(model, tokens)
+    except Unknown:
+        compile_blocks(model)
+        return plain_step(model, tokens)
+
+
+def plain_step(model: GPT, tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def step(idx: Tensor, input_pos: Tensor) -> Tensor:
+        return model(idx, input_pos)
+
+    step.most_tokens = tokens
+    return step
+
+
+def compile_blocks(model: GPT) -> None:
+    """Make one-token calls of a model run compiled code."""
+    model.fixed_shape_steps = True
+    replace_linears(model, OneTokenLinear)
+    for module in (*model.transformer.h, model.lm_head):
+        compile_for_one_token(module)
+
+
+def compile_for_one_token(module: nn.Module) -> None:
+    """Make a module whose first argument is (B, T, C) run compiled code if T is 1, and its own code otherwise."""
+    plain = module.forward
+    compiled = torch.compile(plain, fullgraph=True)
+
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
+        return (compiled if x.size(1) == 1 else plain)(x, *arguments)
+
+    module.forward = forward

@@ -9,9 +9,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa.generate import Session
-from lit_swa.linear_formats import OneTokenLinear, pack_for_cpu, replace_linears
+from lit_swa.linear_formats import OneTokenLinear, replace_linears
 from lit_swa.model import GPT
-from lit_swa.utils import print_line, wait_for
+from lit_swa.utils import wait_for
 
 
 def compile_decode(model: GPT, tokens: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
@@ -20,10 +20,21 @@ def compile_decode(model: GPT, tokens: int = 1) -> Callable[[Tensor, Tensor], Te
     tokens: how many tokens of a sequence it feeds at most, as its attribute most_tokens says.
     It takes (idx (B, T), input_pos (T,) or (B, T)) and gives logits (B, T, padded_vocab_size).
 
-    On a GPU the whole model becomes one CUDA graph. On a CPU see compile_for_cpu.
+    On a GPU the whole model becomes one CUDA graph. On a CPU one block is compiled and serves all layers, which takes
+    seconds instead of minutes; its products are sums that Inductor writes itself (see OneTokenLinear), and the model
+    stays changed in this way.
     """
     if model.transformer.wte.weight.device.type == "cpu":
-        return compile_for_cpu(model, tokens)
+        model.fixed_shape_steps = True
+        replace_linears(model, OneTokenLinear)
+        for module in (*model.transformer.h, model.lm_head):
+            compile_for_one_token(module)
+
+        def run(idx: Tensor, input_pos: Tensor) -> Tensor:
+            return model(idx, input_pos)
+
+        run.most_tokens = tokens
+        return run
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
     def step(idx: Tensor, input_pos: Tensor) -> Tensor:
@@ -31,42 +42,6 @@ def compile_decode(model: GPT, tokens: int = 1) -> Callable[[Tensor, Tensor], Te
 
     step.most_tokens = tokens
     return step
-
-
-def compile_for_cpu(model: GPT, tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The step of cpu_decode.py, compiled once for a machine. For a model that it does not know one block is compiled,
-    which serves all layers and takes seconds instead of minutes: its products are sums that Inductor writes itself (see
-    OneTokenLinear), and the model stays changed in this way. Without a C++ compiler the step is not compiled.
-    """
-    from lit_swa.cpu_decode import Unknown, build_step, load_library
-
-    try:
-        load_library()
-    except OSError as e:
-        print_line(f"decoding is not compiled: {e}")
-        pack_for_cpu(model)
-        return plain_step(model, tokens)
-    try:
-        return build_step(model, tokens)
-    except Unknown:
-        compile_blocks(model)
-        return plain_step(model, tokens)
-
-
-def plain_step(model: GPT, tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
-    def step(idx: Tensor, input_pos: Tensor) -> Tensor:
-        return model(idx, input_pos)
-
-    step.most_tokens = tokens
-    return step
-
-
-def compile_blocks(model: GPT) -> None:
-    """Make one-token calls of a model on a CPU run compiled code."""
-    model.fixed_shape_steps = True
-    replace_linears(model, OneTokenLinear)
-    for module in (*model.transformer.h, model.lm_head):
-        compile_for_one_token(module)
 
 
 def warm_up(session: Session, tokens: int) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lit_swa.fast_decode import compile_blocks, plain_step
+from lit_swa.cpu_decode import compile_blocks, plain_step
 from lit_swa.generate import generate
 
 pytestmark = pytest.mark.usefixtures("dilated_row")

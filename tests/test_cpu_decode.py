@@ -9,9 +9,8 @@ from test_compile import FIELDS
 from tiny import randomize, tiny_config
 from torch import nn
 
-from lit_swa import GPT, cpu_decode, fast_decode, machine
-from lit_swa.cpu_decode import Unknown, build_step
-from lit_swa.fast_decode import compile_decode
+from lit_swa import GPT, cpu_decode, machine
+from lit_swa.cpu_decode import Unknown, build_step, compile_for_cpu
 from lit_swa.generate import generate
 from lit_swa.linear_formats import dense_weight
 from lit_swa.lora import LoRAConfig, add_lora
@@ -136,7 +135,7 @@ def test_a_text_that_outgrows_its_caches_goes_on(tiny_model):
     """Catches: addresses of caches that were replaced by larger ones."""
     model = tiny_model(**FIELDS["mixed"])
     expected = list(generate(model, [1, 2, 3], max_new_tokens=150))
-    assert list(generate(model, [1, 2, 3], max_new_tokens=150, decode=compile_decode(model))) == expected
+    assert list(generate(model, [1, 2, 3], max_new_tokens=150, decode=compile_for_cpu(model))) == expected
 
 
 def test_without_a_compiler_the_step_is_the_models(tiny_model, monkeypatch, capsys):
@@ -145,7 +144,7 @@ def test_without_a_compiler_the_step_is_the_models(tiny_model, monkeypatch, caps
     cpu_decode.load_library.cache_clear()
     model = tiny_model()
     expected = list(generate(model, [1, 2, 3], max_new_tokens=8))
-    assert list(generate(model, [1, 2, 3], max_new_tokens=8, decode=compile_decode(model))) == expected
+    assert list(generate(model, [1, 2, 3], max_new_tokens=8, decode=compile_for_cpu(model))) == expected
     assert capsys.readouterr().err == ("decoding is not compiled: there is no C++ compiler; install g++ or clang++\n")
 
 
@@ -155,7 +154,7 @@ def test_a_compiler_that_fails_is_quoted(tiny_model, monkeypatch, tmp_path, caps
     source.write_text("int broken(")
     monkeypatch.setattr(cpu_decode, "SOURCE", source)
     cpu_decode.load_library.cache_clear()
-    compile_decode(tiny_model())
+    compile_for_cpu(tiny_model())
     assert "does not compile cpu_step.cpp" in capsys.readouterr().err
 
 
@@ -180,12 +179,12 @@ def test_a_broken_or_unwritable_cache_is_no_error(monkeypatch, tmp_path):
 def test_a_model_that_is_not_known_is_compiled_block_by_block(tiny_model, monkeypatch):
     """Catches: a LoRA or a mixer that the step leaves out in silence."""
     compiled = []
-    monkeypatch.setattr(fast_decode, "compile_blocks", compiled.append)
+    monkeypatch.setattr(cpu_decode, "compile_blocks", compiled.append)
     model = tiny_model()
     add_lora(model, LoRAConfig(r=2))
     with pytest.raises(Unknown, match="what was put into it"):
         build_step(model)
-    assert compile_decode(model).most_tokens == 1 and compiled == [model]
+    assert compile_for_cpu(model).most_tokens == 1 and compiled == [model]
     model = tiny_model().half()
     with pytest.raises(Unknown, match="float16"):
         build_step(model)
