@@ -14,7 +14,7 @@ def main(
     version: int = 1,
     prompt_length: int = 10,
     start_layer: int = 2,
-    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
+    quantize: Literal["int8", "int4", "int4-hqq", "nf4", "nf4-dq", "fp4", "fp4-dq"] | None = None,
     **training: Any,
 ) -> None:
     """Train a few learned tokens that the layers attend to through a gate; the model's weights stay frozen.
@@ -25,7 +25,7 @@ def main(
         version: 1 is the learned tokens alone; 2 adds a bias and a scale to every linear layer and trains the norms.
         prompt_length: How many learned tokens a layer has.
         start_layer: The first layer that has them, counted from 0.
-        quantize: Hold the frozen weights in 4 or 8 bits.
+        quantize: Hold the frozen weights in 4 or 8 bits; nf4 and fp4 need bitsandbytes.
     """
     args = Training(**training)
 

@@ -20,7 +20,7 @@ def main(
     loraplus_lr_ratio: float = 1.0,
     rslora: bool = False,
     dora: bool = False,
-    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
+    quantize: Literal["int8", "int4", "int4-hqq", "nf4", "nf4-dq", "fp4", "fp4-dq"] | None = None,
     **training: Any,
 ) -> None:
     """Train pairs of small matrices that are added to a model's frozen weights (LoRA), and save them in PEFT's format.
@@ -38,7 +38,7 @@ def main(
             0.001 to 1000.
         rslora: Scale by alpha / sqrt(r) instead.
         dora: Train the length of each row of a weight apart from its direction (DoRA).
-        quantize: Hold the frozen weights in 4 or 8 bits (QLoRA).
+        quantize: Hold the frozen weights in 4 or 8 bits (QLoRA); nf4 and fp4 need bitsandbytes.
     """
     args = Training(**training)
     check_range("alpha", alpha, 1e-3, 1e6)  # at 0 nothing is trained

@@ -171,7 +171,8 @@ class Generation:
         device: auto, cpu, cuda or mps.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         compile: Compile the decode step, which takes a while at the start and makes each token faster.
-        quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes: it saves memory, not time.
+        quantize: Hold weights in 8 or 4 bits, chosen while they are read: int8, int4 or int4-hqq, which make single
+            tokens faster too; nf4 or fp4, with bitsandbytes. scripts/quantize.py does it once and better.
         profile: Write a trace of some decode steps of the first completion to this file, for ui.perfetto.dev, and print
             on stderr which operations took longest.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as
@@ -193,7 +194,7 @@ class Generation:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
-    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None
+    quantize: Literal["int8", "int4", "int4-hqq", "nf4", "nf4-dq", "fp4", "fp4-dq"] | None = None
     profile: Path | None = None
     model: dict[str, Any] | None = None
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.data.token_files import check_tokens as check_tokens  # scripts take it from here
 from lit_swa.data.token_files import open_token_file
-from lit_swa.formats.checkpoint import build_model, check_shapes
+from lit_swa.formats.checkpoint import build_model, check_tensors
 from lit_swa.formats.files import LazyTensor, write_json
 from lit_swa.formats.json_files import MAX_RESULT_BYTES, UNFIT, parse_json
+from lit_swa.formats.quantized import quantization_of
 from lit_swa.formats.reading import is_listed, read_bytes
 from lit_swa.generate import NonFiniteLogits, Session, explain_overflow, prefill_chunk
 from lit_swa.model import GPT, Config
@@ -420,9 +421,10 @@ def with_fields(model: GPT, **fields: Any) -> GPT:
     state = model.state_dict()
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
-    check_shapes(config, {name: tuple(t.shape) for name, t in state.items()}, "The checkpoint")
     tensors = {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
-    return build_model(config, tensors, weight.dtype, weight.device)
+    stored = quantization_of(model)
+    check_tensors(config, tensors, "The checkpoint", stored)
+    return build_model(config, tensors, weight.dtype, weight.device, stored=stored)
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

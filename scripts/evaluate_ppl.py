@@ -19,7 +19,7 @@ def main(
     chunk_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
+    quantize: Literal["int8", "int4", "int4-hqq", "nf4", "nf4-dq", "fp4", "fp4-dq"] | None = None,
     devices: int = 1,
     num_nodes: int = 1,
     seed: int = 1234,
@@ -53,7 +53,7 @@ def main(
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
         devices: Processes, each with a GPU of its own (or on the CPU) and a share of the windows. Needs lightning.
         num_nodes: Machines that take part, each with so many devices.
-        quantize: Hold the weights of the blocks in 4 or 8 bits, with bitsandbytes.
+        quantize: Hold weights in 8 or 4 bits, chosen while they are read; nf4 and fp4 need bitsandbytes.
         seed: Seeds torch's random numbers, for a model that you have changed to draw some.
         output: The JSON file for the results.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as

@@ -12,7 +12,7 @@ def main(
     base_checkpoint_dir: Path | None = None,
     output_dir: Path | None = None,
     dtype: str = "auto",
-    quantize: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"] | None = None,
+    quantize: Literal["int8", "int4", "int4-hqq", "nf4", "nf4-dq", "fp4", "fp4-dq"] | None = None,
     model: dict[str, Any] | None = None,
 ) -> None:
     """Write a whole checkpoint, which needs neither the adapter nor the base any more.

@@ -20,22 +20,35 @@ from lit_swa.formats.adapter_files import named_fingerprint, read_base, read_fin
 from lit_swa.formats.directory import (
     ADAPTER_FILE,
     CONFIG_FILE,
-    check_shapes,
+    check_tensors,
     check_weights_dir,
     has_tokenizer,
     is_adapter_dir,
     open_weights,
+    read_quantization,
 )
 from lit_swa.formats.directory import load_config as read_config
 from lit_swa.formats.files import LazyTensor, find_inside, open_safetensors
-from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.peft_load import check_peft_dir, find_adapter_config, load_adapter
+from lit_swa.formats.quantized import Quantization, dense_tensors, empty_quantized, is_of_format, require_dense
 from lit_swa.lora import merge_lora, require_held
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
-from lit_swa.parallel import ALONE, Rank, connect, shrink
-from lit_swa.quantize import quantizable_linears, quantize_linear, round_linears
+from lit_swa.parallel import ALONE, Rank, connect, cut_linear, named_parts, shrink
+from lit_swa.quantize import (
+    HEAD,
+    WEIGHT_ONLY,
+    is_replaced,
+    layer_mode,
+    pick_group,
+    quantizable_linears,
+    quantize_linear,
+    quantized_bytes,
+    replace_linear,
+    round_linears,
+)
 from lit_swa.rope import RoPE
+from lit_swa.weight_only import WeightOnlyLinear
 
 # --------------------------------------------------------------------------------------------------------------- check
 
@@ -130,6 +143,8 @@ def check_dtype(dtype: torch.dtype | str, device: torch.device | str) -> tuple[t
 
 # ---------------------------------------------------------------------------------------------------------------- load
 
+LEAVE_OUT = "leave --quantize out, or quantise the checkpoint that it was made of"
+
 
 def load_model(
     checkpoint_dir: str | Path,
@@ -139,6 +154,7 @@ def load_model(
     merge: bool = True,
     base_dir: str | Path | None = None,
     quantize: str | None = None,
+    group_size: int | None = None,
     rank: Rank = ALONE,
     **config_overrides: Any,
 ) -> GPT:
@@ -148,8 +164,9 @@ def load_model(
 
     merge: fold an adapter into the weights, for speed; otherwise it stays apart from them, as in training.
     base_dir: the base checkpoint of an adapter, instead of the one that it names.
-    quantize: hold the weights of the blocks in 4 or 8 bits, a mode of lit_swa.quantize. An adapter then stays
-        apart from them, as QLoRA trains it.
+    quantize: hold the weights of linear layers in 4 or 8 bits, a mode of lit_swa.quantize. An adapter then stays
+        apart from them, as QLoRA trains it. A checkpoint that scripts/quantize.py wrote needs no such word.
+    group_size: of int4, 32, 64 or 128; None: the largest that fits all layers.
     rank: one of several processes that share the model: only what it holds is read (see parallel.py).
     config_overrides: fields of Config that replace those of lit_config.json.
     Weights are mapped from the file and go to the device one by one, where each is cast or quantised: the peak is one
@@ -164,12 +181,15 @@ def load_model(
     if is_adapter_dir(directory):
         if rank.size > 1:
             raise ValueError(f"{directory} is an adapter, which is not split: merge it with scripts/merge_lora.py.")
-        how = {"merge": merge and not quantize, "base_dir": base_dir, "quantize": quantize}
+        merge = merge and not quantize and read_quantization(base_of(directory, base_dir)) is None
+        how = {"merge": merge, "base_dir": base_dir, "quantize": quantize, "group_size": group_size}
         return load_adapted(directory, dtype, device, **how, **config_overrides)
     config = read_config(directory).override(**config_overrides)
-    tensors = open_weights(directory)
-    check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, directory)
-    return build_model(config, tensors, dtype, device, quantize, rank)
+    tensors, stored = open_weights(directory), read_quantization(directory)
+    check_tensors(config, tensors, directory, stored)
+    if quantize is not None:
+        require_dense(stored, directory, LEAVE_OUT)
+    return build_model(config, tensors, dtype, device, quantize, group_size, stored, rank)
 
 
 def load_adapted(
@@ -180,12 +200,14 @@ def load_adapted(
     merge: bool = True,
     base_dir: str | Path | None = None,
     quantize: str | None = None,
+    group_size: int | None = None,
     **config_overrides: Any,
 ) -> GPT:
     """The base model with a directory's adapter, merged into the weights or apart from them, in eval mode.
 
     LLaMA-Adapters always stay apart from them.
-    dtype: None is that of the base's weights. Merging is done in the wider of both dtypes and rounded once.
+    dtype: None is that of the base's weights. Merging is done in the wider of both dtypes and rounded once. Into a
+        quantised base it is done after its weights were made dense, and the result is dense.
     quantize: hold the base's blocks in this mode of lit_swa.quantize or, where the adapter is merged, round their
         weights as it does: QLoRA was trained with these numbers.
     base_dir: the base checkpoint; None: the one that the directory names. Without lit_config.json (PEFT's and
@@ -196,24 +218,27 @@ def load_adapted(
     directory = Path(directory)
     llama_adapter = adapter.is_llama_adapter(directory)
     base = _checked_base(directory, base_dir)
-    base_config, tensors = read_config(base), open_weights(base)
+    base_config, tensors, stored = read_config(base), open_weights(base), read_quantization(base)
     trained = read_config(directory) if (directory / CONFIG_FILE).exists() else base_config
     own = ("padded_vocab_size", "vocab_size", "tie_embeddings")  # which the adapter may change
     config = replace(trained.override(**config_overrides), **{name: getattr(base_config, name) for name in own})
-    check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, base)
-    stored = next(iter(tensors.values())).dtype
-    dtype = dtype or stored
+    check_tensors(config, tensors, base, stored)
+    if quantize is not None:
+        require_dense(stored, base, LEAVE_OUT)
+    base_dtype = tensors["transformer.wte.weight"].dtype
+    dtype = dtype or base_dtype
     if merge and not llama_adapter:
-        model = build_model(config, tensors, torch.promote_types(stored, dtype), device)
+        wide = torch.promote_types(base_dtype, dtype)
+        model = build_model(config, dense_tensors(config, tensors, stored, wide), wide, device)
         if quantize:
             round_linears(model, quantize)
         load_adapter(model, directory)
         merge_lora(model)
         model.to(dtype)
-        for name, p in model.named_parameters() if dtype != torch.promote_types(stored, dtype) else ():
+        for name, p in model.named_parameters() if dtype != wide else ():
             require_held(p, name.removesuffix(".weight"))
     else:
-        model = build_model(config, tensors, dtype, device, quantize)
+        model = build_model(config, tensors, dtype, device, quantize, group_size, stored)
         (adapter.load_adapter if llama_adapter else load_adapter)(model, directory)
     if trained is not base_config:
         if model.config.padded_vocab_size != trained.padded_vocab_size:
@@ -256,34 +281,29 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     quantize: str | None = None,
+    group_size: int | None = None,
+    stored: Quantization | None = None,
     rank: Rank = ALONE,
 ) -> GPT:
     """A GPT made of these weights, in eval mode. It is built without memory, then given them one at a time.
 
-    quantize: a mode of lit_swa.quantize for the linear layers of its blocks, each of which is dense on the device for
-        as long as it takes to quantise it. Raises ValueError, before anything is loaded, when one cannot be quantised.
+    quantize, group_size: a mode of lit_swa.quantize for its linear layers, each of which is dense on the device for as
+        long as it takes to quantise it. Raises ValueError, before anything is loaded, when one cannot be quantised.
+    stored: how the weights are quantised already, if they are.
     rank: one of several processes that share the model: it is given its part of each tensor.
     """
-    model = empty_model(config)
+    model = empty_quantized(config, stored)
+    if quantize is not None:  # the groups are those of the whole layers
+        linears = quantizable_linears(model, quantize, dtype, device, group_size)
+        group_size = pick_group(linears, quantize, group_size)
     if rank.size > 1:
         tensors = shrink(model, rank, tensors)
-    needed = loaded_bytes(tensors, dtype, device, quantize)
-    remedy = "use --dtype bfloat16, --quantize nf4 or a smaller model"
+    needed = loaded_bytes(tensors, dtype, device, quantize, stored)
+    remedy = "use --dtype bfloat16, --quantize int4 or a smaller model"
     require_memory(needed, device, f"The weights, as {str(dtype).removeprefix('torch.')} on {device},", remedy)
     model.rope = RoPE(config)  # its frequencies are computed, not stored
     model.rope.to(device)
-    linears = quantizable_linears(model, quantize, dtype, device) if quantize is not None else {}
-    keys: dict[str, list[str]] = {}  # module -> its stored tensors
-    for name in tensors:
-        module_name, _, key = name.rpartition(".")
-        keys.setdefault(module_name, []).append(key)
-    for name in keys:
-        for key in keys[name]:
-            tensor = tensors[f"{name}.{key}"].load().to(device).to(dtype)  # cast where it is going to lie
-            set_parameter(model.get_submodule(name), key, tensor)
-            del tensor
-        if name in linears:
-            model.set_submodule(name, quantize_linear(linears.pop(name), quantize, dtype, device))
+    fill_model(model, tensors, dtype, device, quantize, group_size, rank)
     model.tie_weights()
     if rank.size > 1:
         connect(model, rank)
@@ -293,22 +313,65 @@ def build_model(
     return model.eval()
 
 
+def fill_model(
+    model: GPT,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+    group_size: int | None,
+    rank: Rank,
+) -> None:
+    """Give an empty model its tensors, one at a time. What is to be quantised is dense until the next is read."""
+    linears = quantizable_linears(model, quantize, dtype, device, group_size) if quantize is not None else {}
+    keys: dict[str, list[str]] = {}  # module -> its stored tensors
+    for name in tensors:
+        module_name, _, key = name.rpartition(".")
+        keys.setdefault(module_name, []).append(key)
+    if tied := model.config.tie_embeddings and HEAD in linears:  # which is made of wte
+        keys[HEAD] = []
+    for name in sorted(keys, key=lambda name: name == HEAD):
+        module = model.get_submodule(name)
+        for key in keys[name]:
+            set_tensor(module, key, tensors[f"{name}.{key}"].load().to(device), dtype)
+        if isinstance(module, WeightOnlyLinear):
+            module.compute_dtype = dtype
+        if linear := linears.pop(name, None):
+            model.tie_weights()
+            quantized = quantize_linear(linear, layer_mode(name, quantize), dtype, device, group_size)
+            if tied and name == HEAD and rank.size > 1:  # of wte, which is whole
+                quantized = cut_linear(quantized, named_parts(model.config, rank)[HEAD], HEAD)
+            del linear
+            replace_linear(model, name, quantized)
+
+
 def loaded_bytes(
-    tensors: Mapping[str, LazyTensor], dtype: torch.dtype, device: torch.device, quantize: str | None = None
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+    stored: Quantization | None = None,
 ) -> int:
     """Bytes that build_model allocates for these weights, at least. Those that stay a file's pages take none."""
     total = 0
     for name, tensor in tensors.items():
-        size = dtype.itemsize
-        if quantize is not None and name.startswith("transformer.h.") and len(tensor.shape) == 2:
-            size = 1.0 if quantize == "int8" else 0.5
-        elif device.type == "cpu" and tensor.dtype == dtype:
+        if quantize is not None and is_replaced(name, tensor.shape, quantize):
+            total += quantized_bytes(tensor.shape, layer_mode(name.removesuffix(".weight"), quantize))
             continue
-        total += int(size * math.prod(tensor.shape))
+        held = tensor.dtype if stored is not None and is_of_format(name, tensor.dtype) else dtype
+        if device.type != "cpu" or tensor.dtype != held:
+            total += held.itemsize * math.prod(tensor.shape)
+    if quantize in WEIGHT_ONLY and f"{HEAD}.weight" not in tensors:  # tied: a copy of its own in 8 bits
+        total += quantized_bytes(tensors["transformer.wte.weight"].shape, "int8")
     return total
 
 
-def set_parameter(module: nn.Module, key: str, tensor: Tensor) -> None:
-    """Make a tensor a module's parameter, without a copy."""
-    assert module.get_parameter(key).shape == tensor.shape
-    setattr(module, key, nn.Parameter(tensor, requires_grad=module.get_parameter(key).requires_grad))
+def set_tensor(module: nn.Module, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Make a tensor a module's parameter in `dtype`, without a copy where it has it. Codes and scales keep theirs."""
+    place = getattr(module, key)
+    assert place.shape == tensor.shape
+    if isinstance(place, nn.Parameter):
+        tensor = nn.Parameter(tensor.to(dtype), requires_grad=place.requires_grad)
+    elif key == "bias":
+        tensor = tensor.to(dtype)
+    setattr(module, key, tensor)

@@ -17,11 +17,12 @@ from lit_swa.formats.directory import (
     MAX_SHARD_BYTES,
     STEM,
     build_config,
-    check_shapes,
+    check_tensors,
     check_weights_dir,
     copy_tokenizer,
     load_config,
     open_weights,
+    read_quantization,
     refuse_adapter,
     require_directory,
     write_checkpoint,
@@ -42,6 +43,7 @@ from lit_swa.formats.files import (
     write_weights,
 )
 from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
+from lit_swa.formats.quantized import dense_tensors
 from lit_swa.formats.reading import is_listed
 from lit_swa.formats.tokenizer_slow import check_slow_class
 
@@ -219,7 +221,8 @@ def _with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, La
 def export_hf_checkpoint(
     checkpoint_dir: str | Path, output_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write a directory that transformers.AutoModelForCausalLM loads, with equal logits. The weights keep their dtype.
+    """Write a directory that transformers.AutoModelForCausalLM loads, with equal logits. The weights keep their dtype;
+    quantised ones become dense, in that of the embedding.
 
     Raises ValueError when no Hugging Face architecture computes what the config asks for.
     """
@@ -228,10 +231,12 @@ def export_hf_checkpoint(
     if source.resolve() == directory.resolve():
         raise ValueError(f"{directory} cannot be both the checkpoint and its export: choose another output_dir.")
     config = load_config(source)
-    tensors = open_weights(source)
-    check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    tensors, stored = open_weights(source), read_quantization(source)
+    check_tensors(config, tensors, source, stored)
+    dtype = tensors["transformer.wte.weight"].dtype
+    tensors = dense_tensors(config, tensors, stored, dtype)
     hf = config_to_hf(config)
-    hf["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    hf["torch_dtype"] = str(dtype).removeprefix("torch.")
     with directory_lock(directory):
         remove_leftovers(directory)
         (directory / "config.json").unlink(missing_ok=True)

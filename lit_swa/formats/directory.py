@@ -29,7 +29,8 @@ from lit_swa.formats.files import (
     write_json,
     write_weights,
 )
-from lit_swa.formats.hugging_face import expected_shapes, require_layers
+from lit_swa.formats.hugging_face import require_layers
+from lit_swa.formats.quantized import FIELD, Quantization, check_dtypes, stored_tensors
 from lit_swa.formats.reading import is_listed
 from lit_swa.formats.tokenizer_files import read_stop_ids, template_files, vocab_file_name
 from lit_swa.formats.tokenizer_slow import check_slow_class
@@ -128,7 +129,17 @@ def _is_or_are(names: list[str]) -> str:
 def load_config(checkpoint_dir: str | Path) -> Config:
     """The Config in lit_config.json. Raises FileNotFoundError or ValueError, which names the file."""
     path = find_inside(Path(checkpoint_dir), CONFIG_FILE)
-    return build_config(Config.from_dict, read_json(path), path)
+    values = read_json(path)
+    values.pop(FIELD, None)
+    return build_config(Config.from_dict, values, path)
+
+
+def read_quantization(checkpoint_dir: str | Path) -> Quantization | None:
+    """How lit_config.json says that the weights are quantised; None for dense ones. Raises ValueError, naming the file,
+    for what is not read here."""
+    path = find_inside(Path(checkpoint_dir), CONFIG_FILE)
+    values = read_json(path)
+    return Quantization.from_json(values[FIELD], path) if FIELD in values else None
 
 
 def build_config(build: Callable[[dict[str, Any]], Config], values: dict[str, Any], path: Path) -> Config:
@@ -154,10 +165,24 @@ def is_sharded(directory: Path) -> bool:
     return (directory / index_name(STEM)).exists() and not (directory / f"{STEM}.safetensors").exists()
 
 
-def check_shapes(config: Config, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
+def check_tensors(
+    config: Config, tensors: Mapping[str, LazyTensor], where: object, stored: Quantization | None = None
+) -> None:
+    """Raises ValueError unless these are exactly the weights, by name, shape and dtype, that the config asks for where
+    they are stored in this way."""
+    check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, where, stored)
+    check_dtypes(config, tensors, where, stored)
+
+
+def check_shapes(
+    config: Config, shapes: Mapping[str, tuple[int, ...]], where: object, stored: Quantization | None = None
+) -> None:
     """Raises ValueError unless these are exactly the weights that the config asks for."""
     require_layers(config, shapes, where)
-    expected = expected_shapes(config)
+    try:
+        expected = {name: tuple(tensor.shape) for name, tensor in stored_tensors(config, stored).items()}
+    except ValueError as error:
+        raise ValueError(f"{where} does not describe its weights: {error}") from None
     for name, shape in expected.items():
         if name not in shapes:
             raise ValueError(
@@ -182,10 +207,12 @@ def save_checkpoint(
     output_dir: str | Path,
     source_dir: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    stored: Quantization | None = None,
 ) -> None:
     """Write a checkpoint directory that load_model loads. The weights keep their dtype.
 
     source_dir: where the tokenizer's files are copied from.
+    stored: how the weights are quantised, if they are.
     Raises ValueError when the weights are not those of the config, OSError when they do not fit on the disk.
     """
     state = (
@@ -193,19 +220,25 @@ def save_checkpoint(
     )
     if config.tie_embeddings:
         state.pop("lm_head.weight", None)
-    check_shapes(config, {name: tuple(t.shape) for name, t in state.items()}, "The state dict")
     tensors = {name: as_lazy(t) for name, t in state.items()}
+    check_tensors(config, tensors, "The state dict", stored)
     directory = Path(output_dir)
     with directory_lock(directory):
         remove_leftovers(directory)
         if source_dir is not None:
             copy_tokenizer(Path(source_dir), directory)
-        write_checkpoint(directory, tensors, config, max_shard_bytes)
+        write_checkpoint(directory, tensors, config, max_shard_bytes, stored)
 
 
-def write_checkpoint(directory: Path, tensors: Mapping[str, LazyTensor], config: Config, max_shard_bytes: int) -> None:
+def write_checkpoint(
+    directory: Path,
+    tensors: Mapping[str, LazyTensor],
+    config: Config,
+    max_shard_bytes: int,
+    stored: Quantization | None = None,
+) -> None:
     """The weights, then lit_config.json. The directory must be locked."""
-    fields = config.to_dict()
+    fields = config.to_dict() | ({} if stored is None else {FIELD: stored.as_json()})
     total = sum(tensor.n_bytes for tensor in tensors.values())
     sharded = total > max_shard_bytes or (directory / index_name(STEM)).exists()
     # lit_config.json says that the directory's weights are complete. It stays only where one rename replaces them all.
