@@ -294,8 +294,7 @@ def build_model(
     """
     model = empty_quantized(config, stored)
     if quantize is not None:  # the groups are those of the whole layers
-        linears = quantizable_linears(model, quantize, dtype, device, group_size)
-        group_size = pick_group(linears, quantize, group_size)
+        group_size = pick_group(quantizable_linears(model, quantize, dtype, device, group_size), quantize, group_size)
     if rank.size > 1:
         tensors = shrink(model, rank, tensors)
     needed = loaded_bytes(tensors, dtype, device, quantize, stored)
