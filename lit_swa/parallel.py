@@ -211,7 +211,7 @@ def cut_linear(linear: nn.Module, part: Part, name: str) -> nn.Module:
         setattr(piece, key, nn.Parameter(new, requires_grad=False) if key in piece._parameters else new)
     sizes = (part.size, features[1]) if part.dim == 0 else (features[0], part.size)
     piece.out_features, piece.in_features = sizes
-    return piece
+    return piece.to(piece.weight.device)  # a format that keeps more beside its tensors forgets it, as at any move
 
 
 # --------------------------------------------------------------------------------------------------- a model's part

@@ -402,11 +402,10 @@ def int4_copy(target: GPT, group_size: int = 32) -> GPT:
     """The target with the linear layers of its blocks rounded to 4 bits, in groups of so many inputs; to 8 bits the
     last layer, and those whose inputs the groups do not divide. It shares the rest."""
     model = share_weights(target)
-    blocks = model.transformer.h.named_modules(prefix="transformer.h")
-    linears = {name: module for name, module in blocks if is_linear(module)} | {"lm_head": model.lm_head}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     for name, linear in linears.items():
         weight = dense_weight(linear).detach().float()
-        if name == "lm_head" or linear.in_features % group_size:
+        if name.startswith("lm_head") or linear.in_features % group_size:
             rounded = Int8Linear.from_weight(weight, linear.bias)
         else:
             rounded = Int4Linear.from_codes(*round_groups(weight, group_size), linear.bias)

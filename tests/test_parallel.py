@@ -15,10 +15,12 @@ from tiny import randomize, tiny_config
 from lit_swa import GPT, sequential
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats.hugging_face import empty_model
-from lit_swa.generate import Session, generate
+from lit_swa.generate import Sampling, Session, generate
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, head_shares, named_parts, split_model
 from lit_swa.sequential import Ferry, place_blocks, spread
+from lit_swa.speculative import ModelDraft, make_draft, speculative_generate
+from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 
 BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
 NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True}
@@ -54,11 +56,13 @@ def two_ranks() -> Iterator[Ranks]:
     ranks.end()
 
 
-def build(fields: dict, seed: int = 5) -> GPT:
-    """A random model: the same for the same arguments, in every process."""
-    torch.manual_seed(seed)
+def build(fields: dict, noise: float = 0.0) -> GPT:
+    """A random model: the same for the same arguments, in every process. With some noise, one that often agrees."""
+    torch.manual_seed(5)
     model = GPT(tiny_config(**fields)).eval()
     randomize(model)
+    for p in model.parameters() if noise else ():
+        p.data += noise * torch.randn_like(p)
     return model
 
 
@@ -88,6 +92,83 @@ def test_two_ranks_are_one(two_ranks, name):
         assert ours_tokens == tokens
         assert torch.equal(ours, answers[0][0][0]) and torch.equal(ours_cached, answers[0][0][1])
         assert n_bytes < model.kv_cache_bytes() or model.config.n_query_groups == 1
+
+
+def build_quantized(bits: int, group_size: int = 32) -> GPT:
+    model = build({"n_head": 4, "n_embd": 128, "intermediate_size": 192, "attn_proj_bias": True, "attn_bias": True})
+    for name, linear in [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]:
+        weight, bias = linear.weight.detach(), linear.bias
+        if bits == 8 or name == "lm_head":
+            model.set_submodule(name, Int8Linear.from_weight(weight, bias))
+        else:
+            model.set_submodule(name, Int4Linear.from_codes(*round_groups(weight, group_size), bias))
+    return model.bfloat16()
+
+
+def read_quantized(index: int, bits: int) -> torch.Tensor:
+    model = build_quantized(bits)
+    model(IDS[:, :3])  # what a layer made at its first call is not that of its part
+    return read(split_model(model.float(), Rank(index, 2)))[0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_are_split_as_they_are(two_ranks, bits):
+    """Catches: codes without their scales, a row's scale that was made of a part of it, runs of 4-bit codes cut."""
+    expected = read(build_quantized(bits).float())[0]
+    for ours in two_ranks(read_quantized, bits):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_groups_are_not_cut():
+    """Catches: half a group with the scale of the whole, and nothing said."""
+    model = build_quantized(4, group_size=64)
+    with pytest.raises(
+        ValueError, match="attn.proj keeps 64 inputs together, and the processes would cut between them"
+    ):
+        split_model(model, Rank(1, 4))
+
+
+def speculate_split(index: int, fields: dict, kind: str, k: int, penalty: float) -> list[int]:
+    model = split_model(build(fields), Rank(index, 2))
+    draft = ModelDraft(Session(build(fields, noise=0.01), lookahead=k)) if kind == "model" else None
+    draft = draft or make_draft(kind, model, window=9)
+    sampling = Sampling(repetition_penalty=penalty)
+    return list(
+        speculative_generate(
+            model, IDS[0, :9].tolist(), draft=draft, speculative_k=k, max_new_tokens=25, sampling=sampling
+        )
+    )
+
+
+ROLLING = {"attention": "sliding,full", "sliding_window_size": 7, "rolling_kv_cache": True}
+SPECULATIVE = [
+    (fields, kind, k, penalty)
+    for fields in ({}, SHAPES["rolling"], ROLLING, SHAPES["streaming"], SHAPES["dual chunk"])
+    for kind in ("model", "lookup", "self-int4", "streaming")
+    if kind != "streaming" or "full" in fields.get("attention", "full")
+    for k in (1, 3, 6)
+    for penalty in (1.0, 1.3)
+]
+
+
+def check_speculative(two_ranks: Ranks, fields: dict, kind: str, k: int, penalty: float) -> None:
+    model = build(fields)
+    sampling = Sampling(repetition_penalty=penalty)
+    expected = list(generate(model, IDS[0, :9].tolist(), max_new_tokens=25, sampling=sampling))
+    assert two_ranks(speculate_split, fields, kind, k, penalty) == [expected, expected]
+
+
+def test_speculative_decoding_over_two_ranks(two_ranks):
+    """Catches: ranks that accept different tokens, a draft's cache of other heads than the rank's."""
+    for kind in ("self-int4", "streaming"):
+        check_speculative(two_ranks, ROLLING, kind, 3, 1.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields, kind, k, penalty", SPECULATIVE)
+def test_speculative_decoding_over_two_ranks_in_all_cases(two_ranks, fields, kind, k, penalty):
+    """Catches: a draft, a window and a penalty that do not go together with heads on several ranks."""
+    check_speculative(two_ranks, fields, kind, k, penalty)
 
 
 @pytest.mark.parametrize("H, G", [(6, 2), (8, 8), (8, 1), (9, 3), (12, 4), (7, 1)])
