@@ -58,7 +58,7 @@ def main(
 
     All read the same random tokens with the same shapes and alternate, `repeats` times; medians are given. Peers are
     transformers (eager; on a GPU also with its static cache, compiled), on a CPU llama.cpp where xllamacpp can be
-    imported, and on a GPU gpt-fast; the last two with one sequence alone.
+    imported (with one sequence alone), and gpt-fast.
 
     Args:
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
@@ -313,7 +313,7 @@ def peers(weights, mode: Mode, sampling, length: int, wanted: dict[str, Any]) ->
         builders["transformers"] = lambda: decode.Transformers(weights, sampling)
     if wanted["llama.cpp"] and cpu:
         builders["llama.cpp"] = lambda: decode.LlamaCpp(weights, sampling, mode.gguf, length)
-    if wanted["gpt-fast"] and not cpu:
+    if wanted["gpt-fast"]:
         builders["gpt-fast"] = lambda: decode.GptFast(weights, sampling, mode.bits, wanted["gpt-fast"])
     ways: dict[str, Any] = {}
     for name, build in builders.items():

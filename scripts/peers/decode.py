@@ -211,7 +211,7 @@ def gguf_tensors(weights: GPT) -> list[tuple[str, Tensor]]:
 class GptFast:
     """gpt-fast's model of the same shape with random weights, and its compiled step, which samples as well."""
 
-    reads, batches = False, False
+    reads, batches = False, True
 
     def __init__(self, weights: GPT, sampling: Sampling, bits: int | None, directory: Path) -> None:
         """bits: of the weights, 8 or 4 (in its groups of 32), or None. directory: of a clone."""
@@ -239,14 +239,14 @@ class GptFast:
     def decode(self, ids: Tensor, cell: Cell) -> Callable[[], None]:
         self.model.max_seq_length = -1  # or it keeps the caches of an earlier cell, and reads them whole
         with torch.device(ids.device):
-            self.model.setup_caches(1, cell.position + cell.steps)
+            self.model.setup_caches(cell.batch_size, cell.position + cell.steps)
         first, input_pos = cell.first_tokens(ids).int(), torch.tensor([cell.position], device=ids.device).int()
 
         def run() -> None:
             token = first
             input_pos.fill_(cell.position)
             for _ in range(cell.steps):
-                token = self.step(self.model, token, input_pos, **self.how)[0].clone().view(1, 1)
+                token = self.step(self.model, token, input_pos, **self.how)[0].clone().view(cell.batch_size, 1)
                 input_pos.add_(1)
 
         return run
