@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 
 class Mode(NamedTuple):
-    """The dtype of the activations, and how the weights are held: dense, or in bits and groups of inputs."""
+    """The dtype of the activations, and how the weights are held: a mode of lit_swa.quantize, or None: as they are."""
 
     dtype: str
-    bits: int | None = None
-    group: int = 0  # of 4 bits; 0: the largest that divides the rows
+    quantize: str | None = None
+    group_size: int | None = None  # of int4; None: the largest that divides the inputs of every layer
     gguf: str | None = None  # the nearest that llama.cpp has
 
 
@@ -23,11 +23,11 @@ MODES = {
     "fp32": Mode("float32", gguf="F32"),
     "bf16": Mode("bfloat16", gguf="BF16"),
     "fp16": Mode("float16", gguf="F16"),
-    "int8": Mode("bfloat16", 8, gguf="Q8_0"),
-    "int4": Mode("bfloat16", 4, gguf="Q4_0"),
-    "int4-g32": Mode("bfloat16", 4, 32, gguf="Q4_0"),
-    "int4-g64": Mode("bfloat16", 4, 64, gguf="Q4_0"),
-    "int4-g128": Mode("bfloat16", 4, 128, gguf="Q4_0"),
+    "int8": Mode("bfloat16", "int8", gguf="Q8_0"),
+    "int4": Mode("bfloat16", "int4", gguf="Q4_0"),
+    "int4-g32": Mode("bfloat16", "int4", 32, gguf="Q4_0"),
+    "int4-g64": Mode("bfloat16", "int4", 64, gguf="Q4_0"),
+    "int4-g128": Mode("bfloat16", "int4", 128, gguf="Q4_0"),
 }
 PEERS = ("transformers", "gpt-fast", "llama.cpp", "static")  # ours are compared with the first one that is there
 
@@ -87,6 +87,7 @@ def main(
     import torch
 
     from lit_swa.formats.files import write_json
+    from lit_swa.formats.quantized import quantization_of
     from lit_swa.generate import Sampling
     from lit_swa.plots import check_output, draw_results
     from lit_swa.speed import copy_rate
@@ -124,7 +125,7 @@ def main(
         ways |= peers(weights, MODES[mode], sampling, max(p + n for _, p, n in cells), wanted)
         with torch.inference_mode():
             for row in measure(ways, weights, cells, prompt_tokens, repeats, result["copy_rate"]):
-                result["rows"].append({"mode": mode} | row)
+                result["rows"].append({"mode": mode, "weights": str(quantization_of(weights) or "dense")} | row)
                 report(result["rows"][-1])
                 write_json(output, result)  # what is done is kept
         del weights, ways
@@ -135,7 +136,7 @@ def pick_modes(modes: list[str] | None, dtypes: list[str] | None, device: str) -
     """Names of MODES. Raises ValueError for one that there is not."""
     if modes and dtypes:
         raise ValueError("modes and dtypes are both given: give modes alone.")
-    named = {mode.dtype: name for name, mode in MODES.items() if mode.bits is None}
+    named = {mode.dtype: name for name, mode in MODES.items() if mode.quantize is None}
     chosen = [name for text in modes or dtypes or [] for name in text.split(",")]
     chosen = [named.get(name, name) for name in chosen] or (["fp32", "bf16"] if device == "cpu" else ["bf16"])
     if unknown := [name for name in chosen if name not in MODES]:
@@ -158,19 +159,20 @@ class Source(NamedTuple):
 
 def load(source: Source):
     """The model, before anything makes it faster."""
+    import torch
+
     from lit_swa import Config
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.download import find_checkpoint
-    from lit_swa.linear_formats import is_plain
+    from lit_swa.quantize import quantize_linears
 
     mode = MODES[source.mode]
     if source.name is not None:
         return random_model(Config.from_name(source.name, **source.overrides), mode, source.device)
     found = find_checkpoint(source.checkpoint_dir)
     model = load_model(found, dtype=mode.dtype, device=source.device, **source.overrides)
-    for name, module in list(model.named_modules()):
-        if is_plain(module) and mode.bits is not None:
-            model.set_submodule(name, quantized(name, module, mode))
+    if mode.quantize is not None:
+        quantize_linears(model, mode.quantize, getattr(torch, mode.dtype), group_size=mode.group_size)
     return model
 
 
@@ -179,36 +181,28 @@ def random_model(config, mode: Mode, device: str):
     import torch
 
     from lit_swa import GPT
-    from lit_swa.linear_formats import is_linear
+    from lit_swa.quantize import layer_mode, pick_group, quantizable_linears, quantize_linear, replace_linear
 
-    torch.set_default_dtype(getattr(torch, mode.dtype))
+    dtype, linears = getattr(torch, mode.dtype), {}
+    torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
             model = GPT(config).eval()
+        if mode.quantize is not None:
+            linears = quantizable_linears(model, mode.quantize, dtype, device, mode.group_size)
+            group_size = pick_group(linears, mode.quantize, mode.group_size)
         for name, module in list(model.named_modules()):
             if hasattr(module, "reset_parameters"):
                 module.to_empty(device=device, recurse=False)
                 module.reset_parameters()
-            if is_linear(module) and mode.bits is not None:
-                model.set_submodule(name, quantized(name, module, mode))
+            if name in linears:
+                how = layer_mode(name, mode.quantize)
+                replace_linear(model, name, quantize_linear(module, how, dtype, group_size=group_size))
     finally:
         torch.set_default_dtype(torch.float32)
-    if mode.bits is None:
-        model.tie_weights()
+    model.tie_weights()
     model.rope.to(device)
     return model
-
-
-def quantized(name: str, linear, mode: Mode):
-    """The layer with its weight in 8 or 4 bits, rounded; the last projection always in 8."""
-    from lit_swa.quantize import Int4Linear, Int8Linear
-    from lit_swa.weight_only import GROUP_SIZES, round_groups
-
-    weight = linear.weight.detach().float()
-    if mode.bits == 8 or name == "lm_head":
-        return Int8Linear.from_weight(weight, linear.bias)
-    group = mode.group or next(size for size in reversed(GROUP_SIZES) if weight.size(1) % size == 0)
-    return Int4Linear.from_codes(*round_groups(weight, group), linear.bias)
 
 
 def copy_of(model):
@@ -305,16 +299,19 @@ def ours(weights, sampling, eager: bool, compile: bool) -> dict[str, Any]:
 
 def peers(weights, mode: Mode, sampling, length: int, wanted: dict[str, Any]) -> dict[str, Any]:
     """The peers that are wanted, there, and fit. length: tokens of the longest text. stderr says why one is missing."""
+    from lit_swa.formats.quantized import quantization_of
     from scripts.peers import decode
 
+    held = quantization_of(weights)
+    bits = None if held is None else 8 if held.mode == "int8" else 4
     cpu = weights.transformer.wte.weight.device.type == "cpu"
     builders: dict[str, Callable] = {}
-    if wanted["transformers"] and mode.bits is None:
+    if wanted["transformers"] and bits is None:
         builders["transformers"] = lambda: decode.Transformers(weights, sampling)
     if wanted["llama.cpp"] and cpu:
         builders["llama.cpp"] = lambda: decode.LlamaCpp(weights, sampling, mode.gguf, length)
     if wanted["gpt-fast"]:
-        builders["gpt-fast"] = lambda: decode.GptFast(weights, sampling, mode.bits, wanted["gpt-fast"])
+        builders["gpt-fast"] = lambda: decode.GptFast(weights, sampling, bits, wanted["gpt-fast"])
     ways: dict[str, Any] = {}
     for name, build in builders.items():
         try:
@@ -429,11 +426,12 @@ def compile_once(source: Source) -> float:
 
 def report(row: dict[str, Any]) -> None:
     """A line for what is measured, and one for each way."""
+    held = row["mode"] if row["weights"] == "dense" else row["weights"]
     if row["what"] == "prefill":
-        print(f"{row['mode']}: prefill of {row['tokens']} tokens")
+        print(f"{held}: prefill of {row['tokens']} tokens")
     else:
         sizes = f"a step reads {row['read_bytes'] / 1e9:.3f} GB, the caches take {row['cache_bytes'] / 1e9:.3f} GB"
-        print(f"{row['mode']}: decode at position {row['position']}, batch {row['batch_size']}; {sizes}")
+        print(f"{held}: decode at position {row['position']}, batch {row['batch_size']}; {sizes}")
     peer = next((name for name in PEERS if name in row["ways"]), None)
     for name, figures in row["ways"].items():
         line = f"  {name:12} {figures['tok_s']:9.1f} tok/s"
