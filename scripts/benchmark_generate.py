@@ -402,7 +402,7 @@ def time_compiling(source: Source) -> dict[str, float]:
 
     before, seconds = dict(os.environ), []
     with tempfile.TemporaryDirectory() as directory:
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": f"{directory}/triton"}
+        os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "LIT_SWA_CACHE"), directory)
         try:
             for _ in range(2):
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
