@@ -92,15 +92,21 @@ def copy_rate(device: torch.device) -> float | None:
 
 
 def memory_line(model: GPT, read: float, seconds: float) -> str:
-    """For people: what decode read per second, its share of the copy rate, and the peak of the memory. read: bytes, 0
-    where they are not known."""
-    device = model.transformer.wte.weight.device
-    peak, parts = peak_memory(device), []  # before the copy that is timed
+    """For people: what decode read per second, its share of the copy rate, and the peak of the memory of each of the
+    model's devices. read: bytes, 0 where they are not known."""
+    peaks, parts = peak_memories(model), []  # before the copy that is timed
     if read and seconds > 0:
-        rate, copied = read / seconds, copy_rate(device)
+        rate, copied = read / seconds, copy_rate(model.transformer.wte.weight.device)
         share = "" if copied is None else f", {rate / copied:.0%} of the copy rate of {format_bytes(copied)}/s"
         parts.append(f"decode read {format_bytes(rate)}/s{share}")
-    return " | ".join(parts + ([f"peak memory {format_bytes(peak)}"] if peak else []))
+    return " | ".join(parts + ([f"peak memory {peaks}"] if peaks else []))
+
+
+def peak_memories(model: GPT) -> str:
+    """1.2 GB, or 1.2 GB on cuda:0, 3.4 GB on cuda:1."""
+    devices = dict.fromkeys(t.device for t in (*model.parameters(), *model.buffers()))
+    peaks = [(format_bytes(peak), f" on {device}") for device in devices if (peak := peak_memory(device))]
+    return ", ".join(peak + place * (len(peaks) > 1) for peak, place in peaks)
 
 
 # ---------------------------------------------------------------------------------------------------- a trace of steps

@@ -1,6 +1,7 @@
 """What a run says of its speed: the bytes that a step reads, worked out by hand; the lines; the trace of steps."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -89,7 +90,9 @@ def test_the_line_gives_the_rates_of_its_counters(tiny_model, monkeypatch):
     assert memory.startswith(f"decode read {(4 * WEIGHTS + keys) / 2e3:.0f} kB/s, {share:.0%} of the copy rate of ")
     assert memory.rpartition(" | ")[2].startswith("peak memory ") and memory.endswith("B")
     stats.decode_bytes = 6e9
-    assert "decode read 3.00 GB/s" in stats.line(model)
+    assert "decode read 3.00 GB/s" in stats.line(model) and " on cpu" not in stats.line(model)
+    model.lm_head.to("meta")  # as if it were on another device
+    assert re.search(r"peak memory \S+ .B on cpu, \S+ .B on meta\n", stats.line(model))
 
 
 @pytest.mark.parametrize("steps, seconds", [(0, 0.0), (0, 1e-9), (1, 0.0), (9, 0.0)])
