@@ -11,7 +11,7 @@ from lit_swa.arguments import Generation
 
 def main(
     draft_checkpoint_dir: Path | None = None,
-    draft: Literal["self-int4", "streaming", "lookup"] | None = None,
+    draft: Literal["lookup", "streaming", "self-int4", "streaming-int4"] | None = None,
     speculative_k: int = 4,
     draft_window: int = 512,
     **generation: Any,
@@ -23,7 +23,8 @@ def main(
         draft_checkpoint_dir: A smaller model with the same tokenizer, which is the draft.
         draft: Or a draft that needs no other model. lookup (the default): what followed the last words where they
             occurred before, for texts that repeat parts of the prompt. streaming: the model itself, reading its first
-            tokens and the recent ones only, for long contexts. self-int4: the model itself in 4 bits.
+            tokens and the recent ones only, for long contexts. self-int4: the model itself in 4 bits. streaming-int4:
+            both.
         speculative_k: How many tokens the draft proposes at a time.
         draft_window: How many recent tokens the streaming draft reads.
     """

@@ -56,6 +56,7 @@ from lit_swa.speed import step_bytes
 from lit_swa.utils import wait_for
 from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 
+SELF_DRAFTS = ("streaming", "self-int4", "streaming-int4")
 SPECULATIVE_K = 1, 64  # least and most tokens that are proposed at a time
 Step = Callable[[Tensor, Tensor], Tensor]  # (idx (B, T), input_pos (T,) or (B, T)) -> logits (B, T, V or more)
 
@@ -324,9 +325,10 @@ def make_draft(kind: str, target: GPT, window: int, compile: bool = False) -> Dr
     """The draft of a name that --draft takes. Its model is made of the target as it is by then: packed, or compiled."""
     if kind == "lookup":
         return Lookup()
-    if kind not in ("streaming", "self-int4"):
-        raise ValueError(f"There is no draft called {kind!r}: choose from lookup, streaming, self-int4.")
-    model = streaming_copy(target, window) if kind == "streaming" else int4_copy(target)
+    if kind not in SELF_DRAFTS:
+        raise ValueError(f"There is no draft called {kind!r}: choose from lookup, {', '.join(SELF_DRAFTS)}.")
+    model = int4_copy(target) if "int4" in kind else target
+    model = streaming_copy(model, window) if "streaming" in kind else model
     return SelfDraft(model, compile_decode(model) if compile else None)
 
 
@@ -496,10 +498,10 @@ class SpeculativeStats(Stats):
 
     def count_round(self, tokens: int, seconds: float) -> None:
         """Count the new tokens of a round, as `count` does one."""
+        more, begun = max(0, tokens - 1), self.new_tokens > 0  # those after the first came with it
         if tokens:
             self.count(seconds)
-        more = max(0, tokens - 1)  # they came at once
-        self.new_tokens, self.decode_steps = self.new_tokens + more, self.decode_steps + more
+        self.new_tokens, self.decode_steps = self.new_tokens + more, self.decode_steps + more * begun
 
     def line(self, model: GPT, text: str | None = None) -> str:
         tokens = (self.accepted + self.row_rounds) / max(1, self.row_rounds)

@@ -36,7 +36,7 @@ def main(
     Args:
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         name: A named shape, such as Mistral-7B-v0.1, with random weights in place of a checkpoint.
-        draft: lookup, streaming, self-int4, or a named shape, which gets random weights.
+        draft: lookup, streaming, self-int4, streaming-int4, or a named shape, which gets random weights.
         draft_window: How many recent tokens the streaming draft reads.
         speculative_k: How many tokens are proposed in a round; several as a list. By default 4.
         acceptance: The probability that a proposed token is accepted, if those before it are.
@@ -122,7 +122,7 @@ def open_draft(draft: str, session, window: int, context: int, room: int, compil
     import torch
 
     from lit_swa import Config
-    from lit_swa.speculative import Lookup, ModelDraft, make_draft
+    from lit_swa.speculative import SELF_DRAFTS, Lookup, ModelDraft, make_draft
 
     class Always(Lookup):
         """A look-up that proposes something where nothing is found, since a forced acceptance asks for no text."""
@@ -133,7 +133,7 @@ def open_draft(draft: str, session, window: int, context: int, room: int, compil
     if draft == "lookup":
         proposer, ids = Always(), torch.randint(0, session.model.config.vocab_size, (session.batch_size, context))
         proposer.start(session, ids.tolist(), room)
-    elif draft in ("streaming", "self-int4"):
+    elif draft in SELF_DRAFTS:
         proposer = make_draft(draft, session.model, window, compile)
         proposer.start(session, [], room)
     else:

@@ -30,7 +30,7 @@ def main(
     Args:
         texts: Text files; the model continues the first tokens of each.
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
-        drafts: lookup, streaming, self-int4, as a list. By default all.
+        drafts: lookup, streaming, self-int4, streaming-int4, as a list. By default all.
         draft_windows: How many recent tokens the streaming draft reads. By default 64, 128, 256 and 512.
         speculative_k: How many tokens are proposed in a round. By default 4.
         contexts: How many tokens of a text are its prompt. By default 1024 and 4096.
@@ -46,7 +46,7 @@ def main(
     from lit_swa.formats.files import write_json
     from lit_swa.generate import Sampling, Session
     from lit_swa.linear_formats import pack_for_cpu
-    from lit_swa.speculative import SpeculativeStats, make_draft, speculate
+    from lit_swa.speculative import SELF_DRAFTS, SpeculativeStats, make_draft, speculate
     from lit_swa.texts import encode_file
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
@@ -57,12 +57,11 @@ def main(
     target = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
     pack_for_cpu(target)
     tokenizer, session, rows = Tokenizer(checkpoint_dir), Session(target, lookahead=max(ks)), []
-    kinds = {kind: [(kind, 1)] for kind in ("lookup", "self-int4")}
-    kinds["streaming"] = [("streaming", window) for window in draft_windows or [64, 128, 256, 512]]
-    chosen = [pair for kind in drafts or ["lookup", "streaming", "self-int4"] for pair in kinds.get(kind, [(kind, 1)])]
-    proposers = {
-        f"{kind} {window}" if kind == "streaming" else kind: make_draft(kind, target, window) for kind, window in chosen
-    }
+    proposers = {}
+    for kind in drafts or ["lookup", *SELF_DRAFTS]:
+        for window in draft_windows or [64, 128, 256, 512]:
+            name = f"{kind} {window}" if "streaming" in kind else kind
+            proposers[name] = proposers.get(name) or make_draft(kind, target, window)
     for context in contexts or [1024, 4096]:
         found = {(name, k): SpeculativeStats() for name in proposers for k in ks}
         for path in texts:
