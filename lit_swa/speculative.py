@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -167,9 +167,6 @@ class Draft(Protocol):
     def extend(self, new: list[list[int]]) -> None:
         """The sequences went on with these tokens."""
 
-    def finish(self, sequences: list[list[int]]) -> None:
-        """The sequences, as they are in the end."""
-
 
 def propose(feed: Step, rows: Rows, k: int, first: int) -> tuple[Tensor, Tensor | None]:
     """k tokens of a model, one after the other; the first call feeds the newest `first` tokens of each sequence."""
@@ -214,9 +211,9 @@ class ModelDraft:
             )
 
     def start(self, target: Session, sequences: list[list[int]], tokens: int) -> None:
-        kept = self.session.keep_prefix(sequences[0]) if len(sequences) == 1 else self.session.reset()
+        self.session.reset()
         self.session.reserve(int(min(tokens, self.context)))
-        self.session.feed([ids[kept:] for ids in sequences])
+        self.session.feed(sequences)
 
     def propose(self, rows: Rows, k: int) -> tuple[Tensor, Tensor | None]:
         # The last but one is new to the draft where all its tokens were accepted; else it is fed once more.
@@ -228,9 +225,6 @@ class ModelDraft:
 
     def extend(self, new: list[list[int]]) -> None:
         pass
-
-    def finish(self, sequences: list[list[int]]) -> None:
-        self.session.reset()
 
 
 class SelfDraft:
@@ -259,9 +253,6 @@ class SelfDraft:
         return run_step(self.model, self.decode, idx, input_pos)
 
     def extend(self, new: list[list[int]]) -> None:
-        pass
-
-    def finish(self, sequences: list[list[int]]) -> None:
         pass
 
 
@@ -308,9 +299,6 @@ class Lookup:
             return None
         period = len(text) - start  # where the text ends, it goes on as it would if it repeated itself
         return [text[start + i % period] for i in range(k)]
-
-    def finish(self, sequences: list[list[int]]) -> None:
-        pass
 
 
 def check_request(checkpoint_dir: Path | None, kind: str | None, k: int, window: int) -> None:
@@ -528,9 +516,8 @@ class Speculation:
         self.rounds = 0
 
     def round(self, k: int) -> Tensor:
-        """Propose k tokens and judge them, or 0: plain decoding. Returns, for each sequence, the new tokens in front,
-        how many of the proposed ones are among them, how many were proposed, and 1 if all logits are finite:
-        (B, k + 4) on the device, which the host has not waited for."""
+        """Propose k tokens and judge them, or 0: plain decoding. Returns what report_round gives, on the device: the
+        host has not waited for it."""
         rows, self.rounds = self.rows, self.rounds + 1
         self.began = mark(rows.length.device)
         tokens, q = self.draft.propose(rows, k) if k else (rows.newest[:, :0], None)
@@ -540,12 +527,18 @@ class Speculation:
         accepted, following = self.accept(logits, tokens, q, rows.sampler)  # (B, 1) each
         new = F.pad(tokens, (0, 1)).scatter(1, accepted, following)  # (B, k + 1)
         rows.advance(new, accepted)
-        finite = logits.sum(dim=(1, 2), dtype=torch.float32)[:, None].isfinite()
-        return torch.cat([new, accepted, torch.full_like(accepted, k), finite.long()], dim=1)
+        return report_round(new, accepted, k, logits)
 
     def draft_seconds(self) -> float:
         """How long the last round's draft took. The host must have read the round."""
         return seconds_between(self.began, self.proposed)
+
+
+def report_round(tokens: Tensor, accepted: Tensor, k: int, logits: Tensor) -> Tensor:
+    """What the host reads of a round: of each sequence the new tokens (B, k + 1), of which the first accepted + 1
+    count; accepted (B, 1); k; and 1 if its logits (B, k + 1, V) are finite."""
+    finite = logits.sum(dim=(1, 2), dtype=torch.float32)[:, None].isfinite()  # no sum is, unless they all are
+    return torch.cat([tokens, accepted, torch.full_like(accepted, k), finite.long()], dim=1)
 
 
 def mark(device: torch.device) -> Any:
@@ -564,24 +557,36 @@ def seconds_between(began: Any, ended: Any) -> float:
 class Text:
     """A sequence as the host knows it: its tokens, and where it ends."""
 
-    def __init__(self, ids: list[int], count: float, stops: list[list[int]]) -> None:
-        self.ids, self.left, self.stops, self.ended = list(ids), count, StopFinder(stops, empty=[]), count <= 0
-        self.stopped = False  # by a stop
+    def __init__(self, ids: list[int], count: int, stops: list[list[int]]) -> None:
+        """count: how many new tokens it gets at most."""
+        self.ids, self.count, self.end = list(ids), count, len(ids) + count
+        self.stops, self.stopped = StopFinder(stops, empty=[]), False
 
-    def take(self, tokens: list[int]) -> tuple[list[int], int]:
-        """Go on with tokens, up to the end; returns those that can be passed on, and how many were taken."""
-        released = []
-        for n, token in enumerate(tokens):
-            if self.ended:
-                return released, n
-            self.ids.append(token)
-            self.left -= 1
-            passed, self.stopped = self.stops.push([token])
-            released += passed
-            self.ended = self.stopped or self.left <= 0
-            if self.ended and not self.stopped:
-                released += self.stops.held  # what was not a stop after all
-        return released, len(tokens)
+    @property
+    def ended(self) -> bool:
+        return self.stopped or len(self.ids) >= self.end
+
+    def take(self, tokens: list[int]) -> list[int]:
+        """Go on with tokens, as far as the text goes; returns those that can be passed on."""
+        passed = []
+        for token in tokens:
+            if not self.ended:
+                self.ids.append(token)
+                released, self.stopped = self.stops.push([token])
+                passed += released + (self.held() if self.ended else [])
+        return passed
+
+    def held(self) -> list[int]:
+        """At the text's end, the tokens that might have become a stop."""
+        return [] if self.stopped else self.stops.held
+
+
+class Limits(NamedTuple):
+    """How far a run goes."""
+
+    k: int  # proposed tokens in a round
+    context: float  # tokens that can be fed
+    room: int  # how long the texts may become in the caches
 
 
 def speculate(
@@ -617,16 +622,15 @@ def speculate(
             f"The session has {session.batch_size} rows and a lookahead of {session.lookahead}: give it one row for "
             f"each of the {len(prompts)} prompts, and a lookahead of {k} at least."
         )
-    stats.draft_model = draft.model
-    stats.prompt_tokens = sum(len(ids) for ids in prompts)
+    stats.draft_model, stats.prompt_tokens = draft.model, sum(len(ids) for ids in prompts)
     stats.cached_tokens = session.keep_prefix(prompts[0]) if len(prompts) == 1 else session.reset() or 0
     context, longest = math.inf if model.rolls else model.config.block_size, max(len(ids) for ids in prompts)
-    room = int(min(longest + max_new_tokens + k, context))
-    session.reserve(room)
+    limits = Limits(k, context, int(min(longest + max_new_tokens + k, context)))
+    session.reserve(limits.room)
     stops = [[s] if isinstance(s, int) else list(s) for s in stop_tokens]
-    texts = [Text(ids, min(max_new_tokens, context + 1 - len(ids)), stops) for ids in prompts]
+    texts = [Text(ids, int(min(max_new_tokens, context + 1 - len(ids))), stops) for ids in prompts]
     sampler = Sampler(sampling, prompts, model.config.vocab_size, session.device)
-    return decode_rounds(session, draft, texts, sampler, (k, context, room), should_stop, progress, stats)
+    return decode_rounds(session, draft, texts, sampler, limits, should_stop, progress, stats)
 
 
 @torch.inference_mode()
@@ -635,83 +639,77 @@ def decode_rounds(
     draft: Draft,
     texts: list[Text],
     sampler: Sampler,
-    limits: tuple[int, float, int],
+    limits: Limits,
     should_stop: Callable[[], bool] | None,
     progress: Callable[[int, int], None] | None,
     stats: SpeculativeStats,
 ) -> Iterator[list[list[int]]]:
-    """The loop of speculate: read the prompts, choose the first tokens as plain decoding does, then go round by round.
-    limits: k, the context, and how long the texts may become."""
-    k, context, room = limits
-    started = time.perf_counter()
-    fed, prompts = [text.ids[stats.cached_tokens :] for text in texts], [list(text.ids) for text in texts]
-    logits = session.feed(fed, should_stop=should_stop, progress=progress)  # (B, 1, V)
+    """The loop of speculate: read the prompts, choose the first tokens as plain decoding does, go round by round."""
+    started, k = time.perf_counter(), limits.k
+    prompts = [list(text.ids) for text in texts]
+    logits = session.feed([ids[stats.cached_tokens :] for ids in prompts], should_stop=should_stop, progress=progress)
     if logits is None:
         return
-    draft.start(session, prompts, room)
+    draft.start(session, prompts, limits.room)
     wait_for(session.device)
     stats.prefill_seconds = time.perf_counter() - started
     if all(text.ended for text in texts):
         return
-    token = sampler.choose(logits[:, -1])  # (B, 1)
-    finite = logits.sum(dim=(1, 2), dtype=torch.float32)[:, None].isfinite()
-    lengths = to_device([[len(text.ids) + 1] for text in texts], session.device)
-    last = to_device([text.ids[-1:] for text in texts], session.device)
-    run = Speculation(session, draft, Rows(sampler, torch.cat([last, token], dim=1), lengths))
-    report = torch.cat([token, torch.zeros_like(token), torch.zeros_like(token), finite.long()], dim=1)
+    run, report = begin(session, draft, prompts, sampler, logits)
     try:
         while True:
             rows = report.tolist()  # only here the host waits for the device
-            yield read_round(session, draft, run, texts, rows, time.perf_counter() - started, stats)
-            if all(text.ended for text in texts) or (should_stop is not None and should_stop()):
+            yield read_round(run, texts, rows, time.perf_counter() - started, stats)
+            if all(text.ended for text in texts):
                 break
-            session.reserve(room)  # raises if another session took the caches since
+            if should_stop is not None and should_stop():
+                yield [[] if text.ended else text.held() for text in texts]
+                break
+            session.reserve(limits.room)  # raises if another session took the caches since
             started = time.perf_counter()
-            going = max(len(text.ids) for text in texts if not text.ended)
-            k = k if going + k <= context and going + k - 1 <= draft.context else 0  # from here on to the end
+            longest = max(len(text.ids) for text in texts if not text.ended)
+            if longest + k > min(limits.context, draft.context + 1):
+                k = 0  # from here on to the end
             run.rows.end([text.ended for text in texts])
             report = run.round(k)
     finally:
-        finish(session, draft, texts, k, stats)
+        session.hold([text.ids[:-1] for text in texts], ahead=session.lookahead)
+        if texts[0].ended and not texts[0].stopped:
+            stats.cut = why_cut(session, texts[0].count)
+
+
+def begin(
+    session: Session, draft: Draft, prompts: list[list[int]], sampler: Sampler, logits: Tensor
+) -> tuple[Speculation, Tensor]:
+    """The first token of each text, chosen from the logits (B, 1, V) that follow its prompt, reported as by a round."""
+    token = sampler.choose(logits[:, -1])  # (B, 1)
+    lengths = to_device([[len(ids) + 1] for ids in prompts], session.device)
+    newest = torch.cat([to_device([ids[-1:] for ids in prompts], session.device), token], dim=1)  # (B, 2)
+    run = Speculation(session, draft, Rows(sampler, newest, lengths))
+    return run, report_round(token, torch.zeros_like(token), 0, logits)
 
 
 def read_round(
-    session: Session,
-    draft: Draft,
-    run: Speculation,
-    texts: list[Text],
-    rows: list[list[int]],
-    seconds: float,
-    stats: SpeculativeStats,
+    run: Speculation, texts: list[Text], rows: list[list[int]], seconds: float, stats: SpeculativeStats
 ) -> list[list[int]]:
     """What can be passed on of the new tokens of a round, as the device reported it."""
-    passed, new, count = [], [], 0
+    passed, new = [], []
     for text, (*tokens, accepted, proposed, finite) in zip(texts, rows, strict=True):
         before, going = len(text.ids), not text.ended
         if going and not finite:
-            raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(session.model)}.")
-        released, taken = text.take(tokens[: accepted + 1])
-        count += taken
+            raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(run.target.model)}.")
+        passed.append(text.take(tokens[: accepted + 1]))
+        new.append(text.ids[before:])
         if going and run.rounds:
             stats.row_rounds, stats.proposed = stats.row_rounds + 1, stats.proposed + proposed
             stats.accepted, stats.refused = stats.accepted + accepted, stats.refused + (accepted < proposed)
-        passed.append(released)
-        new.append(text.ids[before:])
-    stats.count_round(count, seconds)
+    stats.count_round(sum(map(len, new)), seconds)
     if run.rounds:  # else it is the first token, which plain decoding chose
         stats.rounds += 1
         stats.draft_seconds += run.draft_seconds()
-        stats.draft_calls += max(row[-2] for row in rows) if draft.model is not None else 0
-    draft.extend(new)
+        stats.draft_calls += rows[0][-2] if run.draft.model is not None else 0
+    run.draft.extend(new)
     return passed
-
-
-def finish(session: Session, draft: Draft, texts: list[Text], k: int, stats: SpeculativeStats) -> None:
-    """Let the sessions know what their caches hold, and say why the texts end."""
-    session.hold([text.ids[:-1] for text in texts], ahead=session.lookahead)
-    draft.finish([text.ids for text in texts])
-    if texts and not texts[0].stopped and texts[0].ended:
-        stats.cut = why_cut(session, stats.new_tokens)
 
 
 def speculative_generate(

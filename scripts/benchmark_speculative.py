@@ -239,7 +239,7 @@ class Counter:
         texts = [Text([0], 10**9, []) for _ in range(self.session.batch_size)]
         for _ in range(rounds):
             report = run.round(k)
-            read_round(self.session, self.draft, run, texts, report.tolist(), 0.0, stats)
+            read_round(run, texts, report.tolist(), 0.0, stats)
         if k:
             self.rounds, self.tokens = self.rounds + stats.row_rounds, self.tokens + stats.new_tokens
 
