@@ -143,6 +143,10 @@ def test_the_text_ends_with_the_context(tiny_model):
     assert list(speculative_generate(model, prompts[0], draft=Lookup(), max_new_tokens=100, stats=stats)) == expected[0]
     assert stats.cut == plain.cut == "The context of 48 tokens is full." and stats.new_tokens == 29
     assert list(speculative_generate(model, prompts[0], draft=Lookup(), max_new_tokens=0)) == []
+    asked = {"should_stop": itertools.chain([False], itertools.repeat(True)).__next__, "stop_tokens": [expected[0][:2]]}
+    assert (
+        list(speculative_generate(model, prompts[0], draft=Lookup(), **asked)) == expected[0][:1]
+    )  # no stop after all
 
 
 def test_a_session_goes_on_with_what_it_holds(tiny_model):
