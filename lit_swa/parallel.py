@@ -207,7 +207,9 @@ def cut_linear(linear: nn.Module, part: Part, name: str) -> nn.Module:
     piece = copy.copy(linear)
     piece._parameters, piece._buffers = dict(linear._parameters), dict(linear._buffers)
     for key, tensor in tensors.items():
-        new = cut(as_lazy(tensor), part, features, name).load().clone()
+        held = cut(as_lazy(tensor), part, features, name)
+        # torch.cat of meta tensors would import all of torch's compiler
+        new = tensor.new_empty(held.shape) if tensor.is_meta else held.load().clone()
         setattr(piece, key, nn.Parameter(new, requires_grad=False) if key in piece._parameters else new)
     sizes = (part.size, features[1]) if part.dim == 0 else (features[0], part.size)
     piece.out_features, piece.in_features = sizes
@@ -256,9 +258,12 @@ def connect(model: GPT, rank: Rank) -> None:
     for block in model.transformer.h:
         for module in (block.attn, block.mlp):
             module.proj = RowParallelLinear(module.proj, rank)
+    part = named_parts(config, rank)["lm_head"]
     if config.tie_embeddings:  # the rows are those of wte, which is whole
-        ((start, stop),) = named_parts(config, rank)["lm_head"].ranges
+        ((start, stop),) = part.ranges
         model.lm_head = nn.Linear(config.n_embd, stop - start, bias=False, device="meta")
         model.lm_head.weight = nn.Parameter(model.transformer.wte.weight.detach()[start:stop])
+    elif model.lm_head.out_features != part.size:  # it was tied until it was quantised
+        model.lm_head = cut_linear(model.lm_head, part, "lm_head")
     model.lm_head = VocabParallelLinear(model.lm_head, rank, vocabulary_rows(config, rank), config.padded_vocab_size)
     model.requires_grad_(False)

@@ -30,8 +30,8 @@ def main(
     Args:
         name: A named shape: speed does not depend on the weights.
         devices: Number of devices, with a process each; by default all GPUs. torchrun may start the processes instead.
-        modes: float32, bfloat16, float16, or int8 (weights of 8 bits, computing in bfloat16). By default bfloat16 and
-            int8.
+        modes: float32, bfloat16, float16, or int8 and int4 (weights of 8 and 4 bits, computing in bfloat16). By default
+            bfloat16 and int8.
         positions: Where decoding is timed. By default 512.
         steps: How many one-token steps are timed together.
         repeats: How often; the median counts.
@@ -45,6 +45,9 @@ def main(
     from lit_swa.parallel import ALONE
     from lit_swa.utils import describe_machine
 
+    unknown = set(modes or ()) - {"float32", "bfloat16", "float16", "int8", "int4"}
+    if unknown:
+        raise ValueError(f"There is no mode {unknown.pop()!r}: choose from float32, bfloat16, float16, int8, int4.")
     config, positions = Config.from_name(name, **(model or {})), positions or [512]
     if not ranks.started() and (count := ranks.count_ranks(devices, device)) > 1:
         ranks.start(count)
@@ -75,21 +78,24 @@ def main(
 
 def random_part(config, mode: str, rank: "Rank", device: str):
     """A rank's part of a model with random weights: no more than that is ever there."""
+    from dataclasses import replace
+
     import torch
 
     from lit_swa.formats.hugging_face import empty_model
     from lit_swa.parallel import connect, shrink
     from lit_swa.quantize import quantize_linears
 
-    gpt, dtype = empty_model(config).eval(), torch.bfloat16 if mode == "int8" else getattr(torch, mode)
+    quantized = mode in ("int8", "int4")
+    gpt, dtype = empty_model(replace(config)).eval(), torch.bfloat16 if quantized else getattr(torch, mode)
     if rank.size > 1:
         shrink(gpt, rank)
     gpt.to(dtype).to_empty(device=device)
     for p in gpt.parameters():
         p.data.normal_(0, 0.02)
     gpt.tie_weights()
-    if mode == "int8":
-        quantize_linears(gpt, "int8", dtype)
+    if quantized:
+        quantize_linears(gpt, mode, dtype)
     if rank.size > 1:
         connect(gpt, rank)
     return gpt

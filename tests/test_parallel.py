@@ -15,9 +15,11 @@ from tiny import randomize, tiny_config
 from lit_swa import GPT, sequential
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats.hugging_face import empty_model
+from lit_swa.formats.quantized import quantization_of
 from lit_swa.generate import Sampling, Session, generate
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, head_shares, named_parts, split_model
+from lit_swa.quantize import quantize_linears
 from lit_swa.sequential import Ferry, place_blocks, spread
 from lit_swa.speculative import ModelDraft, make_draft, speculative_generate
 from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
@@ -117,6 +119,24 @@ def test_quantised_weights_are_split_as_they_are(two_ranks, bits):
     expected = read(build_quantized(bits).float())[0]
     for ours in two_ranks(read_quantized, bits):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_loads_its_part_of_quantised_weights(tmp_path, mode, tied):
+    """Catches: stored codes and scales of different parts; an lm_head that was tied and is quantised for itself."""
+    model = build({"n_head": 4, "n_embd": 128, "intermediate_size": 192, "tie_embeddings": tied})
+    save_checkpoint(model, model.config, tmp_path / "dense")
+    quantize_linears(model, mode)
+    save_checkpoint(model, model.config, tmp_path / mode, stored=quantization_of(model))
+    for rank in (Rank(0, 2), Rank(1, 2), Rank(2, 3)):
+        expected = split_model(load_model(tmp_path / mode), rank).state_dict()
+        loaded = load_model(tmp_path / mode, rank=rank).state_dict()
+        assert loaded.keys() == expected.keys() and "lm_head.linear.scale" in loaded
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+        # quantised while it is loaded, the rows are those of the whole layer
+        made = load_model(tmp_path / "dense", quantize=mode, rank=rank).state_dict()
+        assert all(torch.equal(made[name], expected[name]) for name in expected if "proj" not in name)
 
 
 def test_groups_are_not_cut():

@@ -34,7 +34,7 @@ from lit_swa.formats.quantized import Quantization, dense_tensors, empty_quantiz
 from lit_swa.lora import merge_lora, require_held
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
-from lit_swa.parallel import ALONE, Rank, connect, cut_linear, named_parts, shrink
+from lit_swa.parallel import ALONE, Rank, connect, shrink
 from lit_swa.quantize import (
     HEAD,
     WEIGHT_ONLY,
@@ -302,7 +302,7 @@ def build_model(
     require_memory(needed, device, f"The weights, as {str(dtype).removeprefix('torch.')} on {device},", remedy)
     model.rope = RoPE(config)  # its frequencies are computed, not stored
     model.rope.to(device)
-    fill_model(model, tensors, dtype, device, quantize, group_size, rank)
+    fill_model(model, tensors, dtype, device, quantize, group_size)
     model.tie_weights()
     if rank.size > 1:
         connect(model, rank)
@@ -319,7 +319,6 @@ def fill_model(
     device: torch.device,
     quantize: str | None,
     group_size: int | None,
-    rank: Rank,
 ) -> None:
     """Give an empty model its tensors, one at a time. What is to be quantised is dense until the next is read."""
     linears = quantizable_linears(model, quantize, dtype, device, group_size) if quantize is not None else {}
@@ -327,7 +326,7 @@ def fill_model(
     for name in tensors:
         module_name, _, key = name.rpartition(".")
         keys.setdefault(module_name, []).append(key)
-    if tied := model.config.tie_embeddings and HEAD in linears:  # which is made of wte
+    if model.config.tie_embeddings and HEAD in linears:  # which is made of wte
         keys[HEAD] = []
     for name in sorted(keys, key=lambda name: name == HEAD):
         module = model.get_submodule(name)
@@ -338,8 +337,6 @@ def fill_model(
         if linear := linears.pop(name, None):
             model.tie_weights()
             quantized = quantize_linear(linear, layer_mode(name, quantize), dtype, device, group_size)
-            if tied and name == HEAD and rank.size > 1:  # of wte, which is whole
-                quantized = cut_linear(quantized, named_parts(model.config, rank)[HEAD], HEAD)
             del linear
             replace_linear(model, name, quantized)
 
