@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -41,8 +41,8 @@ from lit_swa.generate import (
 )
 from lit_swa.memory import free_memory
 from lit_swa.model import GPT
-from lit_swa.speed import StepTrace
-from lit_swa.utils import wait_for
+from lit_swa.speed import StepTrace, keys_read, mark, memory_line, seconds_between, weights_read
+from lit_swa.utils import format_rate, wait_for
 
 MOST_ROWS = {"cpu": 16, "cuda": 256}  # of a batch whose size nobody chose, by the kind of device
 GROUP_TOKENS = {"cpu": 512, "cuda": 8192}  # of prompts that are read together, padding included
@@ -81,6 +81,7 @@ class Text:
         self.index, self.request = index, request
         self.count = count_tokens(request, context)  # at most; the last one is not fed
         self.begun = self.chosen = 0  # tokens that the device chooses or has chosen, and those that arrived here
+        self.fed = 0  # tokens of the answer, and of a prompt of one token, in decode steps
         self.ended = "" if self.count else "length"
         self.tokens: list[int] = []
         self.pieces: list[str] = []
@@ -236,6 +237,9 @@ class Batch:
         self.lag = 1 if self.device.type == "cuda" else 0  # results that may be on their way while a step is begun
         self.chunk = prefill_chunk(model, 1)
         self.answered = self.prompt_tokens = self.new_tokens = 0
+        self.steps = self.decoded = 0  # decode steps, and the tokens that were fed in them
+        self.keys_read = self.prefill_seconds = 0.0  # bytes of keys and values that the steps saw
+        self.prefills: list[tuple[Any, Any]] = []  # marks around what is not in prefill_seconds yet
 
     @torch.inference_mode()
     def run(
@@ -280,11 +284,23 @@ class Batch:
         return sum(text is not None for text in self.texts)
 
     def line(self, seconds: float) -> str:
-        """The figures for people: what was done in so many seconds, and the model's."""
+        """The figures for people: what was done in so many seconds, what the memory gave, and the model's."""
+        self.count_prefills()
+        decoding = max(seconds - self.prefill_seconds, 1e-9)
         done = f"{self.answered} answers, {self.prompt_tokens} prompt tokens, {self.new_tokens} new tokens"
-        rate = f"{self.new_tokens / max(seconds, 1e-9):.1f} tok/s"
-        cache = f"cache {self.model.kv_cache_bytes() / 1e6:.1f} MB"
-        return f"{done} in {seconds:.1f} s, {rate} | {self.rows} rows\n{describe_attention(self.model)} | {cache}"
+        prefill = f"prefill {format_rate(self.prompt_tokens / self.prefill_seconds)} | " if self.prefill_seconds else ""
+        decode = f"decode {self.decoded} tokens in {self.steps} steps, {self.decoded / decoding:.1f} tok/s"
+        lines = [
+            f"{done} in {seconds:.1f} s, {self.new_tokens / max(seconds, 1e-9):.1f} tok/s | {self.rows} rows",
+            prefill + decode,
+            memory_line(self.model, self.steps * weights_read(self.model, self.rows) + self.keys_read, decoding),
+            f"{describe_attention(self.model)} | cache {self.model.kv_cache_bytes() / 1e6:.1f} MB",
+        ]
+        return "\n".join(lines)
+
+    def count_prefills(self) -> None:
+        self.prefill_seconds += sum(seconds_between(began, ended) for began, ended in self.prefills)
+        self.prefills.clear()
 
     # rows
 
@@ -331,13 +347,18 @@ class Batch:
         size = max(SMALLEST_CHUNK, self.chunk // len(texts))
         while max(lengths) % size == 1:  # one token of so many rows would compile, and so would one token's logits
             size += 1
+        began = mark(self.device)
         with only_rows(self.model, rows):
             logits = Session(self.model, len(texts), chunk_size=size).feed(prompts, logits_to_keep=2)  # (n, 2, V)
+        self.prefills.append((began, mark(self.device)))
         self.pos[rows] = torch.tensor(lengths, device=self.device)[:, None]
         self.choose(logits[:, -1], rows)
 
     def end(self, row: int) -> None:
         """Free a row."""
+        text = self.texts[row]
+        if text is not None and text.fed:
+            self.keys_read += text.fed * keys_read(self.model, text.length - text.fed, text.length - 1)
         self.texts[row] = None
         self.pos[row] = -1
         self.sampler.end(row)
@@ -348,6 +369,10 @@ class Batch:
         """Feed every text its newest token, and choose the next one."""
         if self.trace is not None:
             self.trace.step()
+        self.steps += 1
+        for text in self.texts:
+            if text is not None:
+                text.fed, self.decoded = text.fed + 1, self.decoded + 1
         logits = self.feed()
         self.pos += self.pos >= 0
         self.choose(logits, slice(0, self.rows))

@@ -52,7 +52,7 @@ from lit_swa.generate import (
 from lit_swa.linear_formats import dense_weight, is_linear, pack_for_cpu
 from lit_swa.model import GPT, KVCache, Slots, SoftmaxAttention
 from lit_swa.rope import Span
-from lit_swa.speed import step_bytes
+from lit_swa.speed import mark, seconds_between, step_bytes
 from lit_swa.utils import wait_for
 from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 
@@ -539,19 +539,6 @@ def report_round(tokens: Tensor, accepted: Tensor, k: int, logits: Tensor) -> Te
     count; accepted (B, 1); k; and 1 if its logits (B, k + 1, V) are finite."""
     finite = logits.sum(dim=(1, 2), dtype=torch.float32)[:, None].isfinite()  # no sum is, unless they all are
     return torch.cat([tokens, accepted, torch.full_like(accepted, k), finite.long()], dim=1)
-
-
-def mark(device: torch.device) -> Any:
-    """A moment of the device's work."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(began: Any, ended: Any) -> float:
-    return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1e3
 
 
 class Text:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -107,6 +108,23 @@ def peak_memories(model: GPT) -> str:
     devices = dict.fromkeys(t.device for t in (*model.parameters(), *model.buffers()))
     peaks = [(format_bytes(peak), f" on {device}") for device in devices if (peak := peak_memory(device))]
     return ", ".join(peak + place * (len(peaks) > 1) for peak, place in peaks)
+
+
+def mark(device: torch.device) -> Any:
+    """A moment of the device's work, which the host does not wait for: for seconds_between."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(began: Any, ended: Any) -> float:
+    """Seconds between two marks. The host waits until the second one is reached."""
+    if isinstance(began, float):
+        return ended - began
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
 
 
 # ---------------------------------------------------------------------------------------------------- a trace of steps

@@ -8,8 +8,9 @@ import torch
 import torch.nn as nn
 
 from lit_swa import speed
+from lit_swa.batches import Batch, Request
 from lit_swa.generate import Session, Stats, generate
-from lit_swa.memory import peak_memory
+from lit_swa.memory import format_bytes, peak_memory
 from lit_swa.quantize import Int8Linear
 from lit_swa.speed import StepTrace, check_trace, copy_rate, mean_below, step_bytes
 
@@ -93,6 +94,23 @@ def test_the_line_gives_the_rates_of_its_counters(tiny_model, monkeypatch):
     assert "decode read 3.00 GB/s" in stats.line(model) and " on cpu" not in stats.line(model)
     model.lm_head.to("meta")  # as if it were on another device
     assert re.search(r"peak memory \S+ .B on cpu, \S+ .B on meta\n", stats.line(model))
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention": "sliding", "sliding_window_size": 5, "rolling_kv_cache": True}])
+def test_a_batch_reads_the_weights_once_a_step_and_the_keys_of_its_texts(tiny_model, fields):
+    """Catches: weights that count for each row, rows without a text, keys of the prompt's own reading."""
+    model, window = tiny_model(**fields), fields.get("sliding_window_size", 99)
+    sizes = [(4, 5), (3, 3), (6, 2), (1, 4)]  # tokens of the prompt, and new ones
+    batch = Batch(model, [Request(list(range(n)), count) for n, count in sizes], batch_size=2)
+    assert len(list(batch.run())) == 4
+    batch.count_prefills()
+    batch.prefill_seconds = 20.0
+    first, speeds, memory, _ = batch.line(100.0).splitlines()
+    fed = [range(n + (n > 1), n + count) for n, count in sizes]  # the keys that each step of a text sees
+    assert batch.decoded == sum(map(len, fed)) and batch.keys_read == 256 * sum(min(n, window) for r in fed for n in r)
+    read = batch.steps * (WEIGHTS + 4 * 48) + batch.keys_read
+    assert memory.startswith(f"decode read {format_bytes(read / 80)}/s, ") and "4 answers, 14 prompt tokens" in first
+    assert speeds == f"prefill 1 tok/s | decode {batch.decoded} tokens in {batch.steps} steps, 0.1 tok/s"
 
 
 @pytest.mark.parametrize("steps, seconds", [(0, 0.0), (0, 1e-9), (1, 0.0), (9, 0.0)])
