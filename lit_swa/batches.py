@@ -476,7 +476,7 @@ def rows_that_fit(model: GPT, room: int) -> int:
     """How many rows of so many tokens the memory holds beside what reading the prompts takes."""
     device, length = model.transformer.wte.weight.device, model.cache_length(room)
     row = cache_bytes(model, 2, length) - cache_bytes(model, 1, length) + SCORE_BYTES * model.config.vocab_size
-    return int(0.7 * (free_memory(device) + model.kv_cache_bytes()) // row)
+    return int(0.8 * (free_memory(device) + model.kv_cache_bytes()) // row)
 
 
 def choose_rows(model: GPT, room: int, requests: int, wanted: int | None) -> int:
