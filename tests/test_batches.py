@@ -40,9 +40,9 @@ STOPS = [5, [6, 7]]
 
 
 def some_requests(n: int, vocab_size: int = 97) -> list[Request]:
-    """Prompts of 1 to 30 tokens whose answers have 0 to 40, each with a seed of its own."""
+    """Prompts of 1 to 24 tokens whose answers have 0 to 24, each with a seed of its own."""
     rng = random.Random(n)
-    lengths = [(1, 9), (30, 0), (1, 1), *((rng.randint(1, 30), rng.randint(1, 40)) for _ in range(n - 3))]
+    lengths = [(1, 9), (24, 0), (1, 1), *((rng.randint(1, 24), rng.randint(1, 24)) for _ in range(n - 3))]
     return [Request([rng.randrange(vocab_size) for _ in range(a)], b, i) for i, (a, b) in enumerate(lengths)]
 
 
@@ -56,16 +56,16 @@ def alone(model: GPT, request: Request, sampling: Sampling) -> list[int]:
 def test_rows_are_single_runs(tiny_model, name, sampling):
     """Catches: a row that sees another's keys, position, random numbers, penalties or stop, or what a text before it in
     its row has left; in steps that know no positions and with results that arrive a step late, too."""
-    model, requests = tiny_model(**FIELDS[name]), some_requests(8)
+    model, requests = tiny_model(**FIELDS[name]), some_requests(7)
     expected = [alone(model, request, sampling) for request in requests]
-    for rows, lag, fixed in ((1, 0, False), (3, 1, True), (8, 0, True)):
+    for rows, lag, fixed in ((1, 0, False), (3, 1, True), (7, 0, True)):
         model.fixed_shape_steps = fixed
         batch = Batch(model, requests, sampling, batch_size=rows, stop_tokens=STOPS)
         batch.lag, seen = lag, []
         answers = dict(batch.run(progress=seen.append))
-        assert [answers[i].tokens for i in range(8)] == expected
+        assert [answers[i].tokens for i in range(7)] == expected
         assert seen[-1] == sum(answer.new_tokens for answer in answers.values()) == batch.new_tokens
-        assert batch.rows == rows and batch.active == 0 and batch.answered == 7  # one asks for no token
+        assert batch.rows == rows and batch.active == 0 and batch.answered == 6  # one asks for no token
 
 
 def test_the_order_of_prompts_changes_no_answer(tiny_model):
@@ -93,21 +93,23 @@ def test_why_an_answer_ends(tiny_model):
 def test_texts_and_their_stops_are_those_of_single_runs(tiny_checkpoint):
     """Catches: a stop of one row that ends another, a space lost at the start, half a character, text behind a stop."""
     model, tokenizer = load_model(tiny_checkpoint), Tokenizer(tiny_checkpoint)
-    prompts = ["the quick brown", "fox", "\u00fc\u4f60", "jumps over", "the", "lazy dog"]
-    stops = [(), ("e",), (" ", "\n"), ("th", "the"), ("zzz",), ("\ufffd",)]
-    requests = [
-        Request(tokenizer.encode(p), 30, i, s, continues=i % 2 == 0)
-        for i, (p, s) in enumerate(zip(prompts, stops, strict=True))
-    ]
-    batch = Batch(model, requests, SAMPLED, batch_size=4, tokenizer=tokenizer, stop_tokens=tokenizer.eos_ids)
-    answers = dict(batch.run())
-    for i, r in enumerate(requests):
-        stats, own = Stats(), replace(SAMPLED, seed=i)
-        pieces = generate_text(
-            model, tokenizer, r.ids, stop=r.stop, continues=r.continues, sampling=own, max_new_tokens=30,
-            stop_tokens=tokenizer.eos_ids, stats=stats,
-        )  # fmt: skip
-        assert answers[i].text == "".join(pieces)
+    how = {"tokenizer": tokenizer, "stop_tokens": tokenizer.eos_ids}
+
+    def text_of(request: Request, stats: Stats) -> str:
+        arguments = {"stop": request.stop, "continues": request.continues, "max_new_tokens": request.max_new_tokens}
+        arguments |= {"sampling": replace(SAMPLED, seed=request.seed), "stop_tokens": tokenizer.eos_ids, "stats": stats}
+        return "".join(generate_text(model, tokenizer, request.ids, **arguments))
+
+    prompts = [tokenizer.encode(p) for p in ("the quick brown", "fox", "\u00fc\u4f60", "jumps over", "the", "lazy dog")]
+    prompts[2].pop()  # the prompt ends within a character
+    begun = text_of(Request(prompts[4], 30, 4), Stats())[-1] + "zzz"  # a stop of which the text ends in the first half
+    stops = [(), ("e",), (" ", "\n"), ("th", "the"), (begun,), ("\ufffd",)]
+    requests = [Request(ids, 30, i, s) for i, (ids, s) in enumerate(zip(prompts, stops, strict=True))]
+    requests[1::2] = [r._replace(continues=False) for r in requests[1::2]]
+    answers = dict(Batch(model, requests, SAMPLED, batch_size=4, **how).run())
+    for i, request in enumerate(requests):
+        stats = Stats()
+        assert answers[i].text == text_of(request, stats)
         assert answers[i].new_tokens == stats.new_tokens and (answers[i].ended == "stop") == (not stats.cut)
     assert {a.ended for a in answers.values()} == {"stop", "length"}
 
@@ -168,7 +170,7 @@ def test_a_compiled_step_serves_all_rows(tiny_model, name):
 
     from lit_swa.fast_decode import compile_decode
 
-    model, requests = tiny_model(**FIELDS[name]), some_requests(8)
+    model, requests = tiny_model(**FIELDS[name]), some_requests(7)
     expected = [alone(model, request, SAMPLED) for request in requests]
     batch = Batch(model, requests, SAMPLED, batch_size=3, decode=compile_decode(model), stop_tokens=STOPS)
     batch.warm_up()
@@ -245,7 +247,7 @@ def test_several_prompts_are_printed_as_single_ones(run_script, tiny_checkpoint)
 def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path, tiny_checkpoint, monkeypatch):
     """Catches: an answer lost or doubled, half a line that stays, a line that is whole but for its end."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here, and it takes most of the time
-    lines = read_prompts(write_lines(tmp_path / "p.jsonl", PROMPTS[1::2]))
+    lines = read_prompts(write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\u00fc"}]))
     requests = to_requests(lines, Tokenizer(tiny_checkpoint), Generation())
     record = {"prompts": "p", "prompts_sha256": "0", "arguments": {}}
     path = tmp_path / "a.jsonl"
@@ -255,7 +257,7 @@ def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path, tiny_ch
         done = answers.done
         answers.open()
         for n in range(done, len(lines)):
-            answers.add(requests[n], Answer([n], f"text {n}\n\u00fc", n, "stop"))
+            answers.add(requests[n], Answer([n], f"{n}\n\u00fc", n, "stop"))
         answers.close()
         return done
 
@@ -348,6 +350,18 @@ def test_arguments_that_do_not_fit_each_other_are_refused(run_script, tiny_check
         code, out, err = run_script("generate/base.py", "--checkpoint_dir", tiny_checkpoint, *arguments)
         assert code == 2 and message in err and len(err.splitlines()) == 1 and out == ""
     assert read_lines(path) == PROMPTS and os.listdir(tmp_path) == ["p.jsonl"]
+
+
+def test_the_benchmark_counts_what_it_asked_for(run_script, tiny_checkpoint, tmp_path):
+    """Catches: answers that end early and count in full, a ratio to another batch size than the first."""
+    code, out, err = run_script(
+        "scripts/benchmark_batches.py", "--checkpoint_dir", tiny_checkpoint, "--sequences", 5, "--rounds", 2,
+        "--shortest", 3, "--longest", 9, "--batch_size", "[1,3]", "--output", tmp_path / "b.json",
+    )  # fmt: skip
+    one, three = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert code == 0 and "3 rows" in out and (one["sequences"], three["sequences"]) == (2, 5)
+    assert 5 * 3 <= three["new_tokens"] <= 5 * 9 and three["steps"] < three["new_tokens"] < 3 * three["steps"] + 5
+    assert three["ratio"] == three["tokens_per_second"] / one["tokens_per_second"] and one["ratio"] == 1
 
 
 def test_ctrl_c_leaves_whole_answers_and_says_how_to_go_on(answer, monkeypatch):
