@@ -46,6 +46,13 @@ STYLES = {
     "lora": Style("#332288", "o"),
     "adapter": Style("#44AA99", "^"),
     "adapter_v2": Style("#117733", "D"),
+    # what decodes
+    "ours": Style("#1F77B4", "o"),
+    "compiled": Style("#D55E00", "D"),
+    "transformers": Style("#8A8A8A", "s"),
+    "transformers static": Style("#404040", "^"),
+    "llama.cpp": Style("#2E8B57", "P"),
+    "gpt-fast": Style("#AA3377", "X"),
 }
 OTHERS = ("#AA4499", "#A6761D", "#66A61E", "#6A3D9A", "#B15928", "#1F9E89")  # of names that are not in the table
 DASHES = ("-", "--", ":", "-.")

@@ -29,7 +29,12 @@ MODES = {
     "int4-g64": Mode("bfloat16", "int4", 64, gguf="Q4_0"),
     "int4-g128": Mode("bfloat16", "int4", 128, gguf="Q4_0"),
 }
-PEERS = ("transformers", "gpt-fast", "llama.cpp", "static")  # ours are compared with the first one that is there
+PEERS = (
+    "transformers",
+    "gpt-fast",
+    "llama.cpp",
+    "transformers static",
+)  # ours are compared with the first one that is there
 
 
 def main(
@@ -319,7 +324,7 @@ def peers(weights, mode: Mode, sampling, length: int, wanted: dict[str, Any]) ->
         except (ImportError, decode.LeftOut) as reason:
             print(f"{name} is left out: {reason}", file=sys.stderr)
     if "transformers" in ways and not cpu:
-        ways["static"] = decode.StaticTransformers(ways["transformers"].model, sampling)
+        ways["transformers static"] = decode.StaticTransformers(ways["transformers"].model, sampling)
     return ways
 
 
@@ -434,7 +439,7 @@ def report(row: dict[str, Any]) -> None:
         print(f"{held}: decode at position {row['position']}, batch {row['batch_size']}; {sizes}")
     peer = next((name for name in PEERS if name in row["ways"]), None)
     for name, figures in row["ways"].items():
-        line = f"  {name:12} {figures['tok_s']:9.1f} tok/s"
+        line = f"  {name:19} {figures['tok_s']:9.1f} tok/s"
         line += f" {figures['step_ms']:8.2f} ms" if "step_ms" in figures else ""
         line += f" {figures['share']:5.0%} of the copy rate" if "share" in figures else ""
         if peer is not None and name not in PEERS:

@@ -34,8 +34,18 @@ def figures():
         figure = redraw.draw_of(redraw.script_of(content, path))(plt, content)
         return figure if change else kept.setdefault(name, figure)
 
+    draw.draw_of, draw.pyplot = redraw.draw_of, plt
     yield draw
     plt.close("all")
+
+
+def decoding() -> dict:
+    """Results of benchmark_generate.py with every peer, which no single machine has."""
+    ways = ("ours", "compiled", "transformers", "transformers static", "llama.cpp", "gpt-fast")
+    places = [(mode, position) for mode in ("bf16", "int8") for position in (256, 4096)]
+    rows = [{"what": "decode", "mode": mode, "batch_size": 1, "position": p} for mode, p in places]
+    rows = [row | {"ways": {way: {"tok_s": 10.0 + n} for n, way in enumerate(ways)}} for row in rows]
+    return {"machine": "a machine", "arguments": {"name": "a-model", "checkpoint_dir": None}, "rows": rows}
 
 
 def colours(figure) -> dict[str, str]:
@@ -79,6 +89,7 @@ def test_each_picture_comes_from_its_results(figures, tmp_path, name):
 def test_a_method_has_one_colour_everywhere(figures):
     """Catches: colours by order, and a script with a table of its own."""
     seen = {name: colours(figures(name)) for name in NAMES if name != "distances"}
+    seen["decode"] = colours(figures.draw_of("benchmark_generate")(figures.pyplot, decoding()))
     known = {(term, colour) for terms in seen.values() for term, colour in terms.items() if term in plots.STYLES}
     assert {term: colour.upper() for term, colour in known} == {t: plots.STYLES[t].colour.upper() for t, _ in known}
     assert len(known) == len(plots.STYLES)  # each is in some picture, with one colour
