@@ -23,12 +23,14 @@ def main(devices: int | None = None, offload: int | None = None, **generation: A
     """
     args = Generation(**generation)
 
-    from lit_swa import completion, sequential
+    from lit_swa import completion, nf4, sequential
     from lit_swa.generate import Session, Stats, generate_text
     from lit_swa.utils import show_reading
 
     if args.compile:
         raise ValueError("The step is not compiled over several devices: leave --compile out.")
+    if args.quantize in nf4.MODES:  # which hold more than their tensors, on the device that they were made on
+        raise ValueError(f"--quantize {args.quantize} is for one device: use int8 or int4.")
     places = sequential.find_devices(devices, args.device)
     args.device = str(places[0])
     run = completion.prepare(args)

@@ -1,5 +1,6 @@
 """A model over several processes or devices is the model of one: logits to float32's rounding, and greedy tokens."""
 
+import json
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from forked import free_port, start_script, torchrun_environment
 from ranks import Ranks
 from tiny import randomize, tiny_config
 
-from lit_swa import GPT, sequential
+from lit_swa import GPT, ranks, sequential
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import quantization_of
@@ -29,7 +30,13 @@ NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activatio
 SHAPES = {
     "two groups, each rank one": {},
     "one group on both ranks": {"n_query_groups": 1},
-    "three groups, shared unevenly": {"n_head": 9, "n_query_groups": 3, "n_embd": 72, "intermediate_size": 67},
+    "three groups, shared unevenly; dynamic RoPE": {
+        "n_head": 9,
+        "n_query_groups": 3,
+        "n_embd": 72,
+        "intermediate_size": 67,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9},
+    },
     "NeoX: biases, as many groups as heads": {"n_query_groups": 6} | NEOX | BIASES,
     "Gemma 2: norms behind, tied, capped": {
         "post_attention_norm": True,
@@ -42,11 +49,9 @@ SHAPES = {
         "attention": "sliding,full",
         "sliding_window_size": 7,
     },
-    "norms of queries and keys": {"norm_qk": True, "attn_bias": True},
-    "rolling": {"attention": "sliding", "sliding_window_size": 7, "rolling_kv_cache": True},
+    "rolling": {"attention": "sliding", "sliding_window_size": 7, "rolling_kv_cache": True, "norm_qk": True},
     "streaming": {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 2},
     "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12},
-    "dynamic RoPE": {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}},
 }
 IDS = (torch.arange(80).view(2, 40) * 7 + 3) % 97
 
@@ -94,6 +99,33 @@ def test_two_ranks_are_one(two_ranks, name):
         assert ours_tokens == tokens
         assert torch.equal(ours, answers[0][0][0]) and torch.equal(ours_cached, answers[0][0][1])
         assert n_bytes < model.kv_cache_bytes() or model.config.n_query_groups == 1
+
+
+def agree(index: int) -> tuple[int, str]:
+    rank = Rank(index, 2)
+    return ranks.least(10 + index, rank, "cpu"), ranks.from_first(f"text {index}", rank)
+
+
+def test_ranks_agree(two_ranks):
+    """Catches: prompts read in pieces of different lengths, since ranks have different memory left: they would wait for
+    each other for ever; a standard input that one has read, and the others read again."""
+    assert two_ranks(agree) == [(10, "text 0")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("size", [3, 5])
+def test_more_ranks_are_one(name, size):
+    """Catches: parts that are right for two ranks alone; a group of heads on some ranks of many."""
+    logits, cached, tokens = read(build(SHAPES[name]))
+    several = Ranks(size)
+    try:
+        for (ours, ours_cached, ours_tokens), _ in several(read_split, SHAPES[name], size):
+            torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+            torch.testing.assert_close(ours_cached, cached, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+            assert ours_tokens == tokens
+    finally:
+        several.end()
 
 
 def build_quantized(bits: int, group_size: int = 32) -> GPT:
@@ -325,9 +357,18 @@ def test_when_one_process_ends_all_end(tiny_checkpoint, tmp_path, what, code):
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("devices, offload", [(1, 1), (1, 3), (1, 5), (2, 0), (2, 2), (2, 5)])
-@pytest.mark.parametrize("name", ["Gemma 2: norms behind, tied, capped", "streaming"])
-def test_blocks_on_devices_are_one_model(name, devices, offload):
+@pytest.mark.parametrize(
+    "devices, offload, name",
+    [
+        *(
+            (devices, offload, "Gemma 2: norms behind, tied, capped")
+            for devices, offload in ((1, 1), (1, 3), (2, 0), (2, 5))
+        ),
+        (2, 2, "streaming"),
+        (2, 3, "three groups, shared unevenly; dynamic RoPE"),
+    ],
+)
+def test_blocks_on_devices_are_one_model(devices, offload, name):
     """Catches: a block that reads the weights of the one before it, a cache that two devices note twice or not at all,
     a plan of one kind of layer used for another, weights that stay in their place when another block's turn comes."""
     fields = SHAPES[name] | {"n_layer": 5}
@@ -419,3 +460,19 @@ def test_sequential_prints_what_base_prints(tiny_checkpoint, run_script):
     assert code == 2 and err == "error: The model has 2 blocks and there are 3 devices: use at most 2.\n"
     code, _, err = run_script("generate/sequential.py", *arguments, "--compile", "true")
     assert code == 2 and "leave --compile out" in err
+    code, _, err = run_script("generate/sequential.py", *arguments, "--quantize", "nf4")
+    assert code == 2 and err == "error: --quantize nf4 is for one device: use int8 or int4.\n"
+
+
+def test_the_benchmark_measures_one_and_all(run_script, tmp_path):
+    """Catches: a benchmark that ends in a traceback, on the machine that was waited for."""
+    arguments = ["--name", "pythia-14m", "--device", "cpu", "--devices", 1, "--compile", "false", "--steps", 2]
+    arguments += ["--modes", "[float32,int8]", "--positions", "[4]", "--output", tmp_path / "out.json"]
+    code, out, _ = run_script("scripts/benchmark_parallel.py", *arguments)
+    assert code == 0 and out.count("tok/s") == 4
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["float32", "int8"]
+    assert all(row["one"]["tokens_per_second"] > 0 and row["split"]["weight_GB"] > 0 for row in rows)
+    assert rows[1]["one"]["weight_GB"] < 0.3 * rows[0]["one"]["weight_GB"]
+    code, _, err = run_script("scripts/benchmark_parallel.py", "--modes", "[int7]")
+    assert code == 2 and err.startswith("error: There is no mode 'int7': choose from")

@@ -11,6 +11,7 @@ from lit_swa import GPT
 from lit_swa.fast_decode import compile_decode, warm_up
 from lit_swa.generate import Session, generate
 from lit_swa.parallel import Rank, split_model
+from lit_swa.quantize import quantize_linears
 from lit_swa.sequential import place_blocks, spread
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -91,6 +92,28 @@ def test_two_gpus_in_bfloat16(two_ranks):
     """Catches: a sum in another dtype. Each rank's products are rounded before they are summed: 3e-2 of the largest."""
     whole, steps, _ = read(build({}).cuda())
     for ours in two_ranks(read_split, {}, torch.bfloat16, True):
+        close(ours[0], whole, 3e-2)
+        close(ours[1], steps, 3e-2)
+
+
+def build_quantized(mode: str) -> GPT:
+    model = build({}, torch.bfloat16)
+    quantize_linears(model, mode)
+    return model
+
+
+def read_quantized(index: int, mode: str, compiled: bool) -> tuple:
+    torch._dynamo.reset()
+    return read(split_model(build_quantized(mode), Rank(index, 2)).cuda(), compiled)
+
+
+@two_gpus
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantised_weights_on_two_gpus(two_ranks, mode, compiled):
+    """Catches: a kernel for quantised weights that does not take the shapes of a part. bfloat16's bound, as above."""
+    whole, steps, _ = read(build_quantized(mode).cuda())
+    for ours in two_ranks(read_quantized, mode, compiled):
         close(ours[0], whole, 3e-2)
         close(ours[1], steps, 3e-2)
 
