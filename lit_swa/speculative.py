@@ -452,7 +452,10 @@ def borrow_caches(draft: GPT, target: GPT) -> None:
 
 
 class WindowOfSlots(Slots):
-    """The slots of a dense cache, for a layer that reads the sinks and a window of them, wherever the sequences are."""
+    """The slots of a dense cache, for a layer that reads the sinks and a window of them, wherever the sequences are.
+
+    A step of cpu_decode.py reads all slots under masks, and by itself only those that the masks show.
+    """
 
     def __init__(self, cache: KVCache, n_sinks: int) -> None:
         nn.Module.__init__(self)
@@ -463,8 +466,8 @@ class WindowOfSlots(Slots):
         self.register_buffer("pos", held.pos, persistent=False)
 
     def exchange(self, pos: Tensor, span: Span, window: int | None) -> Any:
-        if span.first is None:  # not one view: each sequence's window is gathered
-            span = span._replace(contiguous=False, looked=True)
+        if span.first is None and (span.looked or pos.device.type != "cpu"):
+            span = span._replace(contiguous=False, looked=True)  # each sequence's window is gathered
         return super().exchange(pos, span, window)
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_swa import GPT, speculative
 from lit_swa.config import VARIANTS, Part
+from lit_swa.cpu_decode import build_step
 from lit_swa.generate import Sampler, Sampling, Session, Stats, draw, generate
 from lit_swa.speculative import (
     Lookup,
@@ -248,9 +249,9 @@ LOCAL_BASE = {"attention": "sliding,full", "sliding_window_size": 50, "rope_loca
 
 
 @pytest.mark.parametrize("fields", [{}, LOCAL_BASE], ids=["full", "mixed"])
-@pytest.mark.parametrize(("batch_size", "fixed_shapes"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("batch_size", "compiled"), [(1, False), (2, False), (1, True), (2, True)])
 @torch.inference_mode()
-def test_the_streaming_draft_sees_sinks_and_a_window_of_the_targets_keys(tiny_model, batch_size, fixed_shapes, fields):
+def test_the_streaming_draft_sees_sinks_and_a_window_of_the_targets_keys(tiny_model, batch_size, compiled, fields):
     """Catches: a wrong mask or rotation, keys of its own instead of the target's, and a read of what is not seen."""
     model, window, n_sinks, T = tiny_model(n_layer=3, **fields), 6, 2, 40
 
@@ -266,8 +267,8 @@ def test_the_streaming_draft_sees_sinks_and_a_window_of_the_targets_keys(tiny_mo
     session = Session(model, batch_size)
     session.reserve(T + 8)
     session.feed(idx[:, :-1])
-    draft = SelfDraft(streaming_copy(model, window, n_sinks))
-    draft.model.fixed_shape_steps = fixed_shapes
+    twin = streaming_copy(model, window, n_sinks)
+    draft = SelfDraft(twin, build_step(twin) if compiled else None)
     draft.start(session, idx.tolist(), T)
     for attn in (model.layers[i] for i in replaced):
         attn.kv_cache.k[:, :, n_sinks : T - window - 1] = torch.nan
