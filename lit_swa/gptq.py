@@ -9,13 +9,11 @@ first, and the scales of all groups are chosen before, for the least error with 
 import torch
 from torch import Tensor
 
-from lit_swa.hqq import fit_line
+from lit_swa.hqq import SHARES, TURNS, fit_line, keep_better
 from lit_swa.weight_only import nearest_codes, round_scales
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: the H of few tokens has no inverse
 COLUMNS = 128  # whose errors reach the columns behind them in one product
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a group's range that the codes are tried on
-REFITS = 3  # of a group's line to its codes, for each of them
 
 
 @torch.no_grad()
@@ -74,14 +72,9 @@ def fit_scales(weight: Tensor, group_size: int, importance: Tensor) -> Tensor:
     for share in SHARES:
         scale = share * (largest - least) / 15
         offset = share * least + 8 * scale
-        for _ in range(REFITS + 1):
+        for _ in range(TURNS):
             tried = round_scales(scale[..., 0], offset[..., 0])
+            best, scales = keep_better(best, scales, groups, tried, importance)
             steps = nearest_codes(weight, tried).view_as(groups).float() - 8
-            scale, offset = tried.float().unsqueeze(2).unbind(-1)
-            error = ((groups - steps * scale - offset).square() * importance).sum(dim=2)
-            if best is None:
-                best, scales = error, tried
-            better = error < best
-            best, scales = torch.where(better, error, best), torch.where(better[..., None], tried, scales)
             scale, offset = fit_line(steps, groups, scale, importance)
     return scales

@@ -159,6 +159,8 @@ def add_lora(model: GPT, config: LoRAConfig) -> list[str]:
     """
     if lora_linears(model):
         raise ValueError("The model has a LoRA already: merge_lora folds it into the weights.")
+    if "embed" in config.extra_trainable:
+        require_own_embedding(model, "leave embed out of --extra_trainable")
     chosen = [(name, target) for target in config.targets for name in matching_linears(model, target)]
     require_room(model, chosen, config.r)
     model.requires_grad_(False)
@@ -167,6 +169,15 @@ def add_lora(model: GPT, config: LoRAConfig) -> list[str]:
     for name in extra_modules(model, config.extra_trainable):
         model.get_submodule(name).requires_grad_(True)
     return list(dict.fromkeys(name for name, _ in chosen))
+
+
+def require_own_embedding(model: GPT, remedy: str) -> None:
+    """Raises ValueError where lm_head shared the embedding until it was quantised: it would not follow its training."""
+    if getattr(model.lm_head, "was_tied", False):
+        raise ValueError(
+            f"lm_head shares the embedding, and --quantize holds it in 8 bits: {remedy}, or use nf4, which leaves it "
+            "as it is."
+        )
 
 
 def matching_linears(model: GPT, target: str) -> list[str]:

@@ -194,7 +194,7 @@ REMEDIES = {  # argument of a script -> how it makes less of what takes memory
     "name": "a smaller model",
     "dtype": "--dtype bfloat16",
     "dtypes": "--dtypes bfloat16",
-    "quantize": "--quantize nf4",
+    "quantize": "--quantize int4",
     "model": "a window (--model.attention sliding --model.sliding_window_size S --model.rolling_kv_cache true)",
 }
 OF_WEIGHTS = ("name", "dtype", "dtypes", "quantize")  # what makes the weights smaller

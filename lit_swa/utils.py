@@ -260,8 +260,8 @@ class ProgressLine:
     def show(self, done: int, text: str = "", *, tokens: int | None = None, seconds: float | None = None) -> None:
         """Say that `done` units of the total are done. text: put in between, such as "ppl 12.3".
 
-        tokens: what tokens per second counts, by default the units. seconds: how long the work took, by default the
-        time since this object was made.
+        tokens: what tokens per second counts, by default the units; 0: nothing. seconds: how long the work took, by
+            default the time since this object was made.
         """
         now, finished = time.perf_counter(), self.total is not None and done >= self.total
         if now - self.shown < (0.1 if sys.stderr.isatty() else self.interval) and not finished:
@@ -269,7 +269,7 @@ class ProgressLine:
         self.shown = now
         units = done - self.before
         seconds = max(now - self.started if seconds is None else seconds, 1e-9)
-        rate = format_rate((units if tokens is None else tokens) / seconds)
+        rate = "" if tokens == 0 else format_rate((units if tokens is None else tokens) / seconds)
         if self.total is None:
             parts = [f"{done} {self.what}", text, rate, memory_in_use()]
         else:

@@ -13,7 +13,7 @@ def main(
     mode: Literal["int8", "int4", "int4-hqq", "int4-gptq"] = "int8",
     group_size: int | None = None,
     calibration_data: list[Path] | Path | None = None,
-    calibration_windows: int = 64,
+    calibration_windows: int = 32,
     calibration_length: int = 512,
     device: str = "auto",
     seed: int = 1234,
@@ -58,7 +58,7 @@ def main(
     def show(done: int, total: int, name: str) -> None:
         if not progress:
             progress.append(ProgressLine(total, "layer", interval=10.0))
-        progress[0].show(done, name)
+        progress[0].show(done, name, tokens=0)
 
     quantize_checkpoint(checkpoint_dir, output_dir, stored, place, text, show)
     print(output_dir)

@@ -80,7 +80,7 @@ def test_a_size_is_refused_only_where_it_cannot_fit(monkeypatch):
         (RuntimeError("std::bad_alloc"), "--micro_batch_size 1"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.1 GiB, "
                                 "of which 1.50 GiB is free."), "2.15 GB more were asked for and 1.61 GB are free"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "--quantize nf4"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "--quantize int4"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "--max_seq_length"),
         (RuntimeError("can't start new thread"), "does not hold"),
         (OSError(12, "Cannot allocate memory"), "does not hold"),
@@ -105,7 +105,7 @@ def test_weights_that_do_not_fit_are_not_helped_by_a_shorter_text():
         build_model()
     sentence = memory_sentence(caught.value, ["max_new_tokens", "dtype", "quantize", "model"])
     assert sentence.startswith("The memory does not hold the weights")
-    assert sentence.endswith("Use --dtype bfloat16 or --quantize nf4.")
+    assert sentence.endswith("Use --dtype bfloat16 or --quantize int4.")
     assert "End other programs" not in memory_sentence(caught.value, ["prompt_tokens"])
 
 

@@ -21,7 +21,7 @@ from lit_swa.formats.files import LazyTensor, find_inside, open_pickle, open_saf
 from lit_swa.formats.hugging_face import PREFIXES, WRAPPERS, join_qkv
 from lit_swa.formats.peft import PEFT_STEM, Weights, hf_modules
 from lit_swa.linear_formats import ALL, group_rows, is_plain
-from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears, rows_of_part
+from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears, require_own_embedding, rows_of_part
 from lit_swa.model import GPT
 
 LONGLORA_STEM = "trainable_params"
@@ -133,6 +133,8 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
     _, also_saved, left = sort_tensors(more, modules)
     if left:
         raise ValueError(f"{more_file} holds {left[0][:120]!r}, which this model has no place for.")
+    if any(name.startswith(("transformer.wte.", "lm_head.")) for name, _ in (*saved, *also_saved)):
+        require_own_embedding(model, f"load {directory}, which trains both, without it")
     config = config_of(peft, path)
     adapter = Adapter(config, rows=model.config.padded_vocab_size)
     rows = {name: saved.pop((name, False)) for name, _ in list(saved) if name.endswith(TOKEN_ROWS)}

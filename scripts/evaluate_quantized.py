@@ -1,0 +1,218 @@
+"""What quantising costs: python scripts/evaluate_quantized.py --data book.txt --quantized '[int8,int4:64,DIR]'."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+
+def main(
+    data: list[Path] | Path,
+    quantized: list[str],
+    checkpoint_dir: Path | None = None,
+    seq_len: int = 1024,
+    windows: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: Path = Path("out/evaluate_quantized.json"),
+) -> None:
+    """Print, for each way to hold the weights, the perplexity of a text, how far its predictions are from the dense
+    model's (the mean KL divergence, and how often the likeliest token is the same), and the bytes of the linear layers.
+
+    Both models read the same windows of the text, and every token of a window but its first counts. An interrupted run
+    goes on where it stopped when it is started again with the same arguments.
+
+    Args:
+        data: A .txt file (UTF-8), a list or a directory of such files, or a .bin file of token ids; text that the model
+            was not calibrated on.
+        quantized: What is compared with the dense checkpoint: a mode that --quantize takes, of int4 and int4-hqq with
+            the groups' size behind a colon where it is not to be the largest that fits (int4:32), or a directory that
+            scripts/quantize.py wrote. A list, such as '[int8,int4]'.
+        checkpoint_dir: The dense checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded
+            once.
+        seq_len: Tokens in a window.
+        windows: Windows that are read, evenly spread over the text.
+        device: auto, cpu, cuda or mps.
+        dtype: What both models compute in: float32, bfloat16 or float16; auto is bfloat16 on a GPU, else float32.
+        output: The JSON file for the results. Their picture is written next to it.
+    """
+    import shlex
+
+    from lit_swa import evaluate
+    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.formats.directory import read_quantization
+    from lit_swa.formats.download import find_checkpoint
+    from lit_swa.formats.quantized import require_dense
+    from lit_swa.plots import check_output, draw_results
+    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    check_dtype(dtype, device)
+    check_output(output)
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
+    check_checkpoint_dir(checkpoint_dir)
+    require_dense(read_quantization(checkpoint_dir), checkpoint_dir, "give the dense one as --checkpoint_dir")
+    ways = {name: way_of(name) for name in quantized}
+    config = load_config(checkpoint_dir)
+    evaluate.check_context(config, seq_len)
+    tokens, prefix = evaluate.read_stream(data, checkpoint_dir, config.vocab_size)
+    cut = evaluate.spread_windows(len(tokens), seq_len, windows, seq_len, data, prefix)
+    arguments = {
+        "checkpoint_dir": checkpoint_dir, "data": data, "seq_len": seq_len, "windows": windows, "device": device,
+        "dtype": dtype, "data_sha256": evaluate.check_tokens(tokens, config.vocab_size, data),
+        "weights": evaluate.weights_identity(checkpoint_dir),
+        "quantized": {n: "" if "quantize" in how else evaluate.weights_identity(Path(n)) for n, how in ways.items()},
+    }  # fmt: skip
+    with evaluate.Results(output, arguments) as results:
+        content = results.finished
+        if content is None:
+            compare_all(results, ways, tokens, cut)
+            rows = [results.parts["dense"]] + [results.parts[name] for name in ways]
+            content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device), "rows": rows}
+            results.finish(content)
+        print("\n".join(table_of(content["rows"])))
+        draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
+
+
+def way_of(name: str) -> dict[str, Any]:
+    """The arguments of load_model that a name of --quantized means. Raises ValueError, or FileNotFoundError."""
+    from lit_swa.checkpoint import check_checkpoint_dir
+    from lit_swa.quantize import MODES, check_request
+
+    mode, _, group = name.partition(":")
+    if mode not in MODES:
+        if not Path(name).is_dir():
+            raise ValueError(f"{name} is neither a directory nor one of {', '.join(MODES)}.")
+        check_checkpoint_dir(name, tokenizer=False)
+        return {"checkpoint_dir": name}
+    if group and not group.isdecimal():
+        raise ValueError(f"{name} is no mode with a group's size: write int4:64.")
+    how = {"quantize": mode, "group_size": int(group) if group else None}
+    check_request(mode, group_size=how["group_size"])
+    return how
+
+
+def compare_all(results, ways: dict[str, dict[str, Any]], tokens, cut) -> None:
+    """Measure what results.parts does not hold yet."""
+    import torch
+
+    from lit_swa.checkpoint import load_model
+    from lit_swa.utils import ProgressLine
+
+    a = results.arguments
+    results.save()  # a disk that is full or read-only shows now
+    place = {"dtype": a["dtype"], "device": a["device"]}
+    idx = cut.batch(tokens, cut.starts, a["device"])  # (windows, T)
+    left = ["dense", *ways] if "dense" not in results.parts else [name for name in ways if name not in results.parts]
+    line = ProgressLine((1 + len(left)) * idx.numel(), "tokens")
+    dense = load_model(a["checkpoint_dir"], **place)
+    with torch.no_grad():
+        states = []  # of the dense model, of which its logits are made again for each comparison
+        for window in idx:
+            states.append(dense.hidden_states(window[None]))
+            line.show(len(states) * idx.size(1), "dense")
+    for n, name in enumerate(left, start=1):
+        how = {"checkpoint_dir": a["checkpoint_dir"]} | ways.get(name, {})
+        model = dense if name == "dense" else load_model(**how, **place)
+
+        def show(windows: int, n: int = n, name: str = name) -> None:
+            line.show((n * len(idx) + windows) * idx.size(1), name)
+
+        results.add(
+            name, {"name": label(name, how, model)} | compare(dense, states, model, idx, cut.first, show), every=0
+        )
+        del model
+
+
+def label(name: str, how: dict[str, Any], model) -> str:
+    """What a row is called: the mode, with the size of its groups."""
+    from lit_swa.formats.directory import read_quantization
+    from lit_swa.formats.quantized import quantization_of
+
+    stored = read_quantization(how["checkpoint_dir"])
+    mode = how.get("quantize") or (name if stored is None else stored.mode)
+    held = quantization_of(model)
+    return mode if held is None or held.group_size is None else f"{mode}:{held.group_size}"
+
+
+def compare(dense, states: list, model, idx, first: int, show) -> dict[str, float]:
+    """The means over the targets of all windows. idx: (windows, T); states: the dense model's of each, (1, T, C)."""
+    import math
+
+    import torch
+
+    from lit_swa.linear_formats import is_linear, weight_bytes
+
+    sums, counted = torch.zeros(3, dtype=torch.float64), 0
+    for n, (window, state) in enumerate(zip(idx, states, strict=True)):
+        with torch.no_grad():
+            hidden = state if model is dense else model.hidden_states(window[None])
+            for start in range(first - 1, idx.size(1) - 1, 128):  # logits of so many positions exist at once
+                stop = min(start + 128, idx.size(1) - 1)
+                theirs, ours = (log_probabilities(m, h[0, start:stop]) for m, h in ((dense, state), (model, hidden)))
+                sums += differences(theirs, ours, window[start + 1 : stop + 1]).cpu()
+                counted += stop - start
+        show(n + 1)
+    nll, kl, agree = (sums / counted).tolist()
+    linears = [module for _, module in model.named_modules() if is_linear(module)]
+    row = {"ppl": math.exp(nll), "kl": kl, "top_token": agree, "tokens": counted}
+    return row | {"bytes": sum(weight_bytes(linear) for linear in linears)}
+
+
+def log_probabilities(model, hidden):
+    """(T, vocabulary) of hidden states (T, C), in float32; the padding of the vocabulary holds no tokens."""
+    return model.project(hidden)[:, : model.config.vocab_size].float().log_softmax(dim=-1)
+
+
+def differences(theirs, ours, targets):
+    """Sums over positions, float64 (3,): -log p(target) of ours, KL(theirs || ours), and how often their first tokens
+    agree."""
+    import torch
+
+    nll = -ours.gather(1, targets[:, None]).sum(dtype=torch.float64)
+    kl = (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64)
+    return torch.stack([nll, kl, (theirs.argmax(dim=-1) == ours.argmax(dim=-1)).sum(dtype=torch.float64)])
+
+
+def table_of(rows: list[dict[str, Any]]) -> list[str]:
+    """A markdown table."""
+    lines = [
+        "| weights | perplexity | | KL to dense | same top token | linear layers |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        change = f"{row['ppl'] / rows[0]['ppl'] - 1:+.2%}" if row is not rows[0] else ""
+        lines.append(
+            f"| `{row['name']}` | {row['ppl']:.2f} | {change} | {row['kl']:.4f} | {row['top_token']:.1%} | "
+            f"{row['bytes'] / 1e6:.1f} MB |"
+        )
+    return lines
+
+
+def draw(plt, result: dict[str, Any]):
+    """KL divergence over bytes: a point for each way to hold the weights."""
+    from lit_swa.plots import log_axis, names_of, set_title, style_of
+
+    rows, a = result["rows"][1:], result["arguments"]
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for row in rows:
+        style = style_of(row["name"].partition(":")[0])
+        axis.plot(row["bytes"] / 1e6, row["kl"], color=style.colour, marker=style.marker, linestyle="")
+        axis.annotate(f" {row['name']}", (row["bytes"] / 1e6, row["kl"]), color=style.colour, fontsize=9, va="center")
+    log_axis(axis)
+    axis.margins(x=0.18)
+    axis.set(xlabel="linear layers, MB", ylabel="mean KL to the dense model, nats")
+    axis.grid(alpha=0.3)
+    set_title(
+        figure, f"{Path(a['checkpoint_dir']).name}: what quantising costs, on {names_of(a['data'])}",
+        f"dense: {result['rows'][0]['bytes'] / 1e6:.0f} MB, perplexity {result['rows'][0]['ppl']:.2f}",
+    )  # fmt: skip
+    return figure
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
