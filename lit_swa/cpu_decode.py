@@ -112,7 +112,7 @@ def load_library() -> ctypes.CDLL:
             made = Path(directory) / name
             compile_source(compiler, made)
             with suppress(OSError):
-                keep_file(made)
+                keep_file(name, made.read_bytes())
             library = ctypes.CDLL(str(made))
     library.step_new.argtypes, library.step_new.restype = [POINTER(ModelStruct), c_int64], c_void_p
     library.step_free.argtypes, library.step_free.restype = [c_void_p], None

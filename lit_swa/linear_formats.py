@@ -5,13 +5,18 @@ itself, see LinearFormat: a new format is one class, and LoRA, adapters, merging
 with it unchanged. Nothing is registered: a class from outside this project will do.
 """
 
+import functools
+import json
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_swa.machine import cache_dir, keep_file, processor
 from lit_swa.memory import free_memory
 
 if TYPE_CHECKING:
@@ -142,8 +147,30 @@ class OneTokenLinear(nn.Module):
         return self.weight.nbytes
 
 
+class VectorLinear(nn.Module):
+    """nn.Linear for inference on a CPU, its product with a single vector made by another function."""
+
+    differentiable = False
+
+    def __init__(self, linear: nn.Linear, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
+        """product: (x (..., in), weight (out, in), bias (out,) or None) -> (..., out)"""
+        super().__init__()
+        self.in_features, self.out_features, self.product = linear.in_features, linear.out_features, product
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.product if x.numel() == x.size(-1) else nn.functional.linear
+        return product(x, self.weight, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        return self.weight.detach().to(torch.float32, copy=True)
+
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
+
+
 class PackedLinear(nn.Module):
-    """nn.Linear for eager inference on a CPU, its weight in the layout that oneDNN likes best."""
+    """nn.Linear for inference on a CPU, a copy of its weight in the layout that oneDNN likes best."""
 
     differentiable = False
 
@@ -154,7 +181,7 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return onednn_product(x, self.weight, self.bias)
 
     def dense_weight(self) -> Tensor:
         return self.weight.to_dense().float()
@@ -163,20 +190,13 @@ class PackedLinear(nn.Module):
         return self.weight.numel() * self.weight.element_size()
 
 
-def pack_for_cpu(model: "GPT") -> int:
-    """Replace every nn.Linear of a model on the CPU by a PackedLinear; returns how many.
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    One token at a time, torch's own product reads float32 weights at half the memory's speed on AMD, and bfloat16 ones
-    at a third. The model can then only infer: it is not to be trained, saved or moved. Where oneDNN is missing, and for
-    other dtypes and devices, nothing changes; nor where the memory does not hold the weights a second time.
-    """
-    weight = model.transformer.wte.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return 0
-    size = sum(p.nbytes for p in model.parameters())
-    if not torch.backends.mkldnn.is_available() or 1.1 * size > free_memory(weight.device):
-        return 0
-    return replace_linears(model, PackedLinear)
+
+def vector_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, shape = x.reshape(-1), (*x.shape[:-1], -1)
+    return (torch.mv(weight, x) if bias is None else torch.addmv(bias, weight, x)).view(shape)
 
 
 def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Module]) -> int:
@@ -186,3 +206,97 @@ def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Modu
     for parent, name, linear in linears:
         setattr(parent, name, replacement(linear))
     return len(linears)
+
+
+# --------------------------------------------------------------------------------------- the fastest product on a CPU
+#
+# No product with a single vector wins everywhere: with float32 weights oneDNN's takes half the time of torch's own on
+# an AMD EPYC, and more than it on an Intel Xeon. So each is timed on weights of the model, once for a machine.
+
+FILE = "linear_layouts.json"  # in the cache directory: what the choice depends on -> the layout
+LAYOUTS: dict[str, Callable[[nn.Linear], nn.Module]] = {  # the first is what is there
+    "plain": lambda linear: linear,
+    "vector": functools.partial(VectorLinear, product=vector_product),
+    "onednn": functools.partial(VectorLinear, product=onednn_product),
+    "packed": PackedLinear,
+}
+NEED_ONEDNN = ("onednn", "packed")
+MOST_ROWS = 4096  # of a weight that is timed
+FLUSHED = 2**24  # float32 numbers, read before a round: in decoding, no weight is in a processor's cache either
+ROUNDS = 4, 16  # at least, and at most, until the two best times of each product agree
+AGREE = 1.2  # the second best over the best
+GAIN = 0.95  # of the plain product's time: less of a gain is noise
+
+
+def pack_for_cpu(model: "GPT") -> int:
+    """Replace the linear layers of a model on the CPU by what multiplies single tokens fastest; returns how many.
+
+    The model can then only infer: it is not to be trained, saved or moved. Nothing changes for dtypes other than
+    float32 and bfloat16, for other devices, and where the plain product is the fastest. The layout that copies the
+    weights is left out where the memory does not hold them a second time.
+    """
+    weight = model.transformer.wte.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return 0
+    names = [name for name in LAYOUTS if name not in NEED_ONEDNN or torch.backends.mkldnn.is_available()]
+    if 1.1 * sum(p.nbytes for p in model.parameters()) > free_memory(weight.device):
+        names = [name for name in names if name != "packed"]
+    linears = {layout_key(m): m for m in model.modules() if is_plain(m) and not is_injected(m)}
+    known = read_layouts()
+    if unknown := {key: linear for key, linear in linears.items() if known.get(key) not in names}:
+        found, agreed = time_layouts(unknown, names)
+        known |= found
+        if agreed:  # other programs did not disturb
+            with suppress(OSError):
+                keep_file(FILE, json.dumps(known, indent=1).encode())
+    replaced = replace_linears(model, lambda linear: LAYOUTS[known[layout_key(linear)]](linear))
+    return replaced - sum(type(m) is nn.Linear and is_plain(m) and not is_injected(m) for m in model.modules())
+
+
+def layout_key(linear: nn.Linear) -> str:
+    """What the fastest layout depends on."""
+    where = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return f"{where}, {linear.weight.dtype}, {linear.out_features} x {linear.in_features}"
+
+
+def read_layouts() -> dict[str, str]:
+    """What was found before; empty where there is no such file, or a broken one."""
+    with suppress(OSError, ValueError):
+        known = json.loads((cache_dir() / FILE).read_text())
+        if isinstance(known, dict):
+            return known
+    return {}
+
+
+@torch.inference_mode()
+def time_layouts(
+    linears: dict[str, nn.Linear], names: list[str], clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, str], bool]:
+    """For each linear layer the name of the layout whose product with one vector takes least time; and whether the
+    times of several rounds agree. It takes about a tenth of a second."""
+    made = {name: {key: LAYOUTS[name](first_rows(linear)) for key, linear in linears.items()} for name in names}
+    times: dict[tuple[str, str], list[float]] = {(key, name): [] for key in linears for name in names}
+    flushed, agreed = torch.zeros(FLUSHED).numpy(), False
+    for n in range(1, ROUNDS[1] + 1):
+        for name, layers in made.items():
+            flushed.sum()
+            for key, layer in layers.items():
+                x, started = torch.ones(1, 1, layer.in_features, dtype=linears[key].weight.dtype), clock()
+                layer(x)
+                times[key, name] = sorted([*times[key, name], clock() - started])
+        agreed = n > 1 and all(ranked[1] < AGREE * ranked[0] for ranked in times.values())
+        if n >= ROUNDS[0] and agreed:
+            break
+    return {key: pick_layout({name: times[key, name][0] for name in names}) for key in linears}, agreed
+
+
+def first_rows(linear: nn.Linear) -> nn.Linear:
+    """A linear layer of a weight's first rows, without a bias, in the same memory."""
+    part = nn.Linear(linear.in_features, min(linear.out_features, MOST_ROWS), bias=False, device="meta")
+    part.weight = nn.Parameter(linear.weight.detach()[:MOST_ROWS], requires_grad=False)
+    return part
+
+
+def pick_layout(seconds: dict[str, float]) -> str:
+    first = min(seconds, key=seconds.__getitem__)
+    return first if seconds[first] < GAIN * seconds["plain"] else "plain"

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import platform
-import shutil
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -33,11 +32,11 @@ def cache_dir() -> Path:
     return place
 
 
-def keep_file(made: Path) -> None:
-    """Put a file into the cache directory under its own name; nobody ever sees a half of it. Raises OSError."""
-    half = cache_dir() / f"{made.name}.{os.getpid()}.tmp"
+def keep_file(name: str, content: bytes) -> None:
+    """Put a file into the cache directory; nobody ever sees a half of it. Raises OSError."""
+    half = cache_dir() / f"{name}.{os.getpid()}.tmp"
     try:
-        shutil.copyfile(made, half)
-        half.replace(cache_dir() / made.name)
+        half.write_bytes(content)
+        half.replace(cache_dir() / name)
     finally:
         half.unlink(missing_ok=True)
