@@ -313,6 +313,7 @@ void activate(int64_t which, float* x, int64_t n) {  // silu, gelu, gelu_tanh, r
 
 // ------------------------------------------------------------------------------------------------------------ the step
 
+constexpr int64_t SPINS = 300, YIELDS = 3000;  // of a thread without work, before it lets others run, and sleeps
 constexpr int64_t KEYS = 128;  // keys whose scores a thread holds at once
 enum { QKV, ATTEND, PROJ, MLP_IN, MLP_OUT, STAGES };
 
@@ -341,6 +342,7 @@ struct Step {
     const Linear* all[] = {&layer().qkv, nullptr, &layer().proj, &layer().fc_1, &layer().out};
     return *all[stage % STAGES];
   }
+  bool ended() const { return stage > STAGES * m.layers; }
   bool attends() const { return stage < STAGES * m.layers && stage % STAGES == ATTEND; }
   float* softmax(int64_t row, int64_t head, int64_t piece) {  // maximum, sum, and D values
     return partial.data() + ((row * m.heads + head) * pieces + piece) * (D + 2);
@@ -383,8 +385,7 @@ struct Step {
   int64_t open() {  // how many chunks the stage has
     if (attends()) return lists[layer().kind].units.size();
     const Linear& l = linear();
-    int64_t bytes = std::min<int64_t>(std::max<int64_t>(l.out * row_bytes(l) / (16 * threads), 1 << 14), 1 << 18);
-    chunk = std::max<int64_t>(16, bytes / row_bytes(l) / 16 * 16);  // 16 results fill a cache line
+    chunk = std::max<int64_t>(16, (1 << 14) / row_bytes(l) / 16 * 16);  // 16 results fill a cache line
     return (l.out + chunk - 1) / chunk;
   }
 
@@ -586,67 +587,89 @@ struct Step {
 
 // ---------------------------------------------------------------------------------------------------------- the threads
 
-// A ticket: which stage (24 bits, counted on over all calls), its number of chunks (20 bits), the next chunk (20 bits).
+// A thread takes chunks from its own lane, a run of neighbours (two threads that alternate read memory a fifth slower),
+// and then from the others'. A lane's ticket: the stage's number (24 bits, counted on over all calls), how many chunks
+// the lane has (20 bits), and which is next (20 bits). So whoever draws a number knows that it is one of this stage.
 struct Pool {
-  std::atomic<uint64_t> ticket{0};
-  std::atomic<int64_t> done{0};
+  struct alignas(64) Lane {
+    std::atomic<uint64_t> ticket{0};
+    bool draw(int64_t& chunk) {
+      auto next = [](uint64_t t) { return int64_t(t & 0xfffff); };
+      auto count = [](uint64_t t) { return int64_t(t >> 20 & 0xfffff); };
+      uint64_t t = ticket.load();
+      if (next(t) >= count(t)) return false;
+      t = ticket.fetch_add(1), chunk = next(t);
+      return next(t) < count(t);
+    }
+  };
+  static constexpr int64_t LANES = 256;
+  Lane lanes[LANES];
+  std::atomic<uint64_t> stage{0};  // the current one's number
+  std::atomic<int64_t> done{0}, active{0};
+  std::atomic<bool> running{false};
   Step* step = nullptr;
   std::mutex calls, sleep;
   std::condition_variable wake;
-  int64_t workers = 0;
+  int64_t chunks = 0, workers = 0;
 
-  static int64_t next(uint64_t t) { return t & 0xfffff; }
-  static int64_t chunks(uint64_t t) { return t >> 20 & 0xfffff; }
+  int64_t first(int64_t lane) const { return lane * chunks / active; }
 
-  void set(int64_t chunks) {
-    done.store(0, std::memory_order_relaxed);
-    ticket.store(((ticket.load() >> 40) + 1) << 40 | uint64_t(chunks) << 20);
+  void open() {
+    chunks = step->open();
+    done = 0;
+    uint64_t number = ++stage;
+    for (int64_t i = 0; i < active; i++) lanes[i].ticket = number << 40 | uint64_t(first(i + 1) - first(i)) << 20;
   }
 
-  bool work() {  // do one chunk; false: there was none
-    uint64_t t = ticket.load();
-    if (next(t) >= chunks(t)) return false;
-    t = ticket.fetch_add(1);
-    if (next(t) >= chunks(t)) return false;
-    step->run(next(t));
-    if (done.fetch_add(1) + 1 == chunks(t)) {
-      step->finish();
-      set(step->stage > STAGES * step->m.layers ? 0 : step->open());
+  bool work(int64_t self) {  // do one chunk; false: there was none
+    int64_t chunk, count = active;
+    for (int64_t i = 0; i < count && self < count; i++) {
+      int64_t lane = (self + i) % count;
+      if (!lanes[lane].draw(chunk)) continue;
+      step->run(first(lane) + chunk);
+      if (++done == chunks) {
+        step->finish();
+        if (step->ended()) running = false;
+        else open();
+      }
+      return true;
     }
-    return true;
+    return false;
   }
 
   static void wait(int64_t n) {  // for a chunk that another thread does
-    if (n > 300) std::this_thread::yield();
+    if (n > SPINS) std::this_thread::yield();
 #if defined(__x86_64__)
     else __builtin_ia32_pause();
 #endif
   }
 
-  void serve() {  // a worker's life
-    for (int64_t idle = 0;;) {
-      if (work()) idle = 0;
-      else if (++idle < 3000) wait(idle);
+  void serve(int64_t self) {  // a worker's life
+    for (int64_t idle = 0;; idle++) {
+      uint64_t seen = stage;
+      if (work(self)) idle = -1;
+      else if (idle < SPINS + YIELDS) wait(idle);
       else {
         std::unique_lock<std::mutex> lock(sleep);
-        uint64_t seen = ticket.load();
-        if (next(seen) >= chunks(seen)) wake.wait(lock, [&] { return ticket.load() >> 20 != seen >> 20; });
-        idle = 0;
+        wake.wait(lock, [&] { return stage != seen; });
+        idle = -1;
       }
     }
   }
 
   void run(Step& s, const Call& call) {
     std::lock_guard<std::mutex> one(calls);
-    for (; workers < s.threads - 1; workers++) std::thread([this] { serve(); }).detach();
+    for (; workers < s.threads - 1; workers++) std::thread([this, id = workers + 1] { serve(id); }).detach();
     s.begin(call);
-    step = &s;
     {
       std::lock_guard<std::mutex> lock(sleep);
-      set(s.open());
+      step = &s, active = s.threads, running = true;
+      open();
     }
     wake.notify_all();
-    for (int64_t idle = 0; chunks(ticket.load());) idle = work() ? 0 : (wait(idle), idle + 1);
+    for (int64_t idle = 0; running; idle++)
+      if (work(0)) idle = -1;
+      else wait(idle);
   }
 };
 
@@ -658,7 +681,7 @@ Pool& pool() {
 }  // namespace
 
 extern "C" {
-void* step_new(const Model* model, int64_t threads) { return new Step(*model, threads); }
+void* step_new(const Model* model, int64_t threads) { return new Step(*model, std::min(std::max<int64_t>(threads, 1), Pool::LANES)); }
 void step_free(void* step) { delete static_cast<Step*>(step); }
 void step_run(void* step, const Call* call) { pool().run(*static_cast<Step*>(step), *call); }
 }
