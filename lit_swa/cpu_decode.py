@@ -268,7 +268,7 @@ class Step:
         self.model, self.most_tokens = model, tokens
         self.library, self.description = load_library(), Description(model)
         self.handle = self.library.step_new(byref(self.description.struct), torch.get_num_threads())
-        self.caches: list[KVCache] = []
+        self.first_layer, self.caches = model.layers[0], model.caches[:0]
         model.fixed_shape_steps = True
 
     def __del__(self) -> None:
@@ -298,12 +298,11 @@ class Step:
         return logits
 
     def find_caches(self) -> None:
-        """Note where the keys and values are, where the caches are not those of the last call."""
-        caches = self.model.caches
-        if len(caches) == len(self.caches) and all(map(lambda a, b: a is b, caches, self.caches)):
+        """Note where the keys and values are, where the caches are not those of the last call; all change together."""
+        if self.caches and self.first_layer.kv_cache is self.caches[0]:
             return
-        self.caches = caches
-        addresses = [tensor.data_ptr() for cache in caches for tensor in (cache.k, cache.v)]
+        self.caches = self.model.caches
+        addresses = [tensor.data_ptr() for cache in self.caches for tensor in (cache.k, cache.v)]
         self.addresses = (c_void_p * len(addresses))(*addresses)
         self.first = {attn.mixer.kind: attn.kv_cache for attn in reversed(self.model.layers)}
 

@@ -149,12 +149,16 @@ inline float exponential(float x) {  // e^x to 2e-7, from operations that compil
 
 // ------------------------------------------------------------------------------------------------------------ products
 
+constexpr int64_t AHEAD = 2048;  // bytes that are asked for before they are needed
+
 // The products of n weights with K vectors, which lie `stride` apart.
 template <int K, class T>
 inline void dots(const T* w, const float* x, int64_t stride, int64_t n, float* out) {
   Floats a[K] = {}, b[K] = {};
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
+    for (size_t line = 0; line < 2 * W * sizeof(T); line += 64)  // read once, so no cache need keep it
+      __builtin_prefetch(reinterpret_cast<const char*>(w + i) + AHEAD + line, 0, 0);
     Floats w0 = load(w + i), w1 = load(w + i + W);
     for (int k = 0; k < K; k++) {
       a[k] += w0 * load(x + k * stride + i);
