@@ -82,7 +82,7 @@ KindStruct = struct(
 )
 CallStruct = struct(
     "CallStruct",
-    **numbers("batch tokens"),
+    **numbers("threads batch tokens"),
     **numbers("x logits", c_void_p),
     kind_count=c_int64,
     kinds=POINTER(KindStruct),
@@ -114,7 +114,7 @@ def load_library() -> ctypes.CDLL:
             with suppress(OSError):
                 keep_file(name, made.read_bytes())
             library = ctypes.CDLL(str(made))
-    library.step_new.argtypes, library.step_new.restype = [POINTER(ModelStruct), c_int64], c_void_p
+    library.step_new.argtypes, library.step_new.restype = [POINTER(ModelStruct)], c_void_p
     library.step_free.argtypes, library.step_free.restype = [c_void_p], None
     library.step_run.argtypes, library.step_run.restype = [c_void_p, POINTER(CallStruct)], None
     return library
@@ -267,7 +267,7 @@ class Step:
     def __init__(self, model: GPT, tokens: int = 1) -> None:
         self.model, self.most_tokens = model, tokens
         self.library, self.description = load_library(), Description(model)
-        self.handle = self.library.step_new(byref(self.description.struct), torch.get_num_threads())
+        self.handle = self.library.step_new(byref(self.description.struct))
         self.first_layer, self.caches = model.layers[0], model.caches[:0]
         model.fixed_shape_steps = True
 
@@ -293,7 +293,9 @@ class Step:
         x = x * torch.tensor(model.config.n_embd**0.5, dtype=x.dtype) if model.config.scale_embeddings else x
         x = x.float().contiguous()
         logits = torch.empty(B, T, model.config.padded_vocab_size)
-        struct = CallStruct(B, T, x.data_ptr(), logits.data_ptr(), len(kinds), kinds, self.addresses)
+        struct = CallStruct(
+            torch.get_num_threads(), B, T, x.data_ptr(), logits.data_ptr(), len(kinds), kinds, self.addresses
+        )
         self.library.step_run(self.handle, byref(struct))
         return logits
 

@@ -65,7 +65,7 @@ struct Kind {  // what layers of one kind share in a call
   int64_t cache_slots, cache_bfloat16;
 };
 struct Call {
-  int64_t batch, tokens;
+  int64_t threads, batch, tokens;
   float *x, *logits;  // (N, C), which changes, and (N, V)
   int64_t kinds;
   const Kind* kind;
@@ -318,7 +318,8 @@ void activate(int64_t which, float* x, int64_t n) {  // silu, gelu, gelu_tanh, r
 // ------------------------------------------------------------------------------------------------------------ the step
 
 constexpr int64_t SPINS = 300, YIELDS = 3000;  // of a thread without work, before it lets others run, and sleeps
-constexpr int64_t KEYS = 128;  // keys whose scores a thread holds at once
+constexpr int64_t KEYS = 128;   // keys whose scores a thread holds at once
+constexpr int64_t PIECES = 32;  // of a row's keys, at most: so many threads can share them
 enum { QKV, ATTEND, PROJ, MLP_IN, MLP_OUT, STAGES };
 
 struct Unit {  // the keys lo .. hi - 1 of a row's list, for one group of heads: a piece of that row's softmax
@@ -331,13 +332,13 @@ struct Lists {  // of a kind: every row's visible slots, and the part whose quer
 
 struct Step {
   const Model& m;
-  int64_t threads, N = 0, R, D, pieces = 1, parts = 1, stage = 0, chunk = 1;
+  int64_t N = 0, R, D, pieces = 1, parts = 1, stage = 0, chunk = 1;
   const Call* call = nullptr;
   Input normed, attended, hidden;
   std::vector<float> qkv, queries, partial, t, gate;
   std::vector<Lists> lists;
 
-  Step(const Model& model, int64_t threads) : m(model), threads(threads), R(m.heads / m.groups), D(m.head_size) {}
+  explicit Step(const Model& model) : m(model), R(m.heads / m.groups), D(m.head_size) {}
 
   const Layer& layer() const { return m.layer[stage / STAGES]; }
   const Kind& kind() const { return call->kind[layer().kind]; }
@@ -376,7 +377,7 @@ struct Step {
       for (const Seen* s = kind.seen; s < kind.seen + kind.seen_count; s++)
         for (int64_t i = 0; i < s->count; i++)
           if (!s->mask || s->mask[b * s->b + t * s->t + i]) l.slot.push_back(s->first + i), l.part.push_back(s->part);
-      int64_t n = l.slot.size() - first, size = std::max(KEYS, (n + 4 * threads - 1) / (4 * threads));
+      int64_t n = l.slot.size() - first, size = std::max(KEYS, (n + PIECES - 1) / PIECES);
       for (int64_t lo = 0, piece = 0; lo < n; lo += size, piece++) {
         pieces = std::max(pieces, piece + 1);
         for (int64_t g = 0; g < m.groups; g++)
@@ -663,11 +664,12 @@ struct Pool {
 
   void run(Step& s, const Call& call) {
     std::lock_guard<std::mutex> one(calls);
-    for (; workers < s.threads - 1; workers++) std::thread([this, id = workers + 1] { serve(id); }).detach();
+    int64_t threads = std::min(std::max<int64_t>(call.threads, 1), LANES);
+    for (; workers < threads - 1; workers++) std::thread([this, id = workers + 1] { serve(id); }).detach();
     s.begin(call);
     {
       std::lock_guard<std::mutex> lock(sleep);
-      step = &s, active = s.threads, running = true;
+      step = &s, active = threads, running = true;
       open();
     }
     wake.notify_all();
@@ -685,7 +687,7 @@ Pool& pool() {
 }  // namespace
 
 extern "C" {
-void* step_new(const Model* model, int64_t threads) { return new Step(*model, std::min(std::max<int64_t>(threads, 1), Pool::LANES)); }
+void* step_new(const Model* model) { return new Step(*model); }
 void step_free(void* step) { delete static_cast<Step*>(step); }
 void step_run(void* step, const Call* call) { pool().run(*static_cast<Step*>(step), *call); }
 }

@@ -8,6 +8,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.config import Config
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
+from lit_swa.machine import few_threads
 from lit_swa.memory import free_memory, require_memory
 from lit_swa.model import GPT
 from lit_swa.speed import StepTrace, memory_line, step_bytes
@@ -25,6 +27,7 @@ from lit_swa.utils import format_rate, wait_for
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
+FEW_LOGITS = 2**20  # on a CPU one thread is as fast, and leaves none behind that spins on a core of the next step
 LIMITS = {  # field of Sampling -> least and greatest value, both allowed
     "temperature": (0, 1e4),
     "top_k": (1, 10**9),
@@ -120,6 +123,12 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next tokens (B, 1) for logits (B, V); they count as tokens of the sequences from now on."""
+        if logits.device.type == "cpu" and logits.numel() < FEW_LOGITS:
+            with few_threads(1):
+                return self.choose_token(logits)
+        return self.choose_token(logits)
+
+    def choose_token(self, logits: Tensor) -> Tensor:
         if self.sampling.temperature == 0:  # the argmax of `distribution`, without making one
             token = self.sampling.penalize(logits.float(), self.seen).argmax(dim=-1, keepdim=True)
         else:
@@ -251,7 +260,8 @@ class Session:
         if self.padding is not None:
             input_pos = input_pos - self.padding  # (B, T), negative for padding
         self.furthest = max(self.furthest, stop)
-        out = forward(ids, input_pos, input_pos_maxp1=stop)
+        with few_threads() if self.device.type == "cpu" else nullcontext():
+            out = forward(ids, input_pos, input_pos_maxp1=stop)
         self.fed.append(ids)
         self.length = stop
         return out

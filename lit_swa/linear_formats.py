@@ -213,7 +213,7 @@ def replace_linears(model: nn.Module, replacement: Callable[[nn.Linear], nn.Modu
 # No product with a single vector wins everywhere: with float32 weights oneDNN's takes half the time of torch's own on
 # an AMD EPYC, and more than it on an Intel Xeon. So each is timed on weights of the model, once for a machine.
 
-FILE = "linear_layouts.json"  # in the cache directory: what the choice depends on -> the layout
+LAYOUT_FILE = "linear_layouts.json"  # in the cache directory: what the choice depends on -> the layout
 LAYOUTS: dict[str, Callable[[nn.Linear], nn.Module]] = {  # the first is what is there
     "plain": lambda linear: linear,
     "vector": functools.partial(VectorLinear, product=vector_product),
@@ -223,8 +223,10 @@ LAYOUTS: dict[str, Callable[[nn.Linear], nn.Module]] = {  # the first is what is
 NEED_ONEDNN = ("onednn", "packed")
 MOST_ROWS = 4096  # of a weight that is timed
 FLUSHED = 2**24  # float32 numbers, read before a round: in decoding, no weight is in a processor's cache either
-ROUNDS = 4, 16  # at least, and at most, until the two best times of each product agree
+ROUNDS = 4  # at least; then until the two best times of each product agree ...
+LONGEST = 0.5  # ... or so many seconds have passed
 AGREE = 1.2  # the second best over the best
+measured: dict[str, str] = {}  # what this process found
 GAIN = 0.95  # of the plain product's time: less of a gain is noise
 
 
@@ -242,13 +244,14 @@ def pack_for_cpu(model: "GPT") -> int:
     if 1.1 * sum(p.nbytes for p in model.parameters()) > free_memory(weight.device):
         names = [name for name in names if name != "packed"]
     linears = {layout_key(m): m for m in model.modules() if is_plain(m) and not is_injected(m)}
-    known = read_layouts()
+    known = read_layouts() | measured
     if unknown := {key: linear for key, linear in linears.items() if known.get(key) not in names}:
         found, agreed = time_layouts(unknown, names)
         known |= found
+        measured.update(found)
         if agreed:  # other programs did not disturb
             with suppress(OSError):
-                keep_file(FILE, json.dumps(known, indent=1).encode())
+                keep_file(LAYOUT_FILE, json.dumps(known, indent=1).encode())
     replaced = replace_linears(model, lambda linear: LAYOUTS[known[layout_key(linear)]](linear))
     return replaced - sum(type(m) is nn.Linear and is_plain(m) and not is_injected(m) for m in model.modules())
 
@@ -262,7 +265,7 @@ def layout_key(linear: nn.Linear) -> str:
 def read_layouts() -> dict[str, str]:
     """What was found before; empty where there is no such file, or a broken one."""
     with suppress(OSError, ValueError):
-        known = json.loads((cache_dir() / FILE).read_text())
+        known = json.loads((cache_dir() / LAYOUT_FILE).read_text())
         if isinstance(known, dict):
             return known
     return {}
@@ -276,17 +279,16 @@ def time_layouts(
     times of several rounds agree. It takes about a tenth of a second."""
     made = {name: {key: LAYOUTS[name](first_rows(linear)) for key, linear in linears.items()} for name in names}
     times: dict[tuple[str, str], list[float]] = {(key, name): [] for key in linears for name in names}
-    flushed, agreed = torch.zeros(FLUSHED).numpy(), False
-    for n in range(1, ROUNDS[1] + 1):
+    flushed, agreed, began, n = torch.zeros(FLUSHED).numpy(), False, clock(), 0
+    while n < 2 or (clock() - began < LONGEST and not (agreed and n >= ROUNDS)):
         for name, layers in made.items():
             flushed.sum()
             for key, layer in layers.items():
                 x, started = torch.ones(1, 1, layer.in_features, dtype=linears[key].weight.dtype), clock()
                 layer(x)
                 times[key, name] = sorted([*times[key, name], clock() - started])
+        n += 1
         agreed = n > 1 and all(ranked[1] < AGREE * ranked[0] for ranked in times.values())
-        if n >= ROUNDS[0] and agreed:
-            break
     return {key: pick_layout({name: times[key, name][0] for name in names}) for key in linears}, agreed
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lit_swa.machine import sharing_cores
 from lit_swa.memory import memory_sentence, peak_memory
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def run_script(main: Callable[..., Any]) -> None:
     replace_characters()
     try:
         try:
-            run_main(main)
+            with sharing_cores():
+                run_main(main)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
