@@ -10,9 +10,11 @@ from tiny import randomize, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_swa import GPT, speculative
+from lit_swa.adapter import AdapterConfig, add_adapter
 from lit_swa.config import VARIANTS, Part
 from lit_swa.cpu_decode import build_step
 from lit_swa.generate import Sampler, Sampling, Session, Stats, draw, generate
+from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.speculative import (
     Lookup,
     ModelDraft,
@@ -288,6 +290,27 @@ def test_a_self_draft_takes_no_memory_for_weights_or_keys(tiny_model):
     assert {b.data_ptr() for cache in draft.model.caches for b in (cache.k, cache.v, cache.slots.pos)} <= held
     shared = {t.data_ptr() for t in int4_copy(model).parameters()}
     assert model.transformer.wte.weight.data_ptr() in shared and model.layers[0].qkv.weight.data_ptr() not in shared
+
+
+@pytest.mark.parametrize("inject", [lambda model: add_lora(model, LoRAConfig()), lambda model: add_adapter(model, V2)])
+def test_a_self_draft_has_the_targets_lora_or_adapter(tiny_model, inject):
+    """Catches: a draft of the base model, whose tokens are refused."""
+    model = tiny_model()
+    inject(model)
+    for name, p in model.named_parameters():
+        if "lora" in name or "adapter" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    prompt, expected = random_prompts(20)[0], None
+    for kind in ("streaming", "self-int4"):
+        draft, stats = make_draft(kind, model, window=99), SpeculativeStats()
+        new = list(speculative_generate(model, prompt, draft=draft, max_new_tokens=21, stats=stats))
+        expected = expected or list(generate(model, prompt, 21))
+        assert new == expected and (stats.accepted == stats.proposed or kind == "self-int4")
+        injected = [n for n, _ in draft.model.named_modules() if n.endswith(("lora", "adapter"))]
+        assert injected == [n for n, _ in model.named_modules() if n.endswith(("lora", "adapter"))]
+
+
+V2 = AdapterConfig(version=2, start_layer=0)
 
 
 def longest_match(text: list[int], longest: int, shortest: int) -> int | None:
