@@ -71,7 +71,10 @@ class RowParallelLinear(nn.Module):
         """linear: the columns of this rank, with the bias of the whole layer."""
         super().__init__()
         self.group = rank.group
-        self.bias = linear.bias
+        if isinstance(linear.bias, nn.Parameter):
+            self.bias = linear.bias
+        else:
+            self.register_buffer("bias", linear.bias)
         linear.bias = None
         self.linear = linear
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lit_swa.utils import check_devices, count_cores, pick_device, print_line
+from lit_swa.utils import HANGUP, check_devices, count_cores, pick_device, print_line
 
 if TYPE_CHECKING:
     from lit_swa.parallel import Rank
@@ -51,7 +51,8 @@ def start(count: int) -> NoReturn:
     threads = max(1, count_cores() // count)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(x) for name, x in shared.items()}
     processes: list[subprocess.Popen] = []
-    end = {number: signal.signal(number, raise_exit) for number in (signal.SIGTERM, getattr(signal, "SIGHUP", 15))}
+    heeded = [n for n in (signal.SIGTERM, HANGUP) if n is not None and signal.getsignal(n) != signal.SIG_IGN]
+    end = {number: signal.signal(number, raise_exit) for number in heeded}
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit it: Ctrl-C ends this one,
     try:
         for rank in range(count):

@@ -156,15 +156,17 @@ def test_quantised_weights_are_split_as_they_are(two_ranks, bits):
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_rank_loads_its_part_of_quantised_weights(tmp_path, mode, tied):
-    """Catches: stored codes and scales of different parts; an lm_head that was tied and is quantised for itself."""
-    model = build({"n_head": 4, "n_embd": 128, "intermediate_size": 192, "tie_embeddings": tied})
+    """Catches: stored codes and scales of different parts; an lm_head that was tied and is quantised for itself; a bias
+    that a model moved to another device leaves behind."""
+    fields = {"n_head": 4, "n_embd": 128, "intermediate_size": 192, "attn_proj_bias": True}
+    model = build(fields | {"tie_embeddings": tied})
     save_checkpoint(model, model.config, tmp_path / "dense")
     quantize_linears(model, mode)
     save_checkpoint(model, model.config, tmp_path / mode, stored=quantization_of(model))
     for rank in (Rank(0, 2), Rank(1, 2), Rank(2, 3)):
         expected = split_model(load_model(tmp_path / mode), rank).state_dict()
         loaded = load_model(tmp_path / mode, rank=rank).state_dict()
-        assert loaded.keys() == expected.keys() and "lm_head.linear.scale" in loaded
+        assert loaded.keys() == expected.keys() >= {"lm_head.linear.scale", "transformer.h.0.attn.proj.bias"}
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
         # quantised while it is loaded, the rows are those of the whole layer
         made = load_model(tmp_path / "dense", quantize=mode, rank=rank).state_dict()
