@@ -1,8 +1,8 @@
 """The processes that share a model: starting them, joining them, and ending them all when one ends.
 
 torchrun starts a script in several processes, or `start` does; `joined` lets them talk. The first alone prints. An
-error is said once: another process waits a moment before it says its own, and if the first has met the same, whoever
-started them has ended the rest by then.
+error is said once: utils.run_script lets another process wait a moment before it says its own, and if the first has met
+the same, whoever started them has ended the rest by then.
 """
 
 import contextlib
@@ -16,12 +16,10 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lit_swa.utils import HANGUP, check_devices, count_cores, pick_device, print_line
+from lit_swa.utils import HANGUP, PATIENCE, check_devices, count_cores, pick_device, print_line
 
 if TYPE_CHECKING:
     from lit_swa.parallel import Rank
-
-PATIENCE = 2.0  # seconds that the others are left to end by themselves, and that a later rank waits before it speaks
 
 
 def started() -> bool:
@@ -85,7 +83,8 @@ def wait_for_all(processes: list[subprocess.Popen]) -> int:
         code, rank = min(failed)  # a signal is negative: what it ended is the cause of what failed beside it
         if code < 0 and -code != getattr(signal, "SIGALRM", 0):  # that one has said why it ends
             name = signal.Signals(-code).name
-            print_line(f"error: process {rank} of {len(processes)} was ended by {name}: was there too little memory?")
+            guess = ": was there too little memory?" if name == "SIGKILL" else "."
+            print_line(f"error: process {rank} of {len(processes)} was ended by {name}{guess}")
         return code if code > 0 else 2
 
 
@@ -112,7 +111,7 @@ def joined(devices: int | None, device: str) -> "Iterator[tuple[Rank, str]]":
         yield ALONE, device
         return
     index, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with speaking_once(index), muted(index > 0):
+    with ending_quietly(index), muted(index > 0):
         if devices not in (None, size):
             raise ValueError(f"devices={devices} does not fit the {size} processes that were started: leave it out.")
         name = local_device(device)
@@ -167,8 +166,8 @@ def muted(silent: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def speaking_once(index: int) -> Iterator[None]:
-    """Within it, an error that all processes meet is raised by the first of them alone, for whoever prints it."""
+def ending_quietly(index: int) -> Iterator[None]:
+    """Within it, what follows from the end of another process ends this one without a word."""
     try:
         yield
     except KeyboardInterrupt:
@@ -179,8 +178,6 @@ def speaking_once(index: int) -> Iterator[None]:
         if lost_another(e):
             end_by_force()
             sys.exit(2)  # it has said why, or whoever started it does
-        if index > 0:
-            time.sleep(PATIENCE)
         end_by_force()
         raise
 

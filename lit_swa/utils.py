@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     import torch
 
 
+PATIENCE = 2.0  # seconds that a process is left to end by itself where another one has ended
+
+
 def run_script(main: Callable[..., Any]) -> None:
     """Run main with the command line's arguments.
 
     A ValueError or an OSError is the user's to mend, and so is too little memory: one sentence goes to stderr, with
     exit code 2. Anything else is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is
     set. Lines on a stderr that nobody reads any more change neither the work nor the exit code. Where the reader of
-    stdout has had enough (| head), the script ends without a word.
+    stdout has had enough (| head), the script ends without a word. Of several processes that torchrun has started, a
+    later one waits before it says its error: if the first has met the same, torchrun has ended it by then.
     """
 
     from lit_swa.command_line import run_main
@@ -44,6 +48,8 @@ def run_script(main: Callable[..., Any]) -> None:
     except BrokenPipeError:
         sys.exit(128 + 13)  # as a shell says of SIGPIPE
     except Exception as e:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE)
         sentence = error_sentence(e, main)
         if sentence is None or os.environ.get("LIT_SWA_TRACEBACK") == "1":
             raise

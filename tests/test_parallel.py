@@ -184,8 +184,10 @@ def test_groups_are_not_cut():
 
 def speculate_split(index: int, fields: dict, kind: str, k: int, penalty: float) -> list[int]:
     model = split_model(build(fields), Rank(index, 2))
-    draft = ModelDraft(Session(build(fields, noise=0.01), lookahead=k)) if kind == "model" else None
-    draft = draft or make_draft(kind, model, window=9)
+    if kind == "model":  # split too: alone, each rank would round its logits for itself
+        draft = ModelDraft(Session(split_model(build(fields, noise=0.01), Rank(index, 2)), lookahead=k))
+    else:
+        draft = make_draft(kind, model, window=9)
     sampling = Sampling(repetition_penalty=penalty)
     return list(
         speculative_generate(
