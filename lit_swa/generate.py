@@ -28,6 +28,7 @@ from lit_swa.utils import format_rate, wait_for
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 FEW_LOGITS = 2**20  # on a CPU one thread is as fast, and leaves none behind that spins on a core of the next step
+LIKELIEST = 256, 4096  # tokens to order: on a CPU 40 and 7 times as fast as ordering a vocabulary of 49152
 LIMITS = {  # field of Sampling -> least and greatest value, both allowed
     "temperature": (0, 1e4),
     "top_k": (1, 10**9),
@@ -79,10 +80,7 @@ class Sampling:
             kth = logits.topk(min(self.top_k, logits.size(-1)), dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if self.top_p < 1.0:
-            ordered, order = logits.sort(dim=-1, descending=True)
-            p = ordered.softmax(dim=-1)
-            before = p.cumsum(dim=-1) - p  # of the likelier tokens; 0 for the first, which always stays
-            logits = logits.masked_fill((before >= self.top_p).scatter(-1, order, before >= self.top_p), -torch.inf)
+            logits = logits.masked_fill(beyond_top_p(logits, self.top_p), -torch.inf)
         if self.min_p > 0.0:
             p = logits.softmax(dim=-1)
             logits = logits.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
@@ -94,6 +92,19 @@ class Sampling:
             return logits
         penalty = self.repetition_penalty
         return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def beyond_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Which tokens of logits (B, V) are not among the fewest, likeliest first, whose probabilities reach top_p."""
+    size, total = logits.size(-1), logits.logsumexp(dim=-1, keepdim=True)
+    few = LIKELIEST if logits.device.type == "cpu" else ()  # to look how far they reach would cost a GPU more
+    for n in (*(n for n in few if n < size), size):
+        ordered, order = logits.topk(n) if n < size else logits.sort(dim=-1, descending=True)
+        p = (ordered - total).exp()
+        before = p.cumsum(dim=-1) - p  # of the likelier tokens; 0 for the first, which always stays
+        if n == size or bool((before[..., -1] >= top_p).all()):
+            break
+    return torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:

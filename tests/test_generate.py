@@ -163,6 +163,18 @@ def test_drawn_tokens_follow_their_probabilities():
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-6).all()
 
 
+@pytest.mark.parametrize("spread", [5.0, 0.1])
+def test_top_p_is_the_same_however_many_tokens_are_ordered(monkeypatch, spread):
+    """Catches: a nucleus that ends with the tokens that were ordered first, which a flat distribution goes beyond."""
+    logits, results = torch.randn(3, 3000) * torch.tensor([[spread], [5.0], [5.0]]), []
+    for ordered_first in ((64,), (8, 64), ()):
+        monkeypatch.setattr("lit_swa.generate.LIKELIEST", ordered_first)
+        results.append(Sampling(temperature=1.0, top_p=0.9).distribution(logits))
+    assert all(torch.equal(results[0], result) for result in results)
+    kept = results[0].count_nonzero(dim=-1)
+    assert kept[1] < 64 and (kept[0] > 1000) == (spread < 1)
+
+
 def test_a_distribution_is_pure_and_knows_no_other_sequence():
     """Catches: a filter that takes its threshold from another sequence, and logits or seen tokens that are changed."""
     logits, seen = torch.randn(5, 60) * 3, torch.rand(5, 60) < 0.3
