@@ -87,8 +87,6 @@ def answer_file(args: Generation, prompts: Path, output: Path, batch_size: int |
     if args.prompts != Generation().prompts or args.num_samples != 1:
         raise ValueError("--prompts answers each line of its file once: leave --prompt and --num_samples out.")
     lines = read_prompts(prompts)
-    if output.exists() and output.samefile(prompts):
-        raise ValueError(f"{output} is the file of prompts: give --output another name.")
     run = completion.prepare(args, from_file=True)
     requests = to_requests(lines, run.tokenizer, args)
     answers = AnswerFile(output, lines, make_record(prompts, run))
@@ -101,11 +99,12 @@ def answer_file(args: Generation, prompts: Path, output: Path, batch_size: int |
     batch = completion.open_batch(run, gpt, requests[done:], batch_size)
     answers.open()
     progress, started = ProgressLine(len(lines), "answers", done=done), time.perf_counter()
+
+    def show(tokens: int) -> None:
+        progress.show(done + batch.answered, f"{batch.active} rows", tokens=tokens)
+
     with interruptible() as interrupted:
-        steps = batch.run(
-            interrupted, lambda tokens: progress.show(answers.done, f"{batch.active} rows", tokens=tokens)
-        )
-        for index, answer in in_order(steps):
+        for index, answer in in_order(batch.run(interrupted, show)):
             answers.add(requests[done + index], answer)
     answers.close()
     progress.clear()

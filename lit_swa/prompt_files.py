@@ -130,6 +130,8 @@ class AnswerFile:
         self.record_path = path.with_name(f"{path.name}.run.json")
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no file: give --output the name of one.")
+        if path.exists() and path.samefile(record["prompts"]):
+            raise ValueError(f"{path} is the file of prompts: give --output another name.")
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         self.done = len(lines) - 1  # how many prompts are answered: a last line without its end does not count
         self.size = sum(map(len, lines)) + self.done
@@ -157,7 +159,7 @@ class AnswerFile:
         before = read_json(self.record_path)
         if before.get("prompts_sha256") != self.record["prompts_sha256"]:
             raise ValueError(f"{self.path} answers another file of prompts, {before.get('prompts')}: {REMEDY}.")
-        arguments = before.get("arguments") or {}
+        arguments = before["arguments"] if isinstance(before.get("arguments"), dict) else {}
         for name, value in self.record["arguments"].items():
             if arguments.get(name) != value:
                 was, now = (json.dumps(v, ensure_ascii=False) for v in (arguments.get(name), value))

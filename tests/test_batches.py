@@ -249,7 +249,7 @@ def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path, tiny_ch
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here, and it takes most of the time
     lines = read_prompts(write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\u00fc"}]))
     requests = to_requests(lines, Tokenizer(tiny_checkpoint), Generation())
-    record = {"prompts": "p", "prompts_sha256": "0", "arguments": {}}
+    record = {"prompts": str(tmp_path / "p.jsonl"), "prompts_sha256": "0", "arguments": {}}
     path = tmp_path / "a.jsonl"
 
     def go_on() -> int:
