@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -148,24 +148,25 @@ def run_step(model: GPT, decode: Step | None, idx: Tensor, input_pos: Tensor) ->
 # --------------------------------------------------------------------------------------------------------------- drafts
 
 
-class Draft(Protocol):
+class Draft:
     """What proposes tokens. Which ones decides only how many of them are accepted."""
 
-    model: GPT | None  # what it calls
-    context: float  # tokens that a sequence may have when it proposes some
+    model: GPT | None = None  # what it calls
+    context = math.inf  # tokens that a sequence may have when it proposes some
 
     def check(self, target: GPT, longest: int) -> None:
         """Raises ValueError for a target, or a longest prompt, that it does not fit."""
 
     def start(self, target: Session, sequences: list[list[int]], tokens: int) -> None:
-        """Read the sequences. target: the session that has read them; tokens: how long they may become."""
+        """Begin with these prompts. target: the session that has read them; tokens: how long the texts may become."""
 
     def propose(self, rows: Rows, k: int) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, k), or (B, 0) where there is nothing to propose, and the distributions (B, k, V) that they were
         drawn from; None for tokens that were not drawn."""
+        raise NotImplementedError
 
     def extend(self, new: list[list[int]]) -> None:
-        """The sequences went on with these tokens."""
+        """Take note that the sequences went on with these tokens."""
 
 
 def propose(feed: Step, rows: Rows, k: int, first: int) -> tuple[Tensor, Tensor | None]:
@@ -185,21 +186,20 @@ def propose(feed: Step, rows: Rows, k: int, first: int) -> tuple[Tensor, Tensor 
     return torch.cat(tokens, dim=1), torch.stack(q, dim=1) if q else None
 
 
-class ModelDraft:
+class ModelDraft(Draft):
     """Another, smaller model with caches of its own."""
 
     def __init__(self, session: Session, vocab_size: int | None = None) -> None:
         """session: of the draft, with a lookahead of at least k. Its decode step should take two tokens.
         vocab_size: how many tokens both models know, where their configs are padded to different numbers.
         """
-        self.vocab_size = session.model.config.vocab_size if vocab_size is None else vocab_size
-        self.session, self.model = session, session.model
+        self.session, self.model, self.vocab_size = session, session.model, vocab_size
         self.context = math.inf if session.model.rolls else session.model.config.block_size
 
     def check(self, target: GPT, longest: int) -> None:
-        self.beyond = target.config.vocab_size - self.vocab_size
-        sizes = self.session.model.config.vocab_size, target.config.vocab_size
-        if self.vocab_size > min(sizes) or self.vocab_size == sizes[0] != sizes[1]:
+        sizes = self.model.config.vocab_size, target.config.vocab_size
+        self.target_size = sizes[1]
+        if self.vocab_size is None and sizes[0] != sizes[1]:
             raise ValueError(
                 f"The draft's vocabulary has {sizes[0]} tokens and the target's {sizes[1]}: give a draft with the "
                 "target's tokenizer."
@@ -213,35 +213,29 @@ class ModelDraft:
     def start(self, target: Session, sequences: list[list[int]], tokens: int) -> None:
         self.session.reset()
         self.session.reserve(int(min(tokens, self.context)))
-        self.session.feed(sequences)
+        most = self.model.config.vocab_size - 1
+        self.session.feed([[min(i, most) for i in ids] for ids in sequences])
 
     def propose(self, rows: Rows, k: int) -> tuple[Tensor, Tensor | None]:
         # The last but one is new to the draft where all its tokens were accepted; else it is fed once more.
         return propose(self.feed, rows, k, first=2)
 
     def feed(self, idx: Tensor, input_pos: Tensor) -> Tensor:
+        idx = idx.clamp(max=self.model.config.vocab_size - 1)  # a token that only the target has is another one here
         logits = run_step(self.model, self.session.decode, idx, input_pos)[..., : self.vocab_size]
-        return F.pad(logits, (0, self.beyond), value=-torch.inf)
-
-    def extend(self, new: list[list[int]]) -> None:
-        pass
+        return F.pad(logits, (0, self.target_size - logits.size(-1)), value=-torch.inf)  # no token of the draft's
 
 
-class SelfDraft:
+class SelfDraft(Draft):
     """The target itself, made cheaper: a copy that shares its weights and reads and writes the target's own caches.
 
     So the draft has nothing to read beforehand, sees the target's exact keys of all tokens before the newest one, and
     takes no memory for keys. It writes its own, which are not exact, only where the target's next call writes too.
     """
 
-    context = math.inf  # that of the target
-
     def __init__(self, model: GPT, decode: Step | None = None) -> None:
         """model: made by streaming_copy or int4_copy. decode: its compiled step, of one token."""
         self.model, self.decode = model, decode
-
-    def check(self, target: GPT, longest: int) -> None:
-        pass
 
     def start(self, target: Session, sequences: list[list[int]], tokens: int) -> None:
         borrow_caches(self.model, target.model)
@@ -252,25 +246,17 @@ class SelfDraft:
     def feed(self, idx: Tensor, input_pos: Tensor) -> Tensor:
         return run_step(self.model, self.decode, idx, input_pos)
 
-    def extend(self, new: list[list[int]]) -> None:
-        pass
 
-
-class Lookup:
+class Lookup(Draft):
     """Prompt look-up (Saxena 2023): where the longest suffix of the text occurred before, what followed is proposed.
 
     No model is called. The newest occurrence counts, and each token takes the same time however long the text is.
     """
 
-    model, context = None, math.inf
-
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         """longest, shortest: the tokens of the suffixes that are looked for."""
         check_range("shortest", shortest, 1, longest)
         self.sizes = range(longest, shortest - 1, -1)
-
-    def check(self, target: GPT, longest: int) -> None:
-        pass
 
     def start(self, target: Session, sequences: list[list[int]], tokens: int) -> None:
         self.texts: list[list[int]] = [[] for _ in sequences]

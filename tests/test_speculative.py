@@ -131,6 +131,18 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_model):
             assert (stats.rounds, stats.accepted) == (10, 60)
 
 
+def test_vocabularies_may_be_padded_differently(tiny_model):
+    """Catches: a token that only one of the models has, and a q of another length than p."""
+    small = tiny_model(n_layer=1)
+    for size in (90, 104):
+        model, draft = tiny_model(n_layer=1, vocab_size=size), ModelDraft(Session(small, lookahead=4), min(size, 97))
+        prompt = [i % 90 for i in random_prompts(20)[0]] + [size - 1]
+        new = list(speculative_generate(model, prompt, draft=draft, max_new_tokens=20))
+        assert new == list(generate(model, prompt, 20))
+        sampling = Sampling(temperature=1.0, seed=1)
+        assert len(list(speculative_generate(model, prompt, draft=draft, max_new_tokens=20, sampling=sampling))) == 20
+
+
 def test_the_text_ends_with_the_context(tiny_model):
     """Catches: tokens proposed beyond the target's context or the draft's, or fewer than plain decoding gives."""
     model = tiny_model(block_size=48)
