@@ -59,9 +59,12 @@ def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
 
 def join_ranks(x: Tensor, size: int, group: Any = None) -> Tensor:
     """All ranks' x (..., n), one behind the other: (..., size * n)."""
-    parts = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(parts, x, group=group)
-    return torch.cat(parts, dim=-1)
+    parts = x.new_empty(size * x.size(0), *x.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(parts, x, group=group)
+    return (
+        parts.unflatten(0, (size, -1)).movedim(0, -2).flatten(-2)
+    )  # (size * B, ...) -> (..., size, n) -> (..., size * n)
 
 
 class RowParallelLinear(nn.Module):
