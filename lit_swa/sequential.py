@@ -14,6 +14,7 @@ between the blocks that stay, so that each copy has as much time as possible:
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,8 @@ def place_blocks(model: GPT, devices: Sequence[torch.device], offload: int | Non
         n = stages.count(stage)
         if offload is None:
             taken = needed_beside(model, n, tokens) + (outside if stage == 0 else 0)
-            waiting = n - fitting(n, block, free_memory(device) - taken, device)
+            room = math.inf if device.type == "cpu" else free_memory(device) - taken  # a CPU holds the blocks already
+            waiting = n - fitting(n, block, room, device)
         else:
             before = len(waits)
             waiting = offload * (before + n) // L - offload * before // L
@@ -105,7 +107,7 @@ def share_evenly(n: int, shares: int, before: float) -> list[int]:
     return [min(max(end, i + 1), n - (shares - 1 - i)) for i, end in enumerate(ends)]
 
 
-def fitting(n: int, block: int, room: int, device: torch.device) -> int:
+def fitting(n: int, block: int, room: float, device: torch.device) -> int:
     """How many of n blocks can stay on a device with so many bytes left. Raises ValueError if not even a waiting one
     has a place."""
     if n * block <= room:
@@ -115,7 +117,7 @@ def fitting(n: int, block: int, room: int, device: torch.device) -> int:
             f"{device} has no room for two blocks of {format_bytes(block)} each, beside what always lies there: use a "
             "smaller dtype, quantised weights, a shorter text or more devices."
         )
-    return room // block - 2  # two places for those that wait
+    return int(room // block) - 2  # two places for those that wait
 
 
 def needed_beside(model: GPT, blocks: int, tokens: int) -> int:
