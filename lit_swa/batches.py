@@ -16,7 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 from lit_swa.generate import (
+    FEW_LOGITS,
     LIMITS,
     SMALLEST_CHUNK,
     NonFiniteLogits,
@@ -39,6 +40,7 @@ from lit_swa.generate import (
     explain_overflow,
     prefill_chunk,
 )
+from lit_swa.machine import few_threads
 from lit_swa.memory import free_memory
 from lit_swa.model import GPT
 from lit_swa.speed import StepTrace, keys_read, mark, memory_line, seconds_between, weights_read
@@ -167,6 +169,11 @@ class RowSampler:
 
         What a row without a text gets means nothing.
         """
+        few = self.device.type == "cpu" and logits.numel() < FEW_LOGITS
+        with few_threads(1) if few else nullcontext():
+            return self.choose_tokens(logits, rows)
+
+    def choose_tokens(self, logits: Tensor, rows: slice) -> Tensor:
         seen = None if self.seen is None else self.seen[rows]
         if self.sampling.temperature == 0:
             token = self.sampling.penalize(logits.float(), seen).argmax(dim=-1, keepdim=True)
@@ -379,11 +386,12 @@ class Batch:
 
     def feed(self) -> Tensor:
         """Logits (B, V) of what follows each row's token; of a free row they mean nothing."""
-        if self.decode is not None:
-            logits = self.decode(self.token, self.pos)
-        else:  # positions count from 0, and the newest token of a text is the one that is fed
-            longest = max((text.length for text in self.texts if text is not None), default=1)
-            logits = self.model(self.token, self.pos, input_pos_maxp1=longest)
+        with few_threads() if self.device.type == "cpu" else nullcontext():
+            if self.decode is not None:
+                logits = self.decode(self.token, self.pos)
+            else:  # positions count from 0, and the newest token of a text is the one that is fed
+                longest = max((text.length for text in self.texts if text is not None), default=1)
+                logits = self.model(self.token, self.pos, input_pos_maxp1=longest)
         return logits[:, -1, : self.vocab_size]
 
     def choose(self, logits: Tensor, rows: slice) -> None:
