@@ -538,8 +538,7 @@ class Pairs(NamedTuple):
         """True if the row says that the queries at a .. b - 1 see all keys at lo .. hi - 1 up to their own."""
         if not (part.run and part.reach and self.layout.exact):
             return False
-        begins, ends = part.reach(b - 1, b, self.config)[0], part.reach(a, a + 1, self.config)[1]
-        return begins <= lo and min(hi, a + 1) <= ends
+        return part.reach(b - 1, b, self.config)[0] <= lo and min(hi, a + 1) <= part.reach(a, a + 1, self.config)[1]
 
     def mask(self, n: int, queries: slice, keys: slice, shared: dict[int, Tensor | None]) -> Tensor | None:
         """Which of some queries sees which of some keys in part n, (1 or B, 1, T, L) bool; None: all are seen.
@@ -572,8 +571,7 @@ class SoftmaxAttention(Mixer):
         self.row = row = VARIANTS[kind]
         self.window, self.n_sinks = row.window(config) if row.window else None, row.sinks(config) if row.sinks else 0
         self.any_length = row.window is not None
-        self.faster_plan = fast_attention()
-        self.checked = 0  # the row was compared with its masks up to this position
+        self.faster_plan, self.checked = fast_attention(), 0  # checked: up to where the row was compared with its masks
 
     @property
     def rolls(self) -> bool:
@@ -608,10 +606,13 @@ class SoftmaxAttention(Mixer):
         faster = None if self.faster_plan is None else self.faster_plan(pairs)
         rotate, done = (apply_rope, 0) if faster is None else (faster.rotate, faster.n_queries)
         blocks = cut_queries(pairs, done) if done < pos.size(1) else []
-        base = 1 if config.rope_local_base_freq is not None and self.window is not None else 0
-        angles = rope.angles(pos, k_pos, base, row.key_position, [part.position for part in row.parts])
         temperature = None if row.temperature is None else row.temperature(pos, config)
-        return Plan(*angles, blocks, rotate, faster, exchange, temperature)
+        return Plan(*self.angles(pos, k_pos, rope), blocks, rotate, faster, exchange, temperature)
+
+    def angles(self, pos: Tensor, k_pos: Tensor, rope: RoPE) -> tuple[list, tuple, bool]:
+        """Plan's q_angles, k_angles and rotate_read, for queries at pos (1 or B, T) and keys at k_pos (1 or B, L)."""
+        base = 1 if self.config.rope_local_base_freq is not None and self.window is not None else 0
+        return rope.angles(pos, k_pos, base, self.row.key_position, [part.position for part in self.row.parts])
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         first, plans = texts[0][1], [plan for _, plan in texts]
@@ -881,8 +882,7 @@ class Slots(nn.Module):
         the cache; a long call to a window reads the last window of cached keys and its own, then writes: its keys may
         replace those that its first queries see.
         """
-        T, first = pos.size(1), pos.where(pos >= 0, 2**40).amin(dim=1, keepdim=True)  # (1 or B, 1)
-        self.pos.copy_(torch.where(first == 0, -1, torch.where(self.pos < first, self.pos, -2 - self.pos)))
+        T, first = pos.size(1), self.forget(pos)
         if span.fresh:
             return Exchange(self.write(pos, span), pos, Layout(0, 0))
         if span.looked and span.first is not None and not self.holds_all(span.first, window):
@@ -895,6 +895,12 @@ class Slots(nn.Module):
         read, old_pos, layout = self.recent(pos, first, span, window)  # one more than is seen: kernels like it even
         k_pos = torch.cat([old_pos, pos.expand(old_pos.size(0), T)], dim=1)
         return Exchange(self.write(pos, span), k_pos, layout, read)
+
+    def forget(self, pos: Tensor) -> Tensor:
+        """Forget each sequence's first position of pos (1 or B, T), and all beyond it; returns it, (1 or B, 1)."""
+        first = pos.where(pos >= 0, 2**40).amin(dim=1, keepdim=True)
+        self.pos.copy_(torch.where(first == 0, -1, torch.where(self.pos < first, self.pos, -2 - self.pos)))
+        return first
 
     def holds_all(self, first: int, window: int | None) -> bool:
         """True if every sequence holds all positions before `first` that a query there may see."""
@@ -1019,8 +1025,7 @@ def read_slots(held: Tensor, slots: slice | Tensor) -> Tensor:
     """What (B, G, slots, D) holds in some of them: a view for a slice, a copy for slots (B, n) of each sequence."""
     if isinstance(slots, slice):
         return held[:, :, slots]
-    rows = torch.arange(held.size(0), device=held.device)[:, None]
-    return held[rows, :, slots].transpose(1, 2)  # (B, n, G, D) -> (B, G, n, D)
+    return held[torch.arange(held.size(0), device=held.device)[:, None], :, slots].transpose(1, 2)  # (B, G, n, D)
 
 
 def write_slots(held: Tensor, new: Tensor, write: Write) -> None:

@@ -69,7 +69,7 @@ class WeightOnlyLinear(nn.Module):
         if x.is_cuda and rows <= FEW_ROWS:
             from lit_swa.decode_kernels import product
 
-            return product(x, self)
+            return product(x, self, bias=False)
         if rows <= FEW_ROWS_CPU and self.fits_cpu(x):
             return self.cpu_product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.dequantize(*self.stored(), x.dtype))
@@ -116,7 +116,7 @@ class Int8Linear(WeightOnlyLinear):
     Buffers: weight (out, in) int8, scale (out,) float32, bias (out,) or None.
     """
 
-    scale_name = "scale"
+    kernel_format, scale_name = "int8", "scale"
     dequantize = staticmethod(dense_int8)
 
     def __init__(
@@ -180,7 +180,7 @@ class Int4Linear(WeightOnlyLinear):
     (out,) or None.
     """
 
-    scale_name = "scales"
+    kernel_format, scale_name = "int4", "scales"
     dequantize = staticmethod(dense_int4)
 
     def __init__(

@@ -1,6 +1,7 @@
 """The command lines: what they print where, their errors, and a chat that survives Ctrl-C."""
 
 import importlib
+import importlib.util
 import io
 import json
 import pkgutil
@@ -67,7 +68,8 @@ def test_every_module_imports():
     import lit_swa
 
     for module in pkgutil.walk_packages(lit_swa.__path__, "lit_swa."):
-        importlib.import_module(module.name)
+        if module.name != "lit_swa.decode_kernels" or importlib.util.find_spec("triton"):  # it comes with CUDA's torch
+            importlib.import_module(module.name)
 
 
 def test_the_answer_goes_to_stdout_and_statistics_to_stderr(tiny_checkpoint, monkeypatch, capsys):

@@ -1,0 +1,253 @@
+"""A decode step on a GPU, there for speed only: one CUDA graph of few kernels (decode_kernels.py).
+
+For each block these are norm and qkv; RoPE, the cache's writes and attention; projection and residual; norm, gate and
+activation; projection and residual. No shape in it depends on a position, and the host never looks at one. What the
+kernels do not know runs as model.py defines it, inside the same graph.
+"""
+
+import functools
+import importlib.util
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_swa.model import (
+    ACTIVATIONS,
+    GPT,
+    Block,
+    Call,
+    CausalSelfAttention,
+    GatedMLP,
+    Part,
+    PlainMLP,
+    RMSNorm,
+    Slots,
+    SoftmaxAttention,
+    Span,
+    softcap,
+    visible,
+)
+
+WARM_UPS = 2  # calls of a shape before it is recorded
+
+
+@functools.cache
+def kernels() -> Any:
+    """decode_kernels, or None where there is no Triton: everything then runs as model.py defines it."""
+    return importlib.import_module("lit_swa.decode_kernels") if importlib.util.find_spec("triton") else None
+
+
+class SlotPlan(NamedTuple):
+    """What the attention kernel must know of a call on T tokens and L slots; one for all layers of a kind."""
+
+    cos: Tensor  # (parts, 1 or B, T, rope_n_elem), of queries
+    sin: Tensor
+    k_cos: Tensor  # (1 or B, T, rope_n_elem)
+    k_sin: Tensor
+    seen: (
+        Tensor  # (B, T, L + T) int8: 0, or 1 + the part in which a query sees what a slot held before the call, or the
+    )
+    # call's own keys
+    blocks: Tensor  # (1 or B, blocks + 1) int64: the blocks of KEYS slots in which a query sees one; last, their number
+    slots: Tensor  # (1 or B, copies, T) int64: where each key goes; -1: nowhere
+    counts: Tensor  # (B * G,) int32, zeros: which programs are done
+
+
+class Step:
+    """step(idx (B, T), input_pos (T,) or (B, T)) -> logits (B, T, padded_vocab_size), recorded for each shape.
+
+    The graphs read and write the caches that the model had when they were recorded. For others they are recorded anew,
+    which takes a fraction of a second; those of caches that are gone go with them.
+    """
+
+    def __init__(self, model: GPT, tokens: int = 1) -> None:
+        self.model, self.most_tokens = model, tokens
+        self.recorded: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Recording]] = weakref.WeakKeyDictionary()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.counts = torch.zeros(0, dtype=torch.int32, device=model.transformer.wte.weight.device)
+
+    @torch.inference_mode()
+    def __call__(self, idx: Tensor, input_pos: Tensor) -> Tensor:
+        shapes = self.recorded.setdefault(self.model.caches[0], {})
+        key = (*idx.shape, input_pos.dim())
+        recording = shapes.setdefault(key, Recording())
+        recording.calls += 1
+        if recording.calls <= WARM_UPS:
+            return self.run(idx, input_pos)
+        if recording.graph is None:
+            recording.record(self.run, idx, input_pos, self.pool)
+        return recording.replay(idx, input_pos)
+
+    def run(self, idx: Tensor, input_pos: Tensor) -> Tensor:
+        """What is recorded: GPT.forward, with the kernels in place of the modules that they know."""
+        model, (B, T) = self.model, idx.shape
+        pos, plans = input_pos.view(-1, T), {}
+        if self.counts.numel() < B * model.config.n_query_groups:
+            self.counts = torch.zeros(B * model.config.n_query_groups, dtype=torch.int32, device=idx.device)
+        for attn in model.layers:
+            if attn.mixer.kind not in plans:
+                plans[attn.mixer.kind] = self.plan(attn, pos, input_pos.dim() == 1)
+        x = model.transformer.wte(idx)  # (B, T, C)
+        if model.config.scale_embeddings:
+            x = x * torch.tensor(model.config.n_embd**0.5, dtype=x.dtype)
+        call = Call(plans, cached=True)
+        for block in model.transformer.h:
+            x = run_block(block, x, call)
+        logits, cap = fused(x, model.lm_head, norm=model.transformer.ln_f), model.config.final_logit_softcapping
+        return logits if cap is None else softcap(logits, cap)
+
+    def plan(self, attn: CausalSelfAttention, pos: Tensor, uniform: bool) -> Any:
+        """A SlotPlan where the attention kernel serves the layer, else the mixer's own plan."""
+        mixer, cache, T = attn.mixer, attn.kv_cache, pos.size(1)
+        if fits_kernel(attn, T, self.model.rope):
+            return slot_plan(mixer, cache.slots, pos, uniform, self.model.rope, self.counts)
+        return mixer.plan(pos, Span(uniform, contiguous=T == 1), cache, self.model.rope)
+
+
+class Recording:
+    """A CUDA graph of a step, and the tensors that it reads its arguments from and writes its result to."""
+
+    def __init__(self) -> None:
+        self.calls, self.graph = 0, None
+
+    def record(self, run: Callable[[Tensor, Tensor], Tensor], idx: Tensor, input_pos: Tensor, pool: Any) -> None:
+        self.idx, self.input_pos = idx.clone(), input_pos.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.logits = run(self.idx, self.input_pos)
+        self.graph = graph
+
+    def replay(self, idx: Tensor, input_pos: Tensor) -> Tensor:
+        self.idx.copy_(idx)
+        self.input_pos.copy_(input_pos)
+        self.graph.replay()
+        return self.logits.clone()  # the next replay overwrites it
+
+
+def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
+    """True if the attention kernel can take a call of T tokens to this layer."""
+    mixer, cache = attn.mixer, attn.kv_cache
+    if kernels() is None or not isinstance(mixer, SoftmaxAttention) or len(mixer.row.parts) > 3:
+        return False
+    slots, local = cache.slots, attn.config.rope_local_base_freq is not None and mixer.window is not None
+    room = slots.copies == 1 or T <= min(1 + slots.lookahead, slots.n_slots)  # no key is replaced that is seen
+    return (
+        room
+        and not rope.depends_on_length(1 if local else 0)
+        and attn.n_head // attn.n_query_groups * T <= kernels().MOST_QUERIES
+    )
+
+
+@torch.no_grad()
+def slot_plan(
+    mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool, rope: nn.Module, counts: Tensor
+) -> SlotPlan:
+    """Plan a call at pos (1 or B, T), and note in the slots which positions they hold from now on."""
+    row, config, T = mixer.row, mixer.config, pos.size(1)
+    slots.forget(pos)
+    held = slots.pos[:, : slots.sinks + slots.n_slots]
+    seen = who_sees(row.parts, pos, torch.cat([held, pos.expand(held.size(0), T)], dim=1), config)
+    write = slots.write(pos, Span(uniform, contiguous=T == 1))
+    if write.any_token is None:
+        to = torch.stack(write.slots)[None]  # (1, copies, T)
+    else:
+        kept = write.any_token & (write.tokens == torch.arange(T, device=pos.device))
+        to = torch.stack([torch.where(kept, s, -1) for s in write.slots], dim=1)  # (B, copies, T)
+    q_angles, (k_cos, k_sin), _ = mixer.angles(pos, pos, rope)
+    cos, sin = (torch.stack(each).squeeze(2) for each in zip(*q_angles, strict=True))  # (parts, 1 or B, T, n)
+    if row.temperature is not None and (factor := row.temperature(pos, config)) is not None:
+        factor = factor.squeeze(1) if isinstance(factor, Tensor) else factor  # (1 or B, T, 1)
+        cos, sin = cos * factor, sin * factor
+    angles = cos.contiguous(), sin.contiguous(), k_cos.squeeze(1), k_sin.squeeze(1)
+    return SlotPlan(*angles, seen, live_blocks(seen[:, :, : held.size(1)]), to, counts)
+
+
+def who_sees(parts: tuple[Part, ...], q_pos: Tensor, k_pos: Tensor, config: Any) -> Tensor:
+    """(1 or B, T, L) int8: 0 where a query sees no key, else 1 + the part in which it does. Padding sees none."""
+    token, seen = q_pos[:, :, None] >= 0, 0
+    for n, part in enumerate(parts, 1):  # at most one part sees a pair
+        found = visible(part, q_pos, k_pos, config) & token
+        seen = found.to(torch.int8) if n == 1 else torch.where(found, n, seen)
+    return seen.contiguous()
+
+
+def live_blocks(seen: Tensor) -> Tensor:
+    """SlotPlan's blocks of seen (1 or B, T, L)."""
+    KEYS = kernels().KEYS
+    n = -(-seen.size(-1) // KEYS)
+    seen = F.pad(seen, (0, n * KEYS - seen.size(-1))) if seen.size(-1) % KEYS else seen
+    live = seen.unflatten(-1, (n, KEYS)).amax(dim=(1, 3)) > 0  # (1 or B, n)
+    count = live.cumsum(dim=1)
+    blocks = torch.empty(seen.size(0), n + 1, dtype=torch.int64, device=seen.device)
+    numbers = torch.arange(n, device=seen.device).expand_as(live)
+    blocks.scatter_(1, torch.where(live, count - 1, n), numbers)
+    blocks[:, n] = count[:, -1]
+    return blocks
+
+
+def run_block(block: Block, x: Tensor, call: Call) -> Tensor:
+    """Block.forward, (B, T, C) -> (B, T, C)."""
+    y = attend(block.attn, fused(x, block.attn.qkv, norm=block.norm_1), call)
+    attended = add(x, block.attn.proj, y, block.post_attention_norm)
+    into, mlp = x if block.parallel_residual else attended, block.mlp
+    if isinstance(mlp, GatedMLP):
+        h = fused(into, mlp.fc_1, mlp.fc_2, norm=block.norm_2, activation=mlp.activation)
+    elif isinstance(mlp, PlainMLP):
+        h = fused(into, mlp.fc, norm=block.norm_2, activation=mlp.activation)
+    else:
+        return attended + block.post_mlp_norm(mlp(block.norm_2(into)))
+    return add(attended, mlp.proj, h, block.post_mlp_norm)
+
+
+def add(residual: Tensor, linear: nn.Module, y: Tensor, norm: nn.Module) -> Tensor:
+    """residual + norm(linear(y))"""
+    if isinstance(norm, nn.Identity):
+        return fused(y, linear, residual=residual)
+    return residual + norm(fused(y, linear))
+
+
+def attend(attn: CausalSelfAttention, qkv: Tensor, call: Call) -> Tensor:
+    """What CausalSelfAttention does between its two products: (B, T, (H + 2 G) * D) -> (B, T, H * D)."""
+    plan, mixer = call.plans[attn.mixer.kind], attn.mixer
+    norms = isinstance(attn.norm_q, RMSNorm)
+    if isinstance(plan, SlotPlan) and (norms or isinstance(attn.norm_q, nn.Identity)):
+        q, k, config = attn.norm_q, attn.norm_k, attn.config
+        gains = (q.weight, k.weight, q.eps, float(q.unit_offset)) if norms else None
+        scale = (config.attention_scores_scalar or config.head_size) ** -0.5
+        cap = config.attention_logit_softcapping
+        return kernels().attention(qkv, attn.kv_cache, plan, attn.n_head, attn.n_query_groups, gains, scale, cap)
+    (B, T, _), H, G = qkv.shape, attn.n_head, attn.n_query_groups
+    q, k, v = qkv.view(B, T, H + 2 * G, -1).transpose(1, 2).split((H, G, G), dim=1)
+    y = mixer(attn.norm_q(q), attn.norm_k(k), v, plan, attn.kv_cache)
+    return y.transpose(1, 2).flatten(2)
+
+
+def fused(
+    x: Tensor,
+    linear: nn.Module,
+    gate: nn.Module | None = None,
+    *,
+    norm: nn.Module | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(linear(norm(x))) * gate(norm(x)) + residual, (B, T, in) -> (B, T, out): in one kernel if there is one
+    for it, or else module by module."""
+    k = kernels()
+    if k is None or x.size(0) * x.size(1) > k.MOST_ROWS or not all(map(k.kernel_weight, filter(None, (linear, gate)))):
+        x = x if norm is None else norm(x)
+        y = linear(x) if activation is None else activation(linear(x))
+        y = y if gate is None else y * gate(x)
+        return y if residual is None else residual + y
+    how = {}
+    if isinstance(norm, RMSNorm):
+        how = {"gain": norm.weight, "eps": norm.eps, "offset": float(norm.unit_offset)}
+    elif norm is not None:
+        x = norm(x)
+    name = next((name for name, f in ACTIVATIONS.items() if f is activation), "none")
+    return k.product(x, linear, gate, activation=name, residual=residual, **how)
