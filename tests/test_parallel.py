@@ -22,7 +22,7 @@ from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, head_shares, named_parts, split_model
 from lit_swa.quantize import quantize_linears
 from lit_swa.sequential import Ferry, place_blocks, spread
-from lit_swa.speculative import ModelDraft, make_draft, speculative_generate
+from lit_swa.speculative import SELF_DRAFTS, ModelDraft, make_draft, speculative_generate
 from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 
 BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
@@ -200,8 +200,8 @@ ROLLING = {"attention": "sliding,full", "sliding_window_size": 7, "rolling_kv_ca
 SPECULATIVE = [
     (fields, kind, k, penalty)
     for fields in ({}, SHAPES["rolling"], ROLLING, SHAPES["streaming"], SHAPES["dual chunk"])
-    for kind in ("model", "lookup", "self-int4", "streaming")
-    if kind != "streaming" or "full" in fields.get("attention", "full")
+    for kind in ("model", "lookup", *SELF_DRAFTS)
+    if not kind.startswith("streaming") or "full" in fields.get("attention", "full")
     for k in (1, 3, 6)
     for penalty in (1.0, 1.3)
 ]
@@ -216,7 +216,7 @@ def check_speculative(two_ranks: Ranks, fields: dict, kind: str, k: int, penalty
 
 def test_speculative_decoding_over_two_ranks(two_ranks):
     """Catches: ranks that accept different tokens, a draft's cache of other heads than the rank's."""
-    for kind in ("self-int4", "streaming"):
+    for kind in ("self-int4", "streaming-int4"):
         check_speculative(two_ranks, ROLLING, kind, 3, 1.3)
 
 
