@@ -233,6 +233,8 @@ class Batch:
         self.model, self.requests, self.decode = model, requests, decode
         self.tokenizer, self.stop_tokens, self.trace = tokenizer, list(stop_tokens), trace
         self.device, self.vocab_size = model.transformer.wte.weight.device, model.config.vocab_size
+        if tokenizer is None and any(request.stop for request in requests):
+            raise ValueError("A request has stops that are texts: give a tokenizer, or stop_tokens.")
         room = require_room(model, requests)
         self.rows = choose_rows(model, room, len(requests), batch_size)
         Session(model, self.rows).reserve(room)

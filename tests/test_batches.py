@@ -160,6 +160,8 @@ def test_a_batch_that_memory_does_not_hold_says_what_fits(tiny_model, monkeypatc
     assert not model.caches
     with pytest.raises(ValueError, match="batch_size=0"):
         Batch(model, requests, batch_size=0)
+    with pytest.raises(ValueError, match="give a tokenizer"):
+        Batch(model, [Request([1], stop=("x",))])
 
 
 @pytest.mark.slow
@@ -389,18 +391,16 @@ def test_a_killed_run_goes_on_with_no_answer_lost_or_doubled(answer, tiny_checkp
     prompts = write_lines(tmp_path / "prompts.jsonl", PROMPTS * 12)
     path = tmp_path / "out" / "answers.jsonl"
     arguments = ("--checkpoint_dir", tiny_checkpoint, "--max_new_tokens", 12, "--prompts", prompts, "--output", path)
-    counts = [0]
-    for killed_at in (1, 10):
-        process = forked.start_script("generate/base.py", *arguments, log=tmp_path / "log")
-        while process.is_alive() and (path.read_bytes().count(b"\n") if path.exists() else 0) < counts[-1] + killed_at:
-            time.sleep(0.001)
-        process.kill()
-        process.join()
-        counts.append(path.read_bytes().count(b"\n"))
-    assert 0 < counts[1] < counts[2] < 60
+    process = forked.start_script("generate/base.py", *arguments, log=tmp_path / "log")
+    while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    done = path.read_bytes().count(b"\n")
+    assert 0 < done < 60
     code, err, _ = answer(prompts)
     answers = read_lines(path)
-    assert code == 0 and f"{60 - counts[2]} answers" in err and len(answers) == 60
+    assert code == 0 and f"{60 - done} answers" in err and len(answers) == 60
     assert [{name: a[name] for name in p} for p, a in zip(PROMPTS * 12, answers, strict=True)] == PROMPTS * 12
     path.unlink()
     answer(prompts)
