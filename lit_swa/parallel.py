@@ -82,7 +82,11 @@ class RowParallelLinear(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        y = sum_over_ranks(self.linear(x), self.group)
+        return self.finish(self.linear(x))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The layer's output, of the ranks' products."""
+        y = sum_over_ranks(y, self.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -96,10 +100,13 @@ class VocabParallelLinear(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x).contiguous()
+        return self.finish(self.linear(x))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The logits of all ranks."""
         if y.size(-1) < self.rows:
             y = F.pad(y, (0, self.rows - y.size(-1)))
-        return join_ranks(y, self.size, self.group)[..., : self.vocabulary]
+        return join_ranks(y.contiguous(), self.size, self.group)[..., : self.vocabulary]
 
 
 # -------------------------------------------------------------------------------------------------- what a rank holds
