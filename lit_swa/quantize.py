@@ -153,14 +153,18 @@ def quantize_linear(
     bias = None if linear.bias is None else linear.bias.detach().to(device, copy=True)
     if mode in nf4.MODES:
         return nf4.four_bit(weight, bias, mode, compute_dtype).train(linear.training)
-    if not bool(weight.isfinite().all()):
-        raise ValueError("The layer's weight holds NaN or infinity: quantise a checkpoint whose weights are finite.")
+    require_finite(weight)
     if mode == "int8":
         quantized = Int8Linear.from_weight(weight, bias)
     else:
         quantized = Int4Linear.from_codes(*FOUR_BITS[mode](weight, group_size), bias)
     quantized.compute_dtype = compute_dtype
     return quantized.train(linear.training)
+
+
+def require_finite(weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise ValueError("The layer's weight holds NaN or infinity: quantise a checkpoint whose weights are finite.")
 
 
 def check_linear(

@@ -4,6 +4,7 @@ int8, int4 and int4-hqq look at the weights alone. int4-gptq runs a text through
 quantised ones before it make of the text, so that a block makes up for some of their errors too.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from lit_swa.gptq import gptq
 from lit_swa.linear_formats import is_plain
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
-from lit_swa.quantize import HEAD, pick_group, quantize_linear
+from lit_swa.quantize import HEAD, pick_group, quantize_linear, require_finite
 from lit_swa.rope import RoPE
 from lit_swa.weight_only import GROUP_SIZES, Int4Linear, WeightOnlyLinear
 
@@ -53,6 +54,7 @@ def quantize_checkpoint(
     all layers are done.
     """
     config, tensors = load_config(directory), open_weights(directory)
+    require_room(config, tensors, stored)
     state = {name: tensor.load() for name, tensor in tensors.items()}  # of which what is quantised is replaced
     total = sum(name.endswith((".scale", ".scales")) for name in expected_bytes(config, stored))
     layers = quantized_layers(config, tensors, stored, device, text)
@@ -79,6 +81,14 @@ def plan_quantization(directory: Path, output_dir: Path, mode: str, group_size: 
     there = next(place for place in (output_dir, *output_dir.absolute().parents) if place.is_dir())
     require_space(there, sum(needed.values()))
     return stored
+
+
+def require_room(config: Config, tensors: Mapping[str, LazyTensor], stored: Quantization) -> None:
+    """Raises ValueError when the memory does not hold the result beside the embedding and a block in float32."""
+    dense = [n for n in tensors if n.startswith(("transformer.wte.", "transformer.h.0."))]
+    needed = 4 * sum(math.prod(tensors[name].shape) for name in dense) + sum(expected_bytes(config, stored).values())
+    what = "The quantised weights, and one block that is not yet,"
+    require_memory(needed, torch.device("cpu"), what, "end other programs, or use a machine with more memory")
 
 
 def choose_group(config: Config, mode: str, group_size: int | None) -> int | None:
@@ -155,7 +165,10 @@ class Calibration:
     def quantize_block(self, block: nn.Module, group_size: int) -> Iterator[tuple[str, Int4Linear]]:
         """The quantised linear layers of a block, by name. The text then goes through them to the next block."""
         hessians = self.hessians(block)
+        if not all(bool(hessian.isfinite().all()) for hessian in hessians.values()):
+            raise ValueError("The calibration text leads to NaN or infinity in the model: its weights are damaged.")
         for name, linear in [(name, module) for name, module in block.named_modules() if is_plain(module)]:
+            require_finite(linear.weight)
             quantized = Int4Linear.from_codes(*gptq(linear.weight, hessians[name], group_size), linear.bias)
             linear.weight = nn.Parameter(quantized.dense_weight(), requires_grad=False)
             yield name, quantized
@@ -199,6 +212,8 @@ def own_text(directory: Path, device: torch.device, windows: int, tokens: int, s
     written = [torch.randint(vocabulary, (windows, 1), generator=generator, device=device)]
     for at in range(tokens - 1):
         logits = model(written[-1], torch.tensor([at], device=device))[:, -1, :vocabulary].float()
+        if not bool(logits.isfinite().all()):
+            raise ValueError(f"The model writes no numbers in {dtype}: give a text with --calibration_data.")
         written.append(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
         show(at + 2, tokens, "")
     return torch.cat(written, dim=1).cpu()

@@ -20,8 +20,8 @@ def main(
     """Print, for each way to hold the weights, the perplexity of a text, how far its predictions are from the dense
     model's (the mean KL divergence, and how often the likeliest token is the same), and the bytes of the linear layers.
 
-    Both models read the same windows of the text, and every token of a window but its first counts. An interrupted run
-    goes on where it stopped when it is started again with the same arguments.
+    Both models read the same windows of the text, and every token of a window but its first counts. What an earlier run
+    on the same windows has measured, interrupted or not, is not measured again.
 
     Args:
         data: A .txt file (UTF-8), a list or a directory of such files, or a .bin file of token ids; text that the model
@@ -54,7 +54,7 @@ def main(
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     require_dense(read_quantization(checkpoint_dir), checkpoint_dir, "give the dense one as --checkpoint_dir")
-    ways = {name: way_of(name) for name in quantized}
+    ways = [{"name": "dense", "key": "dense"}, *map(way_of, quantized)]
     config = load_config(checkpoint_dir)
     evaluate.check_context(config, seq_len)
     tokens, prefix = evaluate.read_stream(data, checkpoint_dir, config.vocab_size)
@@ -63,22 +63,26 @@ def main(
         "checkpoint_dir": checkpoint_dir, "data": data, "seq_len": seq_len, "windows": windows, "device": device,
         "dtype": dtype, "data_sha256": evaluate.check_tokens(tokens, config.vocab_size, data),
         "weights": evaluate.weights_identity(checkpoint_dir),
-        "quantized": {n: "" if "quantize" in how else evaluate.weights_identity(Path(n)) for n, how in ways.items()},
     }  # fmt: skip
     with evaluate.Results(output, arguments) as results:
-        content = results.finished
-        if content is None:
+        content = results.finished or {}
+        results.parts |= {row["key"]: row for row in content.get("rows", [])}
+        if any(way["key"] not in results.parts for way in ways):
             compare_all(results, ways, tokens, cut)
-            rows = [results.parts["dense"]] + [results.parts[name] for name in ways]
-            content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device), "rows": rows}
-            results.finish(content)
+            content |= {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+        content["rows"] = [results.parts[way["key"]] for way in ways]
+        results.finish(content)
         print("\n".join(table_of(content["rows"])))
         draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
 
 
 def way_of(name: str) -> dict[str, Any]:
-    """The arguments of load_model that a name of --quantized means. Raises ValueError, or FileNotFoundError."""
+    """What a name of --quantized means: the arguments of load_model, and a key that its results are found by.
+
+    Raises ValueError, or FileNotFoundError.
+    """
     from lit_swa.checkpoint import check_checkpoint_dir
+    from lit_swa.evaluate import weights_identity
     from lit_swa.quantize import MODES, check_request
 
     mode, _, group = name.partition(":")
@@ -86,15 +90,15 @@ def way_of(name: str) -> dict[str, Any]:
         if not Path(name).is_dir():
             raise ValueError(f"{name} is neither a directory nor one of {', '.join(MODES)}.")
         check_checkpoint_dir(name, tokenizer=False)
-        return {"checkpoint_dir": name}
+        return {"name": name, "key": weights_identity(Path(name)), "load": {"checkpoint_dir": name}}
     if group and not group.isdecimal():
         raise ValueError(f"{name} is no mode with a group's size: write int4:64.")
-    how = {"quantize": mode, "group_size": int(group) if group else None}
-    check_request(mode, group_size=how["group_size"])
-    return how
+    load = {"quantize": mode, "group_size": int(group) if group else None}
+    check_request(mode, group_size=load["group_size"])
+    return {"name": name, "key": name, "load": load}
 
 
-def compare_all(results, ways: dict[str, dict[str, Any]], tokens, cut) -> None:
+def compare_all(results, ways: list[dict[str, Any]], tokens, cut) -> None:
     """Measure what results.parts does not hold yet."""
     import torch
 
@@ -105,7 +109,7 @@ def compare_all(results, ways: dict[str, dict[str, Any]], tokens, cut) -> None:
     results.save()  # a disk that is full or read-only shows now
     place = {"dtype": a["dtype"], "device": a["device"]}
     idx = cut.batch(tokens, cut.starts, a["device"])  # (windows, T)
-    left = ["dense", *ways] if "dense" not in results.parts else [name for name in ways if name not in results.parts]
+    left = [way for way in ways if way["key"] not in results.parts]
     line = ProgressLine((1 + len(left)) * idx.numel(), "tokens")
     dense = load_model(a["checkpoint_dir"], **place)
     with torch.no_grad():
@@ -113,16 +117,15 @@ def compare_all(results, ways: dict[str, dict[str, Any]], tokens, cut) -> None:
         for window in idx:
             states.append(dense.hidden_states(window[None]))
             line.show(len(states) * idx.size(1), "dense")
-    for n, name in enumerate(left, start=1):
-        how = {"checkpoint_dir": a["checkpoint_dir"]} | ways.get(name, {})
-        model = dense if name == "dense" else load_model(**how, **place)
+    for n, way in enumerate(left, start=1):
+        how = {"checkpoint_dir": a["checkpoint_dir"]} | way.get("load", {})
+        model = load_model(**how, **place) if "load" in way else dense
 
-        def show(windows: int, n: int = n, name: str = name) -> None:
+        def show(windows: int, n: int = n, name: str = way["name"]) -> None:
             line.show((n * len(idx) + windows) * idx.size(1), name)
 
-        results.add(
-            name, {"name": label(name, how, model)} | compare(dense, states, model, idx, cut.first, show), every=0
-        )
+        row = {"name": label(way["name"], how, model), "key": way["key"]}
+        results.add(way["key"], row | compare(dense, states, model, idx, cut.first, show), every=0)
         del model
 
 

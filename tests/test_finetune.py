@@ -606,7 +606,6 @@ def test_an_adapter_that_cannot_be_merged_says_so(train, run_script):
 
 def test_qlora_trains_saves_and_merges(train, run_script, tmp_path, tiny_checkpoint):
     """Catches: a quantised base that cannot be saved or loaded, an adapter that has no effect on the dense one."""
-    pytest.importorskip("bitsandbytes")
     directory, _, _ = train(max_steps=12, quantize="int8", learning_rate=5e-3, batch_size=8)
     rows = metrics(directory)
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
@@ -622,7 +621,6 @@ def test_qlora_trains_saves_and_merges(train, run_script, tmp_path, tiny_checkpo
 
 def test_qlora_is_loaded_and_merged_as_it_was_trained(train, run_script, tmp_path, tiny_checkpoint, data_file):
     """Catches: what a run validated and what its result computes that are two models, where that was asked for."""
-    pytest.importorskip("bitsandbytes")
     directory, _, _ = train(max_steps=8, quantize="int8", learning_rate=5e-3, validation_data=data_file)
     validated = float(metrics(directory)[-1]["val_loss"])
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_gptq_keeps_a_layers_outputs_and_hqq_its_weights():
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_what_cannot_be_written_is_refused_before_any_work(quantized, checkpoint, tmp_path, run_script):
+def test_what_cannot_be_written_is_refused_before_any_work(quantized, checkpoint, tmp_path, run_script, monkeypatch):
     """Catches: a traceback, an exit code of 0, a directory that is begun and cannot be finished."""
 
     def refused(source: Path, *flags: object) -> str:
@@ -205,6 +206,13 @@ def test_what_cannot_be_written_is_refused_before_any_work(quantized, checkpoint
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     assert "scripts/merge_lora.py" in refused(adapter, "--mode", "int8")
+    with monkeypatch.context() as patched:
+        patched.setattr("lit_swa.formats.files.shutil.disk_usage", lambda path: SimpleNamespace(free=10**4))
+        assert "its disk has 0.00 GB left" in refused(checkpoint, "--mode", "int8")
+    monkeypatch.setattr("lit_swa.memory.SLACK", (1.0, 0))
+    monkeypatch.setattr("lit_swa.memory.free_memory", lambda device, swap: 0)
+    assert "use a machine with more memory" in refused(checkpoint, "--mode", "int8")
+    monkeypatch.undo()
     rc, _, err = run_script("generate/base.py", "--checkpoint_dir", quantized("int4"), "--quantize", "int8")
     assert rc == 2 and "is quantised already" in err and "leave --quantize out" in err
 
