@@ -1,7 +1,9 @@
 """Quantised checkpoints: what scripts/quantize.py writes, and that everything loads it as it is."""
 
+import io
 import json
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +53,8 @@ def quantized(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     def make(mode: str) -> Path:
         if mode not in made:
             made[mode] = tmp_path_factory.mktemp("quantized") / mode
-            main(checkpoint, made[mode], mode, calibration_windows=4, calibration_length=32, device="cpu")
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                main(checkpoint, made[mode], mode, calibration_windows=4, calibration_length=32, device="cpu")
         return made[mode]
 
     return make
