@@ -58,7 +58,8 @@ def round_columns(weight: Tensor, steps: Tensor, scales: Tensor) -> tuple[Tensor
 
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular U with U^T U = H^-1: its row i says how the error of column i is passed on."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
+    exact = hessian if hessian.device.type == "mps" else hessian.double()  # where there is float64
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(exact))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
