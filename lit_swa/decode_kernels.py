@@ -8,7 +8,7 @@ Only a GPU runs this file, and only fast_decode.py imports it. B rows, N outputs
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -112,82 +112,60 @@ def pack_halves(low, high):
 
 
 @triton.jit
-def unpack_int4(words):
-    """Four tensors of pairs of float16: nibbles j and j + 4, less 8, in the low and the high half, for j = 0 .. 3."""
+def dot_int4(words, x0, x1, x2, x3):
+    """sum over j of (nibble j - 8) * x_j; xj holds x_j (low half) and x_{j + 4} (high half) in float16."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 h, eight, sixteenth, less;
+        .reg .b32 h, c, a, eight, sixteenth, less;
+        .reg .b16 low, high;
+        .reg .f32 f, g;
         mov.b32 eight, 0x64086408;
         mov.b32 sixteenth, 0x2C002C00;
         mov.b32 less, 0xD480D480;
-        shr.u32 h, $4, 8;
-        lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
-        lop3.b32 $2, h, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $3, h, 0x00F000F0, 0x64006400, 0xEA;
-        sub.f16x2 $0, $0, eight;
-        fma.rn.f16x2 $1, $1, sixteenth, less;
-        sub.f16x2 $2, $2, eight;
-        fma.rn.f16x2 $3, $3, sixteenth, less;
+        shr.u32 h, $1, 8;
+        lop3.b32 c, $1, 0x000F000F, 0x64006400, 0xEA;
+        sub.f16x2 c, c, eight;
+        mul.f16x2 a, c, $2;
+        lop3.b32 c, $1, 0x00F000F0, 0x64006400, 0xEA;
+        fma.rn.f16x2 c, c, sixteenth, less;
+        fma.rn.f16x2 a, c, $3, a;
+        lop3.b32 c, h, 0x000F000F, 0x64006400, 0xEA;
+        sub.f16x2 c, c, eight;
+        fma.rn.f16x2 a, c, $4, a;
+        lop3.b32 c, h, 0x00F000F0, 0x64006400, 0xEA;
+        fma.rn.f16x2 c, c, sixteenth, less;
+        fma.rn.f16x2 a, c, $5, a;
+        mov.b32 {low, high}, a;
+        cvt.f32.f16 f, low;
+        cvt.f32.f16 g, high;
+        add.f32 $0, f, g;
         }""",
-        "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        "=f,r,r,r,r,r", [words, x0, x1, x2, x3], dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def unpack_int8(words):
-    """Two tensors of pairs of float16: bytes 0 and 2, and bytes 1 and 3, signed."""
+def dot_int8(words, x0, x1):
+    """sum over j of byte j * x_j, bytes signed; x0 holds x_0 and x_2 in float16, x1 holds x_1 and x_3."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 h, zero;
+        .reg .b32 h, c, a, zero;
+        .reg .b16 low, high;
+        .reg .f32 f, g;
         mov.b32 zero, 0x64806480;
-        shr.u32 h, $2, 8;
-        lop3.b32 $0, $2, 0x00FF00FF, 0x64806480, 0x6A;
-        lop3.b32 $1, h, 0x00FF00FF, 0x64806480, 0x6A;
-        sub.f16x2 $0, $0, zero;
-        sub.f16x2 $1, $1, zero;
-        }""",
-        "=&r,=&r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def dot_4(c0, c1, c2, c3, x0, x1, x2, x3):
-    """The sum of the products of four pairs of float16, as float32."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a;
-        .reg .b16 low, high;
-        .reg .f32 f, g;
-        mul.f16x2 a, $1, $5;
-        fma.rn.f16x2 a, $2, $6, a;
-        fma.rn.f16x2 a, $3, $7, a;
-        fma.rn.f16x2 a, $4, $8, a;
+        shr.u32 h, $1, 8;
+        lop3.b32 c, $1, 0x00FF00FF, 0x64806480, 0x6A;
+        sub.f16x2 c, c, zero;
+        mul.f16x2 a, c, $2;
+        lop3.b32 c, h, 0x00FF00FF, 0x64806480, 0x6A;
+        sub.f16x2 c, c, zero;
+        fma.rn.f16x2 a, c, $3, a;
         mov.b32 {low, high}, a;
         cvt.f32.f16 f, low;
         cvt.f32.f16 g, high;
         add.f32 $0, f, g;
         }""",
-        "=f,r,r,r,r,r,r,r,r", [c0, c1, c2, c3, x0, x1, x2, x3], dtype=tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def dot_2(c0, c1, x0, x1):
-    """The sum of the products of two pairs of float16, as float32."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a;
-        .reg .b16 low, high;
-        .reg .f32 f, g;
-        mul.f16x2 a, $1, $3;
-        fma.rn.f16x2 a, $2, $4, a;
-        mov.b32 {low, high}, a;
-        cvt.f32.f16 f, low;
-        cvt.f32.f16 g, high;
-        add.f32 $0, f, g;
-        }""",
-        "=f,r,r,r,r", [c0, c1, x0, x1], dtype=tl.float32, is_pure=True, pack=1,
+        "=f,r,r,r", [words, x0, x1], dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
@@ -203,7 +181,7 @@ def load_part(x, gain, at, here, NORM: tl.constexpr, OFFSET: tl.constexpr):
 
 @triton.jit
 def pack_inputs(x, gain, runs, e, here, FORMAT: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr):
-    """Inputs as dot_4 or dot_2 takes them, (RUNS, 4) int32 each; and of each run the power of two that they were
+    """Inputs as dot_int4 or dot_int8 takes them, (RUNS, 4) int32 each; and of each run the power of two that they were
     divided by, their sum, and the sum of squares before the gain."""
     if FORMAT == "int4":
         at = runs[:, None] * 32 + e[None, :]
@@ -242,41 +220,13 @@ def pack_inputs(x, gain, runs, e, here, FORMAT: tl.constexpr, NORM: tl.constexpr
 
 
 @triton.jit
-def pack_kernel(
-    packed, factors, x, gain, K, eps, FORMAT: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-    RUNS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Pack a row of norm(x): packed (M, K / run, 4, 4) int32, factors (M, K / run, 2): powers of two, and sums."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    PER_RUN: tl.constexpr = 32 if FORMAT == "int4" else 16
-    m, runs, e, n_runs = tl.program_id(0).to(tl.int64), tl.arange(0, RUNS), tl.arange(0, 4), K // PER_RUN
-    here = (runs < n_runs)[:, None]
-    x0, x1, x2, x3, up, total, squares = pack_inputs(x + m * K, gain, runs, e, here, FORMAT, NORM, OFFSET)
-    to = packed + (m * n_runs + runs)[:, None] * 16 + e[None, :]
-    tl.store(to, x0, mask=here)
-    tl.store(to + 4, x1, mask=here)
-    if FORMAT == "int4":
-        tl.store(to + 8, x2, mask=here)
-        tl.store(to + 12, x3, mask=here)
-    if NORM:
-        rms = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        up, total = up * rms, total * rms
-    to = factors + (m * n_runs + runs) * 2
-    tl.store(to, up, mask=runs < n_runs)
-    tl.store(to + 1, total, mask=runs < n_runs)
-
-
-@triton.jit
 def codes_kernel(
-    y, x, gain, packed, factors, w, scale, bias, residual, delta_w, delta_scale, delta_bias, M, N, K, eps,
+    y, x, gain, w, scale, bias, residual, delta_w, delta_scale, delta_bias, N, K, eps,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-    ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr,
-    RUNS: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Weights in 8 or 4 bits, as int32 words. A program goes from tile to tile of the outputs, for one row of x, which
-    it packs itself, or for M rows that were PACKED before."""
+    """Weights in 8 or 4 bits, as int32 words. A program packs x once, and goes from tile to tile of the outputs."""
     PER_RUN: tl.constexpr = 32 if FORMAT == "int4" else 16
     w_n = tl.arange(0, BN * (2 if GATED else 1))
     half, runs, e = (w_n // BN).to(tl.int64), tl.arange(0, RUNS), tl.arange(0, 4)
@@ -296,10 +246,8 @@ def codes_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    sum_of_squares = 0.0
-    if not PACKED:
-        x0, x1, x2, x3, up, total, squares = pack_inputs(x, gain, runs, e, here, FORMAT, NORM, OFFSET)
-        sum_of_squares = tl.sum(squares, 0)
+    x0, x1, x2, x3, up, total, squares = pack_inputs(x, gain, runs, e, here, FORMAT, NORM, OFFSET)
+    sum_of_squares = tl.sum(squares, 0)
     while tile < n_tiles:
         later = tile + tl.num_programs(0)
         n = later * BN + w_n % BN
@@ -308,90 +256,106 @@ def codes_kernel(
             w + n.to(tl.int64)[:, None, None] * (n_runs * 4) + columns, mask=there[:, :, None], other=0,
             eviction_policy="evict_first",
         )  # fmt: skip
-        n = tile * BN + w_n % BN
         if FORMAT == "int4":
-            next_pairs = tl.load(
-                scale + (later * BN + w_n % BN).to(tl.int64)[:, None] * groups + of_group, mask=there, other=0
-            )  # fmt: skip
+            next_pairs = tl.load(scale + n.to(tl.int64)[:, None] * groups + of_group, mask=there, other=0)
             s, o = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
-            c0, c1, c2, c3 = unpack_int4(words)
-        else:
-            c0, c1 = unpack_int8(words)
-            s = tl.load(scale + half * delta_scale + n, mask=n < N, other=0.0)
-        for m in range(M):
-            if PACKED:
-                of_run = packed + (m * n_runs + runs)[:, None] * 16 + e[None, :]
-                x0, x1 = tl.load(of_run, mask=here, other=0), tl.load(of_run + 4, mask=here, other=0)
-                up = tl.load(factors + (m * n_runs + runs) * 2, mask=runs < n_runs, other=0.0)
-                if FORMAT == "int4":
-                    x2, x3 = tl.load(of_run + 8, mask=here, other=0), tl.load(of_run + 12, mask=here, other=0)
-                    total = tl.load(factors + (m * n_runs + runs) * 2 + 1, mask=runs < n_runs, other=0.0)
-            if FORMAT == "int4":
-                part = dot_4(c0, c1, c2, c3, x0[None, :, :], x1[None, :, :], x2[None, :, :], x3[None, :, :])
-                out = tl.sum((s * up[None, :]) * tl.sum(part, 2) + o * total[None, :], 1)
-            else:
-                part = dot_2(c0, c1, x0[None, :, :], x1[None, :, :])
-                out = tl.sum(tl.sum(part, 2) * up[None, :], 1) * s
-            finish(
-                out, sum_of_squares, tile, w_n, bias, residual + m * N, y + m * N, delta_bias, N, K, eps, GATED,
-                NORM and not PACKED, ACT, BIAS, RESIDUAL, BN,
-            )  # fmt: skip
-        if FORMAT == "int4":
+            part = tl.sum(dot_int4(words, x0[None, :, :], x1[None, :, :], x2[None, :, :], x3[None, :, :]), 2)
+            out = tl.sum((s * up[None, :]) * part + o * total[None, :], 1)
             pairs = next_pairs
+        else:
+            out = tl.sum(tl.sum(dot_int8(words, x0[None, :, :], x1[None, :, :]), 2) * up[None, :], 1)
+            n = tile * BN + w_n % BN
+            out *= tl.load(scale + half * delta_scale + n, mask=n < N, other=0.0)
+        finish(
+            out, sum_of_squares, tile, w_n, bias, residual, y, delta_bias, N, K, eps, GATED, NORM, ACT, BIAS,
+            RESIDUAL, BN,
+        )  # fmt: skip
         words, tile = next_words, later
 
 
 # ------------------------------------------------------------------------------------------- products, a few rows
 #
-# Dense weights times up to 32 rows of x: the products go to the tensor cores, a tile of weights (BN, BK) from the left
-# and the rows of x (BK, ROWS) from the right. So do codes where x is float32, after they were made dense.
+# Up to 32 rows of x: the products go to the tensor cores, a tile of weights (BN, BK) from the left and the rows of x
+# (BK, ROWS) from the right. Codes are made dense in registers, tile by tile. Then making x ready in every program would
+# take longer than the products: prepare_kernel norms it once, and lays it out as the tiles are read.
 
 
 @triton.jit
-def load_inputs(x, gain, k, M, K, NORM: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr):
-    """(x times gain, x * x) of the inputs k, (BK, ROWS), in float32."""
-    m = tl.arange(0, ROWS)
-    v = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0).to(tl.float32)
-    squares = v * v
-    if NORM:
-        v *= (tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET)[:, None]
-    return v, squares
-
-
-@triton.jit
-def accumulate(
-    w, scale, x, gain, n, M, N, K, FORMAT: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+def prepare_kernel(
+    out, x, gain, M, K, eps, NORM: tl.constexpr, OFFSET: tl.constexpr, INT4: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """(W x^T (BN, ROWS) of the outputs n, the sum of squares of each row of x)"""
+    """norm(x) (M, K) -> (K, ROWS), zeros from row M on; INT4: in the order of nibbles, (8, K / 8, ROWS)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    m, k = tl.program_id(0), tl.arange(0, SIZE)
+    v = tl.load(x + m * K + k, mask=(k < K) & (m < M), other=0.0).to(tl.float32)
+    if NORM:
+        v *= tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+        v *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET
+    if INT4:
+        to = (k % 32 // 4) * (K // 8) + k // 32 * 4 + k % 4
+    else:
+        to = k
+    tl.store(out + to * ROWS + m, v.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def multiply_codes(
+    w, scale, x, n, N, K, FORMAT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """W x^T (BN, ROWS) of the outputs n, for a prepared x."""
     acc = tl.zeros((BN, ROWS), tl.float32)
     dtype = x.dtype.element_ty
-    squares = tl.zeros((BK // 8 if FORMAT == "int4" else BK, ROWS), tl.float32)
-    live = (n < N)[:, None]
-    if FORMAT == "int4":
-        i = tl.arange(0, BK // 8)
-        rows, of_row = w + n.to(tl.int64)[:, None] * (K // 8), scale + n.to(tl.int64)[:, None] * (K // GROUP)
-        for first in tl.range(0, K // 8, BK // 8):
-            k = first + i
-            here = live & (k < K // 8)[None, :]
-            words = tl.load(rows + k[None, :], mask=here, other=0)
-            pairs = tl.load(of_row + (k * 8 // GROUP)[None, :], mask=here, other=0)
+    PER_WORD: tl.constexpr = 8 if FORMAT == "int4" else 1
+    m, i, live = tl.arange(0, ROWS), tl.arange(0, BK // PER_WORD), (n < N)[:, None]
+    n_words = K // PER_WORD
+    rows = w + n.to(tl.int64)[:, None] * n_words + i[None, :]
+    words = tl.load(rows, mask=live & (i < n_words)[None, :], other=0, eviction_policy="evict_first")
+    for first in range(0, n_words, BK // PER_WORD):
+        k = first + i
+        later = live & (k + BK // PER_WORD < n_words)[None, :]
+        next_words = tl.load(rows + first + BK // PER_WORD, mask=later, other=0, eviction_policy="evict_first")
+        if FORMAT == "int4":
+            of_row = scale + n.to(tl.int64)[:, None] * (K // GROUP)
+            pairs = tl.load(of_row + (k * 8 // GROUP)[None, :], mask=live & (k < n_words)[None, :], other=0)
             s, o = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+            o -= 136.0 * s
             for j in tl.static_range(8):
-                v, sq = load_inputs(x, gain, k // 4 * 32 + 4 * j + k % 4, M, K, NORM, OFFSET, ROWS)
-                squares += sq
-                code = (((words >> (4 * j)) & 15) - 8).to(tl.float32)
-                acc = tl.dot((code * s + o).to(dtype), v.to(dtype), acc, input_precision="ieee")
-    else:
-        i, rows = tl.arange(0, BK), w + n.to(tl.int64)[:, None] * K
-        for first in tl.range(0, K, BK, num_stages=STAGES):
-            k = first + i
-            weights = tl.load(rows + k[None, :], mask=live & (k < K)[None, :], other=0)
-            v, sq = load_inputs(x, gain, k, M, K, NORM, OFFSET, ROWS)
-            squares += sq
-            acc = tl.dot(weights.to(dtype), v.to(dtype), acc, input_precision="ieee")
-        if FORMAT == "int8":
-            acc *= tl.load(scale + n, mask=n < N, other=0.0)[:, None]
+                v = tl.load(x + (j * n_words + k)[:, None] * ROWS + m[None, :], mask=(k < n_words)[:, None], other=0.0)
+                # bits 16 .. 19 of a float32 with the exponent of 128: 128 + code
+                moved = words << (16 - 4 * j) if j < 4 else words >> (4 * j - 16)
+                code = ((moved & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
+                acc = tl.dot((code * s + o).to(dtype), v, acc, input_precision="ieee")
+        else:
+            v = tl.load(x + k[:, None] * ROWS + m[None, :], mask=(k < K)[:, None], other=0.0)
+            acc = tl.dot(words.to(dtype), v, acc, input_precision="ieee")
+        words = next_words
+    if FORMAT == "int8":
+        acc *= tl.load(scale + n, mask=n < N, other=0.0)[:, None]
+    return acc
+
+
+@triton.jit
+def multiply_dense(
+    w, x, gain, n, M, N, K, NORM: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(W x^T (BN, ROWS) of the outputs n, the sum of squares of each row of x)"""
+    acc, squares = tl.zeros((BN, ROWS), tl.float32), tl.zeros((BK, ROWS), tl.float32)
+    dtype = x.dtype.element_ty
+    m, i, live = tl.arange(0, ROWS), tl.arange(0, BK), (n < N)[:, None]
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        k = first + i
+        weights = tl.load(w + n.to(tl.int64)[:, None] * K + k[None, :], mask=live & (k < K)[None, :], other=0.0)
+        v = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & (k < K)[:, None], other=0.0)
+        if NORM:
+            v = v.to(tl.float32)
+            squares += v * v
+            v *= (tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET)[:, None]
+        acc = tl.dot(weights.to(dtype), v.to(dtype), acc, input_precision="ieee")
     return acc, tl.sum(squares, 0)
 
 
@@ -406,17 +370,23 @@ def matrix_kernel(
         gdc_wait()
         gdc_launch_dependents()
     n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, ROWS)
-    out, squares = accumulate(w, scale, x, gain, n, M, N, K, FORMAT, GROUP, NORM, OFFSET, ROWS, BN, BK, STAGES)
-    rms = tl.rsqrt(squares / K + eps)[None, :]
-    if NORM:
-        out *= rms
+    rms = 1.0
+    if FORMAT == "dense":
+        out, squares = multiply_dense(w, x, gain, n, M, N, K, NORM, OFFSET, ROWS, BN, BK, STAGES)
+        if NORM:
+            rms = tl.rsqrt(squares / K + eps)[None, :]
+            out *= rms
+    else:
+        out = multiply_codes(w, scale, x, n, N, K, FORMAT, GROUP, ROWS, BN, BK)
     if BIAS:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     out = activate(out, ACT)
     if GATED:
-        right, _ = accumulate(w_2, scale_2, x, gain, n, M, N, K, FORMAT, GROUP, NORM, OFFSET, ROWS, BN, BK, STAGES)
-        if NORM:
+        if FORMAT == "dense":
+            right, _ = multiply_dense(w_2, x, gain, n, M, N, K, NORM, OFFSET, ROWS, BN, BK, STAGES)
             right *= rms
+        else:
+            right = multiply_codes(w_2, scale_2, x, n, N, K, FORMAT, GROUP, ROWS, BN, BK)
         if BIAS:
             right += tl.load(bias_2 + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         out *= right
@@ -683,29 +653,33 @@ def product(
     }  # fmt: skip
     how |= {"NORM": gain is not None, "OFFSET": offset}
     gain = x if gain is None else gain
-    if first.format != "dense" and x.dtype != torch.float32:
+    if M == 1 and first.format != "dense" and x.dtype != torch.float32:
         if first.format == "int8":
             one, two = ((w.view(torch.int32), *rest) for w, *rest in (one, two))
-        grid, BN, RUNS, warps = code_tiles(first.format, M, N, K, gate is not None, x.device)
-        how |= {"RUNS": RUNS, "num_warps": warps}
-        packed = factors = x
-        if M > 1:
-            size = M * (K // (32 if first.format == "int4" else 16))
-            packed = torch.empty(size * 16, dtype=torch.int32, device=x.device)
-            factors = torch.empty(size * 2, dtype=torch.float32, device=x.device)
-            only = {k: how[k] for k in ("FORMAT", "NORM", "OFFSET", "RUNS", "PDL", "launch_pdl", "num_warps")}
-            pack_kernel[(M,)](packed, factors, x, gain, K, eps, **only)
-        tensors = y, x, gain, packed, factors, *one, residual_of, *distances(one, two)
-        codes_kernel[(grid,)](*tensors, M, N, K, eps, BN=BN, PACKED=M > 1, **how)
+        grid, BN, how["RUNS"], how["num_warps"] = code_tiles(first.format, N, K, gate is not None, x.device)
+        codes_kernel[(grid,)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, BN=BN, **how)
     elif M == 1 and first.format == "dense":
         BN, how["RUNS"], how["num_warps"] = dense_tiles(N, K, gate is not None)
-        tensors = y, x, gain, *one, residual_of, *distances(one, two)
-        vector_kernel[(triton.cdiv(N, BN),)](*tensors, N, K, eps, BN=BN, **how)
+        grid = triton.cdiv(N, BN)
+        vector_kernel[(grid,)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, BN=BN, **how)
     else:
-        BN, how["BK"], how["num_warps"], how["STAGES"] = matrix_tiles(x.element_size(), how["NORM"])
-        how["ROWS"] = max(16, next_power(M))
-        matrix_kernel[(triton.cdiv(N, BN),)](y, x, gain, *one, residual_of, *two, M, N, K, eps, BN=BN, **how)
+        ROWS = max(16, next_power(M))
+        if first.format != "dense":
+            x, how["num_stages"] = prepare(x, gain, M, K, eps, first.format, ROWS, how), 1
+        BN, how["BK"], how["num_warps"], how["STAGES"] = matrix_tiles(first.format, x.element_size(), how["NORM"])
+        grid = triton.cdiv(N, BN)
+        matrix_kernel[(grid,)](y, x, gain, *one, residual_of, *two, M, N, K, eps, BN=BN, ROWS=ROWS, **how)
     return y
+
+
+def prepare(x: Tensor, gain: Tensor, M: int, K: int, eps: float, form: str, ROWS: int, how: dict[str, Any]) -> Tensor:
+    """x as matrix_kernel reads it for codes, normed where `how` says so."""
+    out = torch.empty(K, ROWS, dtype=x.dtype, device=x.device)
+    same = {name: how[name] for name in ("NORM", "OFFSET", "PDL", "launch_pdl")}
+    prepare_kernel[(ROWS,)](
+        out, x, gain, M, K, eps, INT4=form == "int4", ROWS=ROWS, SIZE=next_power(K), num_warps=8, **same
+    )  # fmt: skip
+    return out
 
 
 def distances(one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> list[int]:
@@ -723,22 +697,22 @@ def dense_tiles(N: int, K: int, gated: bool) -> tuple[int, int, int]:
     return (1, 256, 8) if K > 8192 else (2, 64, 2) if N > 16384 else (4, 128, 2)
 
 
-def code_tiles(format: str, M: int, N: int, K: int, gated: bool, device: torch.device) -> tuple[int, int, int, int]:
+def code_tiles(form: str, N: int, K: int, gated: bool, device: torch.device) -> tuple[int, int, int, int]:
     """(programs, outputs of a tile, runs of a row, warps). Each program makes the same number of tiles, or one less."""
-    runs = max(32, next_power(K // (32 if format == "int4" else 16)))
-    warps, wide = min(8, runs // 32), runs > (256 if format == "int4" else 512)
-    if M > 1:
-        BN = 2 if gated else 4
-    elif format == "int4":
-        BN = 1 if gated else 2 if wide else 4
+    runs = max(32, next_power(K // (32 if form == "int4" else 16)))
+    warps, wide = min(8, runs // 32), runs > (256 if form == "int4" else 512)
+    if form == "int4":
+        BN, share = (1, 24) if gated else (2 if wide else 4, 16)
     else:
-        BN = 2 if gated else 1 if wide else 4
-    tiles, most = triton.cdiv(N, BN), multiprocessors(device) * (24 if BN == 1 and gated else 16) // warps
+        BN, share = 2 if gated else 1 if wide else 4, 16
+    tiles, most = triton.cdiv(N, BN), multiprocessors(device) * share // warps
     return triton.cdiv(tiles, triton.cdiv(tiles, most)), BN, runs, warps
 
 
-def matrix_tiles(size: int, norm: bool) -> tuple[int, int, int, int]:
+def matrix_tiles(form: str, size: int, norm: bool) -> tuple[int, int, int, int]:
     """(outputs of a program, inputs of a tile, warps, tiles in flight). size: bytes of a number of x."""
+    if form != "dense":
+        return (32, 128, 4, 1) if size == 4 else (64, 256, 4, 1)
     if size == 4:
         return 32, 128, 4, 2
     return (64, 256, 4, 3) if norm else (32, 256, 2, 4)
