@@ -189,15 +189,17 @@ class Description:
     def linear(self, linear: nn.Module | None) -> Structure:
         if linear is None:
             return LinearStruct()
+        if type(linear) not in (nn.Linear, Int8Linear, Int4Linear) or is_injected(linear):
+            raise Unknown(f"a {type(linear).__name__}, or what was put into it")
         weight, scale, group = linear.weight, None, 0
-        if type(linear) is nn.Linear and weight.dtype in FORMATS and not is_injected(linear):
-            kind = FORMATS[weight.dtype]
-        elif type(linear) is Int8Linear and not is_injected(linear):
+        if type(linear) is Int8Linear:
             kind, scale = 2, self.keep(linear.scale.float())
-        elif type(linear) is Int4Linear and not is_injected(linear):
+        elif type(linear) is Int4Linear:
             kind, scale, group = 3, self.keep(linear.scales), linear.group_size
+        elif weight.dtype in FORMATS:
+            kind = FORMATS[weight.dtype]
         else:
-            raise Unknown(f"a {type(linear).__name__} of {weight.dtype}, or what was put into it")
+            raise Unknown(f"weights of {weight.dtype}")
         bias = None if linear.bias is None else self.keep(linear.bias.float())
         return LinearStruct(self.keep(weight), scale, bias, linear.out_features, linear.in_features, kind, group)
 

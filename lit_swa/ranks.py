@@ -81,7 +81,7 @@ def wait_for_all(processes: list[subprocess.Popen]) -> int:
             time.sleep(0.02)
             continue
         code, rank = min(failed)  # a signal is negative: what it ended is the cause of what failed beside it
-        if code < 0 and -code != getattr(signal, "SIGALRM", 0):  # that one has said why it ends
+        if code < 0 and -code not in (signal.SIGABRT, getattr(signal, "SIGALRM", 0)):  # whom these end has said why
             name = signal.Signals(-code).name
             guess = ": was there too little memory?" if name == "SIGKILL" else "."
             print_line(f"error: process {rank} of {len(processes)} was ended by {name}{guess}")

@@ -13,7 +13,7 @@ from forked import free_port, start_script, torchrun_environment
 from ranks import Ranks
 from tiny import randomize, tiny_config
 
-from lit_swa import GPT, ranks, sequential
+from lit_swa import GPT, cpu_decode, ranks, sequential
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import quantization_of
@@ -264,6 +264,13 @@ def test_what_cannot_be_split_is_refused(tiny_model, tiny_checkpoint):
     model.transformer.h[0].mlp.proj = Blob(64, 48)
     with pytest.raises(ValueError, match="mlp.proj is a Blob, whose weight cannot be split: quantise with scripts/"):
         split_model(model, Rank(0, 2))
+
+
+def test_a_part_is_no_model_of_its_own(tiny_model):
+    """Catches: compiled code for one process that computes with a part, and adds up nothing."""
+    cpu_decode.Description(tiny_model())
+    with pytest.raises(cpu_decode.Unknown, match="a RowParallelLinear"):
+        cpu_decode.Description(split_model(tiny_model(), Rank(0, 2)))
 
 
 class Blob(torch.nn.Linear):
