@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
@@ -109,8 +110,9 @@ def load_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(cache_dir() / name))
     except OSError:  # it is not there, or broken
         with tempfile.TemporaryDirectory() as directory:
-            made = Path(directory) / name
+            made, started = Path(directory) / name, time.perf_counter()
             compile_source(compiler, made)
+            print_line(f"compiled {SOURCE.name} in {time.perf_counter() - started:.1f} s, once for this machine")
             with suppress(OSError):
                 keep_file(name, made.read_bytes())
             library = ctypes.CDLL(str(made))
