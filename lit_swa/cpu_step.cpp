@@ -268,9 +268,12 @@ void multiply(const Linear& l, const Input& x, int64_t N, int64_t lo, int64_t hi
                    : multiply_as<uint32_t>)(l, x, N, lo, hi, out);
 }
 
-int64_t row_bytes(const Linear& l) { return l.format == 0 ? 4 * l.in : l.format == 1 ? 2 * l.in : l.format == 2 ? l.in : l.in / 2; }
+int64_t row_bytes(const Linear& l) {
+  const int64_t bits[] = {32, 16, 8, 4};
+  return l.in * bits[l.format] / 8;
+}
 
-// ------------------------------------------------------------------------------------------------- between the products
+// ----------------------------------------------------------------------------------------------- between the products
 
 void normalize(const Norm& norm, const float* x, float* y) {
   int64_t n = norm.size;
@@ -422,7 +425,8 @@ struct Step {
   void make_logits(int64_t lo, int64_t hi) {
     multiply(m.head, normed, N, lo, hi, call->logits);
     for (int64_t n = 0; m.logit_cap && n < N; n++)
-      for (int64_t i = n * m.head.out + lo; i < n * m.head.out + hi; i++) call->logits[i] = soften(call->logits[i], m.logit_cap);
+      for (int64_t i = n * m.head.out + lo; i < n * m.head.out + hi; i++)
+        call->logits[i] = soften(call->logits[i], m.logit_cap);
   }
 
   void finish() {  // what follows on a stage whose chunks are all done
@@ -590,26 +594,24 @@ struct Step {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------- the threads
+// --------------------------------------------------------------------------------------------------------- the threads
 
 // A thread takes chunks from its own lane, a run of neighbours (two threads that alternate read memory a fifth slower),
-// and then from the others'. A lane's ticket: the stage's number (24 bits, counted on over all calls), how many chunks
-// the lane has (20 bits), and which is next (20 bits). So whoever draws a number knows that it is one of this stage.
+// and then from the others'. A lane's ticket says how many chunks the lane has (upper half) and which is next (lower
+// half), so whoever draws a number has a chunk of the stage that is open: it cannot end before the chunk is done.
 struct Pool {
   struct alignas(64) Lane {
     std::atomic<uint64_t> ticket{0};
     bool draw(int64_t& chunk) {
-      auto next = [](uint64_t t) { return int64_t(t & 0xfffff); };
-      auto count = [](uint64_t t) { return int64_t(t >> 20 & 0xfffff); };
       uint64_t t = ticket.load();
-      if (next(t) >= count(t)) return false;
-      t = ticket.fetch_add(1), chunk = next(t);
-      return next(t) < count(t);
+      if (uint32_t(t) >= t >> 32) return false;
+      t = ticket.fetch_add(1), chunk = uint32_t(t);
+      return uint32_t(t) < t >> 32;
     }
   };
   static constexpr int64_t LANES = 256;
   Lane lanes[LANES];
-  std::atomic<uint64_t> stage{0};  // the current one's number
+  std::atomic<uint64_t> stage{0};  // counted on over all calls
   std::atomic<int64_t> done{0}, active{0};
   std::atomic<bool> running{false};
   Step* step = nullptr;
@@ -622,8 +624,8 @@ struct Pool {
   void open() {
     chunks = step->open();
     done = 0;
-    uint64_t number = ++stage;
-    for (int64_t i = 0; i < active; i++) lanes[i].ticket = number << 40 | uint64_t(first(i + 1) - first(i)) << 20;
+    stage++;
+    for (int64_t i = 0; i < active; i++) lanes[i].ticket = uint64_t(first(i + 1) - first(i)) << 32;
   }
 
   bool work(int64_t self) {  // do one chunk; false: there was none
@@ -631,8 +633,9 @@ struct Pool {
     for (int64_t i = 0; i < count && self < count; i++) {
       int64_t lane = (self + i) % count;
       if (!lanes[lane].draw(chunk)) continue;
+      int64_t all = chunks;  // of this stage: once this chunk is counted, the next one may begin
       step->run(first(lane) + chunk);
-      if (++done == chunks) {
+      if (++done == all) {
         step->finish();
         if (step->ended()) running = false;
         else open();
