@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 #if defined(__AVX2__)
@@ -91,6 +92,16 @@ typedef uint32_t Words __attribute__((vector_size(W * 4)));
 struct bfloat16 {
   uint16_t bits;
 };
+
+template <class T>
+struct Lines {  // allocates at the start of a cache line, so that no vector lies across two
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+using Buffer = std::vector<float, Lines<float>>;
 
 template <class V>
 inline V read(const void* p) {
@@ -181,7 +192,7 @@ inline void by_fours(int64_t count, F&& f) {  // f(first, how many, as a constan
 }
 
 struct Input {  // vectors (N, size) that a product reads
-  std::vector<float> plain, ordered, sums;  // for int4: in the order of the words' nibbles, and sums over nibbles
+  Buffer plain, ordered, sums;  // for int4: in the order of the words' nibbles, and sums over nibbles
   int64_t words = 0;                        // words of a row, padded to whole vectors
 
   void order(int64_t rows, int64_t size) {
@@ -338,7 +349,7 @@ struct Step {
   int64_t N = 0, R, D, pieces = 1, parts = 1, stage = 0, chunk = 1;
   const Call* call = nullptr;
   Input normed, attended, hidden;
-  std::vector<float> qkv, queries, partial, t, gate;
+  Buffer qkv, queries, partial, t, gate;
   std::vector<Lists> lists;
 
   explicit Step(const Model& model) : m(model), R(m.heads / m.groups), D(m.head_size) {}
@@ -483,7 +494,7 @@ struct Step {
       for (int64_t g = 0; g < 2 * m.groups; g++, x += D) {
         bool value = g >= m.groups;
         if (!value && l.norm_k.kind) normalize(l.norm_k, x, x);
-        std::vector<float> turned(x, x + D);
+        Buffer turned(x, x + D);
         int64_t at = b * k.keys.b + t * k.keys.t;
         if (!value && !k.rotate_read) rotate(x, k.keys.cos + at, k.keys.sin + at, m.rotated, D, turned.data());
         T* cache = static_cast<T*>(call->caches[stage / STAGES * 2 + value]);
@@ -503,7 +514,7 @@ struct Step {
 
   template <class T>
   void attend_as(const Unit& u) {
-    static thread_local std::vector<float> scores, turned;
+    static thread_local Buffer scores, turned;
     scores.resize(R * KEYS), turned.resize(D);
     const Lists& l = lists[layer().kind];
     int64_t base = (u.row / call->tokens * m.groups + u.group) * kind().cache_slots * D;
