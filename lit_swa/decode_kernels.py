@@ -226,7 +226,9 @@ def codes_kernel(
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Weights in 8 or 4 bits, as int32 words. A program packs x once, and goes from tile to tile of the outputs."""
+    """Weights in 8 or 4 bits, as int32 words. A program packs a row of x once, and goes from tile to tile of outputs. The
+    programs of several rows read a tile at about the same time: it comes from memory once, and then from the L2 cache."""
+    x, y, residual = x + tl.program_id(1) * K, y + tl.program_id(1) * N, residual + tl.program_id(1) * N
     PER_RUN: tl.constexpr = 32 if FORMAT == "int4" else 16
     w_n = tl.arange(0, BN * (2 if GATED else 1))
     half, runs, e = (w_n // BN).to(tl.int64), tl.arange(0, RUNS), tl.arange(0, 4)
@@ -285,7 +287,7 @@ def prepare_kernel(
     out, x, gain, M, K, eps, NORM: tl.constexpr, OFFSET: tl.constexpr, INT4: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """norm(x) (M, K) -> (K, ROWS), zeros from row M on; INT4: in the order of nibbles, (8, K / 8, ROWS)."""
+    """norm(x) (M, K) -> (K, ROWS), zeros from row M on; INT4: in the order in which multiply_codes joins nibbles."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -295,44 +297,49 @@ def prepare_kernel(
         v *= tl.rsqrt(tl.sum(v * v, 0) / K + eps)
         v *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32) + OFFSET
     if INT4:
-        to = (k % 32 // 4) * (K // 8) + k // 32 * 4 + k % 4
+        j = k % 32 // 4
+        to = (k // 32 * 4 + k % 4) * 8 + (j % 2) * 4 + j // 2 % 2 * 2 + j // 4
     else:
         to = k
     tl.store(out + to * ROWS + m, v.to(out.dtype.element_ty), mask=k < K)
 
 
 @triton.jit
+def nibbles(words, s, o, j: tl.constexpr, dtype: tl.constexpr):
+    """Code j of each word, times s, plus o. Bits 16 .. 19 of a float32 with the exponent of 128 are 128 + code."""
+    moved = words << (16 - 4 * j) if j < 4 else words >> (4 * j - 16)
+    return (((moved & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True) * s + o).to(dtype)
+
+
+@triton.jit
 def multiply_codes(
     w, scale, x, n, N, K, FORMAT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """W x^T (BN, ROWS) of the outputs n, for a prepared x."""
     acc = tl.zeros((BN, ROWS), tl.float32)
     dtype = x.dtype.element_ty
     PER_WORD: tl.constexpr = 8 if FORMAT == "int4" else 1
-    m, i, live = tl.arange(0, ROWS), tl.arange(0, BK // PER_WORD), (n < N)[:, None]
+    m, i, k, live = tl.arange(0, ROWS), tl.arange(0, BK // PER_WORD), tl.arange(0, BK), (n < N)[:, None]
     n_words = K // PER_WORD
-    rows = w + n.to(tl.int64)[:, None] * n_words + i[None, :]
-    words = tl.load(rows, mask=live & (i < n_words)[None, :], other=0, eviction_policy="evict_first")
-    for first in range(0, n_words, BK // PER_WORD):
-        k = first + i
-        later = live & (k + BK // PER_WORD < n_words)[None, :]
-        next_words = tl.load(rows + first + BK // PER_WORD, mask=later, other=0, eviction_policy="evict_first")
+    rows = w + n.to(tl.int64)[:, None] * n_words
+    for first in tl.range(0, n_words, BK // PER_WORD, num_stages=STAGES):
+        words = tl.load(rows + (first + i)[None, :], mask=live & (first + i < n_words)[None, :], other=0)
+        at = first * PER_WORD + k
+        v = tl.load(x + at[:, None] * ROWS + m[None, :], mask=(at < K)[:, None], other=0.0)
         if FORMAT == "int4":
-            of_row = scale + n.to(tl.int64)[:, None] * (K // GROUP)
-            pairs = tl.load(of_row + (k * 8 // GROUP)[None, :], mask=live & (k < n_words)[None, :], other=0)
+            of_row = scale + n.to(tl.int64)[:, None] * (K // GROUP) + ((first + i) * 8 // GROUP)[None, :]
+            pairs = tl.load(of_row, mask=live & (first + i < n_words)[None, :], other=0)
             s, o = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
             o -= 136.0 * s
-            for j in tl.static_range(8):
-                v = tl.load(x + (j * n_words + k)[:, None] * ROWS + m[None, :], mask=(k < n_words)[:, None], other=0.0)
-                # bits 16 .. 19 of a float32 with the exponent of 128: 128 + code
-                moved = words << (16 - 4 * j) if j < 4 else words >> (4 * j - 16)
-                code = ((moved & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True)
-                acc = tl.dot((code * s + o).to(dtype), v, acc, input_precision="ieee")
+            a = tl.join(nibbles(words, s, o, 0, dtype), nibbles(words, s, o, 1, dtype))
+            b = tl.join(nibbles(words, s, o, 2, dtype), nibbles(words, s, o, 3, dtype))
+            c = tl.join(nibbles(words, s, o, 4, dtype), nibbles(words, s, o, 5, dtype))
+            d = tl.join(nibbles(words, s, o, 6, dtype), nibbles(words, s, o, 7, dtype))
+            weights = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BN, BK))
         else:
-            v = tl.load(x + k[:, None] * ROWS + m[None, :], mask=(k < K)[:, None], other=0.0)
-            acc = tl.dot(words.to(dtype), v, acc, input_precision="ieee")
-        words = next_words
+            weights = words.to(dtype)
+        acc = tl.dot(weights, v, acc, input_precision="ieee")
     if FORMAT == "int8":
         acc *= tl.load(scale + n, mask=n < N, other=0.0)[:, None]
     return acc
@@ -377,7 +384,7 @@ def matrix_kernel(
             rms = tl.rsqrt(squares / K + eps)[None, :]
             out *= rms
     else:
-        out = multiply_codes(w, scale, x, n, N, K, FORMAT, GROUP, ROWS, BN, BK)
+        out = multiply_codes(w, scale, x, n, N, K, FORMAT, GROUP, ROWS, BN, BK, STAGES)
     if BIAS:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     out = activate(out, ACT)
@@ -386,7 +393,7 @@ def matrix_kernel(
             right, _ = multiply_dense(w_2, x, gain, n, M, N, K, NORM, OFFSET, ROWS, BN, BK, STAGES)
             right *= rms
         else:
-            right = multiply_codes(w_2, scale_2, x, n, N, K, FORMAT, GROUP, ROWS, BN, BK)
+            right = multiply_codes(w_2, scale_2, x, n, N, K, FORMAT, GROUP, ROWS, BN, BK, STAGES)
         if BIAS:
             right += tl.load(bias_2 + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         out *= right
@@ -588,6 +595,7 @@ def attention_kernel(
 # ------------------------------------------------------------------------------------------------------------ launching
 
 MOST_ROWS = 32  # of a product: from there on the libraries' are as fast
+MOST_CODED_ROWS = {"int8": 2, "int4": 16}  # rows of x with which the tensor cores are no faster
 KEYS = 64  # slots of a block
 MOST_QUERIES = 64  # query tokens times query heads of a key/value head
 
@@ -653,11 +661,11 @@ def product(
     }  # fmt: skip
     how |= {"NORM": gain is not None, "OFFSET": offset}
     gain = x if gain is None else gain
-    if M == 1 and first.format != "dense" and x.dtype != torch.float32:
+    if first.format != "dense" and M <= MOST_CODED_ROWS[first.format] and x.dtype != torch.float32:
         if first.format == "int8":
             one, two = ((w.view(torch.int32), *rest) for w, *rest in (one, two))
         grid, BN, how["RUNS"], how["num_warps"] = code_tiles(first.format, N, K, gate is not None, x.device)
-        codes_kernel[(grid,)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, BN=BN, **how)
+        codes_kernel[(grid, M)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, BN=BN, **how)
     elif M == 1 and first.format == "dense":
         BN, how["RUNS"], how["num_warps"] = dense_tiles(N, K, gate is not None)
         grid = triton.cdiv(N, BN)
@@ -665,7 +673,7 @@ def product(
     else:
         ROWS = max(16, next_power(M))
         if first.format != "dense":
-            x, how["num_stages"] = prepare(x, gain, M, K, eps, first.format, ROWS, how), 1
+            x = prepare(x, gain, M, K, eps, first.format, ROWS, how)
         BN, how["BK"], how["num_warps"], how["STAGES"] = matrix_tiles(first.format, x.element_size(), how["NORM"])
         grid = triton.cdiv(N, BN)
         matrix_kernel[(grid,)](y, x, gain, *one, residual_of, *two, M, N, K, eps, BN=BN, ROWS=ROWS, **how)
@@ -712,7 +720,7 @@ def code_tiles(form: str, N: int, K: int, gated: bool, device: torch.device) -> 
 def matrix_tiles(form: str, size: int, norm: bool) -> tuple[int, int, int, int]:
     """(outputs of a program, inputs of a tile, warps, tiles in flight). size: bytes of a number of x."""
     if form != "dense":
-        return (32, 128, 4, 1) if size == 4 else (64, 256, 4, 1)
+        return (32, 128, 4, 1) if size == 4 else (64, 256, 4, 3)
     if size == 4:
         return 32, 128, 4, 2
     return (64, 256, 4, 3) if norm else (32, 256, 2, 4)

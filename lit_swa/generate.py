@@ -349,6 +349,11 @@ class Session:
         """
         return n <= self.length and self.model.can_take_back(self.furthest - (self.length - n))
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """True if a token may be fed before anybody knows that it is wanted, and it saves time."""
+        return self.device.type == "cuda" and (not self.model.rolls or self.model.lookahead > 0)
+
     def take_back(self, n: int) -> None:
         """Forget the newest n tokens of every sequence, as if never fed. Raises ValueError if it cannot."""
         if not 0 <= n <= self.length:
@@ -679,7 +684,11 @@ def decode_loop(
     progress: Callable[[int, int], None] | None,
     stats: Stats,
 ) -> Iterator[int]:
-    """The loop of generate: read the ids, then choose a token and feed it, `count` times at most."""
+    """The loop of generate: read the ids, then choose a token and feed it, `count` times at most.
+
+    On a GPU a token is fed before the host has read it, so that the GPU does not wait for the host; one that turns out
+    to be behind a stop is taken back.
+    """
     started = time.perf_counter()
     logits = session.feed(ids, should_stop=should_stop, progress=progress)  # (1, 1, V)
     wait_for(session.device)
@@ -688,20 +697,40 @@ def decode_loop(
         if logits is None or (should_stop is not None and should_stop()):
             break
         token, total = sampler.choose(logits[:, -1]), logits[:, -1:].sum(-1, dtype=torch.float32)  # both (1, 1)
-        chosen, total = torch.cat([token, total], dim=1)[0].tolist()  # only here the host waits for the device
+        read, ahead = read_later(torch.cat([token, total], dim=1)[0]), n < count and session.can_run_ahead
+        logits = session.feed(token) if ahead else None
+        chosen, total = read()  # only here the host waits for the device
         if not math.isfinite(total):  # then one of the logits is not
             raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(session.model)}.")
-        stats.count(time.perf_counter() - started)
+        now = time.perf_counter()
+        stats.count(now - started)
         released, found = stops.push([int(chosen)])  # float32 holds every id below 2**24
+        if found and ahead:
+            session.take_back(1)
         yield from released
         if found:
             return
-        if n < count:
-            started = time.perf_counter()
+        started = now if ahead else time.perf_counter()
+        if n < count and not ahead:
             logits = session.feed(token)
     else:
         stats.cut = why_cut(session, count)
     yield from stops.held  # what was not a stop after all
+
+
+def read_later(x: Tensor) -> Callable[[], list]:
+    """Start to copy x to the host; what is returned waits for that and gives x as a list."""
+    if x.device.type != "cuda":
+        return x.tolist
+    host, done = torch.empty_like(x, device="cpu", pin_memory=True), torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    done.record()
+
+    def read() -> list:
+        done.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def generate_text(
