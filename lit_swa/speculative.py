@@ -21,6 +21,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from lit_swa.formats.checkpoint import tokenizer_dir
 from lit_swa.formats.download import find_checkpoint
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import (
+    FEW_LOGITS,
     NonFiniteLogits,
     Sampler,
     Sampling,
@@ -50,6 +52,7 @@ from lit_swa.generate import (
     why_cut,
 )
 from lit_swa.linear_formats import dense_weight, is_linear, pack_for_cpu
+from lit_swa.machine import few_threads
 from lit_swa.model import GPT, KVCache, Slots, SoftmaxAttention
 from lit_swa.rope import Span
 from lit_swa.speed import mark, seconds_between, step_bytes
@@ -145,6 +148,12 @@ def run_step(model: GPT, decode: Step | None, idx: Tensor, input_pos: Tensor) ->
     return (decode if short else model)(idx, input_pos)[..., : model.config.vocab_size]
 
 
+def calm(logits: Tensor) -> AbstractContextManager:
+    """Where tokens are chosen on a CPU: one thread, which leaves none that spins on a core of the next step."""
+    few = logits.device.type == "cpu" and logits.numel() < FEW_LOGITS
+    return few_threads(1) if few else nullcontext()
+
+
 # --------------------------------------------------------------------------------------------------------------- drafts
 
 
@@ -176,12 +185,13 @@ def propose(feed: Step, rows: Rows, k: int, first: int) -> tuple[Tensor, Tensor 
     for i in range(k):
         n = token.size(1)
         logits = feed(token, rows.positions(i - n, n))[:, -1]  # (B, V)
-        if sampler.sampling.temperature == 0:
-            token = sampler.sampling.penalize(logits.float(), seen).argmax(dim=-1, keepdim=True)
-        else:
-            q.append(sampler.sampling.distribution(logits, seen))
-            token = draw(q[-1], sampler.generator)
-        seen = None if seen is None else seen.scatter(1, token, True)
+        with calm(logits):
+            if sampler.sampling.temperature == 0:
+                token = sampler.sampling.penalize(logits.float(), seen).argmax(dim=-1, keepdim=True)
+            else:
+                q.append(sampler.sampling.distribution(logits, seen))
+                token = draw(q[-1], sampler.generator)
+            seen = None if seen is None else seen.scatter(1, token, True)
         tokens.append(token)
     return torch.cat(tokens, dim=1), torch.stack(q, dim=1) if q else None
 
@@ -513,10 +523,11 @@ class Speculation:
         self.proposed, k = mark(rows.length.device), tokens.size(1)
         idx = torch.cat([rows.newest[:, 1:], tokens], dim=1)  # (B, k + 1)
         logits = run_step(self.target.model, self.target.decode, idx, rows.positions(-1, k + 1))
-        accepted, following = self.accept(logits, tokens, q, rows.sampler)  # (B, 1) each
-        new = F.pad(tokens, (0, 1)).scatter(1, accepted, following)  # (B, k + 1)
-        rows.advance(new, accepted)
-        return report_round(new, accepted, k, logits)
+        with calm(logits):
+            accepted, following = self.accept(logits, tokens, q, rows.sampler)  # (B, 1) each
+            new = F.pad(tokens, (0, 1)).scatter(1, accepted, following)  # (B, k + 1)
+            rows.advance(new, accepted)
+            return report_round(new, accepted, k, logits)
 
     def draft_seconds(self) -> float:
         """How long the last round's draft took. The host must have read the round."""

@@ -454,7 +454,7 @@ def test_the_script_prints_what_base_prints(tiny_checkpoint, run_script, tmp_pat
     arguments += ["--temperature", 0, "--repetition_penalty", 1.1]
     expected = run_script("generate/base.py", *arguments)[1]
     script = "generate/speculative.py"
-    for draft in (["--draft", "streaming", "--draft_window", 8], ["--draft", "self-int4"], [],
+    for draft in (["--draft", "streaming", "--draft_window", 8], ["--draft", "streaming-int4", "--compile", "true"], [],
                   ["--draft_checkpoint_dir", tiny_checkpoint, "--speculative_k", 2]):  # fmt: skip
         code, out, err = run_script(script, *arguments, *draft)
         assert (code, out) == (0, expected)
