@@ -11,7 +11,6 @@ Shapes: B rows, V vocab_size.
 """
 
 import copy
-import itertools
 import math
 import time
 from collections import deque
@@ -245,6 +244,7 @@ class Batch:
         self.arriving: deque[Arriving] = deque()
         self.lag = 1 if self.device.type == "cuda" else 0  # results that may be on their way while a step is begun
         self.chunk = prefill_chunk(model, 1)
+        self.together = max(1, self.rows // 16)  # prompts that are read together, where there are as many
         self.answered = self.prompt_tokens = self.new_tokens = 0
         self.steps = self.decoded = 0  # decode steps, and the tokens that were fed in them
         self.keys_read = self.prefill_seconds = 0.0  # bytes of keys and values that the steps saw
@@ -265,8 +265,12 @@ class Batch:
         while True:
             if should_stop is not None and should_stop():
                 break
-            waiting.extend(itertools.islice(texts, self.rows - len(waiting)))
-            yield from self.fill(waiting)
+            while len(waiting) < self.rows and (text := next(texts, None)) is not None:
+                if text.ended:  # it is to have no token
+                    yield text.index, text.answer
+                else:
+                    waiting.append(text)
+            self.fill(waiting)
             if self.active:
                 self.step()
             elif not self.arriving:
@@ -313,29 +317,41 @@ class Batch:
 
     # rows
 
-    def free_rows(self) -> slice:
-        """The first free rows that lie side by side; of no length if there is none."""
-        first = next((row for row, text in enumerate(self.texts) if text is None), self.rows)
-        stop = next((row for row in range(first, self.rows) if self.texts[row] is not None), self.rows)
-        return slice(first, stop)
-
-    def fill(self, waiting: deque[Text]) -> Iterator[tuple[int, Answer]]:
-        """Read waiting prompts into free rows; yields the answers of those that are to have none."""
-        while waiting:
-            if waiting[0].ended:
-                text = waiting.popleft()
-                yield text.index, text.answer
-                continue
-            rows = self.free_rows()
-            if rows.start == rows.stop:
-                return
-            n = self.how_many(waiting, rows.stop - rows.start)
+    def fill(self, waiting: deque[Text]) -> None:
+        """Read waiting prompts into free rows. Reading takes about as long for a few short prompts as for one, so some
+        rows are left free until there are `together` of them."""
+        if self.texts.count(None) < min(self.together, len(waiting)):
+            return
+        while waiting and (free := self.texts.count(None)):
+            rows = self.free_rows(free)
+            n = self.how_many(waiting, free)
             self.begin([waiting.popleft() for _ in range(n)], slice(rows.start, rows.start + n))
 
+    def free_rows(self, n: int) -> slice:
+        """All n free rows side by side: texts move where the free rows are not."""
+        free = [row for row, text in enumerate(self.texts) if text is None]
+        if free[-1] - free[0] + 1 == n:
+            return slice(free[0], free[0] + n)
+        first = self.rows - n
+        for row in range(first, self.rows):
+            if self.texts[row] is not None:
+                self.move(row, free.pop(0))
+        return slice(first, self.rows)
+
+    def move(self, row: int, to: int) -> None:
+        """Move a text to a free row."""
+        modules = {id(module): module for cache in self.model.caches for module in cache.modules()}
+        buffers = [buffer for module in modules.values() for buffer in module.buffers(recurse=False)]
+        for tensor in (*buffers, self.token, self.pos, *([] if self.sampler.seen is None else [self.sampler.seen])):
+            tensor[to] = tensor[row]
+        self.pos[row] = -1
+        for held in (self.texts, self.sampler.generators):
+            held[to], held[row] = held[row], None
+
     def how_many(self, texts: Sequence[Text], most: int) -> int:
-        """How many of the next texts, `most` at most, to read together: all are padded to the longest."""
+        """How many of the next texts, `most` at most, to read in one call: all are padded to the longest."""
         n, longest, budget = 1, len(texts[0].request.ids), GROUP_TOKENS.get(self.device.type, GROUP_TOKENS["cpu"])
-        while n < min(most, len(texts)) and not texts[n].ended:
+        while n < min(most, len(texts)):
             longest = max(longest, len(texts[n].request.ids))
             if (n + 1) * longest > budget:
                 break

@@ -55,17 +55,17 @@ def alone(model: GPT, request: Request, sampling: Sampling) -> list[int]:
 @pytest.mark.parametrize("name", FIELDS)
 def test_rows_are_single_runs(tiny_model, name, sampling):
     """Catches: a row that sees another's keys, position, random numbers, penalties or stop, or what a text before it in
-    its row has left; in steps that know no positions and with results that arrive a step late, too."""
-    model, requests = tiny_model(**FIELDS[name]), some_requests(7)
+    its row has left; in steps that know no positions, with results that arrive a step late and texts that move, too."""
+    model, requests = tiny_model(**FIELDS[name]), some_requests(9)
     expected = [alone(model, request, sampling) for request in requests]
-    for rows, lag, fixed in ((1, 0, False), (3, 1, True), (7, 0, True)):
+    for rows, lag, fixed, together in ((1, 0, False, 1), (4, 1, True, 3), (3, 0, True, 1)):
         model.fixed_shape_steps = fixed
         batch = Batch(model, requests, sampling, batch_size=rows, stop_tokens=STOPS)
-        batch.lag, seen = lag, []
+        batch.lag, batch.together, seen = lag, together, []
         answers = dict(batch.run(progress=seen.append))
-        assert [answers[i].tokens for i in range(7)] == expected
+        assert [answers[i].tokens for i in range(9)] == expected
         assert seen[-1] == sum(answer.new_tokens for answer in answers.values()) == batch.new_tokens
-        assert batch.rows == rows and batch.active == 0 and batch.answered == 6  # one asks for no token
+        assert batch.rows == rows and batch.active == 0 and batch.answered == 8  # one asks for no token
 
 
 def test_the_order_of_prompts_changes_no_answer(tiny_model):
@@ -88,6 +88,13 @@ def test_why_an_answer_ends(tiny_model):
         assert [answer.ended for answer in answers] == ends
     assert answers[0] == Answer(free[:3], "", 4, "stop") and answers[2].tokens == free[:3]
     assert [a.tokens for a in dict(Batch(model, requests[1:2], stop_tokens=[[free[7], 1]]).run()).values()] == [free]
+
+
+def test_prompts_that_are_to_have_no_answer_hide_no_others(tiny_model):
+    """Catches: a run that ends where nothing is left to be done for the moment."""
+    requests = [Request([1], n) for n in (0, 0, 2, 0, 0, 1, 0)]
+    answers = [answer for _, answer in in_order(Batch(tiny_model(), requests, batch_size=1).run())]
+    assert [answer.new_tokens for answer in answers] == [0, 0, 2, 0, 0, 1, 0]
 
 
 def test_texts_and_their_stops_are_those_of_single_runs(tiny_checkpoint):
