@@ -39,6 +39,7 @@ from lit_swa.generate import (
     explain_overflow,
     prefill_chunk,
 )
+from lit_swa.gpu_decode import WARM_UPS
 from lit_swa.machine import few_threads
 from lit_swa.memory import free_memory
 from lit_swa.model import GPT
@@ -284,10 +285,9 @@ class Batch:
 
     @torch.inference_mode()
     def warm_up(self) -> float:
-        """Let the decode step compile, in three steps of free rows: a CUDA graph is recorded at the second. Returns the
-        seconds."""
+        """Let the decode step compile, in steps of free rows; returns the seconds."""
         started = time.perf_counter()
-        for _ in range(3):
+        for _ in range(WARM_UPS + 1):
             self.feed()
         wait_for(self.device)
         return time.perf_counter() - started
