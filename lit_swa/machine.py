@@ -70,9 +70,10 @@ class FreeCores:
 
 
 def work_done() -> tuple[float, float]:
-    """Seconds that all cores have worked since the machine started, and those that they worked for this process."""
-    user, nice, system, _, _, *interrupts = map(int, STAT.read_text().split("\n", 1)[0].split()[1:9])
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:2])
+    """Seconds that all cores have worked since the machine started, without programs that give way by themselves
+    (nice), and those that they worked for this process."""
+    user, _, system, _, _, *interrupts = map(int, STAT.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:2])
 
 
 shared: FreeCores | None = None  # within sharing_cores()
