@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,7 @@ MODES = {  # -> dtype, mode of lit_swa.quantize or None, llama.cpp's nearest
 }
 WAYS = ("eager", "compiled", "transformers", "llama.cpp")
 BUSY = (sys.executable, "-S", "-c", "while True: pass")
-SETTLE = 0.6  # seconds in which a change of the load shows
+SETTLE = 0.5  # seconds in which a change of the load shows
 
 
 class Task(NamedTuple):
@@ -103,7 +104,7 @@ def measure(tasks: list[Task], repeats: int, busy: int) -> list[dict[str, Any]]:
         programs = [subprocess.Popen(BUSY) for _ in range(busy if loaded else 0)]
         try:
             time.sleep(SETTLE)
-            rates[loaded] = take_turns(children, repeats)
+            rates[loaded] = take_turns(children, repeats, loaded)
         finally:
             for program in programs:
                 program.kill()
@@ -117,11 +118,11 @@ def measure(tasks: list[Task], repeats: int, busy: int) -> list[dict[str, Any]]:
     return rows
 
 
-def take_turns(children: dict[Task, "Child"], repeats: int) -> dict[Task, list[float]]:
+def take_turns(children: dict[Task, "Child"], repeats: int, loaded: bool) -> dict[Task, list[float]]:
     rates: dict[Task, list[float]] = {task: [] for task in children}
     for n in range(repeats + 1):  # the first round warms up
         for task, child in children.items():
-            rate = child.rate()
+            rate = child.rate(loaded)
             if n:
                 rates[task].append(rate)
     return rates
@@ -136,13 +137,13 @@ class Child:
         self.process = context.Process(target=serve, args=(theirs, task), daemon=True)
         self.process.start()
 
-    def rate(self) -> float:
-        """Tokens per second of one run."""
-        self.pipe.send(True)
+    def rate(self, loaded: bool) -> float:
+        """Tokens per second of one run. loaded: other programs run as well."""
+        self.pipe.send(loaded)
         return self.pipe.recv()
 
     def end(self) -> None:
-        self.pipe.send(False)
+        self.pipe.send(None)
         self.process.join()
 
 
@@ -153,18 +154,19 @@ def serve(pipe: Connection, task: Task) -> None:
     from lit_swa.machine import sharing_cores
     from scripts.peers.decode import LeftOut
 
-    with torch.inference_mode(), sharing_cores():
+    with torch.inference_mode():
         try:
             run = build(task)
         except (ImportError, LeftOut) as reason:
             return pipe.send(str(reason))
         pipe.send(None)
-        while pipe.recv():
-            until = time.perf_counter() + SETTLE
-            while time.perf_counter() < until:  # nobody else runs any more: threads, caches and clocks get used to it
-                run()
-            started = time.perf_counter()
-            seconds = run()
+        while (loaded := pipe.recv()) is not None:
+            with sharing_cores() if loaded else nullcontext():  # the processes that wait count as other programs
+                until = time.perf_counter() + SETTLE
+                while time.perf_counter() < until:
+                    run()
+                started = time.perf_counter()
+                seconds = run()
             pipe.send(task.steps / (time.perf_counter() - started if seconds is None else seconds))
 
 
