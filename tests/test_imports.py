@@ -72,8 +72,9 @@ def test_no_script_imports_a_script_and_the_package_none() -> None:
     scripts = [path for folder in ("generate", "finetune", "scripts") for path in (ROOT / folder).glob("*.py")]
     names = {path.stem for path in scripts} | {"generate", "finetune", "scripts"}
     for path in (*scripts, *(ROOT / "lit_swa").rglob("*.py")):
-        found = {name.split(".")[0] for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
-        assert not found & names, f"{path.name} imports {found & names}"
+        found = imports(ast.parse(path.read_text(encoding="utf-8")))
+        found = {name.split(".")[0] for name in found if not (path in scripts and name.startswith("scripts.peers"))}
+        assert not found & names, f"{path.name} imports {found & names}"  # peers: what benchmarks measure beside us
 
 
 def test_what_is_imported_is_declared_and_pinned() -> None:
@@ -90,8 +91,9 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found = {name.split(".")[0] for path in files for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
     found = {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in found}
-    own = {"lit_swa", "config", "rope"}  # the latter two where model.py is copied without the package
-    assert found - set(sys.stdlib_module_names) - own - declared == {"flash_attn"}  # used where it is there
+    own = {"lit_swa", "scripts", "config", "rope"}  # the latter two where model.py is copied without the package
+    used_where_they_are_there = {"flash_attn", "triton", "xllamacpp"}
+    assert found - set(sys.stdlib_module_names) - own - declared == used_where_they_are_there
     assert needed <= names((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
     shipped = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lit_swa").rglob("__init__.py")}
     assert shipped == set(project["tool"]["setuptools"]["packages"])
