@@ -1,5 +1,6 @@
 """This machine: its processor, where what was found out about it is kept, and the cores that other programs leave."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -12,6 +13,7 @@ CPUINFO, STAT = Path("/proc/cpuinfo"), Path("/proc/stat")
 INTERVAL = 0.25  # seconds over which the work of other programs is counted
 
 
+@functools.cache
 def processor() -> str:
     """A text that differs between processors which differ in speed or in instructions."""
     if not CPUINFO.exists():

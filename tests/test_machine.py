@@ -121,7 +121,9 @@ def test_a_processors_name_depends_on_its_instructions(monkeypatch, tmp_path):
     names = []
     for flags in ("avx2", "avx2 avx512f"):
         machine.CPUINFO.write_text(f"processor : 0\nmodel name : AMD EPYC\nflags : {flags}\n\nprocessor : 1\n")
+        machine.processor.cache_clear()
         names.append(machine.processor())
+    machine.processor.cache_clear()
     assert "AMD EPYC" in names[0] and names[0] != names[1]
 
 
