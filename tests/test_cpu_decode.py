@@ -117,6 +117,19 @@ def test_a_call_of_several_tokens_is_a_step_too(tiny_model, fields):
 
 
 @torch.inference_mode()
+def test_padding_writes_no_key(tiny_model):
+    """Catches: a row of padding that writes before its own slots, over what another row holds."""
+    model = tiny_model()
+    model.set_kv_cache(3, 8)
+    step = build_step(model)
+    step(torch.tensor([[1], [2], [3]]), torch.tensor([[0], [-1], [0]]))
+    for cache in model.caches:
+        for held in (cache.k, cache.v):  # (B, G, slots, D)
+            written = held.any(dim=-1).any(dim=1)
+            assert written.tolist() == [[True] + [False] * 7, [False] * 8, [True] + [False] * 7]
+
+
+@torch.inference_mode()
 def test_threads_do_not_change_the_result(tiny_model):
     """Catches: a stage that begins before the last chunk of the one before is done."""
     model = tiny_model(n_embd=256, n_head=8, intermediate_size=1024, n_layer=4)
