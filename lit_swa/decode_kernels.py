@@ -226,8 +226,8 @@ def codes_kernel(
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Weights in 8 or 4 bits, as int32 words. A program packs a row of x once, and goes from tile to tile of outputs. The
-    programs of several rows read a tile at about the same time: it comes from memory once, and then from the L2 cache."""
+    """Weights in 8 or 4 bits, as int32 words. A program packs a row of x once, and goes from tile to tile of outputs.
+    The programs of several rows read a tile at about the same time: from memory once, and then from the L2 cache."""
     x, y, residual = x + tl.program_id(1) * K, y + tl.program_id(1) * N, residual + tl.program_id(1) * N
     PER_RUN: tl.constexpr = 32 if FORMAT == "int4" else 16
     w_n = tl.arange(0, BN * (2 if GATED else 1))

@@ -347,8 +347,8 @@ def check_tokenizers(target: Tokenizer, draft: Tokenizer) -> None:
 def warm_up(session: Session, draft: Draft, k: int, tokens: int) -> float:
     """Compile what a round calls, with room for so many tokens; returns the seconds that it took."""
     started = time.perf_counter()
-    prompt = [0] * min(8, tokens)
-    rounds = speculate(session, [prompt], draft, speculative_k=k, max_new_tokens=max(1, tokens - len(prompt)))
+    prompts = [[0] * min(8, tokens)] * session.batch_size
+    rounds = speculate(session, prompts, draft, speculative_k=k, max_new_tokens=max(1, tokens - len(prompts[0])))
     for _ in itertools.islice(rounds, 5):  # a step is recorded when it has run a few times
         pass
     rounds.close()

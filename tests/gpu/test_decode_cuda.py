@@ -6,6 +6,31 @@ import torch
 from lit_swa import GPT
 from lit_swa.fast_decode import compile_decode
 from lit_swa.generate import generate
+from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
+
+WIDE = {"n_embd": 128, "n_head": 8, "n_query_groups": 2, "head_size": 64, "intermediate_size": 192}
+STEPS = {  # what the kernels of a step must know of a model
+    "full": {},
+    "window in a dense cache": {"attention": "sliding", "sliding_window_size": 9},
+    "rolling": {"attention": "sliding", "sliding_window_size": 9, "rolling_kv_cache": True},
+    "streaming": {"attention": "streaming", "sliding_window_size": 9, "n_sink_tokens": 3},
+    "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 24},
+    "soft-capping": {"attention_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
+    "norms of heads": {"norm_qk": True},
+    "biases": {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True},
+    "GPT-NeoX": {
+        "norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True,
+        "rotary_percentage": 0.25,
+    },
+    "Gemma": {
+        "norm_unit_offset": True, "post_attention_norm": True, "post_mlp_norm": True, "scale_embeddings": True,
+        "activation": "gelu_tanh", "rope_local_base_freq": 5000.0, "attention": "sliding,full",
+        "sliding_window_size": 9,
+    },
+    "one key head": {"n_query_groups": 1},
+    "odd sizes": {"n_head": 9, "n_query_groups": 3, "n_embd": 144, "intermediate_size": 200},
+    "YaRN": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 VARIANTS = {
@@ -98,3 +123,65 @@ def test_greedy_tokens_are_those_of_the_cpu(tiny_model):
         model = tiny_model(**fields)
         expected = list(generate(model, [1, 2, 3], max_new_tokens=40))
         assert list(generate(model.cuda(), [1, 2, 3], max_new_tokens=40)) == expected
+
+
+def codes_of(model: GPT, mode: str) -> GPT:
+    """The model with its linear layers in 8 bits, or in 4 bits by groups of 32."""
+    for name, linear in list(model.named_modules()):
+        if type(linear) is torch.nn.Linear and linear.in_features % 32 == 0:
+            weight = linear.weight.data.float()
+            if mode == "int8":
+                model.set_submodule(name, Int8Linear.from_weight(weight, linear.bias))
+            else:
+                model.set_submodule(name, Int4Linear.from_codes(*round_groups(weight, 32), linear.bias))
+    return model.eval()
+
+
+@torch.no_grad()
+def compare_steps(model: GPT, T: int, B: int, tolerance: float) -> None:
+    """Steps of T tokens of B sequences, each 3 positions behind the one before, against one call without a cache."""
+    torch.manual_seed(0)
+    idx, length = torch.randint(0, 97, (B, 60), device="cuda"), 60 + 3 * (B - 1)
+    expected = model(idx).float()
+    model.set_kv_cache(B, 76, lookahead=T - 1)
+    step, delay = compile_decode(model, tokens=T), 3 * torch.arange(B, device="cuda")[:, None]
+    for first in range(0, length, T):
+        pos = torch.arange(first, min(first + T, length), device="cuda") - delay  # (B, T)
+        pos = torch.where(pos < 60, pos, -1)
+        logits = step(idx.gather(1, pos.clamp(min=0)), pos).float()
+        rows, tokens = (pos >= 0).nonzero(as_tuple=True)
+        off = (logits[rows, tokens] - expected[rows, pos[rows, tokens]]).abs().max() / expected.abs().max()
+        assert off.item() < tolerance
+
+
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 3), (4, 3)])
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_are_the_model(tiny_model, kind, T, B):
+    """Catches: a kernel that takes another norm, activation, mask, rotation or slot than model.py, or another row's."""
+    fields = WIDE | STEPS[kind]
+    compare_steps(tiny_model(**fields).cuda(), T, B, 2e-5)  # float32 products, in another order
+    compare_steps(tiny_model(**fields).cuda().bfloat16(), T, B, 5e-2)  # the model itself is off by as much
+
+
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 2), (5, 3)])
+@pytest.mark.parametrize("kind", ["full", "biases", "Gemma"])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_steps_with_weights_in_codes(tiny_model, mode, kind, T, B):
+    """Catches: a code, a scale or an offset of another group; float16 that overflows inside a product."""
+    fields = WIDE | STEPS[kind]
+    compare_steps(codes_of(tiny_model(**fields).cuda(), mode), T, B, 2e-5)
+    compare_steps(codes_of(tiny_model(**fields).cuda(), mode).half(), T, B, 1e-2)
+    compare_steps(codes_of(tiny_model(**fields).cuda(), mode).bfloat16(), T, B, 5e-2)
+
+
+@torch.no_grad()
+def test_new_caches_are_recorded_anew(tiny_model):
+    """Catches: a graph that goes on with the caches of a session before."""
+    model = tiny_model(**WIDE).cuda()
+    idx = torch.randint(0, 97, (1, 12), device="cuda")
+    expected, step = model(idx), compile_decode(model)
+    for length in (16, 32, 16):
+        model.set_kv_cache(1, length)
+        pos = torch.arange(12, device="cuda")
+        close(torch.cat([step(idx[:, p : p + 1], pos[p : p + 1]) for p in range(12)], 1), expected)
+    assert len(step.recorded) == 1  # those of caches that are gone went with them
