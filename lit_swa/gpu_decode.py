@@ -62,14 +62,13 @@ class Step:
     """step(idx (B, T), input_pos (T,) or (B, T)) -> logits (B, T, padded_vocab_size), recorded for each shape.
 
     The graphs read and write the caches that the model had when they were recorded. For others they are recorded anew,
-    which takes a fraction of a second; those of caches that are gone go with them.
+    which takes a fraction of a second; those of caches that are gone go with them. The weights must stay in place.
     """
 
     def __init__(self, model: GPT, tokens: int = 1) -> None:
         self.model, self.most_tokens = model, tokens
         self.recorded: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Recording]] = weakref.WeakKeyDictionary()
-        self.pool = torch.cuda.graph_pool_handle()
-        self.counts = torch.zeros(0, dtype=torch.int32, device=model.transformer.wte.weight.device)
+        self.pool: Any = None  # the memory that all graphs share
 
     @torch.inference_mode()
     def __call__(self, idx: Tensor, input_pos: Tensor) -> Tensor:
@@ -80,15 +79,13 @@ class Step:
         if recording.calls <= WARM_UPS:
             return self.run(idx, input_pos)
         if recording.graph is None:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
             recording.record(self.run, idx, input_pos, self.pool)
         return recording.replay(idx, input_pos)
 
     def run(self, idx: Tensor, input_pos: Tensor) -> Tensor:
         """What is recorded: GPT.forward, with the kernels in place of the modules that they know."""
-        model, (B, T) = self.model, idx.shape
-        pos, plans = input_pos.view(-1, T), {}
-        if self.counts.numel() < B * model.config.n_query_groups:
-            self.counts = torch.zeros(B * model.config.n_query_groups, dtype=torch.int32, device=idx.device)
+        model, pos, plans = self.model, input_pos.view(-1, idx.size(1)), {}
         for attn in model.layers:
             if attn.mixer.kind not in plans:
                 plans[attn.mixer.kind] = self.plan(attn, pos, input_pos.dim() == 1)
@@ -105,7 +102,7 @@ class Step:
         """A SlotPlan where the attention kernel serves the layer, else the mixer's own plan."""
         mixer, cache, T = attn.mixer, attn.kv_cache, pos.size(1)
         if fits_kernel(attn, T, self.model.rope):
-            return slot_plan(mixer, cache.slots, pos, uniform, self.model.rope, self.counts)
+            return slot_plan(mixer, cache.slots, pos, uniform, self.model.rope)
         return mixer.plan(pos, Span(uniform, contiguous=T == 1), cache, self.model.rope)
 
 
@@ -118,7 +115,7 @@ class Recording:
     def record(self, run: Callable[[Tensor, Tensor], Tensor], idx: Tensor, input_pos: Tensor, pool: Any) -> None:
         self.idx, self.input_pos = idx.clone(), input_pos.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL has threads of its own
             self.logits = run(self.idx, self.input_pos)
         self.graph = graph
 
@@ -144,9 +141,7 @@ def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def slot_plan(
-    mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool, rope: nn.Module, counts: Tensor
-) -> SlotPlan:
+def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool, rope: nn.Module) -> SlotPlan:
     """Plan a call at pos (1 or B, T), and note in the slots which positions they hold from now on."""
     row, config, T = mixer.row, mixer.config, pos.size(1)
     slots.forget(pos)
@@ -164,6 +159,7 @@ def slot_plan(
         factor = factor.squeeze(1) if isinstance(factor, Tensor) else factor  # (1 or B, T, 1)
         cos, sin = cos * factor, sin * factor
     angles = cos.contiguous(), sin.contiguous(), k_cos.squeeze(1), k_sin.squeeze(1)
+    counts = torch.zeros(held.size(0) * config.n_query_groups, dtype=torch.int32, device=pos.device)
     return SlotPlan(*angles, seen, live_blocks(seen[:, :, : held.size(1)]), to, counts)
 
 
@@ -239,6 +235,9 @@ def fused(
     """activation(linear(norm(x))) * gate(norm(x)) + residual, (B, T, in) -> (B, T, out): in one kernel if there is one
     for it, or else module by module."""
     k = kernels()
+    if hasattr(linear, "finish"):  # a rank's part of a layer: the ranks join what it makes
+        y = linear.finish(fused(x, linear.linear, norm=norm))
+        return y if residual is None else residual + y
     if k is None or x.size(0) * x.size(1) > k.MOST_ROWS or not all(map(k.kernel_weight, filter(None, (linear, gate)))):
         x = x if norm is None else norm(x)
         y = linear(x) if activation is None else activation(linear(x))
