@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from lit_swa import GPT
 from lit_swa.checkpoint import load_model, open_weights, save_checkpoint
 from lit_swa.formats.files import open_safetensors
+from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import quantization_of
 from lit_swa.gptq import gptq
 from lit_swa.hqq import hqq
 from lit_swa.linear_formats import dense_weight, is_linear, is_plain
 from lit_swa.quantize import Int4Linear, Int8Linear
+from lit_swa.quantize_checkpoint import Calibration, fill
 from lit_swa.weight_only import dense_int4, pack_codes, round_groups
 
 MODES = ("int8", "int4", "int4-hqq", "int4-gptq")
@@ -179,6 +181,29 @@ def test_gptq_keeps_a_layers_outputs_and_hqq_its_weights():
     assert by_hqq[1] < 0.95 * rounded[1]
     H[:, 5] = H[5, :] = 0  # an input that was always zero
     assert errors(*gptq(weight, H, 32))[0] < rounded[0] * 2
+
+
+def test_a_block_is_calibrated_on_what_the_quantised_ones_before_it_make(checkpoint):
+    """Catches: windows that are left out or counted twice, layers that get each other's inputs, a block that sees what
+    the dense model makes of the text."""
+    text, cpu = torch.cat([tokens(20), tokens(20) + 3])[:3], torch.device("cpu")
+    tensors, dense = open_weights(checkpoint), load_model(checkpoint)
+    model = empty_model(dense.config).eval()
+    fill(model, "transformer.wte", tensors, cpu)
+    calibration = Calibration(model, text, cpu)
+    fill(model, "transformer.h.0", tensors, cpu)
+    assert len(list(calibration.quantize_block(model.transformer.h[0], 32))) == 5
+    fill(model, "transformer.h.1", tensors, cpu)
+    got, seen = calibration.hessians(model.transformer.h[1]), {}
+    dense.transformer.h[0] = model.transformer.h[0]  # which holds the quantised numbers now
+    for name, linear in dense.transformer.h[1].named_modules():
+        if is_linear(linear):
+            linear.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].flatten(0, 1)}))
+    with torch.no_grad():
+        dense(text)
+    assert got.keys() == seen.keys() and len(seen) == 5
+    for name, x in seen.items():
+        torch.testing.assert_close(got[name], x.T @ x, rtol=1e-4, atol=1e-4 * (x.T @ x).abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
