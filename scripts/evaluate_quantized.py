@@ -130,14 +130,15 @@ def compare_all(results, ways: list[dict[str, Any]], tokens, cut) -> None:
 
 
 def label(name: str, how: dict[str, Any], model) -> str:
-    """What a row is called: the mode, with the size of its groups."""
+    """What a row is called: the mode, with the size of its groups and the name of a directory."""
     from lit_swa.formats.directory import read_quantization
     from lit_swa.formats.quantized import quantization_of
 
     stored = read_quantization(how["checkpoint_dir"])
     mode = how.get("quantize") or (name if stored is None else stored.mode)
     held = quantization_of(model)
-    return mode if held is None or held.group_size is None else f"{mode}:{held.group_size}"
+    mode = mode if held is None or held.group_size is None else f"{mode}:{held.group_size}"
+    return mode if stored is None else f"{mode} ({Path(name).name})"
 
 
 def compare(dense, states: list, model, idx, first: int, show) -> dict[str, float]:

@@ -312,7 +312,12 @@ def test_the_table_of_quality_is_that_of_the_models(quantized, checkpoint, tmp_p
                               "--seq_len", 40, "--windows", 3, "--device", "cpu")  # fmt: skip
     assert rc == 0, err
     rows = json.loads(output.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["dense", "int8", "int4:32", "int4-gptq:64"] and "`int4:32`" in out
+    assert [row["name"] for row in rows] == [
+        "dense",
+        "int8",
+        "int4:32",
+        "int4-gptq:64 (int4-gptq)",
+    ] and "`int4:32`" in out
     from lit_swa.evaluate import read_stream, spread_windows
 
     size = load_model(checkpoint).config.vocab_size
