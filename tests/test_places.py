@@ -147,9 +147,10 @@ def test_every_script_with_a_checkpoint_finds_it_by_name() -> None:
     """Would catch a script that knows paths only. Finetuning scripts find it in lit_swa/training/finetuning.py."""
     files = [path for folder in ("generate", "scripts", "lit_swa/training") for path in (ROOT / folder).glob("*.py")]
     taking = {path.stem: text for path in files if re.search(r"\bcheckpoint_dir: Path", text := path.read_text())}
-    finders = ("find_checkpoint(checkpoint_dir", "locate(checkpoint_dir", "find_checkpoint(args.checkpoint_dir")
-    assert {name for name, text in taking.items() if not any(f in text for f in finders)} == {"download"}
-    assert {"base", "chat", "finetuning", "evaluate_ppl", "convert_hf", "merge_lora", "export_hf"} < set(taking)
+    finder = re.compile(r"(find_checkpoint|locate)\((\w+\.)*checkpoint_dir")
+    assert {name for name, text in taking.items() if not finder.search(text)} == {"download"}
+    assert {"chat", "finetuning", "evaluate_ppl", "convert_hf", "merge_lora", "export_hf"} < set(taking)
+    assert finder.search((ROOT / "lit_swa/completion.py").read_text())  # for the scripts that take Generation
 
 
 def test_python_m_lit_swa_tells_what_is_there_and_what_to_type(project: Path, capsys, monkeypatch) -> None:
