@@ -106,20 +106,31 @@ def load_library() -> ctypes.CDLL:
         raise OSError("there is no C++ compiler; install g++ or clang++")
     made_of = SOURCE.read_text(), FLAGS, NATIVE, compiler, processor()
     name = f"cpu_step_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
-    try:
-        library = ctypes.CDLL(str(cache_dir() / name))
-    except OSError:  # it is not there, or broken
+    library = open_kept(name)
+    if library is None:
         with tempfile.TemporaryDirectory() as directory:
             made, started = Path(directory) / name, time.perf_counter()
             compile_source(compiler, made)
             print_line(f"compiled {SOURCE.name} in {time.perf_counter() - started:.1f} s, once for this machine")
             with suppress(OSError):
-                keep_file(name, made.read_bytes())
+                content = made.read_bytes()
+                keep_file(name, content + hashlib.sha256(content).digest())
             library = ctypes.CDLL(str(made))
     library.step_new.argtypes, library.step_new.restype = [POINTER(ModelStruct)], c_void_p
     library.step_free.argtypes, library.step_free.restype = [c_void_p], None
     library.step_run.argtypes, library.step_run.restype = [c_void_p, POINTER(CallStruct)], None
     return library
+
+
+def open_kept(name: str) -> ctypes.CDLL | None:
+    """The library of this name in the cache directory; None where it is not there, or damaged. The system would load
+    half a library, and end the process when the other half is needed: so its digest stands behind it."""
+    with suppress(OSError):
+        path = cache_dir().absolute() / name  # without a directory the name would be looked up among the system's
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+            return ctypes.CDLL(str(path))
+    return None
 
 
 def compile_source(compiler: str, library: Path) -> None:
