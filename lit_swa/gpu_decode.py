@@ -30,7 +30,6 @@ from lit_swa.model import (
     SoftmaxAttention,
     Span,
     softcap,
-    visible,
 )
 
 WARM_UPS = 2  # calls of a shape before it is recorded
@@ -165,11 +164,12 @@ def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool,
 
 def who_sees(parts: tuple[Part, ...], q_pos: Tensor, k_pos: Tensor, config: Any) -> Tensor:
     """(1 or B, T, L) int8: 0 where a query sees no key, else 1 + the part in which it does. Padding sees none."""
-    token, seen = q_pos[:, :, None] >= 0, 0
+    q, k = q_pos[:, :, None], k_pos[:, None, :]
+    seen = None
     for n, part in enumerate(parts, 1):  # at most one part sees a pair
-        found = visible(part, q_pos, k_pos, config) & token
-        seen = found.to(torch.int8) if n == 1 else torch.where(found, n, seen)
-    return seen.contiguous()
+        found = part.mask(q, k, config)
+        seen = found.to(torch.int8) if seen is None else torch.where(found, n, seen)
+    return (seen * ((0 <= k) & (k <= q))).contiguous()  # k <= q and 0 <= k: padding neither sees nor is seen
 
 
 def live_blocks(seen: Tensor) -> Tensor:
