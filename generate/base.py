@@ -48,7 +48,8 @@ def complete(args: Generation) -> None:
 
     run = completion.prepare(args)
     gpt = run.load_model()
-    session = Session(gpt, decode=compile_decode(gpt) if args.compile else None)
+    ahead = int(run.device.startswith("cuda"))  # a token may be fed there before it is known to be wanted
+    session = Session(gpt, lookahead=ahead, decode=compile_decode(gpt) if args.compile else None)
     completion.make_ready(session, run)
     for prompt, sampling in run.samples():
         session.reset()  # each completion reads its prompt, so that its statistics are those of a whole run
