@@ -5,6 +5,7 @@ quantised ones before it make of the text, so that a block makes up for some of 
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -78,9 +79,18 @@ def plan_quantization(directory: Path, output_dir: Path, mode: str, group_size: 
     check_tensors(config, tensors, directory)
     stored = Quantization(mode, choose_group(config, mode, group_size))
     needed = expected_bytes(config, stored, tensors["transformer.wte.weight"].dtype)
-    there = next(place for place in (output_dir, *output_dir.absolute().parents) if place.is_dir())
-    require_space(there, sum(needed.values()))
+    require_space(writable_place(output_dir), sum(needed.values()))
     return stored
+
+
+def writable_place(directory: Path) -> Path:
+    """The directory, or the one of its parents that it is going to be made in. Raises OSError where it cannot be."""
+    there = next(place for place in (directory, *directory.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, no directory: choose another --output_dir.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written to: choose another --output_dir.")
+    return there
 
 
 def require_room(config: Config, tensors: Mapping[str, LazyTensor], stored: Quantization) -> None:

@@ -234,6 +234,11 @@ def test_what_cannot_be_written_is_refused_before_any_work(quantized, checkpoint
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     assert "scripts/merge_lora.py" in refused(adapter, "--mode", "int8")
+    for place in (short, short / "new"):
+        assert f"{short} is a file" in refused(checkpoint, "--output_dir", place)
+    with monkeypatch.context() as patched:
+        patched.setattr("lit_swa.quantize_checkpoint.os.access", lambda path, mode: False)
+        assert f"{tmp_path} cannot be written to" in refused(checkpoint, "--mode", "int8")
     with monkeypatch.context() as patched:
         patched.setattr("lit_swa.formats.files.shutil.disk_usage", lambda path: SimpleNamespace(free=10**4))
         assert "its disk has 0.00 GB left" in refused(checkpoint, "--mode", "int8")
