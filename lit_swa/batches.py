@@ -268,6 +268,7 @@ class Batch:
                 break
             while len(waiting) < self.rows and (text := next(texts, None)) is not None:
                 if text.ended:  # it is to have no token
+                    self.answered += 1
                     yield text.index, text.answer
                 else:
                     waiting.append(text)

@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"There is no file {path}: give one with a JSON object a line, each with a prompt.")
-    prompts = [Prompt(where, fields) for where, fields in read_jsonl(path)]
+    prompts = [Prompt(where, fields) for where, fields in read_jsonl(path, example='{"prompt": "Once upon a time"}')]
     if not prompts:
         raise ValueError(f'{path} holds no prompts: write a line such as {{"prompt": "Once upon a time"}} for each.')
     for prompt in prompts:
@@ -78,10 +78,22 @@ def check_fields(fields: dict[str, Any]) -> None:
     if not all(isinstance(stop, str) for stop in stops_of(fields)):
         raise ValueError('"stop" must be a text or a list of texts.')
     check_stops(stops_of(fields))
+    check_messages(fields.get("messages", []))
     try:
         json.dumps(fields, allow_nan=False)
     except ValueError:
         raise ValueError("it holds NaN or a number beyond all others, which JSON does not have.") from None
+
+
+def check_messages(messages: Any) -> None:
+    """Raises ValueError unless they are a list of messages with a role, and a content or what takes its place."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError('"messages" must be a list of objects like {"role": "user", "content": "Hello"}.')
+    for message in messages:
+        content = message.get("content")
+        there = isinstance(content, str | list) or content is None and not message.keys() <= {"role", "content"}
+        if not isinstance(message.get("role"), str) or not there:
+            raise ValueError('each of the "messages" must have a "role" and a "content", which are texts.')
 
 
 def stops_of(fields: dict[str, Any]) -> list[Any]:
@@ -130,13 +142,16 @@ class AnswerFile:
         self.record_path = path.with_name(f"{path.name}.run.json")
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no file: give --output the name of one.")
+        place = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not os.access(place, os.W_OK) or place != path and not place.is_dir():
+            raise ValueError(f"{path} cannot be written, because of {place}: give another --output.")
         if path.exists() and path.samefile(record["prompts"]):
             raise ValueError(f"{path} is the file of prompts: give --output another name.")
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         self.done = len(lines) - 1  # how many prompts are answered: a last line without its end does not count
         self.size = sum(map(len, lines)) + self.done
         self.whole = self.size - len(lines[-1])
-        if self.done:
+        if self.size:  # half a line may be another's file
             self.check_record()
             self.check_lines(lines[:-1])
 

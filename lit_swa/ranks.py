@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,9 @@ from lit_swa.utils import HANGUP, PATIENCE, check_devices, count_cores, pick_dev
 
 if TYPE_CHECKING:
     from lit_swa.parallel import Rank
+
+
+STARTER = "LIT_SWA_STARTER"  # in the environment of a process that start() has started: whose child it is
 
 
 def started() -> bool:
@@ -46,6 +50,7 @@ def start(count: int) -> NoReturn:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared[STARTER] = os.getpid()
     threads = max(1, count_cores() // count)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {name: str(x) for name, x in shared.items()}
     processes: list[subprocess.Popen] = []
@@ -110,6 +115,8 @@ def joined(devices: int | None, device: str) -> "Iterator[tuple[Rank, str]]":
     if not started():
         yield ALONE, device
         return
+    if STARTER in os.environ:
+        end_with(int(os.environ[STARTER]))
     index, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with ending_quietly(index), muted(index > 0):
         if devices not in (None, size):
@@ -187,6 +194,17 @@ def end_by_force() -> None:
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(int(4 * PATIENCE))
+
+
+def end_with(starter: int) -> None:
+    """End this process when the one that has started it is gone, which could not do so if it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == starter:
+            time.sleep(PATIENCE / 4)
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def lost_another(error: Exception) -> bool:

@@ -348,7 +348,8 @@ def warm_up(session: Session, draft: Draft, k: int, tokens: int) -> float:
     """Compile what a round calls, with room for so many tokens; returns the seconds that it took."""
     started = time.perf_counter()
     prompts = [[0] * min(8, tokens)] * session.batch_size
-    rounds = speculate(session, prompts, draft, speculative_k=k, max_new_tokens=max(1, tokens - len(prompts[0])))
+    count = min(max(1, tokens - len(prompts[0])), 10**9)
+    rounds = speculate(session, prompts, draft, speculative_k=k, max_new_tokens=count)
     for _ in itertools.islice(rounds, 5):  # a step is recorded when it has run a few times
         pass
     rounds.close()

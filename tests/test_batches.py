@@ -65,7 +65,7 @@ def test_rows_are_single_runs(tiny_model, name, sampling):
         answers = dict(batch.run(progress=seen.append))
         assert [answers[i].tokens for i in range(9)] == expected
         assert seen[-1] == sum(answer.new_tokens for answer in answers.values()) == batch.new_tokens
-        assert batch.rows == rows and batch.active == 0 and batch.answered == 8  # one asks for no token
+        assert batch.rows == rows and batch.active == 0 and batch.answered == 9
 
 
 def test_the_order_of_prompts_changes_no_answer(tiny_model):
@@ -304,9 +304,10 @@ def test_a_run_goes_on_and_notices_that_it_is_another(answer, tmp_path):
         path.write_bytes(damaged)
         code, err, _ = answer(tmp_path / "prompts.jsonl")
         assert code == 2 and message in err and path.read_bytes() == damaged
-    path.write_bytes(whole)
     path.with_name("answers.jsonl.run.json").unlink()
-    assert "and no answers.jsonl.run.json" in answer(PROMPTS)[1]
+    for foreign in (whole, b"a note without a line's end"):
+        path.write_bytes(foreign)
+        assert "and no answers.jsonl.run.json" in answer(PROMPTS)[1] and path.read_bytes() == foreign
 
 
 @pytest.mark.parametrize(
@@ -314,12 +315,16 @@ def test_a_run_goes_on_and_notices_that_it_is_another(answer, tmp_path):
     [
         ("", "holds no prompts"),
         ('\n{"prompt": "a"}\n{"prompt": "a"\n', "line 3 is no JSON"),
-        ('{"prompt": "a"}\n["a"]\n', "line 2 is a list"),
+        ('{"prompt": "a"}\n["a"]\n', 'line 2 is a list: it must be an object like {"prompt"'),
         ('{"prompt": "a"}\n{"text": "a"}\n', 'line 2: it has neither "prompt" nor "messages"'),
         ('{"prompt": "a", "messages": []}\n', "line 1: it has both"),
         ('{"prompt": ""}\n', 'line 1: "prompt" must be a text'),
         ('{"prompt": 3}\n', 'line 1: "prompt" must be a text'),
         ('{"messages": []}\n', "line 1: The conversation is empty"),
+        ('{"messages": "hi"}\n', 'line 1: "messages" must be a list of objects'),
+        ('{"messages": [{"role": "user"}]}\n', 'must have a "role" and a "content"'),
+        ('{"messages": [{"role": "user", "content": 3}]}\n', 'must have a "role" and a "content"'),
+        ('{"messages": [{"role": null, "content": "a"}]}\n', 'must have a "role" and a "content"'),
         ('{"prompt": "a", "completion": "b"}\n', 'line 1: the answer has a field "completion" of its own'),
         ('{"prompt": "a", "max_new_tokens": true}\n', '"max_new_tokens" must be a whole number'),
         ('{"prompt": "a", "max_new_tokens": -1}\n', "line 1: max_new_tokens=-1"),
@@ -351,6 +356,7 @@ def test_arguments_that_do_not_fit_each_other_are_refused(run_script, tiny_check
         (("--prompts", path, "--output", path), "is the file of prompts"),
         (("--prompts", tmp_path / "none", "--output", tmp_path / "o"), "There is no file"),
         (("--prompts", path, "--output", tmp_path), "is no file"),
+        (("--prompts", path, "--output", path / "o"), f"cannot be written, because of {path}"),
         (("--prompts", path, "--output", tmp_path / "o", "--prompt", "x"), "leave --prompt and --num_samples out"),
         (("--prompts", path, "--output", tmp_path / "o", "--num_samples", 2), "leave --prompt and --num_samples out"),
         (("--prompts", path, "--output", tmp_path / "o", "--batch_size", 10**9), "batch_size=1000000000 does not fit"),

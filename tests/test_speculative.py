@@ -131,6 +131,14 @@ def test_a_draft_that_is_the_target_is_always_right(tiny_model):
             assert (stats.rounds, stats.accepted) == (10, 60)
 
 
+def test_as_many_tokens_as_plain_decoding_takes_can_be_warmed_up_for(tiny_model):
+    """Catches: a longest text, prompt included, that is taken for a number of new tokens that does not fit."""
+    model = tiny_model(n_layer=1, **ROLLING)
+    session, draft = Session(model, lookahead=3), make_draft("lookup", model, window=9)
+    speculative.warm_up(session, draft, 3, tokens=10**9 + 20)
+    assert list(speculative_generate(model, [5, 6], draft=draft, speculative_k=3, session=session, max_new_tokens=3))
+
+
 def test_vocabularies_may_be_padded_differently(tiny_model):
     """Catches: a token that only one of the models has, and a q of another length than p."""
     small = tiny_model(n_layer=1)

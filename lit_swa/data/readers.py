@@ -25,7 +25,8 @@ def read_lines(path: Path) -> Iterator[str]:
                 ) from None
 
 
-def read_jsonl(path: Path) -> Iterator[Located]:
+def read_jsonl(path: Path, example: str = '{"instruction": ...}') -> Iterator[Located]:
+    """example: what a line is like, for the sentence about one that is no object."""
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             try:
@@ -33,7 +34,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
             except (ValueError, RecursionError) as error:
                 reason = str(getattr(error, "msg", error))[:80]
                 raise ValueError(f"{path} line {number} is no JSON ({reason}): mend or remove the line.") from None
-            yield located(content, f"{path} line {number}")
+            yield located(content, f"{path} line {number}", example)
 
 
 def read_json_examples(path: Path) -> Iterator[Located]:
@@ -126,8 +127,8 @@ READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
 }
 
 
-def located(content: Any, where: str) -> Located:
+def located(content: Any, where: str, example: str = '{"instruction": ...}') -> Located:
     content = {"text": content} if isinstance(content, str) else content
     if not isinstance(content, dict):
-        raise ValueError(f'{where} is a {type(content).__name__}: it must be an object like {{"instruction": ...}}.')
+        raise ValueError(f"{where} is a {type(content).__name__}: it must be an object like {example}.")
     return where, content
