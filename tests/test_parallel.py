@@ -357,6 +357,7 @@ def test_when_one_process_ends_all_end(tiny_checkpoint, tmp_path, what, code):
     log = tmp_path / "log"
     flags = ["--checkpoint_dir", tiny_checkpoint, "--device", "cpu", "--devices", 2, "--max_new_tokens", 10**6]
     flags += ["--model.attention", "streaming", "--model.sliding_window_size", 16, "--prompt", "the fox"]
+    flags += ["--temperature", 0, "--repetition_penalty", 0.5]  # it repeats itself and never ends
     starter = start_script(SCRIPT, *flags, log=log)
     limit = time.monotonic() + 60
     while "the fox" not in (log.read_text() if log.exists() else "") and time.monotonic() < limit:
