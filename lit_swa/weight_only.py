@@ -17,6 +17,7 @@ RUN = 32  # inputs whose 4-bit codes are packed together, into four words
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale and an offset in 4 bits
 FEW_ROWS = 64  # on a GPU, products with up to so many rows read the weight as it is stored
 FEW_ROWS_CPU = 16  # ... and on a CPU: from about there on a dense weight pays
+LINE = 64  # bytes of a cache line
 
 
 class DenseProduct(torch.autograd.Function):
@@ -136,8 +137,15 @@ class Int8Linear(WeightOnlyLinear):
 
     def cpu_product(self, x: Tensor) -> Tensor:
         if self._for_cpu is None:
-            self._for_cpu = self.weight, self.scale.to(torch.bfloat16)
-        return torch._weight_int8pack_mm(x, *self._for_cpu)
+            self._for_cpu = at_line(self.weight), self.scale.to(torch.bfloat16)
+        return torch._weight_int8pack_mm(at_line(x), *self._for_cpu)
+
+
+def at_line(x: Tensor) -> Tensor:
+    """x contiguous and at the start of a cache line, where torch 2.13 expects an int8 product's operands: it ends the
+    process otherwise. What is mapped from a file may begin anywhere."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % LINE else x
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,19 @@ def test_single_tokens_on_a_cpu_are_products_with_the_same_weight(kind, rows, sh
         linear.to("cpu")  # what is packed is made anew after a move
 
 
+def test_a_product_begins_anywhere_in_memory(kind):
+    """Catches: a process that ends since a weight that is mapped from a file, or an input, begins at no cache line."""
+    weight, linear = make_linear(kind)
+    moved = torch.empty(linear.weight.nbytes + 72, dtype=torch.uint8)[8 : 8 + linear.weight.nbytes]
+    linear.weight = moved.view(linear.weight.dtype).view(linear.weight.shape).copy_(linear.weight)
+    x = torch.randn(4 * SHAPE[1] + 8, dtype=torch.bfloat16)[8:].view(4, -1)
+    assert linear.weight.data_ptr() % 16 == 8 and x.data_ptr() % 32 == 16
+    with torch.no_grad():
+        y = linear(x).float()
+    expected = x.float() @ dense_weight(linear).T
+    assert (y - expected).norm() < 1e-2 * expected.norm()  # bfloat16, of the scales too
+
+
 def test_casts_and_copies_keep_the_scales(kind):
     """Catches: model.to(bfloat16) that rounds the scales which the codes were chosen for, copies that share them."""
     _, linear = make_linear(kind, bias=True)
