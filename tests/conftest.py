@@ -10,6 +10,7 @@ if workers := int(
     os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")
 ):  # each process of pytest -n with its share of cores
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+os.environ["KINETO_LOG_LEVEL"] = "99"  # read when a process profiles for the first time: see speed.StepTrace
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
