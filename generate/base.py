@@ -90,7 +90,7 @@ def answer_file(args: Generation, prompts: Path, output: Path, batch_size: int |
     lines = read_prompts(prompts)
     run = completion.prepare(args, from_file=True)
     requests = to_requests(lines, run.tokenizer, args)
-    answers = AnswerFile(output, lines, make_record(prompts, run))
+    answers = AnswerFile(output, lines, make_record(prompts, lines, run))
     done = answers.done
     if done == len(lines):
         print(f"{output} holds all {done} answers already.", file=sys.stderr)

@@ -171,7 +171,10 @@ class AnswerFile:
         """Raises ValueError unless the answers that are there come from the same prompts and arguments."""
         if not self.record_path.exists():
             raise ValueError(f"{self.path} is there, and no {self.record_path.name}: give another --output.")
-        before = read_json(self.record_path)
+        try:
+            before = read_json(self.record_path)
+        except ValueError:
+            raise ValueError(f"{self.record_path} is damaged: give another --output.") from None
         if before.get("prompts_sha256") != self.record["prompts_sha256"]:
             raise ValueError(f"{self.path} answers another file of prompts, {before.get('prompts')}: {REMEDY}.")
         arguments = before["arguments"] if isinstance(before.get("arguments"), dict) else {}
@@ -235,11 +238,12 @@ def lock(stream: BinaryIO, path: Path) -> None:
         pass
 
 
-def make_record(path: Path, run: Run) -> dict[str, Any]:
-    """What the answers to a file of prompts depend on."""
+def make_record(path: Path, prompts: Sequence[Prompt], run: Run) -> dict[str, Any]:
+    """What the answers to the prompts of a file depend on."""
     arguments = {name: value for name, value in asdict(run.args).items() if name not in NO_MATTER}
     for name in ("checkpoint_dir", "base_checkpoint_dir"):
         place = getattr(run, name)
         arguments[name] = place and str(place.resolve())
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    fields = json.dumps([prompt.fields for prompt in prompts])  # not the file again: a pipe is read once
+    digest = hashlib.sha256(fields.encode()).hexdigest()
     return {"prompts": str(path), "prompts_sha256": digest, "arguments": arguments | {"dtype": run.dtype}}

@@ -183,6 +183,8 @@ def check_trace(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a directory: give the name of a file, such as {path / 'trace.json'}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no directory {path.parent} for {path.name}: make it, or give another name.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} cannot be written to: give {path.name} another directory.")
 
 
 def table_of_steps(profiler: profile, steps: int, milliseconds: float, most: int = 12) -> list[str]:

@@ -304,10 +304,24 @@ def test_a_run_goes_on_and_notices_that_it_is_another(answer, tmp_path):
         path.write_bytes(damaged)
         code, err, _ = answer(tmp_path / "prompts.jsonl")
         assert code == 2 and message in err and path.read_bytes() == damaged
+    path.with_name("answers.jsonl.run.json").write_text("{")
+    assert "answers.jsonl.run.json is damaged: give another --output" in answer(PROMPTS)[1]
     path.with_name("answers.jsonl.run.json").unlink()
     for foreign in (whole, b"a note without a line's end"):
         path.write_bytes(foreign)
         assert "and no answers.jsonl.run.json" in answer(PROMPTS)[1] and path.read_bytes() == foreign
+
+
+def test_prompts_may_come_through_a_pipe(answer):
+    """Catches: a file that is read twice, the second time to its end, so that all prompts are the same run's."""
+    for prompts, code in ((PROMPTS, 0), (PROMPTS, 0), ([*PROMPTS, {"prompt": "more"}], 2)):
+        read, write = os.pipe()
+        os.write(write, "".join(json.dumps(line) + "\n" for line in prompts).encode())
+        os.close(write)
+        got, err, path = answer(Path(f"/dev/fd/{read}"))
+        os.close(read)
+        assert got == code and len(read_lines(path)) == len(PROMPTS)
+    assert "answers another file of prompts" in err
 
 
 @pytest.mark.parametrize(

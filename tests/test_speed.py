@@ -1,6 +1,7 @@
 """What a run says of its speed: the bytes that a step reads, worked out by hand; the lines; the trace of steps."""
 
 import json
+import os
 import re
 
 import pytest
@@ -175,12 +176,15 @@ def test_a_trace_of_a_short_text_says_what_it_holds(tiny_model, tmp_path, capfd)
     assert any(row[-1] == "aten::mm" and row[3] == "11.0x" for row in rows)
 
 
-def test_a_name_that_no_trace_can_have_is_refused(tmp_path):
+def test_a_name_that_no_trace_can_have_is_refused(tmp_path, monkeypatch):
     """Catches: a run that fails at its end, after all its work."""
     with pytest.raises(OSError, match="is a directory: give the name of a file"):
         StepTrace(tmp_path, "cpu")
     with pytest.raises(OSError, match="There is no directory .*nowhere for t.json"):
         check_trace(tmp_path / "nowhere" / "t.json")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot be written to: give t.json another"):
+        patch.setattr(os, "access", lambda path, mode: False)  # to root all of them can
+        check_trace(tmp_path / "t.json")
 
 
 def test_a_script_traces_its_first_completion(tiny_checkpoint, run_script, tmp_path):
