@@ -530,6 +530,8 @@ class Stats:
     def line(self, model: GPT, text: str | None = None) -> str:
         """The figures for people: a line of speeds, one of what the memory gave, one of the model. text: the answer;
         where it is cut or empty, a fourth line says so."""
+        if self.trace is not None:
+            self.trace.stop()  # or it would hold the copy that is timed here
         fed, rates = self.prompt_tokens - self.cached_tokens, ["", ""]
         if self.prefill_seconds > 0:
             rates[0] = f", {format_rate(fed / self.prefill_seconds)}"

@@ -141,7 +141,7 @@ class StepTrace:
         """skip: steps that go by first. steps: how many are recorded. Raises OSError as check_trace does."""
         check_trace(path)
         self.path, self.device, self.skip, self.steps = path, torch.device(device), skip, steps
-        self.begun, self.closed = 0, False
+        self.begun, self.stopped, self.closed = 0, False, False
         self.times: list[float] = []  # when each of the recorded steps began, and when the last one ended
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's own log goes to stderr
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
@@ -150,7 +150,7 @@ class StepTrace:
         self.profiler.start()
 
     def step(self) -> None:
-        if self.closed or len(self.times) > self.steps:
+        if self.stopped or len(self.times) > self.steps:
             return
         self.begun += 1
         if self.begun > self.skip:
@@ -158,12 +158,18 @@ class StepTrace:
             self.times.append(time.perf_counter())
         self.profiler.step()
 
+    def stop(self) -> None:
+        """Record nothing more: what follows is no step."""
+        if not self.stopped:
+            self.stopped = True
+            self.profiler.stop()
+
     def close(self) -> None:
         """Write what was recorded, or say on stderr that nothing was, unless that was done."""
         if self.closed:
             return
         self.closed = True
-        self.profiler.stop()
+        self.stop()
         steps = len(self.times) - 1
         if steps < 1:
             what = f"{max(0, self.begun - 1)} decode steps, and a trace begins after {self.skip}"

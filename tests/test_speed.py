@@ -161,19 +161,25 @@ def test_a_trace_holds_some_warm_steps(tiny_model, tmp_path, capfd):
 
 
 def test_a_trace_of_a_short_text_says_what_it_holds(tiny_model, tmp_path, capfd):
-    """Catches: a text that ends early, whose trace is lost; one that never came so far, and an empty file for it."""
+    """Catches: a text that ends early, whose trace is lost; one that never came so far, and an empty file for it; the
+    large copy of the line of figures among the steps."""
     model, session = tiny_model(), None
     for count, said in ((3, "There is no trace: the text had 2 decode steps"), (7, "trace of 3 steps")):
         path = tmp_path / f"{count}.json"
         trace = StepTrace(path, "cpu", skip=3, steps=9)
         session = session or Session(model)
-        list(generate(model, [1, 2, 3], count, session=session, stats=Stats(trace=trace)))
+        stats = Stats(trace=trace)
+        list(generate(model, [1, 2, 3], count, session=session, stats=stats))
+        copy_rate.cache_clear()
+        stats.line(model)
         trace.close()
         trace.close()
         error = capfd.readouterr().err
         assert "USDT" not in error and error.count(said) == 1 and path.exists() == (count == 7)
     rows = [line.split() for line in error.splitlines() if " ms " in line and "x  " in line]
     assert any(row[-1] == "aten::mm" and row[3] == "11.0x" for row in rows)
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert "aten::mm" in names and "aten::fill_" not in names  # which torch.ones calls
 
 
 def test_a_name_that_no_trace_can_have_is_refused(tmp_path, monkeypatch):
