@@ -4,7 +4,8 @@ A step of few tokens reads every weight once and computes little with it, so the
 kernels keep to it: what lies between two products (a norm before, an activation, a residual after) is done inside, and
 a kernel begins to read its weights before the kernel in front of it has ended (programmatic dependent launch).
 
-Only a GPU runs this file, and only fast_decode.py imports it. B rows, N outputs, K inputs of a product.
+Only a GPU runs this file; linear_formats.gpu_kernels gives it where it can be used. M rows, N outputs, K inputs of a
+product.
 """
 
 import functools
@@ -597,11 +598,16 @@ def attention_kernel(
 MOST_ROWS = 32  # of a product: from there on the libraries' are as fast
 MOST_CODED_ROWS = {"int8": 2, "int4": 16}  # rows of x with which the tensor cores are no faster
 KEYS = 64  # slots of a block
-MOST_QUERIES = 64  # query tokens times query heads of a key/value head
 
 
 def next_power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def most_queries(size: int) -> int:
+    """Query tokens times query heads of a key/value head that attention takes, for keys of so many bytes: what the
+    shared memory of most GPUs holds."""
+    return 64 if size <= 256 else 16 if size <= 512 else 0
 
 
 class Weight(NamedTuple):
@@ -616,13 +622,13 @@ class Weight(NamedTuple):
 
 
 def kernel_weight(linear: nn.Module) -> Weight | None:
-    """The layer's weight as the kernels take it; None where they do not know the layer."""
+    """The layer's weight as the kernels take it; None where they do not know the layer or a row is no whole runs."""
     if is_injected(linear):
         return None
-    if is_plain(linear):
+    if is_plain(linear) and linear.in_features % 8 == 0:
         return Weight("dense", linear.out_features, linear.weight, linear.weight, linear.bias)
     form = getattr(linear, "kernel_format", None)
-    if form == "int8":
+    if form == "int8" and linear.in_features % 16 == 0:
         return Weight("int8", linear.out_features, linear.weight, linear.scale, linear.bias)
     if form == "int4":
         pairs = linear.scales.view(torch.int32)
@@ -657,8 +663,9 @@ def product(
     one, two = ((w.weight, w.scale, w.weight if w.bias is None else w.bias) for w in (first, second))
     how = {
         "FORMAT": first.format, "GROUP": first.group, "GATED": gate is not None, "ACT": activation,
-        "BIAS": bias and first.bias is not None, "RESIDUAL": residual is not None, "PDL": True, "launch_pdl": True,
+        "BIAS": bias and first.bias is not None, "RESIDUAL": residual is not None,
     }  # fmt: skip
+    how |= early_launch(x.device)
     how |= {"NORM": gain is not None, "OFFSET": offset}
     gain = x if gain is None else gain
     if first.format != "dense" and M <= MOST_CODED_ROWS[first.format] and x.dtype != torch.float32:
@@ -674,7 +681,8 @@ def product(
         ROWS = max(16, next_power(M))
         if first.format != "dense":
             x = prepare(x, gain, M, K, eps, first.format, ROWS, how)
-        BN, how["BK"], how["num_warps"], how["STAGES"] = matrix_tiles(first.format, x.element_size(), how["NORM"])
+        tiles = matrix_tiles(first.format, x.element_size(), how["NORM"], properties(x.device).shared)
+        BN, how["BK"], how["num_warps"], how["STAGES"] = tiles
         grid = triton.cdiv(N, BN)
         matrix_kernel[(grid,)](y, x, gain, *one, residual_of, *two, M, N, K, eps, BN=BN, ROWS=ROWS, **how)
     return y
@@ -683,7 +691,7 @@ def product(
 def prepare(x: Tensor, gain: Tensor, M: int, K: int, eps: float, form: str, ROWS: int, how: dict[str, Any]) -> Tensor:
     """x as matrix_kernel reads it for codes, normed where `how` says so."""
     out = torch.empty(K, ROWS, dtype=x.dtype, device=x.device)
-    same = {name: how[name] for name in ("NORM", "OFFSET", "PDL", "launch_pdl")}
+    same = {"NORM": how["NORM"], "OFFSET": how["OFFSET"]} | early_launch(x.device)
     prepare_kernel[(ROWS,)](
         out, x, gain, M, K, eps, INT4=form == "int4", ROWS=ROWS, SIZE=next_power(K), num_warps=8, **same
     )  # fmt: skip
@@ -713,12 +721,15 @@ def code_tiles(form: str, N: int, K: int, gated: bool, device: torch.device) -> 
         BN, share = (1, 24) if gated else (2 if wide else 4, 16)
     else:
         BN, share = 2 if gated else 1 if wide else 4, 16
-    tiles, most = triton.cdiv(N, BN), multiprocessors(device) * share // warps
+    tiles, most = triton.cdiv(N, BN), properties(device).multiprocessors * share // warps
     return triton.cdiv(tiles, triton.cdiv(tiles, most)), BN, runs, warps
 
 
-def matrix_tiles(form: str, size: int, norm: bool) -> tuple[int, int, int, int]:
-    """(outputs of a program, inputs of a tile, warps, tiles in flight). size: bytes of a number of x."""
+def matrix_tiles(form: str, size: int, norm: bool, shared: int) -> tuple[int, int, int, int]:
+    """(outputs of a program, inputs of a tile, warps, tiles in flight). size: bytes of a number of x. shared: bytes of
+    shared memory that a program may have."""
+    if shared < 160_000:
+        return 32, 64 if size == 4 else 128, 4, 2
     if form != "dense":
         return (32, 128, 4, 1) if size == 4 else (64, 256, 4, 3)
     if size == 4:
@@ -726,9 +737,22 @@ def matrix_tiles(form: str, size: int, norm: bool) -> tuple[int, int, int, int]:
     return (64, 256, 4, 3) if norm else (32, 256, 2, 4)
 
 
+class Properties(NamedTuple):
+    multiprocessors: int
+    shared: int  # bytes of shared memory that a program may have
+    hopper: bool  # or later: a kernel can be launched before the one in front of it has ended
+
+
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def properties(device: torch.device) -> Properties:
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+    return Properties(found.multi_processor_count, shared, found.major >= 9)
+
+
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """The options of a kernel that may be launched before the one in front of it has ended, where the device can."""
+    return {"PDL": True, "launch_pdl": True} if properties(device).hopper else {"PDL": False}
 
 
 def attention(
@@ -736,7 +760,7 @@ def attention(
 ) -> Tensor:
     """Rotate, write and attend: qkv (B, T, (H + 2 G) * D) of a call's tokens -> (B, T, H * D).
 
-    cache: a KVCache, whose slots `plan` (a fast_decode.SlotPlan) was made for. norms: (gain of queries, of keys, eps,
+    cache: a KVCache, whose slots `plan` (a gpu_decode.SlotPlan) was made for. norms: (gain of queries, of keys, eps,
     offset) of heads' RMS norms. cap: of the scores.
     """
     B, T, _ = qkv.shape
@@ -756,8 +780,8 @@ def attention(
         *map(stride, (plan.seen, plan.slots, plan.blocks, plan.k_cos)), plan.cos.stride(0), scale,
         cap or 0.0, eps, H=H, G=G, D=D, DP=DP, N_ROPE=plan.cos.size(-1), PARTS=plan.cos.size(0),
         COPIES=plan.slots.size(1), NORM=norms is not None, OFFSET=offset, CAP=cap is not None, ROWS=ROWS, KEYS=KEYS,
-        WIDTH=width, OWN=OWN, SPLITS=splits, JOINED=next_power(splits + 1), STAGES=stages, PDL=True, num_warps=warps,
-        launch_pdl=True,
+        WIDTH=width, OWN=OWN, SPLITS=splits, JOINED=next_power(splits + 1), STAGES=stages, num_warps=warps,
+        **early_launch(qkv.device),
     )  # fmt: skip
     return y
 
@@ -768,5 +792,5 @@ def attention_tiles(blocks: int, heads: int, size: int, device: torch.device) ->
     size: bytes of a key. About two programs for each multiprocessor, and no more than there are blocks.
     """
     width = 2 if size <= 256 and blocks >= 64 else 1
-    wanted = next_power(max(1, 2 * multiprocessors(device) // heads))
+    wanted = next_power(max(1, 2 * properties(device).multiprocessors // heads))
     return max(1, min(wanted, next_power(blocks) // 2, 128)), width, 4, 1

@@ -5,8 +5,6 @@ activation; projection and residual. No shape in it depends on a position, and t
 kernels do not know runs as model.py defines it, inside the same graph.
 """
 
-import functools
-import importlib.util
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.linear_formats import gpu_kernels
 from lit_swa.model import (
     ACTIVATIONS,
     GPT,
@@ -33,12 +32,6 @@ from lit_swa.model import (
 )
 
 WARM_UPS = 2  # calls of a shape before it is recorded
-
-
-@functools.cache
-def kernels() -> Any:
-    """decode_kernels, or None where there is no Triton: everything then runs as model.py defines it."""
-    return importlib.import_module("lit_swa.decode_kernels") if importlib.util.find_spec("triton") else None
 
 
 class SlotPlan(NamedTuple):
@@ -75,12 +68,13 @@ class Step:
         key = (*idx.shape, input_pos.dim())
         recording = shapes.setdefault(key, Recording())
         recording.calls += 1
-        if recording.calls <= WARM_UPS:
-            return self.run(idx, input_pos)
-        if recording.graph is None:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            recording.record(self.run, idx, input_pos, self.pool)
-        return recording.replay(idx, input_pos)
+        with torch.cuda.device(idx.device):  # where Triton launches
+            if recording.calls <= WARM_UPS:
+                return self.run(idx, input_pos)
+            if recording.graph is None:
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                recording.record(self.run, idx, input_pos, self.pool)
+            return recording.replay(idx, input_pos)
 
     def run(self, idx: Tensor, input_pos: Tensor) -> Tensor:
         """What is recorded: GPT.forward, with the kernels in place of the modules that they know."""
@@ -128,15 +122,12 @@ class Recording:
 def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
     """True if the attention kernel can take a call of T tokens to this layer."""
     mixer, cache = attn.mixer, attn.kv_cache
-    if kernels() is None or not isinstance(mixer, SoftmaxAttention) or len(mixer.row.parts) > 3:
+    if gpu_kernels() is None or not isinstance(mixer, SoftmaxAttention) or len(mixer.row.parts) > 3:
         return False
     slots, local = cache.slots, attn.config.rope_local_base_freq is not None and mixer.window is not None
     room = slots.copies == 1 or T <= min(1 + slots.lookahead, slots.n_slots)  # no key is replaced that is seen
-    return (
-        room
-        and not rope.depends_on_length(1 if local else 0)
-        and attn.n_head // attn.n_query_groups * T <= kernels().MOST_QUERIES
-    )
+    most = gpu_kernels().most_queries(cache.k.size(-1) * cache.k.element_size())
+    return room and not rope.depends_on_length(int(local)) and attn.n_head // attn.n_query_groups * T <= most
 
 
 @torch.no_grad()
@@ -174,7 +165,7 @@ def who_sees(parts: tuple[Part, ...], q_pos: Tensor, k_pos: Tensor, config: Any)
 
 def live_blocks(seen: Tensor) -> Tensor:
     """SlotPlan's blocks of seen (1 or B, T, L)."""
-    KEYS = kernels().KEYS
+    KEYS = gpu_kernels().KEYS
     n = -(-seen.size(-1) // KEYS)
     seen = F.pad(seen, (0, n * KEYS - seen.size(-1))) if seen.size(-1) % KEYS else seen
     live = seen.unflatten(-1, (n, KEYS)).amax(dim=(1, 3)) > 0  # (1 or B, n)
@@ -216,7 +207,7 @@ def attend(attn: CausalSelfAttention, qkv: Tensor, call: Call) -> Tensor:
         gains = (q.weight, k.weight, q.eps, float(q.unit_offset)) if norms else None
         scale = (config.attention_scores_scalar or config.head_size) ** -0.5
         cap = config.attention_logit_softcapping
-        return kernels().attention(qkv, attn.kv_cache, plan, attn.n_head, attn.n_query_groups, gains, scale, cap)
+        return gpu_kernels().attention(qkv, attn.kv_cache, plan, attn.n_head, attn.n_query_groups, gains, scale, cap)
     (B, T, _), H, G = qkv.shape, attn.n_head, attn.n_query_groups
     q, k, v = qkv.view(B, T, H + 2 * G, -1).transpose(1, 2).split((H, G, G), dim=1)
     y = mixer(attn.norm_q(q), attn.norm_k(k), v, plan, attn.kv_cache)
@@ -234,7 +225,7 @@ def fused(
 ) -> Tensor:
     """activation(linear(norm(x))) * gate(norm(x)) + residual, (B, T, in) -> (B, T, out): in one kernel if there is one
     for it, or else module by module."""
-    k = kernels()
+    k = gpu_kernels()
     if hasattr(linear, "finish"):  # a rank's part of a layer: the ranks join what it makes
         y = linear.finish(fused(x, linear.linear, norm=norm))
         return y if residual is None else residual + y

@@ -6,6 +6,7 @@ with it unchanged. Nothing is registered: a class from outside this project will
 """
 
 import functools
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -77,6 +78,15 @@ def weight_bytes(linear: nn.Module) -> int:
 def device_of(linear: nn.Module) -> torch.device:
     """The device that holds the layer's weight."""
     return next(t.device for tensors in (linear.parameters(False), linear.buffers(False)) for t in tensors)
+
+
+@functools.cache
+def gpu_kernels() -> Any:
+    """decode_kernels, products with few rows and more; None without Triton, or on a GPU that is older than Ampere."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    oldest = min(torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count()))
+    return importlib.import_module("lit_swa.decode_kernels") if oldest >= (8, 0) else None
 
 
 def group_rows(group: str, out_features: int, n_head: int, n_query_groups: int) -> tuple[int, int]:

@@ -13,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.linear_formats import gpu_kernels
+
 RUN = 32  # inputs whose 4-bit codes are packed together, into four words
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale and an offset in 4 bits
 FEW_ROWS = 64  # on a GPU, products with up to so many rows read the weight as it is stored
@@ -67,10 +69,9 @@ class WeightOnlyLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return DenseProduct.apply(x, self.dequantize, *self.stored())
         rows = x.numel() // self.in_features
-        if x.is_cuda and rows <= FEW_ROWS:
-            from lit_swa.decode_kernels import product
-
-            return product(x, self, bias=False)
+        if x.is_cuda and rows <= FEW_ROWS and (kernels := gpu_kernels()) and kernels.kernel_weight(self):
+            with torch.cuda.device(x.device):  # where Triton launches
+                return kernels.product(x, self, bias=False)
         if rows <= FEW_ROWS_CPU and self.fits_cpu(x):
             return self.cpu_product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.dequantize(*self.stored(), x.dtype))

@@ -29,7 +29,7 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(gpu_decode, "kernels", lambda: None)
+    monkeypatch.setattr(gpu_decode, "gpu_kernels", lambda: None)
 
 
 @pytest.mark.parametrize("kind", FIELDS)
@@ -81,7 +81,8 @@ def test_a_plan_leads_to_what_the_model_reads(tiny_model, monkeypatch, kind):
 
     Plain attention by the plan's tables, as the kernel reads them, against the model's own.
     """
-    monkeypatch.setattr(gpu_decode, "kernels", lambda: SimpleNamespace(KEYS=4, MOST_QUERIES=64))
+    known = SimpleNamespace(KEYS=4, most_queries=lambda size: 64)
+    monkeypatch.setattr(gpu_decode, "gpu_kernels", lambda: known)
     model, B, T = tiny_model(**FIELDS[kind], n_layer=1), 2, 3
     idx = torch.randint(0, 97, (B, 30))
     expected = model(idx)
