@@ -14,6 +14,7 @@ from ranks import Ranks
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT, cpu_decode, ranks, sequential
+from lit_swa.adapter import AdapterConfig, add_adapter, save_adapter
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import quantization_of
@@ -250,7 +251,7 @@ def test_parts_make_up_the_whole():
             assert "mlp" not in name or inner != 512 or all(start % 128 == 0 for start, _ in ends)
 
 
-def test_what_cannot_be_split_is_refused(tiny_model, tiny_checkpoint):
+def test_what_cannot_be_split_is_refused(tiny_model, tiny_checkpoint, tmp_path):
     """Catches: a rank without heads, a LoRA that is dropped without a word, a layer whose bytes are no rows."""
     with pytest.raises(ValueError, match="6 query heads and there are 7 processes to hold them: use at most 6"):
         split_model(tiny_model(), Rank(0, 7))
@@ -260,6 +261,11 @@ def test_what_cannot_be_split_is_refused(tiny_model, tiny_checkpoint):
     add_lora(model, LoRAConfig(r=2))
     with pytest.raises(ValueError, match="has LoRA or an adapter in it, which is not split: merge it"):
         split_model(model, Rank(0, 2))
+    model, config = load_model(tiny_checkpoint), AdapterConfig(start_layer=0)
+    add_adapter(model, config)
+    save_adapter(model, tmp_path, config, base_dir=tiny_checkpoint)
+    with pytest.raises(ValueError, match="merge a LoRA with scripts/merge_lora.py, and use a LLaMA-Adapter on one"):
+        load_model(tmp_path, rank=Rank(0, 2))
     model = tiny_model()
     model.transformer.h[0].mlp.proj = Blob(64, 48)
     with pytest.raises(ValueError, match="mlp.proj is a Blob, whose weight cannot be split: quantise with scripts/"):

@@ -180,7 +180,10 @@ def load_model(
     check_checkpoint_dir(directory, tokenizer=False, base_dir=base_dir)
     if is_adapter_dir(directory):
         if rank.size > 1:
-            raise ValueError(f"{directory} is an adapter, which is not split: merge it with scripts/merge_lora.py.")
+            raise ValueError(
+                f"{directory} is an adapter, which is not split: merge a LoRA with scripts/merge_lora.py, and use a "
+                "LLaMA-Adapter on one device."
+            )
         merge = merge and not quantize and read_quantization(base_of(directory, base_dir)) is None
         how = {"merge": merge, "base_dir": base_dir, "quantize": quantize, "group_size": group_size}
         return load_adapted(directory, dtype, device, **how, **config_overrides)
