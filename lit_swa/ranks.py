@@ -115,7 +115,7 @@ def joined(devices: int | None, device: str) -> "Iterator[tuple[Rank, str]]":
     if not started():
         yield ALONE, device
         return
-    if STARTER in os.environ:
+    if STARTER in os.environ and os.name != "nt":  # there the parent may be a launcher, and is never another
         end_with(int(os.environ[STARTER]))
     index, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with ending_quietly(index), muted(index > 0):
