@@ -636,6 +636,16 @@ def kernel_weight(linear: nn.Module) -> Weight | None:
     return None
 
 
+def knows(rows: int, linear: nn.Module, gate: nn.Module | None = None) -> bool:
+    """True if `product` takes so many rows of x to these layers."""
+    first = kernel_weight(linear)
+    if rows > MOST_ROWS or first is None or gate is None:
+        return rows <= MOST_ROWS and first is not None
+    second = kernel_weight(gate)
+    alike = second is not None and (first.format, first.group) == (second.format, second.group)
+    return alike and (first.bias is None) == (second.bias is None)
+
+
 def product(
     x: Tensor,
     linear: nn.Module,

@@ -32,6 +32,7 @@ from lit_swa.model import (
 )
 
 WARM_UPS = 2  # calls of a shape before it is recorded
+ACTIVATION_NAMES = {function: name for name, function in ACTIVATIONS.items()}
 
 
 class SlotPlan(NamedTuple):
@@ -121,13 +122,17 @@ class Recording:
 
 def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
     """True if the attention kernel can take a call of T tokens to this layer."""
-    mixer, cache = attn.mixer, attn.kv_cache
+    mixer, cache, config = attn.mixer, attn.kv_cache, attn.config
     if gpu_kernels() is None or not isinstance(mixer, SoftmaxAttention) or len(mixer.row.parts) > 3:
         return False
-    slots, local = cache.slots, attn.config.rope_local_base_freq is not None and mixer.window is not None
+    # a temperature is put into the angles, and must reach all of a head
+    turned = config.rope_n_elem == config.head_size or (config.rope_n_elem > 0 and mixer.row.temperature is None)
+    slots, local = cache.slots, config.rope_local_base_freq is not None and mixer.window is not None
     room = slots.copies == 1 or T <= min(1 + slots.lookahead, slots.n_slots)  # no key is replaced that is seen
     most = gpu_kernels().most_queries(cache.k.size(-1) * cache.k.element_size())
-    return room and not rope.depends_on_length(int(local)) and attn.n_head // attn.n_query_groups * T <= most
+    few = attn.n_head // attn.n_query_groups * T <= most
+    norms = isinstance(attn.norm_q, (nn.Identity, RMSNorm))
+    return turned and room and few and norms and not rope.depends_on_length(int(local))
 
 
 @torch.no_grad()
@@ -225,19 +230,19 @@ def fused(
 ) -> Tensor:
     """activation(linear(norm(x))) * gate(norm(x)) + residual, (B, T, in) -> (B, T, out): in one kernel if there is one
     for it, or else module by module."""
-    k = gpu_kernels()
     if hasattr(linear, "finish"):  # a rank's part of a layer: the ranks join what it makes
         y = linear.finish(fused(x, linear.linear, norm=norm))
         return y if residual is None else residual + y
-    if k is None or x.size(0) * x.size(1) > k.MOST_ROWS or not all(map(k.kernel_weight, filter(None, (linear, gate)))):
+    kernels, rows = gpu_kernels(), x.size(0) * x.size(1)
+    name = "none" if activation is None else ACTIVATION_NAMES.get(activation)
+    if kernels is None or name is None or not kernels.knows(rows, linear, gate):
         x = x if norm is None else norm(x)
         y = linear(x) if activation is None else activation(linear(x))
         y = y if gate is None else y * gate(x)
         return y if residual is None else residual + y
     how = {}
-    if isinstance(norm, RMSNorm):
+    if isinstance(norm, RMSNorm) and (rows == 1 or x.dtype != torch.float16):  # float16 may not hold x * gain
         how = {"gain": norm.weight, "eps": norm.eps, "offset": float(norm.unit_offset)}
     elif norm is not None:
         x = norm(x)
-    name = next((name for name, f in ACTIVATIONS.items() if f is activation), "none")
-    return k.product(x, linear, gate, activation=name, residual=residual, **how)
+    return kernels.product(x, linear, gate, activation=name, residual=residual, **how)

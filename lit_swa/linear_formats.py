@@ -82,8 +82,9 @@ def device_of(linear: nn.Module) -> torch.device:
 
 @functools.cache
 def gpu_kernels() -> Any:
-    """decode_kernels, products with few rows and more; None without Triton, or on a GPU that is older than Ampere."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    """decode_kernels, products with few rows and more; None without Triton, and for GPUs that are not NVIDIA's or older
+    than Ampere."""
+    if not torch.cuda.is_available() or torch.version.hip or importlib.util.find_spec("triton") is None:
         return None
     oldest = min(torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count()))
     return importlib.import_module("lit_swa.decode_kernels") if oldest >= (8, 0) else None

@@ -17,8 +17,7 @@ from lit_swa.linear_formats import gpu_kernels
 
 RUN = 32  # inputs whose 4-bit codes are packed together, into four words
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale and an offset in 4 bits
-FEW_ROWS = 64  # on a GPU, products with up to so many rows read the weight as it is stored
-FEW_ROWS_CPU = 16  # ... and on a CPU: from about there on a dense weight pays
+FEW_ROWS_CPU = 16  # products with so many rows read the weight as it is stored; from about there on a dense one pays
 LINE = 64  # bytes of a cache line
 
 
@@ -69,7 +68,7 @@ class WeightOnlyLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return DenseProduct.apply(x, self.dequantize, *self.stored())
         rows = x.numel() // self.in_features
-        if x.is_cuda and rows <= FEW_ROWS and (kernels := gpu_kernels()) and kernels.kernel_weight(self):
+        if x.is_cuda and (kernels := gpu_kernels()) and kernels.knows(rows, self):
             with torch.cuda.device(x.device):  # where Triton launches
                 return kernels.product(x, self, bias=False)
         if rows <= FEW_ROWS_CPU and self.fits_cpu(x):

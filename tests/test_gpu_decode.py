@@ -122,3 +122,20 @@ def attend_by_tables(attn, qkv, plan):
         slot = plan.slots[b, copy, t]
         cache.k[b, :, slot], cache.v[b, :, slot] = k[b, :, t], v[b, :, t]
     return (weights @ values.repeat_interleave(H // G, 1)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_qk": True, "norm_class_name": "LayerNorm"},
+        {"rotary_percentage": 0.0},
+        {"attention": "dual_chunk", "dual_chunk_pretraining_length": 24, "rotary_percentage": 0.5},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}},
+    ],
+)
+def test_what_the_attention_kernel_does_not_know(tiny_model, monkeypatch, fields):
+    """Catches: a layer that the kernel would compute with another norm, rotation or temperature than the model's."""
+    monkeypatch.setattr(gpu_decode, "gpu_kernels", lambda: SimpleNamespace(most_queries=lambda size: 64))
+    for known, model in ((True, tiny_model()), (False, tiny_model(**fields))):
+        model.set_kv_cache(1, 32)
+        assert gpu_decode.fits_kernel(model.layers[0], 1, model.rope) is known
