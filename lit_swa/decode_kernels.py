@@ -572,9 +572,8 @@ def attention_kernel(
     tl.store(here + DP, top, mask=live)
     tl.store(here + DP + 1, total, mask=live)
     tl.debug_barrier()
-    if (
-        tl.atomic_add(counts + tl.program_id(0), 1, sem="acq_rel") == SPLITS
-    ):  # all others are done: join what they found
+    done = tl.atomic_add(counts + tl.program_id(0), 1, sem="acq_rel")
+    if done == SPLITS:  # so all others are: join what they found
         tl.store(counts + tl.program_id(0), 0)
         s = tl.arange(0, JOINED)
         there = s < SPLITS + 1

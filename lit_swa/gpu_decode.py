@@ -42,10 +42,7 @@ class SlotPlan(NamedTuple):
     sin: Tensor
     k_cos: Tensor  # (1 or B, T, rope_n_elem)
     k_sin: Tensor
-    seen: (
-        Tensor  # (B, T, L + T) int8: 0, or 1 + the part in which a query sees what a slot held before the call, or the
-    )
-    # call's own keys
+    seen: Tensor  # (B, T, L + T) int8, what slots held and the call's own keys: 0, or 1 + the part that sees it
     blocks: Tensor  # (1 or B, blocks + 1) int64: the blocks of KEYS slots in which a query sees one; last, their number
     slots: Tensor  # (1 or B, copies, T) int64: where each key goes; -1: nowhere
     counts: Tensor  # (B * G,) int32, zeros: which programs are done
