@@ -84,6 +84,11 @@ class Config:
     dual_chunk_local: int | None = None  # w, the nearest tokens, always at their true distance; None: 1/8 of c
     dual_chunk_temperature: float = 1.0  # multiplies the scores; or, by the query's position p (counted from 1),
     dual_chunk_temperature_slope: float | None = None  # ... by max(1, slope * ln(p / c) + 1)
+    linear_feature_map: str = "hedgehog"  # linear attention: the features of its queries and keys; or relu
+    linear_window: int = 64  # the nearest keys, the query's own included, that a query meets by softmax; 0: none
+    linear_sinks: int = 0  # ... and so many first ones
+    linear_gate: bool = False  # older keys fade by a learned gate of each head
+    linear_off: bool = False  # older keys are left out, to see what they are good for
     s2_attention: bool = False  # in training mode, attend within groups; half of the heads shift theirs by half a group
     s2_group_ratio: float = 0.25  # the group's share of the text
     s2_group_size: int | None = None  # ... or its tokens
@@ -203,6 +208,7 @@ CHOICES = {
     "norm_class_name": ("RMSNorm", "LayerNorm"),
     "mlp_class_name": ("GatedMLP", "PlainMLP"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "linear_feature_map": ("hedgehog", "relu"),
     "attention_backend": ("auto", "sdpa", "flex", "flash"),
 }
 RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both allowed
@@ -226,6 +232,8 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
     "dual_chunk_local": (0, 2**31),
     "dual_chunk_temperature": (1e-3, 1e3),
     "dual_chunk_temperature_slope": (0.0, 1e3),
+    "linear_window": (0, 2**31),
+    "linear_sinks": (0, 2**20),
     "s2_group_ratio": (1e-6, 1.0),
     "s2_group_size": (1, 2**31),
     "attention_scores_scalar": (1, 2**31),
@@ -349,6 +357,18 @@ def check_dual_chunk(config: Config) -> None:
         raise ValueError("dual_chunk_temperature and dual_chunk_temperature_slope are two ways to say it: set one.")
 
 
+def check_linear(config: Config) -> None:
+    """Linear attention: keys are rotated once, and a query sees something."""
+    kind = (config.rope_scaling or {}).get("type")
+    if kind in LENGTH_DEPENDENT:
+        raise ValueError(
+            f"rope_scaling of type {kind!r} rotates old keys anew as a text grows, and linear attention does not keep "
+            "them: use the type linear, ntk, yarn or llama3."
+        )
+    if config.linear_off and config.linear_window + config.linear_sinks == 0:
+        raise ValueError("linear_off leaves a query the window and the sinks, and there are none: set linear_window.")
+
+
 def with_trained_length(scaling: dict | None, trained: int) -> dict | None:
     """A scaling that needs the trained length and does not say it, with it; others as they are."""
     kind = scaling.get("type") if scaling else None
@@ -451,7 +471,14 @@ VARIANTS: dict[str, Variant] = {}  # name -> row; filled by model.py, where the 
 def fill_variants() -> None:
     """Let model.py fill VARIANTS, where this file was imported alone: no config is built unchecked."""
     if not VARIANTS:
-        importlib.import_module(f"{__package__}.model" if __package__ else "model")
+        module_beside("model")
+
+
+def module_beside(name: str) -> Any:
+    """A module of ours, if its file lies beside this one; or None."""
+    if not Path(__file__).with_name(f"{name}.py").exists():
+        return None
+    return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
 
 
 def check_row(kind: str, row: Variant, config: Config, last: int) -> None:

@@ -2,7 +2,7 @@
 
 GPT -> Block -> CausalSelfAttention -> VARIANTS (who sees whom) -> mixers -> plain attention -> KV caches -> MLP, norms.
 Beside it, config.py holds the fields and their checks, rope.py the rotary embedding: copied into another project, these
-three files work. fast_attention.py only saves time; this file defines what is computed, and never needs it.
+three files work. linear.py adds a variant. fast_attention.py only saves time, and what is computed never needs it.
 
 Notation, used in every shape comment:
     B  batch                    C  n_embd            S  sliding_window_size
@@ -29,7 +29,6 @@ a sequence into calls gives the logits of one call. A negative position marks pa
 """
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -71,8 +70,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": wte, "h": blocks, "ln_f": build_norm(config, config.n_embd)})
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.rope = RoPE(config)
-        self.cache_batch_size, self.lookahead = 0, 0  # what set_kv_cache was called with; 0: there are no caches
-        self.max_seq_length = config.block_size
+        self.cache_batch_size, self.lookahead, self.max_seq_length = 0, 0, config.block_size  # 0: there are no caches
         self.fixed_shape_steps = False  # True: a one-token call never looks at its position, so no shape depends on it
         self.tie_weights()
 
@@ -93,7 +91,7 @@ class GPT(nn.Module):
                 module.weight.normal_(0.0, std, generator=generator)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
-            elif isinstance(module, (RMSNorm, nn.LayerNorm)):
+            elif hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
     def forward(
@@ -677,8 +675,7 @@ class ShiftedSparseAttention(SoftmaxAttention):
 
 def fast_attention() -> Callable[[Pairs], Any] | None:
     """fast_attention.faster_plan, if that file lies beside this one: a faster plan for a call's pairs, or None."""
-    name = f"{__package__}.fast_attention" if __package__ else "fast_attention"
-    return importlib.import_module(name).faster_plan if importlib.util.find_spec(name) else None
+    return getattr(checks.module_beside("fast_attention"), "faster_plan", None)
 
 
 # ------------------------------------------------------------------------------------------- plain attention, in blocks
@@ -1098,3 +1095,6 @@ def build_norm(config: Config, size: int) -> nn.Module:
     if config.norm_class_name == "LayerNorm":
         return nn.LayerNorm(size, eps=config.norm_eps)
     return RMSNorm(size, config.norm_eps, config.norm_unit_offset)
+
+
+checks.module_beside("linear")  # it adds its row to VARIANTS

@@ -101,7 +101,7 @@ def all_grids(tokens: int, fields: dict[str, Any]) -> tuple[dict[str, Grid], dic
     """What the picture of the masks and that of the distances show."""
     from lit_swa.model import VARIANTS
 
-    configs = {name: build_config(name, **fields) for name in VARIANTS}
+    configs = {name: build_config(name, **fields) for name, row in VARIANTS.items() if row.parts}
     grids = {name: grid_of_variant(config, tokens) for name, config in configs.items()}
     straight, shifted = grids_of_s2(fields["s2_group_size"], tokens)
     linear = grid_of_variant(build_config("full", rope_scaling={"type": "linear", "factor": 2.0}), tokens)

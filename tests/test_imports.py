@@ -91,7 +91,7 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found = {name.split(".")[0] for path in files for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
     found = {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in found}
-    own = {"lit_swa", "scripts", "config", "rope"}  # the latter two where model.py is copied without the package
+    own = {"lit_swa", "scripts", "config", "rope", "model"}  # the latter where files are copied without the package
     used_where_they_are_there = {"flash_attn", "triton", "xllamacpp"}
     assert found - set(sys.stdlib_module_names) - own - declared == used_where_they_are_there
     assert needed <= names((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())

@@ -1,0 +1,398 @@
+"""Learned linear attention beside an exact window (LoLCATs, Zhang et al. 2024, arXiv 2410.10254): constant memory.
+
+Of the keys up to its own, a query meets the S nearest and the first n (sinks) by softmax, and all older ones by a
+kernel of learned features, which are summed in a state and need not be kept. For query i of a head, after RoPE, with
+s_ij the scaled product of q_i and k_j, c_i the greatest s_ij of the exact keys, and g = sigmoid(mix):
+
+    w_ij = g exp(s_ij - c_i)            exact: one of the S nearest, or a sink
+    w_ij = d_ij phi(q_i) . phi(k_j)     older
+    y_i  = sum of w_ij v_j / sum of w_ij
+
+    phi(x) = [softmax(x W), softmax(-x W)]   hedgehog (Zhang et al. 2024, arXiv 2402.04347), or relu for softmax
+    d_ij = exp(-sum of a_t over the older keys t behind j), a_t = clamp(v_t . u + b, 0, 1)    with linear_gate; else 1
+
+Where no key is older, this is softmax attention. The window counts tokens: where a text leaves positions out, it is the
+S nearest tokens that there are. linear_off leaves the older keys out.
+
+How it is computed: a call of T tokens reads E = lag + T entries, in order and valid or not: the `lag` keys before it
+and its own, query i's at lag + i. What came before them is in the state, the sums of d_j phi(k_j) v_j^T and of
+d_j phi(k_j). Queries are cut into N chunks of C, which read the state before the chunk and C + lag entries; the first C
+of these then enter the state. A step is a chunk of one. So any split of a text gives the same numbers, and the most
+that is made is T * (C + lag) weights and N states. Shapes as in model.py, and F = 2 D features.
+"""
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if __package__:
+    from .config import VARIANTS, Config, Variant, check_linear
+    from .model import Mixer, softcap
+    from .rope import RoPE, Span, apply_rope
+else:  # copied beside a script of another project
+    from config import VARIANTS, Config, Variant, check_linear
+    from model import Mixer, softcap
+    from rope import RoPE, Span, apply_rope
+
+CHUNKS = 64, 128, 256  # queries of a chunk: as many as a window has keys, of these
+WEIGHT_ELEMENTS = 2**23  # bound on the weights that exist at once, more than a chunk's
+NEW_MIX = math.log(0.1 / 0.9)  # g = 0.1 in a new layer
+
+State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over keys, with and without their values
+
+
+class Moves(NamedTuple):
+    """What a call does with a cache."""
+
+    order: Tensor  # (B, E): where each entry is among the keys held and the call's own behind them
+    kept: Tensor  # (B, 1): False where the sequence begins anew
+    own_sinks: tuple[Tensor, Tensor]  # (B, n) each: which sinks are the call's own, and which of its tokens they are
+
+
+class Plan(NamedTuple):
+    """How the layers of a kind treat a call."""
+
+    angles: tuple[Tensor, Tensor] | None = None  # cos and sin, (1 or B, 1, T, rope_n_elem)
+    window: int = 0  # S
+    lag: int = 0
+    valid: Tensor | None = None  # (1 or B, E): which entries are keys behind the sinks
+    seen: Tensor | None = None  # (1 or B, T, n): which query sees which sink
+    moves: Moves | None = None
+    texts: "list[tuple[int, Plan]]" = []  # lengths and plans of texts in a sequence; empty: one text
+
+
+class LinearAttention(Mixer):
+    """The mixer of attention="linear".
+
+    near: S. It may be set lower for some steps of training, down to 0, so that the features learn the window's work
+    too: hybrids may else learn to do without them (arXiv 2510.05901).
+    """
+
+    rolls = any_length = True
+
+    def __init__(self, config: Config, kind: str) -> None:
+        super().__init__(config, kind)
+        H, D = config.n_head, config.head_size
+        self.near = config.linear_window
+        self.feature_q, self.feature_k = (nn.Parameter(torch.empty(H, D, D)) for _ in range(2))  # W
+        self.mix = nn.Parameter(torch.empty(H))
+        if config.linear_gate:
+            self.gate_weight, self.gate_bias = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H))  # u, b
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """W is the identity, g is 0.1, and the gate keeps everything."""
+        for weight in (self.feature_q, self.feature_k):
+            weight.copy_(torch.eye(weight.size(-1), device=weight.device))
+        self.mix.fill_(NEW_MIX)
+        if self.config.linear_gate:
+            self.gate_weight.zero_()
+            self.gate_bias.zero_()
+
+    def cache_length(self, tokens: int) -> int:
+        n = self.config.linear_sinks
+        return n + min(max(1, self.config.linear_window), max(1, tokens - n))
+
+    def new_cache(
+        self, batch: int, length: int, lookahead: int, heads: Any, beside: Any = None, **place: Any
+    ) -> "StateCache":
+        recent = Recent(self.config, batch, length, lookahead, place["device"]) if beside is None else beside.recent
+        return StateCache(recent, self.config, heads, **place)
+
+    # planning
+
+    def plan(self, pos: Tensor, span: Span, cache: "StateCache | None", rope: RoPE) -> Plan:
+        n, T = self.config.linear_sinks, pos.size(1)
+        if cache is not None:
+            valid, sink_pos, moves = cache.recent.admit(pos, self.near, span.looked)
+        else:
+            valid, sink_pos, moves = F.pad(pos >= n, (max(1, min(self.near, T)), 0)), pos[:, :n], None
+        seen = (sink_pos[:, None] >= 0) & (sink_pos[:, None] <= pos[:, :, None])
+        return Plan(rope(pos), self.near, valid.size(1) - T, valid, seen, moves)
+
+    def join(self, texts: list[tuple[int, Plan]]) -> Plan:
+        return Plan(texts=texts)
+
+    # mixing
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
+        if plan.texts:
+            pieces = zip(*(x.split([n for n, _ in plan.texts], dim=2) for x in (q, k, v)), plan.texts, strict=True)
+            return torch.cat([self(q, k, v, own, None) for q, k, v, (_, own) in pieces], dim=2)
+        q, kv = apply_rope(q, *plan.angles), torch.cat([apply_rope(k, *plan.angles), v], dim=-1)
+        if cache is None:
+            sinks, entries, state = kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), empty_state(q)
+        else:
+            sinks, entries, state = cache.exchange(kv, plan.moves)
+        y, state = self.attend(self.tokens(q, sinks, entries, plan), state, plan)
+        if cache is not None:
+            cache.keep(state)
+        return y.to(v.dtype)
+
+    def attention_weights(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """w_ij / sum of w_ij, (B, H, T, T), of a short text without a cache: what is made of unit vectors as values.
+        v: the gate reads it."""
+        q, kv = apply_rope(q, *plan.angles), torch.cat([apply_rope(k, *plan.angles), v], dim=-1)
+        x = self.tokens(q, kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), plan)
+        units = torch.eye(q.size(2), dtype=x.v.dtype, device=q.device).expand(*q.shape[:3], -1)
+        x = x._replace(v=F.pad(units, (0, 0, plan.lag, 0)), sink_v=units[:, :, : x.sink_v.size(2)])
+        return self.attend(x, empty_state(q, q.size(2)), plan)[0]
+
+    def tokens(self, q: Tensor, sinks: Tensor, entries: Tensor, plan: Plan) -> "Tokens":
+        """What is mixed, of queries (B, H, T, D), and keys and values (B, G, ..., 2 D)."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        sinks, entries = (x.to(wide).repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (sinks, entries))
+        (sink_k, sink_v), (k, v), rates = sinks.chunk(2, dim=-1), entries.chunk(2, dim=-1), None
+        if self.config.linear_gate:
+            rates = (v @ self.gate_weight.to(wide)[..., None]).squeeze(-1) + self.gate_bias.to(wide)[:, None]
+            rates = rates.clamp(0, 1) * plan.valid[:, None]
+        return Tokens(q.to(wide), k, v, rates, plan.valid, plan.seen, sink_k, sink_v)
+
+    def attend(self, x: "Tokens", state: State, plan: Plan) -> tuple[Tensor, State]:
+        """Outputs (B, H, T, D), and the state behind the call. A long text is read in pieces, in order; in training,
+        what they make on the way is made again in the backward."""
+        (B, H, T, _), outputs = x.q.shape, []
+        C = next((c for c in CHUNKS if c >= plan.window), CHUNKS[-1])
+        size = C * max(1, WEIGHT_ELEMENTS // (B * H * C * (C + plan.lag)))
+        cuts = [*range(0, T - T % C, size), *([T - T % C] if T % C else []), T]
+        long = len(cuts) > 3 and torch.is_grad_enabled()
+        run = functools.partial(checkpoint, self.attend_chunks, use_reentrant=False) if long else self.attend_chunks
+        for a, b in itertools.pairwise(cuts):
+            given = x.cut(a, b), state, min(C, b - a), plan.lag - plan.window
+            y, state = run(*given)
+            outputs.append(y)
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], state
+
+    def attend_chunks(self, x: "Tokens", state: State, C: int, behind: int) -> tuple[Tensor, State]:
+        """attend() for N chunks of C queries. behind: the newest older entry of a chunk's query c is behind + c."""
+        T, lag, device = x.q.size(2), x.k.size(2) - x.q.size(2), x.q.device
+        N, width, old = T // C, C + lag, C + max(0, behind)  # entries that a chunk reads; that some queries call older
+        query, entry = torch.arange(C, device=device)[:, None], torch.arange(width, device=device)
+        older = entry <= query + behind  # (C, width)
+        exact = ~older & (entry <= query + lag) & x.valid.unfold(1, width, C)[:, :, None]  # (1 or B, N, C, width)
+        q, values = x.q.unflatten(2, (N, C)), strips(x.v, width, C)  # (B, H, N, C, D), (B, H, N, width, D)
+        if x.seen.size(-1):
+            exact = torch.cat([exact, x.seen.unflatten(1, (N, C))], dim=-1)  # the sinks are behind the entries
+            values = torch.cat([values, x.sink_v[:, :, None].expand(-1, -1, N, -1, -1)], dim=-2)
+        weights = self.exact_weights(q, strips(x.k, width, C), x.sink_k, exact)
+        if self.config.linear_off:
+            return normalised(weights @ values, weights.sum(-1)), state
+        read = T + old - C
+        phi_q = features(x.q, self.feature_q, self.config).unflatten(2, (N, C))  # (B, H, N, C, F)
+        phi_k = features(x.k[:, :, :read], self.feature_k, self.config) * x.valid[:, None, :read, None]
+        phi_k = strips(phi_k, old, C)  # (B, H, N, old, F)
+        kernel, left = phi_q @ phi_k.mT, None
+        if x.rates is not None:
+            fade, fade_q, fade_k, left = fading(x.rates[:, :, :read].unfold(2, old, C), C, behind)
+            kernel, phi_q, phi_k = kernel * fade, phi_q * fade_q, phi_k * fade_k
+        kernel = kernel.masked_fill(~older[:, :old], 0)
+        weights = weights + F.pad(kernel, (0, weights.size(-1) - old))
+        before, norms, state = run_states(phi_k[..., :C, :], x.v[:, :, :T].unflatten(2, (N, C)), left, state)
+        y = weights @ values + phi_q @ before  # (B, H, N, C, D)
+        return normalised(y, weights.sum(-1) + (phi_q @ norms[..., None]).squeeze(-1)), state
+
+    def exact_weights(self, q: Tensor, k: Tensor, sink_k: Tensor, exact: Tensor) -> Tensor:
+        """g exp(s_ij - c_i) where exact (1 or B, N, C, width + n) says so, else 0: (B, H, N, C, width + n)."""
+        cap, scale = self.config.attention_logit_softcapping, self.config.attention_scores_scalar
+        scores = q @ k.mT
+        if sink_k.size(2):
+            scores = torch.cat([scores, q @ sink_k[:, :, None].mT], dim=-1)
+        scores = scores * (scale or self.config.head_size) ** -0.5
+        scores = (scores if cap is None else softcap(scores, cap)).masked_fill(~exact[:, None], -math.inf)
+        top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)  # finite if nothing is exact
+        return self.mix.to(q.dtype).sigmoid()[:, None, None, None] * (scores - top).exp()
+
+
+class Tokens(NamedTuple):
+    """Queries, keys and values of a call, of all query heads, in float32 at least."""
+
+    q: Tensor  # (B, H, T, D)
+    k: Tensor  # (B, H, E, D)
+    v: Tensor  # (B, H, E, D)
+    rates: Tensor | None  # (B, H, E): a_t of each entry; None: nothing fades
+    valid: Tensor  # as in Plan
+    seen: Tensor
+    sink_k: Tensor  # (B, H, n, D)
+    sink_v: Tensor
+
+    def cut(self, a: int, b: int) -> "Tokens":
+        """The queries a .. b - 1 and the entries that they read."""
+        end = b + self.k.size(2) - self.q.size(2)
+        k, v, rates = (x if x is None else x[:, :, a:end] for x in (self.k, self.v, self.rates))
+        q, valid, seen = self.q[:, :, a:b], self.valid[:, a:end], self.seen[:, a:b]
+        return self._replace(q=q, k=k, v=v, rates=rates, valid=valid, seen=seen)
+
+
+def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
+    """phi(x), (B, H, T, D) -> (B, H, T, F)"""
+    x = x @ weight.to(x.dtype)
+    if config.linear_feature_map == "relu":
+        return torch.cat([x, -x], dim=-1).relu()
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+
+
+def fading(rates: Tensor, C: int, behind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the gates leave, given a_t of the entries that are older to some query of a chunk, (B, H, N, old): of a key
+    for a query, (B, H, N, C, old); of the state before the chunk for a query, (B, H, N, C, 1); of a key, (B, H, N, old,
+    1), and of that state, (B, H, N, 1), behind the chunk."""
+    passed = rates.cumsum(-1)  # up to and with each entry
+    newest = (torch.arange(C, device=rates.device) + behind + 1).clamp(min=0)
+    gone = F.pad(passed, (1, 0))[..., newest, None]  # (B, H, N, C, 1): over all that is older to a query
+    end = passed[..., C - 1, None]  # (B, H, N, 1)
+    between = (passed[..., None, :] - gone).clamp(max=0)  # where a key is not older, what this says is not used
+    return between.exp(), (-gone).exp(), (passed - end).clamp(max=0).exp()[..., None], (-end).exp()
+
+
+def strips(x: Tensor, size: int, step: int) -> Tensor:
+    """(B, H, T, D) -> (B, H, N, size, D): `size` tokens from every step-th on."""
+    return x.unfold(2, size, step).mT
+
+
+def normalised(y: Tensor, total: Tensor) -> Tensor:
+    """(B, H, N, C, D) by (B, H, N, C), to (B, H, T, D). A query that sees nothing, which is padding, gets zeros."""
+    return (y / (total + (total == 0))[..., None]).flatten(2, 3)
+
+
+def empty_state(q: Tensor, size: int | None = None) -> State:
+    """A state for queries (B, H, T, D) and values of `size` elements: (B, H, F, size) and (B, H, F)."""
+    (B, H, _, D), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
+    return q.new_zeros(B, H, 2 * D, size or D, dtype=wide), q.new_zeros(B, H, 2 * D, dtype=wide)
+
+
+def run_states(phi: Tensor, v: Tensor, left: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
+    """The states before each of N chunks, (B, H, N, F, D) and (B, H, N, F), and that behind the last.
+
+    phi, v: of the keys that each chunk adds, (B, H, N, C, ...). left: of the state before it, (B, H, N, 1); None: all.
+    """
+    (total, norm), new, before = state, (phi.mT @ v, phi.sum(-2)), []
+    for n in range(phi.size(2)):
+        before.append((total, norm))
+        if left is not None:
+            total, norm = total * left[:, :, n, :, None], norm * left[:, :, n]
+        total, norm = total + new[0][:, :, n], norm + new[1][:, :, n]
+    totals, norms = (torch.stack(each, dim=2) for each in zip(*before, strict=True))
+    return totals, norms, (total, norm)
+
+
+# --------------------------------------------------------------------------------------------------------------- caches
+
+
+class Recent(nn.Module):
+    """Which positions a cache's entries (B, lag) and sinks (B, n) hold, in all layers of a kind; -1: none.
+
+    The entries are in order, invalid ones first. lag = S + lookahead: so many tokens can be taken back, since the state
+    holds only keys that have left the windows of these too. gone: the greatest position in the state.
+    """
+
+    def __init__(self, config: Config, batch: int, length: int, lookahead: int, device: Any) -> None:
+        super().__init__()
+        n, window = config.linear_sinks, max(1, config.linear_window)
+        self.lookahead, lag = lookahead, min(window, max(1, length - n)) + lookahead
+        self.unbounded = lag - lookahead == window
+        for name, size in (("pos", lag), ("sink_pos", n), ("gone", 1)):
+            self.register_buffer(name, torch.full((batch, size), -1, device=device), persistent=False)
+
+    def admit(self, pos: Tensor, window: int, looked: bool) -> tuple[Tensor, Tensor, Moves]:
+        """Take note of a call at pos (1 or B, T). What a sequence held from its first position on is forgotten. Returns
+        which of the call's entries are valid (B, E), the sinks' positions (B, n), and how keys move."""
+        T, numbers = pos.size(1), torch.arange(self.sink_pos.size(1), device=pos.device)
+        pos = pos.expand(self.pos.size(0), T)
+        first = pos.where(pos >= 0, 2**40).amin(dim=1, keepdim=True)
+        held, kept = self.pos.where(self.pos < first, -1), first > 0
+        if looked:
+            self.check(first, held, window)
+        entries = torch.cat([held, pos.where(pos >= len(numbers), -1)], dim=1)
+        order = (entries >= 0).byte().argsort(dim=1, stable=True)
+        entries = entries.gather(1, order)
+        self.pos.copy_(entries[:, T:])
+        self.gone.copy_(torch.maximum(self.gone.where(kept, -1), entries[:, :T].amax(dim=1, keepdim=True)))
+        found = pos[:, None] == numbers[:, None]  # (B, n, T)
+        own = found.any(-1)
+        self.sink_pos.copy_(torch.where(own, numbers, self.sink_pos.where(self.sink_pos < first, -1)))
+        return entries >= 0, self.sink_pos, Moves(order, kept, (own, found.byte().argmax(-1)))
+
+    def check(self, first: Tensor, held: Tensor, window: int) -> None:
+        """Refuse a call whose first positions (B, 1) the state is ahead of, or see keys exactly that are in it."""
+        exact = (held >= 0).sum(dim=1, keepdim=True)
+        wrong = (first > 0) & (self.gone >= 0) & ((self.gone >= first) | (exact < window - 1))
+        if wrong.any():
+            raise ValueError(
+                f"Position {int(first[wrong].min())} comes after later ones, which are in linear attention's state: "
+                f"it takes back {self.lookahead} tokens, more with set_kv_cache(lookahead=...). Another text begins at "
+                "0, or after reset_kv_cache()."
+            )
+
+    def take_over(self, old: "Recent") -> None:
+        for name in ("pos", "sink_pos", "gone"):
+            held = getattr(old, name)
+            getattr(self, name)[:, -held.size(1) :] = held
+
+
+class StateCache(nn.Module):
+    """The state of a layer in float32, the nearest keys (after RoPE) and values, and those of the sinks."""
+
+    def __init__(self, recent: Recent, config: Config, heads: tuple[int, int], device: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        (H, G), D, wide = heads, config.head_size, torch.promote_types(dtype, torch.float32)
+        self.recent, (B, lag), n = recent, recent.pos.shape, recent.sink_pos.size(1)
+        shapes = {"kv": (B, G, lag, 2 * D), "sinks": (B, G, n, 2 * D), "state": (B, H, 2 * D, D), "norm": (B, H, 2 * D)}
+        for name, shape in shapes.items():
+            kind = wide if name in ("state", "norm") else dtype
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=kind), persistent=False)
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in (self.kv, self.sinks, self.state, self.norm))
+
+    @property
+    def unbounded(self) -> bool:
+        return self.recent.unbounded
+
+    def reset(self) -> None:
+        for x in (self.recent.pos, self.recent.sink_pos, self.recent.gone):
+            x.fill_(-1)
+        self.state.zero_()
+        self.norm.zero_()
+
+    def can_take_back(self, n: int) -> bool:
+        return n <= self.recent.lookahead
+
+    def take_back(self, n: int) -> None:
+        """Nothing to do: what is fed next at their positions takes the place of the newest tokens."""
+
+    def take_over(self, old: "StateCache") -> None:
+        """Hold what a smaller cache holds."""
+        self.recent.take_over(old.recent)
+        self.kv[:, :, -old.kv.size(2) :] = old.kv
+        for name in ("sinks", "state", "norm"):
+            getattr(self, name).copy_(getattr(old, name))
+
+    def exchange(self, kv: Tensor, moves: Moves) -> tuple[Tensor, Tensor, State]:
+        """Take in the call's keys and values (B, G, T, 2 D); returns the sinks (B, G, n, 2 D), the entries (B, G, E,
+        2 D) and the state before them. No gradient flows through a cache."""
+        kv, (own, source) = kv.to(self.kv.dtype), moves.own_sinks
+        if own.size(1):
+            new = torch.take_along_dim(kv, source[:, None, :, None], dim=2)
+            self.sinks.copy_(torch.where(own[:, None, :, None], new, self.sinks).detach())
+        entries = torch.take_along_dim(torch.cat([self.kv, kv], dim=2), moves.order[:, None, :, None], dim=2)
+        self.kv.copy_(entries[:, :, kv.size(2) :].detach())
+        return self.sinks, entries, (self.state * moves.kept[..., None, None], self.norm * moves.kept[..., None])
+
+    def keep(self, state: State) -> None:
+        for held, new in zip((self.state, self.norm), state, strict=True):
+            held.copy_(new.detach())
+
+
+VARIANTS["linear"] = Variant(
+    fields=("linear_feature_map", "linear_window", "linear_sinks", "linear_gate", "linear_off"),
+    check=check_linear,
+    mixer=LinearAttention,
+)
