@@ -51,8 +51,8 @@ State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over 
 class Moves(NamedTuple):
     """What a call does with a cache."""
 
-    order: Tensor  # (B, E): where each entry is among the keys held and the call's own behind them
-    kept: Tensor  # (B, 1): False where the sequence begins anew
+    order: Tensor | None  # (B, E): where each entry is among the keys held and the call's own behind them; None: there
+    kept: Tensor | None  # (B, 1): False where the sequence begins anew; None: nowhere
     own_sinks: tuple[Tensor, Tensor]  # (B, n) each: which sinks are the call's own, and which of its tokens they are
 
 
@@ -278,6 +278,8 @@ def run_states(phi: Tensor, v: Tensor, left: Tensor | None, state: State) -> tup
         if left is not None:
             total, norm = total * left[:, :, n, :, None], norm * left[:, :, n]
         total, norm = total + new[0][:, :, n], norm + new[1][:, :, n]
+    if len(before) == 1:
+        return *(x.unsqueeze(2) for x in before[0]), (total, norm)
     totals, norms = (torch.stack(each, dim=2) for each in zip(*before, strict=True))
     return totals, norms, (total, norm)
 
@@ -317,6 +319,9 @@ class Recent(nn.Module):
         found = pos[:, None] == numbers[:, None]  # (B, n, T)
         own = found.any(-1)
         self.sink_pos.copy_(torch.where(own, numbers, self.sink_pos.where(self.sink_pos < first, -1)))
+        if looked:  # what changes nothing is left out
+            order = None if (order == torch.arange(order.size(1), device=pos.device)).all() else order
+            kept = None if kept.all() else kept
         return entries >= 0, self.sink_pos, Moves(order, kept, (own, found.byte().argmax(-1)))
 
     def check(self, first: Tensor, held: Tensor, window: int) -> None:
@@ -380,11 +385,17 @@ class StateCache(nn.Module):
         2 D) and the state before them. No gradient flows through a cache."""
         kv, (own, source) = kv.to(self.kv.dtype), moves.own_sinks
         if own.size(1):
-            new = torch.take_along_dim(kv, source[:, None, :, None], dim=2)
+            new = kv.gather(2, source[:, None, :, None].expand(self.sinks.shape))
             self.sinks.copy_(torch.where(own[:, None, :, None], new, self.sinks).detach())
-        entries = torch.take_along_dim(torch.cat([self.kv, kv], dim=2), moves.order[:, None, :, None], dim=2)
+        entries, state, norm = torch.cat([self.kv, kv], dim=2), self.state, self.norm
+        if moves.order is not None:
+            entries = entries.gather(2, moves.order[:, None, :, None].expand(entries.shape))
+        if moves.kept is not None:
+            state, norm = state * moves.kept[..., None, None], norm * moves.kept[..., None]
+        elif torch.is_grad_enabled():  # keep() overwrites what a backward reads
+            state, norm = state.clone(), norm.clone()
         self.kv.copy_(entries[:, :, kv.size(2) :].detach())
-        return self.sinks, entries, (self.state * moves.kept[..., None, None], self.norm * moves.kept[..., None])
+        return self.sinks, entries, (state, norm)
 
     def keep(self, state: State) -> None:
         for held, new in zip((self.state, self.norm), state, strict=True):

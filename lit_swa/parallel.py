@@ -172,7 +172,9 @@ def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
 
 
 def check_split(config: Config, rank: Rank) -> None:
-    """Raises ValueError for more ranks than there are parts."""
+    """Raises ValueError for more ranks than there are parts, and for what is not split."""
+    if rank.size > 1 and "linear" in config.layer_variants:
+        raise ValueError("Layers of linear attention are not split over processes: run the model in one.")
     for count, what in ((config.n_head, "query heads"), (config.intermediate_size, "inner outputs of its MLP")):
         if rank.size > count:
             raise ValueError(

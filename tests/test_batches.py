@@ -33,6 +33,7 @@ FIELDS = {
         "dual_chunk_pretraining_length": 12,
         "dual_chunk_temperature_slope": 0.1,
     },
+    "linear": {"attention": "linear,full", "linear_window": 5, "linear_sinks": 2, "linear_gate": True},
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}},
 }
 SAMPLED = Sampling(0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2)

@@ -2,18 +2,27 @@
 
 import importlib.util
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import randomize, tiny_config
 from torch import Tensor
 
 from lit_swa import GPT, Config, linear
+from lit_swa.checkpoint import load_model, save_checkpoint
+from lit_swa.formats.hugging_face import config_to_hf
+from lit_swa.generate import Session, cache_bytes, generate
 from lit_swa.linear import LinearAttention
+from lit_swa.lora import LoRAConfig, add_lora, lora_linears, merge_lora
 from lit_swa.model import RoPE
+from lit_swa.parallel import Rank, split_model
 from lit_swa.rope import find_span
+from lit_swa.speed import keys_read
 
 CASES = {
     "lolcats": {"linear_window": 5},
@@ -165,6 +174,112 @@ def test_gradients_of_the_chunks_are_those_of_finite_differences(case, monkeypat
     assert torch.autograd.gradcheck(run_with, given, fast_mode=True)
 
 
+# ---------------------------------------------------------------------------------------------------------- recurrent
+
+
+def next_places(rng: random.Random, text: list[int], T: int, back: int) -> list[int]:
+    """Where the next T tokens of a sequence stand, negative for padding. text: the places of those that it has."""
+    action = rng.choice(("on", "on", "skip", "anew", "back", "pause", "padded", "gaps"))
+    end = text[-1] + 1 if text else 0
+    n = {"pause": T, "padded": rng.randrange(T)}.get(action, 0)
+    start = {"skip": end + rng.randint(1, 9), "anew": 0, "back": max(0, end - rng.randint(0, back))}.get(action, end)
+    gap = 3 if action == "gaps" else 1
+    return [-1] * n + [start + i * gap for i in range(T - n)]
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_any_history_of_the_cache_leaves_each_sequence_its_own_text(case, lookahead, monkeypatch):
+    """Catches: a key that is in the state and the window, or in neither; one that was taken back and is seen; a row
+    that moves with another. Chunks of 4, in calls that begin anywhere, pad, pause and leave positions out."""
+    monkeypatch.setattr(linear, "CHUNKS", (4,))
+    mixer, rope = build(n_head=2, n_query_groups=1, n_embd=8, **CASES[case])
+    compared = 0
+    for seed in range(3):
+        rng, texts = random.Random(seed), [{}, {}]  # of each row: place -> q, k, v
+        cache = mixer.new_cache(2, 99, lookahead, (2, 1), None, device="cpu", dtype=torch.float64)
+        size = cache.bytes
+        for _ in range(9):
+            T = rng.choice((1, 1, 1, 2, 3, 6, 11))
+            rows = [next_places(rng, list(text), T, lookahead) for text in texts]
+            pos, new = torch.tensor(rows), inputs(mixer, 2, T)
+            span = find_span(pos, None)
+            if rng.random() < 0.3 and T == 1:
+                span = span._replace(first=None, last=None, contiguous=True, fresh=False, looked=False)  # a fixed shape
+            got = mixer(*new, mixer.plan(pos, span, cache, rope), cache)
+            for r, row in enumerate(rows):
+                fed = {p: tuple(x[r, :, i] for x in new) for i, p in enumerate(row) if p >= 0}
+                if fed:
+                    texts[r] = {p: x for p, x in texts[r].items() if p < min(fed)} | fed
+                    q, k, v = (torch.stack(x, dim=1) for x in zip(*texts[r].values(), strict=True))
+                    expected = formula(mixer, q, k, v, list(texts[r]))[:, -len(fed) :]
+                    torch.testing.assert_close(
+                        got[r, :, -len(fed) :], expected, rtol=1e-6, atol=1e-6, msg=f"{seed} {rows}"
+                    )
+                    compared += len(fed)
+        assert cache.bytes == size
+    assert compared > 60
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    case=st.sampled_from(sorted(CASES)),
+    back=st.integers(0, 3),
+)
+@torch.no_grad()
+def test_any_split_of_a_text_gives_the_logits_of_one_call(sizes, case, back):
+    """Catches: a recurrent form that is not the parallel one, through a whole model; tokens taken back that count."""
+    torch.manual_seed(3)
+    model = GPT(tiny_config(attention="linear", **CASES[case])).eval().double()
+    randomize(model)
+    idx, start = torch.randint(0, 97, (2, sum(sizes))), 0
+    expected = model(idx)
+    model.set_kv_cache(2, 256, lookahead=3)
+    for n in sizes:
+        got = model(idx[:, start : start + n], torch.arange(start, start + n))
+        torch.testing.assert_close(got, expected[:, start : start + n], rtol=1e-5, atol=1e-6)
+        start += n
+        if back and start >= back:  # a draft that turns out wrong
+            model(torch.randint(0, 97, (2, back)), torch.arange(start, start + back))
+            model.take_back(back)
+
+
+@torch.no_grad()
+def test_what_cannot_be_taken_back_is_refused_in_a_sentence(tiny_model):
+    """Catches: logits of a state that holds the tokens that were to be forgotten."""
+    model = tiny_model(attention="linear", linear_window=4)
+    model.set_kv_cache(1, 64, lookahead=2)
+    model(torch.randint(0, 97, (1, 20)), torch.arange(20))
+    assert model.can_take_back(2) and not model.can_take_back(3)
+    with pytest.raises(ValueError, match=r"Position 12 comes after later ones, .* takes back 2 tokens, .*lookahead"):
+        model(torch.randint(0, 97, (1, 1)), torch.tensor([12]))
+    idx = torch.randint(0, 97, (1, 9))
+    torch.testing.assert_close(model(idx, torch.arange(9)), model(idx), rtol=1e-4, atol=1e-5)  # another text
+
+
+@torch.no_grad()
+def test_text_of_any_length_is_written_in_a_constant_cache(tiny_model):
+    """Catches: a limit by the context or a cache that grows; other tokens than whole calls choose; ragged rows."""
+    model = tiny_model(attention="linear", linear_window=6, linear_sinks=2, block_size=16)
+    tokens = list(generate(model, [1, 2, 3], 40))
+    size, text = model.kv_cache_bytes(), torch.tensor([[1, 2, 3, *tokens]])
+    assert model(text)[0, 2:-1].argmax(-1).tolist() == tokens and model.unbounded(cached=True)
+    assert list(generate(model, [1, 2, 3], 90))[:40] == tokens and model.kv_cache_bytes() == size
+    per_layer = 6 * 16 * 8 * 4 + 6 * 16 * 4 + (6 + 2) * 2 * 2 * 8 * 4  # the state, its norm, the window and the sinks
+    assert size == 2 * per_layer
+    session, rows = Session(model, 3, lookahead=2), [[1, 2, 3], list(range(30)), [5] * 11]
+    expected = torch.stack([model(torch.tensor([[*row, 7, 8]]))[0, -1] for row in rows])
+    session.feed(rows)
+    session.feed(torch.tensor([[7, 9]] * 3))
+    session.take_back(1)
+    torch.testing.assert_close(session.feed(torch.full((3, 1), 8))[:, -1], expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- around the mixer
+
+
 def test_new_weights_are_the_identity_after_any_way_to_make_a_model():
     """Catches: features, factors or gates that nobody fills in a model that was built without memory."""
     config = tiny_config(attention="linear,full", linear_gate=True)
@@ -229,3 +344,65 @@ def test_without_a_window_it_is_the_linear_attention_of_fla():
         else:
             expected = plain.naive_recurrent_linear_attn(phi_q, phi_k, v.transpose(1, 2), scale=1.0, normalize=True)[0]
         torch.testing.assert_close(got.float(), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_texts_in_one_row_are_read_as_alone(tiny_model):
+    """Catches: a state that goes on into the next text."""
+    model, lengths = tiny_model(attention="linear,full", linear_window=4, linear_sinks=1), [9, 1, 20]
+    idx = torch.randint(0, 97, (2, 30))
+    expected = torch.cat([model(text) for text in idx.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(model(idx, documents=lengths), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cached_call_has_the_gradient_of_an_uncached_one(tiny_model):
+    """Catches: a state that is overwritten before the backward has read it."""
+    model, idx, gradients = tiny_model(attention="linear", linear_window=4), torch.randint(0, 97, (1, 30)), []
+    for pos in (None, torch.arange(30)):
+        model.set_kv_cache(1, 30)
+        model.zero_grad()
+        model(idx, pos).square().mean().backward()
+        gradients.append(model.layers[0].mixer.feature_k.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+PATTERN = {"attention": "linear,linear,linear,full", "n_layer": 4, "linear_window": 6, "linear_sinks": 2}
+
+
+@torch.no_grad()
+def test_a_model_with_linear_layers_is_saved_quantised_described_and_measured(tiny_model, tmp_path):
+    """Catches: a tool that knows softmax layers only, a weight that no file holds, a field that is not kept."""
+    model, idx = tiny_model(**PATTERN, linear_gate=True), torch.randint(0, 97, (1, 40))
+    save_checkpoint(model, model.config, tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded(idx), model(idx)) and loaded.config == model.config
+    quantised, expected = load_model(tmp_path, quantize="int8"), model(idx)
+    assert 0 < (quantised(idx) - expected).abs().max() < 0.1 * expected.abs().max()
+    assert (load_model(tmp_path, linear_off=True)(idx) - expected).abs().max() > 0.1
+    model.set_kv_cache(2, 64)
+    tokens = 2 * 2 * 8 * 4  # bytes of a key and a value of all groups, in the layer that attends in full
+    state = sum(attn.kv_cache.bytes for attn in model.layers[:3]) / 2
+    assert keys_read(model, 10, 10) == state + 10 * tokens
+    held = {id(b): b.nbytes for cache in model.caches for b in cache.buffers()}
+    assert cache_bytes(model, 2, 64) == sum(held.values())
+    with pytest.raises(ValueError, match="not split over processes"):
+        split_model(model, Rank(0, 2))
+    with pytest.raises(ValueError, match="linear"):
+        config_to_hf(model.config)
+
+
+def test_lora_trains_beside_linear_layers_and_merges(tiny_model):
+    """Catches: features that LoRA trains too, an adapter that does not reach a linear layer's projections."""
+    model, idx = tiny_model(**PATTERN), torch.randint(0, 97, (1, 40))
+    add_lora(model, LoRAConfig(r=4, alpha=8, targets=("q", "k", "v", "o")))
+    for _, linear_layer in lora_linears(model):
+        for p in linear_layer.lora.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".lora." in name for name in trained)
+    expected = model(idx)
+    expected.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    merge_lora(model)
+    torch.testing.assert_close(model(idx), expected, rtol=1e-3, atol=1e-3)

@@ -35,6 +35,7 @@ VARIANTS_OF_TARGETS = {
     "streaming": {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 3},
     "dual_chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 24},
     "mixed": ROLLING | {"attention": "sliding,full"},
+    "linear": {"attention": "linear", "linear_window": 5, "linear_sinks": 2, "linear_gate": True},
 }
 DRAFTS = ("model", "lookup", "self-int4", "streaming", "streaming-int4")
 
