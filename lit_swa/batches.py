@@ -175,15 +175,13 @@ class RowSampler:
 
     def choose_tokens(self, logits: Tensor, rows: slice) -> Tensor:
         seen = None if self.seen is None else self.seen[rows]
-        if self.sampling.temperature == 0:
-            token = self.sampling.penalize(logits.float(), seen).argmax(dim=-1, keepdim=True)
-        else:
-            probabilities = self.sampling.distribution(logits, seen)
-            noise = torch.ones_like(probabilities)
+        noise = None
+        if self.sampling.temperature > 0:
+            noise = torch.ones_like(logits, dtype=torch.float32)
             for of_row, generator in zip(noise, self.generators[rows], strict=True):
                 if generator is not None:
-                    of_row.exponential_(1, generator=generator)  # the numbers that generate.draw takes for one text
-            token = (probabilities / noise).argmax(dim=-1, keepdim=True)
+                    of_row.exponential_(1, generator=generator)  # the numbers that a Sampler takes for one text
+        token = self.sampling.choose(logits, noise, seen)
         if seen is not None:
             seen.scatter_(1, token, True)  # a view of self.seen
         return token

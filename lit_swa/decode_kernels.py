@@ -413,11 +413,19 @@ def matrix_kernel(
 
 
 @triton.jit
+def keep_layout(x):
+    """x. The compiler would make what it comes from in the layout of what follows, which takes many registers."""
+    if x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_rotated(
-    x, cos, sin, weight, rows, live, D: tl.constexpr, DP: tl.constexpr, N_ROPE: tl.constexpr, NORM: tl.constexpr,
-    OFFSET: tl.constexpr, eps, dtype: tl.constexpr,
+    x, cos, sin, weight, rows, angles, live, D: tl.constexpr, DP: tl.constexpr, N_ROPE: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, eps, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The heads at x + rows (ROWS,), normed if NORM and rotated, (ROWS, DP). cos, sin: (ROWS,) pointers to angles."""
+    """The heads at x + rows (ROWS,), normed if NORM and rotated by what is at cos and sin + angles, (ROWS, DP)."""
     d = tl.arange(0, DP)
     there = live[:, None] & (d < D)[None, :]
     swapped = tl.where(d < N_ROPE, (d + N_ROPE // 2) % N_ROPE, d)
@@ -436,9 +444,9 @@ def load_rotated(
             .to(tl.float32)
         )
     turned = live[:, None] & (d < N_ROPE)[None, :]
-    c = tl.load(cos[:, None] + d[None, :], mask=turned, other=1.0)
-    s = tl.load(sin[:, None] + d[None, :], mask=turned, other=0.0)
-    return (v * c + u * s).to(dtype)
+    c = tl.load(cos + angles[:, None] + d[None, :], mask=turned, other=1.0)
+    s = tl.load(sin + angles[:, None] + d[None, :], mask=turned, other=0.0)
+    return keep_layout((v * c + u * s).to(dtype))
 
 
 @triton.jit
@@ -457,16 +465,67 @@ def scores_of(q, q_1, q_2, k, seen, scale, cap, PARTS: tl.constexpr, CAP: tl.con
 
 
 @triton.jit
-def fetch_lines(cache, slots, there, D: tl.constexpr):
-    """Bring what the slots hold into the L2 cache."""
-    LINE: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)
-    LINES: tl.constexpr = (D + LINE - 1) // LINE
-    if LINES * LINE == D and (LINES & (LINES - 1)) == 0:
-        at = cache + slots[:, None] * D + (tl.arange(0, LINES) * LINE)[None, :]
-        at = tl.where(there[:, None], at, cache).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )  # fmt: skip
+def fetch(lines, there):
+    """Bring lines of 128 bytes into the L2 cache. lines: where each begins."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+        [lines.to(tl.int64), there.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_slots(
+    k_cache, v_cache, seen, blocks, n, later, n_blocks, t, live, L, T, D: tl.constexpr, DP: tl.constexpr,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the live blocks n .. n + WIDTH - 1, (keys, DP) each, and who sees them, (ROWS, keys). Those of
+    the blocks from `later` on are brought into the L2 cache."""
+    c, d = tl.arange(0, KEYS * WIDTH), tl.arange(0, DP)
+    mine = n + c // KEYS < n_blocks
+    j = tl.load(blocks + n + c // KEYS, mask=mine, other=0).to(tl.int32) * KEYS + c % KEYS
+    mine = mine & (j < L)
+    there = mine[:, None] & (d < D)[None, :]
+    k = tl.load(k_cache + j[:, None] * D + d[None, :], mask=there, other=0.0)
+    v = tl.load(v_cache + j[:, None] * D + d[None, :], mask=there, other=0.0)
+    sees = tl.load(seen + t[:, None] * (L + T) + j[None, :], mask=live[:, None] & mine[None, :], other=0)
+    LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    mine = later + c // KEYS < n_blocks
+    j = tl.load(blocks + later + c // KEYS, mask=mine, other=0).to(tl.int32) * KEYS + c % KEYS
+    line = tl.arange(0, (DP + LINE - 1) // LINE) * LINE
+    there = (mine & (j < L))[:, None] & (line < D)[None, :]
+    fetch(k_cache + j[:, None] * D + line[None, :], there)
+    fetch(v_cache + j[:, None] * D + line[None, :], there)
+    return k, v, sees
+
+
+@triton.jit
+def join_splits(
+    y, sums, edges, H, first, rows, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    JOINED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write the outputs of the rows first .. first + GROUP - 1 from what each of SPLITS programs found."""
+    d, m = tl.arange(0, DP), first + tl.arange(0, GROUP)
+    here = m * SPLITS
+    s = tl.arange(0, JOINED)
+    found = edges + (here[:, None] + s[None, :]) * 2
+    known = (m < rows)[:, None] & (s < SPLITS)[None, :]
+    tops = tl.load(found, mask=known, other=float("-inf"), cache_modifier=".cg")
+    highest = tl.max(tops, 1)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(tops - highest[:, None])
+    whole = tl.sum(tl.load(found + 1, mask=known, other=0.0, cache_modifier=".cg") * weights, 1)
+    joined = tl.zeros((GROUP, DP), tl.float32)
+    for start in range(0, SPLITS, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        there, places = (m < rows)[:, None] & (c < SPLITS)[None, :], here[:, None] + c[None, :]
+        w = tl.exp(
+            tl.load(edges + places * 2, mask=there, other=float("-inf"), cache_modifier=".cg") - highest[:, None]
+        )
+        x = sums + places[:, :, None] * DP + d[None, None, :]
+        joined += tl.sum(tl.load(x, mask=there[:, :, None], other=0.0, cache_modifier=".cg") * w[:, :, None], 1)
+    joined /= tl.where(whole > 0, whole, 1.0)[:, None]
+    to = y + (m // R * H + m % R)[:, None] * D + d[None, :]
+    tl.store(to, joined.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -476,120 +535,100 @@ def attention_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N_ROPE: tl.constexpr, PARTS: tl.constexpr,
     COPIES: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    SHARES: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """SPLITS programs for each key/value head: the first SHARES of them share the slots, L of the n_slots in the cache,
+    and the last one takes the call's own keys."""
     R: tl.constexpr = H // G
     W: tl.constexpr = (H + 2 * G) * D  # of a token in qkv
     dtype = qkv.dtype.element_ty
     b, g, split = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G, tl.program_id(1)
-    m, d, c = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, KEYS * WIDTH)
-    t, live = m // R, m < R * T
-    head = (b * G + g) * n_slots * D
+    m, d = tl.arange(0, ROWS), tl.arange(0, DP)
+    t, live, own = m // R, m < R * T, split == SPLITS - 1
+    k_cache, v_cache = k_cache + (b * G + g) * n_slots * D, v_cache + (b * G + g) * n_slots * D
     blocks += b * row_blocks
+    seen += b * row_seen
     n_blocks = tl.load(blocks + (L + KEYS - 1) // KEYS)
+    n, stride = tl.where(split < SHARES, split * WIDTH, n_blocks), SHARES * WIDTH
+    # what the caches hold does not depend on the kernel in front of this one
+    k, v, sees = load_slots(
+        k_cache, v_cache, seen, blocks, n, n + stride, n_blocks, t, live, L, T, D, DP, KEYS, WIDTH
+    )  # fmt: skip
     if PDL:
-        mine = split * WIDTH + c // KEYS < n_blocks
-        first = tl.load(blocks + split * WIDTH + c // KEYS, mask=mine, other=0) * KEYS + c % KEYS
-        fetch_lines(k_cache + head, first, mine & (first < L), D)
-        fetch_lines(v_cache + head, first, mine & (first < L), D)
         gdc_wait()
         gdc_launch_dependents()
     tokens = qkv + b * T * W
     rows = t * W + (g * R + m % R) * D
     # cos and sin: (PARTS, 1 or B, T, N_ROPE)
-    angle = b * row_angle + t * N_ROPE
+    cos, sin, k_cos, k_sin = cos + b * row_angle, sin + b * row_angle, k_cos + b * row_angle, k_sin + b * row_angle
     q = load_rotated(
-        tokens, cos + angle, sin + angle, norm_q, rows, live, D, DP, N_ROPE, NORM, OFFSET, eps, dtype
+        tokens, cos, sin, norm_q, rows, t * N_ROPE, live, D, DP, N_ROPE, NORM, OFFSET, eps, dtype
     )  # fmt: skip
     q_1, q_2 = q, q
     if PARTS > 1:
-        angle += part_angle
+        cos, sin = cos + part_angle, sin + part_angle
         q_1 = load_rotated(
-            tokens, cos + angle, sin + angle, norm_q, rows, live, D, DP, N_ROPE, NORM, OFFSET, eps, dtype
+            tokens, cos, sin, norm_q, rows, t * N_ROPE, live, D, DP, N_ROPE, NORM, OFFSET, eps, dtype
         )  # fmt: skip
     if PARTS > 2:
-        angle += part_angle
+        cos, sin = cos + part_angle, sin + part_angle
         q_2 = load_rotated(
-            tokens, cos + angle, sin + angle, norm_q, rows, live, D, DP, N_ROPE, NORM, OFFSET, eps, dtype
+            tokens, cos, sin, norm_q, rows, t * N_ROPE, live, D, DP, N_ROPE, NORM, OFFSET, eps, dtype
         )  # fmt: skip
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DP), tl.float32)
-    if split == SPLITS:  # the call's own keys and values: seen, and written to their slots
+    if own:  # seen, and written to their slots
         i = tl.arange(0, OWN)
         new = i < T
-        k_angle = b * row_angle + i * N_ROPE
-        k = load_rotated(
-            tokens,
-            k_cos + k_angle,
-            k_sin + k_angle,
-            norm_k,
-            i * W + (H + g) * D,
-            new,
-            D,
-            DP,
-            N_ROPE,
-            NORM,
-            OFFSET,
-            eps,
-            dtype,
-        )
+        k_rows = i * W + (H + g) * D
+        own_k = load_rotated(
+            tokens, k_cos, k_sin, norm_k, k_rows, i * N_ROPE, new, D, DP, N_ROPE, NORM, OFFSET, eps, dtype
+        )  # fmt: skip
         there = new[:, None] & (d < D)[None, :]
-        v = tl.load(tokens + (i * W + (H + G + g) * D)[:, None] + d[None, :], mask=there, other=0.0)
+        own_v = tl.load(tokens + (k_rows + G * D)[:, None] + d[None, :], mask=there, other=0.0)
         for copy in tl.static_range(COPIES):
             slot = tl.load(slots + b * row_slots + copy * T + i, mask=new, other=-1)
-            to = head + slot[:, None] * D + d[None, :]
-            tl.store(k_cache + to, k, mask=there & (slot >= 0)[:, None])
-            tl.store(v_cache + to, v, mask=there & (slot >= 0)[:, None])
+            to = slot.to(tl.int32)[:, None] * D + d[None, :]
+            tl.store(k_cache + to, own_k, mask=there & (slot >= 0)[:, None])
+            tl.store(v_cache + to, own_v, mask=there & (slot >= 0)[:, None])
         known = live[:, None] & new[None, :]
-        sees = tl.load(seen + b * row_seen + t[:, None] * (L + T) + L + i[None, :], mask=known, other=0)
-        s = scores_of(q, q_1, q_2, k, sees, scale, cap, PARTS, CAP)
+        sees_own = tl.load(seen + t[:, None] * (L + T) + L + i[None, :], mask=known, other=0)
+        s = scores_of(q, q_1, q_2, own_k, sees_own, scale, cap, PARTS, CAP)
         top = tl.max(s, 1)
         p = tl.exp(s - tl.where(top == float("-inf"), 0.0, top)[:, None])
         total = tl.sum(p, 1)
-        acc = tl.dot(p.to(dtype), v, input_precision="ieee")
-    else:
-        for n in tl.range(split * WIDTH, n_blocks, SPLITS * WIDTH, num_stages=STAGES):
-            mine = n + c // KEYS < n_blocks
-            j = tl.load(blocks + n + c // KEYS, mask=mine, other=0) * KEYS + c % KEYS
-            mine = mine & (j < L)
-            there = mine[:, None] & (d < D)[None, :]
-            k = tl.load(k_cache + head + j[:, None] * D + d[None, :], mask=there, other=0.0)
-            v = tl.load(v_cache + head + j[:, None] * D + d[None, :], mask=there, other=0.0)
-            known = live[:, None] & mine[None, :]
-            sees = tl.load(seen + b * row_seen + t[:, None] * (L + T) + j[None, :], mask=known, other=0)
-            s = scores_of(q, q_1, q_2, k, sees, scale, cap, PARTS, CAP)
-            higher = tl.maximum(top, tl.max(s, 1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            p = tl.exp(s - base[:, None])
-            fade = tl.exp(top - base)
-            total = total * fade + tl.sum(p, 1)
-            acc = tl.dot(p.to(dtype), v, acc * fade[:, None], input_precision="ieee")
-            top = higher
-    # partial: (B * G, ROWS, SPLITS + 1, DP + 2): sums of values, the greatest score, the sum of weights
-    here = partial + ((tl.program_id(0) * ROWS + m).to(tl.int64) * (SPLITS + 1) + split) * (DP + 2)
-    tl.store(here[:, None] + d[None, :], acc, mask=live[:, None] & (d < D)[None, :])
-    tl.store(here + DP, top, mask=live)
-    tl.store(here + DP + 1, total, mask=live)
+        acc = tl.dot(p.to(dtype), own_v, input_precision="ieee")
+    while n < n_blocks:
+        s = scores_of(q, q_1, q_2, k, sees, scale, cap, PARTS, CAP)
+        higher = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp(s - base[:, None])
+        fade = tl.exp(top - base)
+        total = total * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(dtype), v, acc * fade[:, None], input_precision="ieee")
+        top = higher
+        n += stride
+        k, v, sees = load_slots(
+            k_cache, v_cache, seen, blocks, n, n + stride, n_blocks, t, live, L, T, D, DP, KEYS, WIDTH
+        )  # fmt: skip
+    # partial: (B * G, ROWS, SPLITS) times DP sums of values, and then times 2: the greatest score, the sum of weights
+    at = tl.program_id(0).to(tl.int64) * ROWS
+    edges = partial + tl.num_programs(0).to(tl.int64) * (ROWS * SPLITS * DP)
+    partial, edges = partial + at * SPLITS * DP, edges + at * SPLITS * 2
+    here = m * SPLITS + split
+    tl.store(partial + here[:, None] * DP + d[None, :], acc, mask=live[:, None])
+    tl.store(edges + here * 2, top, mask=live)
+    tl.store(edges + here * 2 + 1, total, mask=live)
     tl.debug_barrier()
     done = tl.atomic_add(counts + tl.program_id(0), 1, sem="acq_rel")
-    if done == SPLITS:  # so all others are: join what they found
+    if done == SPLITS - 1:  # so all others are
         tl.store(counts + tl.program_id(0), 0)
-        s = tl.arange(0, JOINED)
-        there = s < SPLITS + 1
-        for token in range(0, T):
-            for r in tl.static_range(R):
-                row = (tl.program_id(0) * ROWS + token * R + r).to(tl.int64)
-                found = partial + (row * (SPLITS + 1) + s) * (DP + 2)
-                tops = tl.load(found + DP, mask=there, other=float("-inf"), cache_modifier=".cg")
-                totals = tl.load(found + DP + 1, mask=there, other=0.0, cache_modifier=".cg")
-                known = there[:, None] & (d < D)[None, :]
-                sums = tl.load(found[:, None] + d[None, :], mask=known, other=0.0, cache_modifier=".cg")
-                highest = tl.max(tops, 0)
-                weight = tl.exp(tops - tl.where(highest == float("-inf"), 0.0, highest))
-                whole = tl.sum(totals * weight, 0)
-                joined = tl.sum(sums * weight[:, None], 0) / tl.where(whole > 0, whole, 1.0)
-                tl.store(y + ((b * T + token) * H + g * R + r) * D + d, joined.to(dtype), mask=d < D)
+        to = y + (b * T * H + g * R) * D
+        for first in range(0, R * T, GROUP):
+            join_splits(
+                to, partial, edges, H, first, R * T, D, DP, R, SPLITS, JOINED, GROUP, CHUNK
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ launching
@@ -775,31 +814,39 @@ def attention(
     B, T, _ = qkv.shape
     H, G, D = n_head, n_query_groups, cache.k.size(-1)
     ROWS, OWN, DP = (max(16, next_power(n)) for n in (H // G * T, T, D))
-    splits, width, warps, stages = attention_tiles(plan.blocks.size(1) - 1, B * G, DP * qkv.element_size(), qkv.device)
+    blocks, size = plan.blocks.size(1) - 1, DP * qkv.element_size()
+    splits, shares, width, warps = attention_tiles(blocks, B * G, size, qkv.device)
+    joined, group = next_power(splits), min(4, next_power(H // G * T))  # programs and rows that are joined together
     y = torch.empty(B, T, H * D, dtype=qkv.dtype, device=qkv.device)
-    partial = torch.empty(B * G * ROWS * (splits + 1) * (DP + 2), dtype=torch.float32, device=qkv.device)
+    partial = torch.empty(B * G * ROWS * splits * (DP + 2), dtype=torch.float32, device=qkv.device)
     gain_q, gain_k, eps, offset = norms or (qkv, qkv, 0.0, 0.0)
 
     def stride(x: Tensor) -> int:  # from sequence to sequence; 0 where all share one
         return x.stride(0) if x.size(0) > 1 else 0
 
-    attention_kernel[(B * G, splits + 1)](
+    attention_kernel[(B * G, splits)](
         y, qkv, cache.k, cache.v, plan.cos, plan.sin, plan.k_cos, plan.k_sin, plan.seen, plan.slots,
         plan.blocks, gain_q, gain_k, partial, plan.counts, T, plan.seen.size(-1) - T, cache.k.size(2),
         *map(stride, (plan.seen, plan.slots, plan.blocks, plan.k_cos)), plan.cos.stride(0), scale,
         cap or 0.0, eps, H=H, G=G, D=D, DP=DP, N_ROPE=plan.cos.size(-1), PARTS=plan.cos.size(0),
         COPIES=plan.slots.size(1), NORM=norms is not None, OFFSET=offset, CAP=cap is not None, ROWS=ROWS, KEYS=KEYS,
-        WIDTH=width, OWN=OWN, SPLITS=splits, JOINED=next_power(splits + 1), STAGES=stages, num_warps=warps,
+        WIDTH=width, OWN=OWN, SPLITS=splits, SHARES=shares, JOINED=joined, GROUP=group,
+        CHUNK=min(joined, max(1, 8192 // (group * DP))), num_warps=warps,
         **early_launch(qkv.device),
     )  # fmt: skip
     return y
 
 
 def attention_tiles(blocks: int, heads: int, size: int, device: torch.device) -> tuple[int, int, int, int]:
-    """(programs that share the slots of a head, blocks that one reads at a time, warps, reads in flight).
+    """(programs of a key/value head, those that share its blocks, blocks that one reads at a time, warps).
 
-    size: bytes of a key. About two programs for each multiprocessor, and no more than there are blocks.
+    size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds that are nearly full, and each
+    has two blocks at least. Another takes the call's own keys where there is a place left for it.
     """
-    width = 2 if size <= 256 and blocks >= 64 else 1
-    wanted = next_power(max(1, 2 * properties(device).multiprocessors // heads))
-    return max(1, min(wanted, next_power(blocks) // 2, 128)), width, 4, 1
+    width, warps = (2, 8) if size <= 256 and blocks >= 64 else (1, 4 if size <= 256 else 8)
+    places = properties(device).multiprocessors * (8 // warps)
+    most = max(1, min(128, triton.cdiv(blocks, 2)))
+    fewest = min(most, max(1, places // heads))
+    full = (n for n in range(fewest, most + 1) if n * heads >= 0.9 * places * triton.cdiv(n * heads, places))
+    shares = next(full, fewest)
+    return shares + (heads * (shares + 1) <= places), shares, width, warps

@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.config import Config
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
+from lit_swa.linear_formats import gpu_kernels
 from lit_swa.machine import few_threads
 from lit_swa.memory import free_memory, require_memory
 from lit_swa.model import GPT
@@ -86,6 +87,17 @@ class Sampling:
             logits = logits.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
         return logits.softmax(dim=-1)
 
+    def choose(self, logits: Tensor, noise: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """The next tokens (B, 1) for logits (B, V): those that win the exponential race with the numbers noise (B, V),
+        as `draw` says; with temperature 0, where noise is None, the likeliest."""
+        kernels = gpu_kernels("sampling_kernel") if logits.device.type == "cuda" and self.top_p == 1.0 else None
+        if kernels is not None:
+            logits = logits if seen is None else self.penalize(logits.float(), seen)
+            return kernels.choose_tokens(logits, noise, self.temperature, self.top_k, self.min_p)
+        if noise is None:  # the argmax of `distribution`, without making one
+            return self.penalize(logits.float(), seen).argmax(dim=-1, keepdim=True)
+        return (self.distribution(logits, seen) / noise).argmax(dim=-1, keepdim=True)
+
     def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """The logits (B, V) with the repetition penalty on the tokens of seen (B, V)."""
         if seen is None or self.repetition_penalty == 1.0:
@@ -140,10 +152,10 @@ class Sampler:
         return self.choose_token(logits)
 
     def choose_token(self, logits: Tensor) -> Tensor:
-        if self.sampling.temperature == 0:  # the argmax of `distribution`, without making one
-            token = self.sampling.penalize(logits.float(), self.seen).argmax(dim=-1, keepdim=True)
-        else:
-            token = draw(self.sampling.distribution(logits, self.seen), self.generator)
+        noise = None
+        if self.sampling.temperature > 0:
+            noise = torch.empty_like(logits, dtype=torch.float32).exponential_(1, generator=self.generator)
+        token = self.sampling.choose(logits, noise, self.seen)
         if self.seen is not None:
             self.seen.scatter_(1, token, True)
         return token

@@ -141,18 +141,22 @@ def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool,
     seen = who_sees(row.parts, pos, torch.cat([held, pos.expand(held.size(0), T)], dim=1), config)
     write = slots.write(pos, Span(uniform, contiguous=T == 1))
     if write.any_token is None:
-        to = torch.stack(write.slots)[None]  # (1, copies, T)
+        to = stack(write.slots)[None]  # (1, copies, T)
     else:
         kept = write.any_token & (write.tokens == torch.arange(T, device=pos.device))
         to = torch.stack([torch.where(kept, s, -1) for s in write.slots], dim=1)  # (B, copies, T)
     q_angles, (k_cos, k_sin), _ = mixer.angles(pos, pos, rope)
-    cos, sin = (torch.stack(each).squeeze(2) for each in zip(*q_angles, strict=True))  # (parts, 1 or B, T, n)
+    cos, sin = (stack(each).squeeze(2) for each in zip(*q_angles, strict=True))  # (parts, 1 or B, T, n)
     if row.temperature is not None and (factor := row.temperature(pos, config)) is not None:
         factor = factor.squeeze(1) if isinstance(factor, Tensor) else factor  # (1 or B, T, 1)
         cos, sin = cos * factor, sin * factor
     angles = cos.contiguous(), sin.contiguous(), k_cos.squeeze(1), k_sin.squeeze(1)
     counts = torch.zeros(held.size(0) * config.n_query_groups, dtype=torch.int32, device=pos.device)
     return SlotPlan(*angles, seen, live_blocks(seen[:, :, : held.size(1)]), to, counts)
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # without a copy
 
 
 def who_sees(parts: tuple[Part, ...], q_pos: Tensor, k_pos: Tensor, config: Any) -> Tensor:

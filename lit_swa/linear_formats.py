@@ -81,13 +81,13 @@ def device_of(linear: nn.Module) -> torch.device:
 
 
 @functools.cache
-def gpu_kernels() -> Any:
-    """decode_kernels, products with few rows and more; None without Triton, and for GPUs that are not NVIDIA's or older
-    than Ampere."""
+def gpu_kernels(file: str = "decode_kernels") -> Any:
+    """A file of Triton kernels, by default a decode step's; None without Triton, and for GPUs that are not NVIDIA's
+    or older than Ampere."""
     if not torch.cuda.is_available() or torch.version.hip or importlib.util.find_spec("triton") is None:
         return None
     oldest = min(torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count()))
-    return importlib.import_module("lit_swa.decode_kernels") if oldest >= (8, 0) else None
+    return importlib.import_module(f"lit_swa.{file}") if oldest >= (8, 0) else None
 
 
 def group_rows(group: str, out_features: int, n_head: int, n_query_groups: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor
 
 from lit_swa.config import Config
@@ -218,7 +219,12 @@ class GptFast:
         if not (directory / "generate.py").is_file():
             raise LeftOut(f"{directory} has no generate.py: give the directory of a clone of gpt-fast.")
         sys.path.insert(0, str(directory))
+        before = inductor.get_config_copy()
         script, definition, handlers = map(importlib.import_module, ("generate", "model", "quantize"))
+        self.settings = {
+            k: v for k, v in inductor.get_config_copy().items() if v != before[k]
+        }  # it is to keep them ...
+        inductor.load_config(before)
         config, weight = weights.config, weights.transformer.wte.weight
         shape = {
             "block_size": config.block_size, "vocab_size": config.padded_vocab_size, "n_layer": config.n_layer,
@@ -245,9 +251,10 @@ class GptFast:
         def run() -> None:
             token = first
             input_pos.fill_(cell.position)
-            for _ in range(cell.steps):
-                token = self.step(self.model, token, input_pos, **self.how)[0].clone().view(cell.batch_size, 1)
-                input_pos.add_(1)
+            with inductor.patch(self.settings):
+                for _ in range(cell.steps):
+                    token = self.step(self.model, token, input_pos, **self.how)[0].clone().view(cell.batch_size, 1)
+                    input_pos.add_(1)
 
         return run
 
