@@ -576,11 +576,20 @@ def describe_attention(model: GPT) -> str:
     if variants == {"dual_chunk": None}:
         parts.append(f"{chunks} (context {config.block_size})")
     else:
-        parts += [chunks] * ("dual_chunk" in variants) + [f"window {describe_window(model)}"]
+        parts += [chunks] * ("dual_chunk" in variants) + [describe_linear(config)] * ("linear" in variants)
+        parts += [f"window {describe_window(model)}"] * (variants != {"linear": None})
     if config.rope_scaling:
         factor = config.rope_scaling.get("factor")
         parts.append(f"RoPE {config.rope_scaling['type']}" + (f" by {factor:g}" if factor else ""))
     return " | ".join(parts)
+
+
+def describe_linear(config: Config) -> str:
+    """Such as "linear + window 64 in 18 of 24 layers"."""
+    count, sinks = config.layer_variants.count("linear"), config.linear_sinks
+    window = f"{'no linear part' if config.linear_off else 'linear'} + window {config.linear_window}"
+    some = f" in {count} of {config.n_layer} layers" if count < config.n_layer else ""
+    return window + (f" behind {sinks} sinks" if sinks else "") + some
 
 
 def describe_window(model: GPT) -> str:

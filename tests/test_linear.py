@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_swa import GPT, Config, linear
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats.hugging_face import config_to_hf
-from lit_swa.generate import Session, cache_bytes, generate
+from lit_swa.generate import Session, cache_bytes, describe_attention, generate
 from lit_swa.linear import LinearAttention
 from lit_swa.lora import LoRAConfig, add_lora, lora_linears, merge_lora
 from lit_swa.model import RoPE
@@ -380,6 +380,7 @@ def test_a_model_with_linear_layers_is_saved_quantised_described_and_measured(ti
     quantised, expected = load_model(tmp_path, quantize="int8"), model(idx)
     assert 0 < (quantised(idx) - expected).abs().max() < 0.1 * expected.abs().max()
     assert (load_model(tmp_path, linear_off=True)(idx) - expected).abs().max() > 0.1
+    assert describe_attention(model) == "linear + window 6 behind 2 sinks in 3 of 4 layers | window none (context 256)"
     model.set_kv_cache(2, 64)
     tokens = 2 * 2 * 8 * 4  # bytes of a key and a value of all groups, in the layer that attends in full
     state = sum(attn.kv_cache.bytes for attn in model.layers[:3]) / 2
