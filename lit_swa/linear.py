@@ -142,19 +142,18 @@ class LinearAttention(Mixer):
         v: the gate reads it."""
         q, kv = apply_rope(q, *plan.angles), torch.cat([apply_rope(k, *plan.angles), v], dim=-1)
         x = self.tokens(q, kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), plan)
-        units = torch.eye(q.size(2), dtype=x.v.dtype, device=q.device).expand(*q.shape[:3], -1)
+        units = torch.eye(q.size(2), dtype=q.dtype, device=q.device).expand(*q.shape[:3], -1)
         x = x._replace(v=F.pad(units, (0, 0, plan.lag, 0)), sink_v=units[:, :, : x.sink_v.size(2)])
         return self.attend(x, empty_state(q, q.size(2)), plan)[0]
 
     def tokens(self, q: Tensor, sinks: Tensor, entries: Tensor, plan: Plan) -> "Tokens":
         """What is mixed, of queries (B, H, T, D), and keys and values (B, G, ..., 2 D)."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        sinks, entries = (x.to(wide).repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (sinks, entries))
         (sink_k, sink_v), (k, v), rates = sinks.chunk(2, dim=-1), entries.chunk(2, dim=-1), None
         if self.config.linear_gate:
-            rates = (v @ self.gate_weight.to(wide)[..., None]).squeeze(-1) + self.gate_bias.to(wide)[:, None]
-            rates = rates.clamp(0, 1) * plan.valid[:, None]
-        return Tokens(q.to(wide), k, v, rates, plan.valid, plan.seen, sink_k, sink_v)
+            (u, b), v_ = (widened(x, q.dtype) for x in (self.gate_weight, self.gate_bias)), widened(v, q.dtype)
+            rates = v_ @ u.unflatten(0, (v.size(1), -1)).mT  # (B, G, E, R)
+            rates = (rates.mT.flatten(1, 2) + b[:, None]).clamp(0, 1) * plan.valid[:, None]  # (B, H, E)
+        return Tokens(q, k, v, rates, plan.valid, plan.seen, sink_k, sink_v)
 
     def attend(self, x: "Tokens", state: State, plan: Plan) -> tuple[Tensor, State]:
         """Outputs (B, H, T, D), and the state behind the call. A long text is read in pieces, in order; in training,
@@ -164,7 +163,8 @@ class LinearAttention(Mixer):
         size = C * max(1, WEIGHT_ELEMENTS // (B * H * C * (C + plan.lag)))
         cuts = [*range(0, T - T % C, size), *([T - T % C] if T % C else []), T]
         long = len(cuts) > 3 and torch.is_grad_enabled()
-        run = functools.partial(checkpoint, self.attend_chunks, use_reentrant=False) if long else self.attend_chunks
+        run = functools.partial(checkpoint, self.attend_chunks, use_reentrant=False, preserve_rng_state=False)
+        run = run if long else self.attend_chunks
         for a, b in itertools.pairwise(cuts):
             given = x.cut(a, b), state, min(C, b - a), plan.lag - plan.window
             y, state = run(*given)
@@ -173,21 +173,22 @@ class LinearAttention(Mixer):
 
     def attend_chunks(self, x: "Tokens", state: State, C: int, behind: int) -> tuple[Tensor, State]:
         """attend() for N chunks of C queries. behind: the newest older entry of a chunk's query c is behind + c."""
-        T, lag, device = x.q.size(2), x.k.size(2) - x.q.size(2), x.q.device
+        (_, H, T, _), lag, device = x.q.shape, x.k.size(2) - x.q.size(2), x.q.device
+        q, k, v, sink_k, sink_v = (widened(t, x.q.dtype, H) for t in (x.q, x.k, x.v, x.sink_k, x.sink_v))
         N, width, old = T // C, C + lag, C + max(0, behind)  # entries that a chunk reads; that some queries call older
         query, entry = torch.arange(C, device=device)[:, None], torch.arange(width, device=device)
         older = entry <= query + behind  # (C, width)
         exact = ~older & (entry <= query + lag) & x.valid.unfold(1, width, C)[:, :, None]  # (1 or B, N, C, width)
-        q, values = x.q.unflatten(2, (N, C)), strips(x.v, width, C)  # (B, H, N, C, D), (B, H, N, width, D)
+        q, values = q.unflatten(2, (N, C)), strips(v, width, C)  # (B, H, N, C, D), (B, H, N, width, D)
         if x.seen.size(-1):
             exact = torch.cat([exact, x.seen.unflatten(1, (N, C))], dim=-1)  # the sinks are behind the entries
-            values = torch.cat([values, x.sink_v[:, :, None].expand(-1, -1, N, -1, -1)], dim=-2)
-        weights = self.exact_weights(q, strips(x.k, width, C), x.sink_k, exact)
+            values = torch.cat([values, sink_v[:, :, None].expand(-1, -1, N, -1, -1)], dim=-2)
+        weights = self.exact_weights(q, strips(k, width, C), sink_k, exact)
         if self.config.linear_off:
             return normalised(weights @ values, weights.sum(-1)), state
         read = T + old - C
-        phi_q = features(x.q, self.feature_q, self.config).unflatten(2, (N, C))  # (B, H, N, C, F)
-        phi_k = features(x.k[:, :, :read], self.feature_k, self.config) * x.valid[:, None, :read, None]
+        phi_q = features(q.flatten(2, 3), self.feature_q, self.config).unflatten(2, (N, C))  # (B, H, N, C, F)
+        phi_k = features(k[:, :, :read], self.feature_k, self.config) * x.valid[:, None, :read, None]
         phi_k = strips(phi_k, old, C)  # (B, H, N, old, F)
         kernel, left = phi_q @ phi_k.mT, None
         if x.rates is not None:
@@ -195,7 +196,7 @@ class LinearAttention(Mixer):
             kernel, phi_q, phi_k = kernel * fade, phi_q * fade_q, phi_k * fade_k
         kernel = kernel.masked_fill(~older[:, :old], 0)
         weights = weights + F.pad(kernel, (0, weights.size(-1) - old))
-        before, norms, state = run_states(phi_k[..., :C, :], x.v[:, :, :T].unflatten(2, (N, C)), left, state)
+        before, norms, state = run_states(phi_k[..., :C, :], v[:, :, :T].unflatten(2, (N, C)), left, state)
         y = weights @ values + phi_q @ before  # (B, H, N, C, D)
         return normalised(y, weights.sum(-1) + (phi_q @ norms[..., None]).squeeze(-1)), state
 
@@ -212,15 +213,15 @@ class LinearAttention(Mixer):
 
 
 class Tokens(NamedTuple):
-    """Queries, keys and values of a call, of all query heads, in float32 at least."""
+    """Queries, keys and values of a call."""
 
     q: Tensor  # (B, H, T, D)
-    k: Tensor  # (B, H, E, D)
-    v: Tensor  # (B, H, E, D)
+    k: Tensor  # (B, G, E, D)
+    v: Tensor  # (B, G, E, D)
     rates: Tensor | None  # (B, H, E): a_t of each entry; None: nothing fades
     valid: Tensor  # as in Plan
     seen: Tensor
-    sink_k: Tensor  # (B, H, n, D)
+    sink_k: Tensor  # (B, G, n, D)
     sink_v: Tensor
 
     def cut(self, a: int, b: int) -> "Tokens":
@@ -229,6 +230,12 @@ class Tokens(NamedTuple):
         k, v, rates = (x if x is None else x[:, :, a:end] for x in (self.k, self.v, self.rates))
         q, valid, seen = self.q[:, :, a:b], self.valid[:, a:end], self.seen[:, a:b]
         return self._replace(q=q, k=k, v=v, rates=rates, valid=valid, seen=seen)
+
+
+def widened(x: Tensor, dtype: torch.dtype, heads: int = 0) -> Tensor:
+    """x in float32 at least, and in `dtype` if that is more; with `heads`, a copy for each of the query heads."""
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    return x.repeat_interleave(heads // x.size(1), dim=1) if heads and heads > x.size(1) else x
 
 
 def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
@@ -387,15 +394,16 @@ class StateCache(nn.Module):
         if own.size(1):
             new = kv.gather(2, source[:, None, :, None].expand(self.sinks.shape))
             self.sinks.copy_(torch.where(own[:, None, :, None], new, self.sinks).detach())
-        entries, state, norm = torch.cat([self.kv, kv], dim=2), self.state, self.norm
+        entries, held = torch.cat([self.kv, kv], dim=2), (self.sinks, self.state, self.norm)
+        if torch.is_grad_enabled():  # a backward reads them when the next call has changed them
+            held = (x.clone() for x in held)
+        sinks, state, norm = held
         if moves.order is not None:
             entries = entries.gather(2, moves.order[:, None, :, None].expand(entries.shape))
         if moves.kept is not None:
             state, norm = state * moves.kept[..., None, None], norm * moves.kept[..., None]
-        elif torch.is_grad_enabled():  # keep() overwrites what a backward reads
-            state, norm = state.clone(), norm.clone()
         self.kv.copy_(entries[:, :, kv.size(2) :].detach())
-        return self.sinks, entries, (state, norm)
+        return sinks, entries, (state, norm)
 
     def keep(self, state: State) -> None:
         for held, new in zip((self.state, self.norm), state, strict=True):

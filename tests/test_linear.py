@@ -179,11 +179,11 @@ def test_gradients_of_the_chunks_are_those_of_finite_differences(case, monkeypat
 
 def next_places(rng: random.Random, text: list[int], T: int, back: int) -> list[int]:
     """Where the next T tokens of a sequence stand, negative for padding. text: the places of those that it has."""
-    action = rng.choice(("on", "on", "skip", "anew", "back", "pause", "padded", "gaps"))
+    action = rng.choice(("on", "on", "skip", "anew", "back", "pause", "padded", "gaps", "anew in gaps"))
     end = text[-1] + 1 if text else 0
     n = {"pause": T, "padded": rng.randrange(T)}.get(action, 0)
-    start = {"skip": end + rng.randint(1, 9), "anew": 0, "back": max(0, end - rng.randint(0, back))}.get(action, end)
-    gap = 3 if action == "gaps" else 1
+    starts = {"skip": end + rng.randint(1, 9), "anew": 0, "anew in gaps": 0, "back": max(0, end - rng.randint(0, back))}
+    start, gap = starts.get(action, end), 3 if action.endswith("gaps") else 1
     return [-1] * n + [start + i * gap for i in range(T - n)]
 
 
@@ -247,14 +247,46 @@ def test_any_split_of_a_text_gives_the_logits_of_one_call(sizes, case, back):
 
 
 @torch.no_grad()
-def test_what_cannot_be_taken_back_is_refused_in_a_sentence(tiny_model):
+def test_a_cache_with_room_for_less_than_a_window_grows_and_keeps_its_tokens(tiny_model):
+    """Catches: entries that move to other places, a text that goes on in a cache that cannot hold its window."""
+    model = tiny_model(attention="linear", linear_window=12, linear_sinks=2)
+    idx = torch.randint(0, 97, (1, 40))
+    expected = model(idx)
+    model.set_kv_cache(1, 8)
+    assert not model.unbounded(cached=True)
+    got = [model(idx[:, :8], torch.arange(8))]
+    with pytest.raises(ValueError, match="outside the context of 8 tokens"):
+        model(idx[:, 8:9], torch.tensor([8]))
+    for start, stop in ((8, 11), (11, 40)):
+        model.extend_kv_cache(stop)
+        got.append(model(idx[:, start:stop], torch.arange(start, stop)))
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_never_looks_at_its_position(tiny_model):
+    """Catches: a look at numbers, or a shape that depends on them: on a GPU a step is recorded once for all positions.
+    Tensors without numbers go through."""
+    model = tiny_model(attention="linear", linear_window=5, linear_sinks=2, linear_gate=True).to("meta")
+    model.set_kv_cache(3, 64, lookahead=2)
+    for T, shape in ((1, (1,)), (1, (3, 1)), (3, (3,)), (9, (3, 9))):
+        idx, pos = (torch.zeros(size, dtype=torch.long, device="meta") for size in ((3, T), shape))
+        assert model(idx, pos).shape == (3, T, 97)
+
+
+@pytest.mark.parametrize("window", [4, 1])
+@torch.no_grad()
+def test_what_cannot_be_taken_back_is_refused_in_a_sentence(tiny_model, window):
     """Catches: logits of a state that holds the tokens that were to be forgotten."""
-    model = tiny_model(attention="linear", linear_window=4)
+    model = tiny_model(attention="linear", linear_window=window)
     model.set_kv_cache(1, 64, lookahead=2)
     model(torch.randint(0, 97, (1, 20)), torch.arange(20))
     assert model.can_take_back(2) and not model.can_take_back(3)
-    with pytest.raises(ValueError, match=r"Position 12 comes after later ones, .* takes back 2 tokens, .*lookahead"):
-        model(torch.randint(0, 97, (1, 1)), torch.tensor([12]))
+    model(torch.randint(0, 97, (1, 1)), torch.tensor([18]))
+    for p in (15, 12):  # what it needs is in the state, or itself
+        words = f"Position {p} comes after later ones, .* takes back 2 tokens, .*lookahead"
+        with pytest.raises(ValueError, match=words):
+            model(torch.randint(0, 97, (1, 1)), torch.tensor([p]))
     idx = torch.randint(0, 97, (1, 9))
     torch.testing.assert_close(model(idx, torch.arange(9)), model(idx), rtol=1e-4, atol=1e-5)  # another text
 
@@ -278,6 +310,25 @@ def test_text_of_any_length_is_written_in_a_constant_cache(tiny_model):
 
 
 # ------------------------------------------------------------------------------------------------- around the mixer
+
+
+def test_a_long_text_keeps_little_for_its_backward(monkeypatch):
+    """Catches: the weights of all pieces that wait for the backward."""
+    mixer, rope = build(linear_window=16)
+    monkeypatch.setattr(linear, "CHUNKS", (16,))
+    kept = []
+    for elements in (2**23, 1):
+        monkeypatch.setattr(linear, "WEIGHT_ELEMENTS", elements)
+        held: dict[int, int] = {}  # storages, each once
+
+        def hold(x: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+            run(mixer, rope, *(x.requires_grad_() for x in inputs(mixer, T=256)))
+        kept.append(sum(held.values()))
+    assert kept[1] < kept[0] / 4
 
 
 def test_new_weights_are_the_identity_after_any_way_to_make_a_model():
@@ -356,12 +407,16 @@ def test_texts_in_one_row_are_read_as_alone(tiny_model):
 
 
 def test_a_cached_call_has_the_gradient_of_an_uncached_one(tiny_model):
-    """Catches: a state that is overwritten before the backward has read it."""
-    model, idx, gradients = tiny_model(attention="linear", linear_window=4), torch.randint(0, 97, (1, 30)), []
+    """Catches: a state or sinks that are overwritten before the backward has read them."""
+    model = tiny_model(attention="linear", linear_window=4, linear_sinks=2, n_query_groups=6)
+    idx, gradients = torch.randint(0, 97, (1, 30)), []
     for pos in (None, torch.arange(30)):
-        model.set_kv_cache(1, 30)
+        model.set_kv_cache(1, 40)
         model.zero_grad()
-        model(idx, pos).square().mean().backward()
+        y = model(idx, pos)
+        with torch.no_grad():
+            model(idx[:, :3], torch.arange(30, 33))
+        y.square().mean().backward()
         gradients.append(model.layers[0].mixer.feature_k.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
