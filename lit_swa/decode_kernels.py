@@ -548,7 +548,7 @@ def attention_kernel(
     k_cache, v_cache = k_cache + (b * G + g) * n_slots * D, v_cache + (b * G + g) * n_slots * D
     blocks += b * row_blocks
     seen += b * row_seen
-    n_blocks = tl.load(blocks + (L + KEYS - 1) // KEYS)
+    n_blocks, blocks = tl.load(blocks), blocks + 1
     n, stride = tl.where(split < SHARES, split * WIDTH, n_blocks), SHARES * WIDTH
     # what the caches hold does not depend on the kernel in front of this one
     k, v, sees = load_slots(
@@ -840,12 +840,12 @@ def attention(
 def attention_tiles(blocks: int, heads: int, size: int, device: torch.device) -> tuple[int, int, int, int]:
     """(programs of a key/value head, those that share its blocks, blocks that one reads at a time, warps).
 
-    size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds that are nearly full, and each
-    has two blocks at least. Another takes the call's own keys where there is a place left for it.
+    size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds that are nearly full. Another
+    one takes the call's own keys where there is a place left for it.
     """
     width, warps = (2, 8) if size <= 256 and blocks >= 64 else (1, 4 if size <= 256 else 8)
     places = properties(device).multiprocessors * (8 // warps)
-    most = max(1, min(128, triton.cdiv(blocks, 2)))
+    most = max(1, min(128, triton.cdiv(blocks, width)))
     fewest = min(most, max(1, places // heads))
     full = (n for n in range(fewest, most + 1) if n * heads >= 0.9 * places * triton.cdiv(n * heads, places))
     shares = next(full, fewest)

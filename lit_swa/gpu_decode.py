@@ -43,7 +43,7 @@ class SlotPlan(NamedTuple):
     k_cos: Tensor  # (1 or B, T, rope_n_elem)
     k_sin: Tensor
     seen: Tensor  # (B, T, L + T) int8, what slots held and the call's own keys: 0, or 1 + the part that sees it
-    blocks: Tensor  # (1 or B, blocks + 1) int64: the blocks of KEYS slots in which a query sees one; last, their number
+    blocks: Tensor  # (1 or B, 1 + blocks) int64: how many blocks of KEYS slots hold one that a query sees, and which
     slots: Tensor  # (1 or B, copies, T) int64: where each key goes; -1: nowhere
     counts: Tensor  # (B * G,) int32, zeros: which programs are done
 
@@ -111,8 +111,7 @@ class Recording:
         self.graph = graph
 
     def replay(self, idx: Tensor, input_pos: Tensor) -> Tensor:
-        self.idx.copy_(idx)
-        self.input_pos.copy_(input_pos)
+        torch._foreach_copy_([self.idx, self.input_pos], [idx, input_pos])
         self.graph.replay()
         return self.logits.clone()  # the next replay overwrites it
 
@@ -174,12 +173,12 @@ def live_blocks(seen: Tensor) -> Tensor:
     KEYS = gpu_kernels().KEYS
     n = -(-seen.size(-1) // KEYS)
     seen = F.pad(seen, (0, n * KEYS - seen.size(-1))) if seen.size(-1) % KEYS else seen
-    live = seen.unflatten(-1, (n, KEYS)).amax(dim=(1, 3)) > 0  # (1 or B, n)
+    live = seen.unflatten(-1, (n, KEYS)).any(dim=3).any(dim=1)  # (1 or B, n)
     count = live.cumsum(dim=1)
-    blocks = torch.empty(seen.size(0), n + 1, dtype=torch.int64, device=seen.device)
+    blocks = torch.empty(seen.size(0), 1 + n, dtype=torch.int64, device=seen.device)
     numbers = torch.arange(n, device=seen.device).expand_as(live)
-    blocks.scatter_(1, torch.where(live, count - 1, n), numbers)
-    blocks[:, n] = count[:, -1]
+    blocks.scatter_(1, count * live, numbers)  # those that are not live go where the count will be
+    blocks[:, 0] = count[:, -1]
     return blocks
 
 

@@ -109,7 +109,7 @@ def attend_by_tables(attn, qkv, plan):
     L = plan.seen.size(-1) - T
     read = torch.zeros(B, L, dtype=torch.bool)
     for row, blocks in zip(read, plan.blocks, strict=True):
-        for n in blocks[: blocks[-1]].tolist():
+        for n in blocks[1 : 1 + blocks[0]].tolist():
             row[4 * n : 4 * n + 4] = True
     keys, values = torch.cat([cache.k[:, :, :L], k], dim=2), torch.cat([cache.v[:, :, :L], v], dim=2)
     seen = torch.where(torch.cat([read, torch.ones(B, T, dtype=torch.bool)], dim=1)[:, None], plan.seen, 0)

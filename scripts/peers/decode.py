@@ -213,6 +213,7 @@ class GptFast:
     """gpt-fast's model of the same shape with random weights, and its compiled step, which samples as well."""
 
     reads, batches = False, True
+    settings: dict[str, Any] = {}  # of the compiler, made when gpt-fast is imported: it keeps them, and nobody else
 
     def __init__(self, weights: GPT, sampling: Sampling, bits: int | None, directory: Path) -> None:
         """bits: of the weights, 8 or 4 (in its groups of 32), or None. directory: of a clone."""
@@ -221,9 +222,7 @@ class GptFast:
         sys.path.insert(0, str(directory))
         before = inductor.get_config_copy()
         script, definition, handlers = map(importlib.import_module, ("generate", "model", "quantize"))
-        self.settings = {
-            k: v for k, v in inductor.get_config_copy().items() if v != before[k]
-        }  # it is to keep them ...
+        self.settings.update((k, v) for k, v in inductor.get_config_copy().items() if v != before[k])
         inductor.load_config(before)
         config, weight = weights.config, weights.transformer.wte.weight
         shape = {
