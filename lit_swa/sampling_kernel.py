@@ -5,36 +5,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEY_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}  # of a float32 with the values of such numbers
-
-
-@triton.jit
-def number_of(key):
-    """The float32 with this key. Keys, read without a sign, have the order of the numbers: the bits of one that is not
-    negative with the first bit set, and the inverted bits of others."""
-    return tl.where(key < 0, key ^ -2147483648, ~key).to(tl.float32, bitcast=True)
+KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}  # of a float32 with the values of such numbers
 
 
 @triton.jit
 def kth_largest(logits, V, k, BITS: tl.constexpr, CHUNK: tl.constexpr):
-    """The greatest number that k of the logits (V,) reach, or one between it and the next lower one; -inf if all do.
+    """The greatest number that k of the logits (V,) reach, found bit by bit; -inf where all do.
 
-    Its key is found two bits at a time: how many logits reach each of three numbers is counted in 10 bits of a lane.
+    A number's key has the order of the numbers: the bits of one that is not negative with the first bit set, and the
+    inverted bits of others.
     """
-    c, key = tl.arange(0, CHUNK), tl.full((), 0, tl.int32)
-    for done in range(0, BITS, 2):
-        bit = 30 - done
-        low, middle, high = number_of(key | (1 << bit)), number_of(key | (2 << bit)), number_of(key | (3 << bit))
-        counts = tl.zeros((CHUNK,), tl.int32)
+    c, key, found = tl.arange(0, CHUNK), tl.full((), 0, tl.int32), tl.full((), float("-inf"), tl.float32)
+    for bit in range(BITS):
+        trial = key | (1 << (31 - bit))
+        number = tl.where(trial < 0, trial ^ -2147483648, ~trial).to(tl.float32, bitcast=True)
+        count = tl.zeros((CHUNK,), tl.int32)
         for start in range(0, V, CHUNK):
             x = tl.load(logits + start + c, mask=start + c < V, other=float("-inf")).to(tl.float32)
-            counts += (x >= low).to(tl.int32) + ((x >= middle).to(tl.int32) << 10) + ((x >= high).to(tl.int32) << 20)
-        wide = counts.to(tl.int64)
-        total = tl.sum((wide & 1023) | ((wide & (1023 << 10)) << 11) | ((wide >> 20) << 42), 0)  # now in 21 bits
-        reached = (((total & 0x1FFFFF) >= k).to(tl.int32) + (((total >> 21) & 0x1FFFFF) >= k).to(tl.int32)
-                   + ((total >> 42) >= k).to(tl.int32))  # fmt: skip
-        key |= reached << bit
-    return tl.where(key == 0, float("-inf"), number_of(key))
+            count += (x >= number).to(tl.int32)
+        reached = tl.sum(count, 0) >= k
+        key, found = tl.where(reached, trial, key), tl.where(reached, number, found)
+    return found
 
 
 @triton.jit
