@@ -36,7 +36,8 @@ from lit_swa.linear_formats import (
     remove_injected,
 )
 from lit_swa.memory import require_memory
-from lit_swa.model import GPT, CausalSelfAttention, RMSNorm, softcap
+from lit_swa.model import GPT, CausalSelfAttention, Plan, RMSNorm, softcap
+from lit_swa.rope import apply_rope
 
 WEIGHTS_FILE = "lit_adapter.safetensors"
 KINDS = {"adapter_v1": 1, "adapter_v2": 2}  # what lit_adapter.json calls the versions
@@ -111,8 +112,11 @@ class ScaleAndBias(nn.Module):
 def add_prompt_output(mixer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """The forward hook of the mixer of a layer with a prompt."""
     q, plan = inputs[0], inputs[3]
-    q = q if plan.temperature is None else (q * plan.temperature).to(q.dtype)
-    q = plan.rotate(q, *plan.q_angles[0])  # as the variant's first part: the queries at their nearest positions
+    if isinstance(plan, Plan):
+        q = q if plan.temperature is None else (q * plan.temperature).to(q.dtype)
+        q = plan.rotate(q, *plan.q_angles[0])  # as the variant's first part: the queries at their nearest positions
+    else:
+        q = apply_rope(q, *plan.angles)
     return output + mixer.adapter(q).to(output.dtype)
 
 

@@ -35,11 +35,11 @@ from torch.utils.checkpoint import checkpoint
 if __package__:
     from .config import VARIANTS, Config, Variant, check_linear
     from .model import Mixer, softcap
-    from .rope import RoPE, Span, apply_rope
+    from .rope import RoPE, Span, apply_rope, join_angles
 else:  # copied beside a script of another project
     from config import VARIANTS, Config, Variant, check_linear
     from model import Mixer, softcap
-    from rope import RoPE, Span, apply_rope
+    from rope import RoPE, Span, apply_rope, join_angles
 
 CHUNKS = 64, 128, 256  # queries of a chunk: as many as a window has keys, of these
 WEIGHT_ELEMENTS = 2**23  # bound on the weights that exist at once, more than a chunk's
@@ -59,7 +59,7 @@ class Moves(NamedTuple):
 class Plan(NamedTuple):
     """How the layers of a kind treat a call."""
 
-    angles: tuple[Tensor, Tensor] | None = None  # cos and sin, (1 or B, 1, T, rope_n_elem)
+    angles: tuple[Tensor, Tensor]  # cos and sin, (1 or B, 1, T, rope_n_elem)
     window: int = 0  # S
     lag: int = 0
     valid: Tensor | None = None  # (1 or B, E): which entries are keys behind the sinks
@@ -119,14 +119,14 @@ class LinearAttention(Mixer):
         return Plan(rope(pos), self.near, valid.size(1) - T, valid, seen, moves)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
-        return Plan(texts=texts)
+        return Plan(join_angles([plan.angles for _, plan in texts]), texts=texts)
 
     # mixing
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
         if plan.texts:
             pieces = zip(*(x.split([n for n, _ in plan.texts], dim=2) for x in (q, k, v)), plan.texts, strict=True)
-            return torch.cat([self(q, k, v, own, None) for q, k, v, (_, own) in pieces], dim=2)
+            return torch.cat([self.forward(q, k, v, own, None) for q, k, v, (_, own) in pieces], dim=2)
         q, kv = apply_rope(q, *plan.angles), torch.cat([apply_rope(k, *plan.angles), v], dim=-1)
         if cache is None:
             sinks, entries, state = kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), empty_state(q)

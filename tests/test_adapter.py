@@ -30,6 +30,7 @@ FIELDS = {
     "mixed": {"attention": "sliding,full", "sliding_window_size": 5},
     "streaming": {"attention": "streaming", "sliding_window_size": 4, "n_sink_tokens": 2},
     "dual_chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12},
+    "linear": {"attention": "linear", "linear_window": 3, "linear_sinks": 2},
     "s2": {"s2_attention": True},
     "norms, biases, softcap": {
         "norm_qk": True,

@@ -28,6 +28,7 @@ from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 
 BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
 NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True}
+LINEAR = {"attention": "linear,full", "linear_window": 4, "linear_sinks": 2, "linear_gate": True}
 SHAPES = {
     "two groups, each rank one": {},
     "one group on both ranks": {"n_query_groups": 1},
@@ -404,13 +405,14 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)  # no GPU is touched to 
             for devices, offload in ((1, 1), (1, 3), (2, 0), (2, 5))
         ),
         (2, 2, "streaming"),
+        (2, 2, "linear"),
         (2, 3, "three groups, shared unevenly; dynamic RoPE"),
     ],
 )
 def test_blocks_on_devices_are_one_model(devices, offload, name):
     """Catches: a block that reads the weights of the one before it, a cache that two devices note twice or not at all,
     a plan of one kind of layer used for another, weights that stay in their place when another block's turn comes."""
-    fields = SHAPES[name] | {"n_layer": 5}
+    fields = {"linear": LINEAR, **SHAPES}[name] | {"n_layer": 5}
     logits, cached, tokens = read(build(fields))
     model = build(fields)
     placement = place_blocks(model, [CPU] * devices, offload)
@@ -418,9 +420,10 @@ def test_blocks_on_devices_are_one_model(devices, offload, name):
     spread(model, placement)
     ours, ours_cached, ours_tokens = read(model)
     assert torch.equal(ours, logits) and torch.equal(ours_cached, cached) and ours_tokens == tokens
-    stages = {id(cache.slots): set() for cache in model.caches}
+    stages = {}
     for cache, stage in zip(model.caches, placement.stages, strict=True):
-        stages[id(cache.slots)].add(stage)
+        (noted,) = cache.children()  # which positions it holds
+        stages.setdefault(id(noted), set()).add(stage)
     assert all(len(used) == 1 for used in stages.values())  # each device notes for itself what its caches hold
 
 
