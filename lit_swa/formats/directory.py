@@ -185,9 +185,11 @@ def check_shapes(
         raise ValueError(f"{where} does not describe its weights: {error}") from None
     for name, shape in expected.items():
         if name not in shapes:
+            learned = ".attn.mixer." in name  # what no converted checkpoint has
+            remedy = "train it with finetune/linearize.py" if learned else "convert or download it again"
             raise ValueError(
-                f"{where} has no weight {name}, which its config asks for: convert or download it again, or "
-                "leave the config's fields as they were."
+                f"{where} has no weight {name}, which its config asks for: {remedy}, or leave the config's fields as "
+                "they were."
             )
         if tuple(shapes[name]) != shape:
             raise ValueError(
