@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_swa import GPT, Config, linear
 from lit_swa.checkpoint import load_model, save_checkpoint
+from lit_swa.cpu_decode import compile_for_cpu
 from lit_swa.formats.hugging_face import config_to_hf
 from lit_swa.generate import Session, cache_bytes, describe_attention, generate
 from lit_swa.linear import LinearAttention
@@ -36,6 +37,7 @@ CASES = {
     "window of all": {"linear_window": 64},
 }
 T = 40
+PATTERN = {"attention": "linear,linear,linear,full", "n_layer": 4, "linear_window": 6, "linear_sinks": 2}
 
 
 def build(**fields) -> tuple[LinearAttention, RoPE]:
@@ -397,6 +399,22 @@ def test_without_a_window_it_is_the_linear_attention_of_fla():
         torch.testing.assert_close(got.float(), expected.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_step_has_no_breaks_and_serves_all_positions(tiny_model):
+    """Catches: what cannot be compiled, or is anew for a position."""
+    model, idx = tiny_model(**PATTERN, linear_gate=True), torch.randint(0, 97, (1, 40))
+    expected = model(idx)
+    model.set_kv_cache(1, 64)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = compile_for_cpu(model)
+    got = [step(idx[:, i : i + 1], torch.tensor([i])) for i in range(40)]
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # a linear block, a full one, the last layer
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @torch.no_grad()
 def test_texts_in_one_row_are_read_as_alone(tiny_model):
     """Catches: a state that goes on into the next text."""
@@ -420,9 +438,6 @@ def test_a_cached_call_has_the_gradient_of_an_uncached_one(tiny_model):
         gradients.append(model.layers[0].mixer.feature_k.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
-
-
-PATTERN = {"attention": "linear,linear,linear,full", "n_layer": 4, "linear_window": 6, "linear_sinks": 2}
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ VARIANTS = {
         "rolling_kv_cache": True,
         "attention_logit_softcapping": 20.0,
     },
+    "linear": {"attention": "linear,full", "linear_window": 7, "linear_sinks": 2, "linear_gate": True},
 }
 
 
