@@ -8,7 +8,8 @@ child `lora` and a forward hook, and its own weight keeps its name.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,7 @@ class LoRA(nn.Module):
     def __init__(self, out_features: int, dropout: float) -> None:
         super().__init__()
         self.parts = nn.ModuleDict()  # name of the rows ("q", "k", "v", or "all") -> LoRAPart
-        self.out_features, self.dropout = out_features, dropout
+        self.out_features, self.dropout, self.enabled = out_features, dropout, True
 
     def forward(self, x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
         """What the changed layer gives for x (..., in) whose own output is y (..., out)."""
@@ -145,7 +146,7 @@ class LoRA(nn.Module):
 
 def add_lora_output(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook."""
-    return linear.lora(inputs[0], output, linear)
+    return linear.lora(inputs[0], output, linear) if linear.lora.enabled else output
 
 
 # ------------------------------------------------------------------------------------------------------------ injection
@@ -240,6 +241,19 @@ def extra_modules(model: GPT, kinds: tuple[str, ...]) -> list[str]:
     return found
 
 
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Within it, the model computes what it did before it had a LoRA."""
+    linears = [linear for _, linear in lora_linears(model)]
+    try:
+        for linear in linears:
+            linear.lora.enabled = False
+        yield
+    finally:
+        for linear in linears:
+            linear.lora.enabled = True
+
+
 def lora_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers that have a LoRA, by name."""
     return [(name, m) for name, m in model.named_modules() if isinstance(getattr(m, "lora", None), LoRA)]
@@ -269,6 +283,16 @@ def merge_lora(model: GPT) -> int:
         if name == "lm_head":
             model.config.tie_embeddings = False
     return len(changed)
+
+
+@torch.no_grad()
+def merged_state(model: GPT) -> dict[str, Tensor]:
+    """The model's weights as merge_lora would leave them, each in its own dtype; the model stays as it is."""
+    state = {name: t for name, t in model.state_dict().items() if ".lora." not in name}
+    for name, linear in lora_linears(model):
+        state[f"{name}.weight"] = merged_weight(linear).to(state[f"{name}.weight"].dtype)
+        require_held(state[f"{name}.weight"], f"{name} with its LoRA")
+    return state
 
 
 def require_held(weight: Tensor, name: str) -> None:
