@@ -89,8 +89,10 @@ def is_sharded(fabric: "Fabric") -> bool:
 
 
 def unwrapped(model: nn.Module) -> GPT:
-    """The GPT inside the module that Fabric made of it."""
-    return getattr(model, "module", model)
+    """The GPT inside the modules that hold it as their `module`: Fabric's, DDP's, and those of a loss of its own."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
 
 
 # -------------------------------------------------------------------------------------------------------- whole weights

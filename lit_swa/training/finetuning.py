@@ -40,7 +40,7 @@ from lit_swa.training.memory import choose_recompute
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
 from lit_swa.training.resuming import find_run, what_remains
-from lit_swa.training.saving import Saver
+from lit_swa.training.saving import Saver, remove_old_run
 from lit_swa.utils import format_number, format_perplexity
 
 
@@ -70,10 +70,17 @@ class Finetuning(Run):
 SMALL = 10**9  # weights
 
 
-def prepare(args: Training, method: str, rate: float, small_rate: float | None = None) -> Finetuning:
+def prepare(
+    args: Training,
+    method: str,
+    rate: float,
+    small_rate: float | None = None,
+    configure: Callable[[Config, dict[str, Any]], Config] | None = None,
+) -> Finetuning:
     """Processes, tokenizer, data, and the number of steps. rate: the method's own learning rate; small_rate: that of
     models below SMALL.
 
+    configure: makes the run's config of the checkpoint's and of the fields of --model; None: they replace its own.
     Raises ValueError or OSError for what does not fit, before any weight is read.
     """
     out_dir = args.out_dir or Path("out") / method
@@ -82,7 +89,8 @@ def prepare(args: Training, method: str, rate: float, small_rate: float | None =
     with fabric.rank_zero_first():
         checkpoint_dir = find_checkpoint(args.checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
-    config = load_config(checkpoint_dir).override(**(args.model or {}))
+    config, fields = load_config(checkpoint_dir), args.model or {}
+    config = config.override(**fields) if configure is None else configure(config, fields)
     tokenizer = Tokenizer(checkpoint_dir)
     data, held_out = read_data(args, tokenizer, config)
     if small_rate is not None and count_weights(config) < SMALL:
@@ -172,11 +180,14 @@ def load_base(run: Finetuning, quantize: str | None = None) -> GPT:
     return load_model(run.checkpoint_dir, run.dtype, run.fabric.device, quantize=quantize, **fields).train()
 
 
-def place(run: Run, model: GPT) -> nn.Module:
-    """Put the model on its devices: trained weights in float32, as many layers recomputed as memory demands."""
+def place(run: Run, model: GPT, holder: nn.Module | None = None) -> nn.Module:
+    """Put the model on its devices: trained weights in float32, as many layers recomputed as memory demands.
+
+    holder: what the loop calls in the model's place, a module that holds it and has a loss of its own.
+    """
     train_in_float32(model, run.dtype)
     choose_recompute(run, model, accumulates=len(run.feed.batches(0)) > run.fabric.world_size)
-    return run.fabric.setup_module(model)
+    return run.fabric.setup_module(holder or model)
 
 
 def full_weights(run: Run, model: GPT) -> dict[str, Tensor]:
@@ -196,10 +207,12 @@ def resume_and_rehearse(
     saver: Saver,
     validate: Callable[..., float],
     load: Callable[[Path], None],
+    measure: Callable[..., Any] | None = None,
 ) -> Progress:
     """Go on from a saved step if --resume says so, show three samples, and try once all that the run will do.
 
-    Then the model is validated, before the first step. validate, load: see rehearse.
+    Then the model is validated, before the first step. validate, load: see rehearse. measure: what the loop calls to
+    validate and tell the loss; None: evaluate.
     """
     progress = saver.resume()
     if run.is_over(progress):
@@ -207,9 +220,9 @@ def resume_and_rehearse(
     run.log.say(show_examples(run.data, run.tokenizer))
     rehearse(run, model, validate, saver.save_model, load)
     if not run.args.dry_run:
-        saver.remove_old_run()
+        remove_old_run(run)
         if progress.step == 0 and progress.best is None:
-            evaluate(run, model, progress)
+            (measure or evaluate)(run, model, progress)
             if run.saves_after(progress):
                 saver.save_step(progress)
     model.train()

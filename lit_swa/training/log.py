@@ -1,6 +1,7 @@
 """What a run tells: metrics.csv, TensorBoard if asked for, and a line on stderr."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +24,20 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(METRICS)}
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a metrics.csv below its header, each with a number of a step and numbers or nothing behind it.
+def read_lines(path: Path, names: Sequence[str] = METRICS) -> list[str]:
+    """The lines of a table below its header, each with a number of a step and numbers or nothing behind it.
 
     A last line without its end, which a full disk leaves, is not among them. Raises ValueError for anything else.
     """
     text = find_inside(path.parent, path.name).read_bytes().decode(errors="replace").replace("\r\n", "\n")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    if lines and lines[0] != ",".join(METRICS):
-        raise ValueError(f"{path} is damaged: its first line must be {','.join(METRICS)}; mend it or move it away.")
+    if lines and lines[0] != ",".join(names):
+        raise ValueError(f"{path} is damaged: its first line must be {','.join(names)}; mend it or move it away.")
     for number, line in enumerate(lines[1:], start=2):
         step, *values = line.split(",")
         try:
             numbers = [abs(float(value or "nan")) for value in values]
-            fits = 0 <= int(step) < LARGEST and len(numbers) == len(METRICS) - 1
+            fits = 0 <= int(step) < LARGEST and len(numbers) == len(names) - 1
             fits = fits and all(number < LARGEST or not math.isfinite(number) for number in numbers)
         except ValueError:
             fits = False
@@ -45,12 +46,42 @@ def read_lines(path: Path) -> list[str]:
     return lines[1:]
 
 
+class Table:
+    """A .csv file with rows of numbers, each of a step. Only the first process writes it."""
+
+    def __init__(self, path: Path, names: Sequence[str], active: bool) -> None:
+        """names: of the columns; the first is step."""
+        self.path, self.names, self.active = path, names, active
+
+    def rewind(self, step: int) -> None:
+        """Remove the rows of later steps than this one, which a resumed run makes again."""
+        if self.path.exists():
+            kept = [line for line in read_lines(self.path, self.names) if int(line.partition(",")[0]) <= step]
+            if self.active:
+                self.write_lines(kept)
+
+    def write(self, step: int, **values: float) -> None:
+        """Add a row. values: by the names of the columns; the others stay empty."""
+        if not self.active:
+            return
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write_lines([])
+        line = ",".join([str(step), *(repr(values[n]) if n in values else "" for n in self.names[1:])])
+        with named_when_full(self.path), open(self.path, "a", newline="") as stream:
+            stream.write(line + "\n")
+
+    def write_lines(self, lines: list[str]) -> None:
+        """The whole table, in one step: a kill leaves what was there."""
+        write_text(self.path, "\n".join([",".join(self.names), *lines]) + "\n")
+
+
 class Log:
     """Writes metrics.csv and TensorBoard's files, and shows the progress line. Only the first process is active."""
 
     def __init__(self, out_dir: Path, args: Any, steps: int, active: bool) -> None:
         """args: has tensorboard and log_interval. Raises ValueError when TensorBoard is wanted and missing."""
-        self.path, self.args, self.active = out_dir / "metrics.csv", args, active
+        self.table, self.args, self.active = Table(out_dir / "metrics.csv", METRICS, active), args, active
         self.line, self.board = ProgressLine(steps, "step", interval=10.0), None
         if active and args.tensorboard:
             try:
@@ -60,11 +91,8 @@ class Log:
             self.board = SummaryWriter(str(out_dir / "tensorboard"))
 
     def rewind(self, step: int) -> None:
-        """Remove the rows of later steps than this one, which a resumed run makes again."""
-        if self.path.exists():
-            kept = [line for line in read_lines(self.path) if int(line.partition(",")[0]) <= step]
-            if self.active:
-                self.write_lines(kept)
+        """See Table."""
+        self.table.rewind(step)
 
     def step(self, progress: "Progress", loss: float, rate: float, norm: float, val_loss: float | None) -> None:
         """Tell of a step: a row every log_interval steps and where there is a validation loss, and the line."""
@@ -78,22 +106,10 @@ class Log:
 
     def write(self, step: int, **values: float) -> None:
         """A row of metrics.csv. values: by the names in METRICS; the others stay empty."""
-        if not self.active:
-            return
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.write_lines([])
-        line = ",".join([str(step), *(repr(values[n]) if n in values else "" for n in METRICS[1:])])
-        with named_when_full(self.path):
-            with open(self.path, "a", newline="") as stream:
-                stream.write(line + "\n")
-            for name, value in values.items():
-                if self.board is not None:
-                    self.board.add_scalar(name, value, step)
-
-    def write_lines(self, lines: list[str]) -> None:
-        """The whole of metrics.csv, in one step: a kill leaves what was there."""
-        write_text(self.path, "\n".join([",".join(METRICS), *lines]) + "\n")
+        self.table.write(step, **values)
+        with named_when_full(self.table.path):
+            for name, value in values.items() if self.board is not None else ():
+                self.board.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         if self.active:

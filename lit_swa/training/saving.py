@@ -214,18 +214,6 @@ class Saver:
             more = "more --max_steps or --epochs go on"
         return f"{self.run.out_dir} holds this run, and it ended after step {progress.step}: no step is made; {more}"
 
-    def remove_old_run(self) -> None:
-        """Delete the run that --resume restart replaces. Call it when all is tried that could keep the new one from
-        starting."""
-        out_dir, fabric = self.run.out_dir, self.run.fabric
-        if self.run.args.resume == "restart" and fabric.is_global_zero:
-            with directory_lock(out_dir):
-                for path in (*all_steps(out_dir), out_dir / "final"):
-                    if path.exists():
-                        remove_directory(path)
-                (out_dir / "metrics.csv").unlink(missing_ok=True)
-        fabric.barrier()
-
     def finish(self, progress: Progress) -> Path:
         """Save the last step and out_dir/final; returns the latter.
 
@@ -252,6 +240,18 @@ class Saver:
             self.write(path, lambda directory: copy_model(saved, directory), progress, step)
         run.fabric.barrier()
         return path
+
+
+def remove_old_run(run: Run) -> None:
+    """Delete the run that --resume restart replaces. Call it when all is tried that could keep the new one from
+    starting."""
+    if run.args.resume == "restart" and run.fabric.is_global_zero:
+        with directory_lock(run.out_dir):
+            for path in (*all_steps(run.out_dir), run.out_dir / "final"):
+                if path.exists():
+                    remove_directory(path)
+            (run.out_dir / "metrics.csv").unlink(missing_ok=True)
+    run.fabric.barrier()
 
 
 def is_final(path: Path, progress: dict[str, Any], step: int) -> bool:
