@@ -4,6 +4,7 @@ distribution (Fabric, DDP, FSDP), precision, memory, loop, log, resuming, saving
 feed and finetuning read examples.
 """
 
+from lit_swa.formats.checkpoint import load_config
 from lit_swa.training.distribution import start_fabric, use_whole_memory
 from lit_swa.training.feed import ExampleFeed, join_examples
 from lit_swa.training.finetuning import (
@@ -15,6 +16,18 @@ from lit_swa.training.finetuning import (
     resume_and_rehearse,
     tell_end,
     try_loading,
+)
+from lit_swa.training.linearizing import (
+    LayerLosses,
+    choose_softmax,
+    dropout_of,
+    evaluate_transfer,
+    from_transfer,
+    load_student,
+    place_transfer,
+    prepare_stages,
+    save_unchanged,
+    validate_transfer,
 )
 from lit_swa.training.log import read_metrics
 from lit_swa.training.loop import (
@@ -32,32 +45,43 @@ from lit_swa.training.memory import fitting_recompute, recompute_blocks
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
 from lit_swa.training.resuming import RUN_FILE, STATE_FILE
-from lit_swa.training.saving import Saver, read_record, require_finite
+from lit_swa.training.saving import Saver, read_record, remove_old_run, require_finite
 
 __all__ = [
     "RUN_FILE",
     "STATE_FILE",
     "Batch",
     "ExampleFeed",
+    "LayerLosses",
     "Progress",
     "Run",
     "Saver",
     "build_optimizer",
+    "choose_softmax",
     "clip_gradients",
+    "dropout_of",
     "evaluate",
+    "evaluate_transfer",
     "fitting_recompute",
+    "from_transfer",
     "full_weights",
     "join_examples",
     "learning_rate",
     "load_base",
+    "load_config",
+    "load_student",
     "place",
+    "place_transfer",
     "prepare",
+    "prepare_stages",
     "read_metrics",
     "read_record",
     "recompute_blocks",
     "rehearse",
+    "remove_old_run",
     "require_finite",
     "resume_and_rehearse",
+    "save_unchanged",
     "set_rate",
     "start_fabric",
     "steps",
@@ -66,4 +90,5 @@ __all__ = [
     "try_loading",
     "use_whole_memory",
     "validate",
+    "validate_transfer",
 ]
