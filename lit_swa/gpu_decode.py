@@ -230,9 +230,11 @@ def fused(
 ) -> Tensor:
     """activation(linear(norm(x))) * gate(norm(x)) + residual, (B, T, in) -> (B, T, out): in one kernel if there is one
     for it, or else module by module."""
-    if hasattr(linear, "finish"):  # a rank's part of a layer: the ranks join what it makes
-        y = linear.finish(fused(x, linear.linear, norm=norm))
-        return y if residual is None else residual + y
+    if hasattr(
+        linear, "finish"
+    ):  # a rank's part of a layer: the ranks join what it makes, one of them with the residual
+        own = residual if residual is not None and linear.first else None
+        return linear.finish(fused(x, linear.linear, norm=norm, residual=own))
     kernels, rows = gpu_kernels(), x.size(0) * x.size(1)
     name = "none" if activation is None else ACTIVATION_NAMES.get(activation)
     if kernels is None or name is None or not kernels.knows(rows, linear, gate):

@@ -29,6 +29,7 @@ from lit_swa.config import Config
 from lit_swa.formats.files import LazyTensor, as_lazy
 from lit_swa.linear_formats import INJECTED
 from lit_swa.model import GPT
+from lit_swa.peer_memory import peer_sum
 
 UNITS = (
     128,
@@ -53,8 +54,11 @@ ALONE = Rank()
 
 def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
     """The sum of all ranks' x, the same bits on each. May change x. Every sum of a forward is made here."""
-    dist.all_reduce(x, group=group)
-    return x
+    total = peer_sum(x, group)
+    if total is None:
+        dist.all_reduce(x, group=group)
+        return x
+    return total
 
 
 def join_ranks(x: Tensor, size: int, group: Any = None) -> Tensor:
@@ -73,7 +77,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, linear: nn.Module, rank: Rank) -> None:
         """linear: the columns of this rank, with the bias of the whole layer."""
         super().__init__()
-        self.group = rank.group
+        self.group, self.first = rank.group, rank.index == 0
         if isinstance(linear.bias, nn.Parameter):
             self.bias = linear.bias
         else:

@@ -141,6 +141,8 @@ def connected(device: str, index: int, size: int) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    from lit_swa.peer_memory import forget_buffers
+
     options: dict[str, Any] = {"backend": "gloo"}
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -148,6 +150,7 @@ def connected(device: str, index: int, size: int) -> Iterator[None]:
     dist.init_process_group(rank=index, world_size=size, **options)
     yield
     forget_graphs()
+    forget_buffers()
     dist.destroy_process_group()  # not after an error: the others may wait for this process in a sum
 
 
