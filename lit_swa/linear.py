@@ -42,7 +42,7 @@ else:  # copied beside a script of another project
     from rope import RoPE, Span, apply_rope, join_angles
 
 CHUNKS = 64, 128, 256  # queries of a chunk: as many as a window has keys, of these
-WEIGHT_ELEMENTS = 2**23  # bound on the weights that exist at once, more than a chunk's
+PIECE_ELEMENTS = 2**23, 2**26  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
 NEW_MIX = math.log(0.1 / 0.9)  # g = 0.1 in a new layer
 
 State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over keys, with and without their values
@@ -158,9 +158,10 @@ class LinearAttention(Mixer):
     def attend(self, x: "Tokens", state: State, plan: Plan) -> tuple[Tensor, State]:
         """Outputs (B, H, T, D), and the state behind the call. A long text is read in pieces, in order; in training,
         what they make on the way is made again in the backward."""
-        (B, H, T, _), outputs = x.q.shape, []
+        (B, H, T, D), outputs = x.q.shape, []
         C = next((c for c in CHUNKS if c >= plan.window), CHUNKS[-1])
-        size = C * max(1, WEIGHT_ELEMENTS // (B * H * C * (C + plan.lag)))
+        most = PIECE_ELEMENTS[x.q.device.type == "cuda"]
+        size = C * max(1, most // (B * H * (C * (C + plan.lag) + 4 * D * D)))  # a chunk's weights, and two states
         cuts = [*range(0, T - T % C, size), *([T - T % C] if T % C else []), T]
         long = len(cuts) > 3 and torch.is_grad_enabled()
         run = functools.partial(checkpoint, self.attend_chunks, use_reentrant=False, preserve_rng_state=False)
@@ -401,7 +402,8 @@ class StateCache(nn.Module):
         if moves.order is not None:
             entries = entries.gather(2, moves.order[:, None, :, None].expand(entries.shape))
         if moves.kept is not None:
-            state, norm = state * moves.kept[..., None, None], norm * moves.kept[..., None]
+            anew = ~moves.kept[..., None]
+            state, norm = state.masked_fill(anew[..., None], 0), norm.masked_fill(anew, 0)
         self.kv.copy_(entries[:, :, kv.size(2) :].detach())
         return sinks, entries, (state, norm)
 
