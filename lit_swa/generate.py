@@ -364,7 +364,7 @@ class Session:
     @property
     def can_run_ahead(self) -> bool:
         """True if a token may be fed before anybody knows that it is wanted, and it saves time."""
-        return self.device.type == "cuda" and (not self.model.rolls or self.model.lookahead > 0)
+        return self.device.type == "cuda" and self.model.can_take_back(1)
 
     def take_back(self, n: int) -> None:
         """Forget the newest n tokens of every sequence, as if never fed. Raises ValueError if it cannot."""

@@ -197,3 +197,16 @@ def test_sequences_may_differ_in_length_only_at_first(tiny_model):
     session.feed([[1, 2], [3]])
     with pytest.raises(ValueError, match="only the first rows"):
         session.feed([[1, 2], [3]])
+
+
+@pytest.mark.parametrize("kind", ["linear,full", "sliding,full"])
+def test_no_token_is_fed_ahead_that_a_layer_could_not_take_back(tiny_model, kind):
+    """Catches: a stop that ends in an error where some layers roll and others keep every key."""
+    model = tiny_model(
+        attention=kind, rolling_kv_cache=True, **({"sliding_window_size": 5} if "sliding" in kind else {})
+    )
+    for lookahead in (0, 1):
+        session = Session(model, lookahead=lookahead)
+        session.feed([1, 2, 3])
+        session.device = torch.device("cuda")
+        assert session.can_run_ahead == session.can_take_back(1) == (lookahead == 1)
