@@ -29,14 +29,10 @@ from lit_swa.config import Config
 from lit_swa.formats.files import LazyTensor, as_lazy
 from lit_swa.linear_formats import INJECTED
 from lit_swa.model import GPT
-from lit_swa.peer_memory import peer_sum
+from lit_swa.peer_memory import peer_exchange
 
-UNITS = (
-    128,
-    64,
-    32,
-    1,
-)  # a rank has a multiple of one of these of the MLP's inner outputs: whole groups of int4 weights
+# A rank has a multiple of one of these of the MLP's inner outputs: whole groups of int4 weights.
+UNITS = (128, 64, 32, 1)
 
 
 class Rank(NamedTuple):
@@ -54,7 +50,7 @@ ALONE = Rank()
 
 def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
     """The sum of all ranks' x, the same bits on each. May change x. Every sum of a forward is made here."""
-    total = peer_sum(x, group)
+    total = peer_exchange(x, group)
     if total is None:
         dist.all_reduce(x, group=group)
         return x
@@ -63,12 +59,13 @@ def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
 
 def join_ranks(x: Tensor, size: int, group: Any = None) -> Tensor:
     """All ranks' x (..., n), one behind the other: (..., size * n)."""
-    parts = x.new_empty(size * x.size(0), *x.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-    gather(parts, x, group=group)
-    return (
-        parts.unflatten(0, (size, -1)).movedim(0, -2).flatten(-2)
-    )  # (size * B, ...) -> (..., size, n) -> (..., size * n)
+    parts = peer_exchange(x, group, gather=True)  # (size, ..., n)
+    if parts is None:
+        parts = x.new_empty(size * x.size(0), *x.shape[1:])
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(parts, x, group=group)
+        parts = parts.unflatten(0, (size, -1))
+    return parts.movedim(0, -2).flatten(-2)
 
 
 class RowParallelLinear(nn.Module):

@@ -1,45 +1,75 @@
-"""Small sums over the GPUs of one machine, there for speed only: each rank reads the others' numbers from their memory,
-in one kernel of PyTorch's symmetric memory, where NCCL passes them round."""
+"""Small exchanges between the GPUs of one machine, there for speed only: in memory that all of them reach (PyTorch's
+symmetric memory), in one kernel of peer_kernels.py, which takes less time than NCCL's."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MOST_BYTES = 2**18  # of a sum: larger ones are NCCL's
-SIZES = 2, 4, 8  # numbers of ranks for which the kernel adds in the same order on each, so that all get the same bits
-BUFFERS: dict[tuple[str, torch.dtype], Tensor] = {}  # name of a group, dtype -> memory that all its ranks can read
+from lit_swa.linear_formats import gpu_kernels
+
+MOST_BYTES = 2**18  # of a tensor: larger ones are NCCL's
 
 
-def peer_sum(x: Tensor, group: Any = None) -> Tensor | None:
-    """The sum of all ranks' x, the same bits on each; None where NCCL or gloo is to make it."""
-    if x.device.type != "cuda" or x.nbytes > MOST_BYTES or x.dtype not in (torch.bfloat16, torch.float32):
+class Shared(NamedTuple):
+    """What a rank needs to exchange tensors of a dtype with its group."""
+
+    memory: Tensor  # its part of the memory, as exchange_kernel describes it
+    handle: Any  # keeps the others' parts open
+    bases: Tensor  # (size,) int64: where each rank's part begins
+    counts: Tensor
+    most: int  # elements of a tensor
+    rank: int
+
+
+SHARED: dict[tuple[str, torch.dtype], Shared] = {}  # name of a group, dtype -> what its ranks have set up
+
+
+def peer_exchange(x: Tensor, group: Any = None, gather: bool = False) -> Tensor | None:
+    """The sum of all ranks' x, the same bits on each, or with `gather` all of them (size, *x.shape); None where NCCL or
+    gloo is to make it."""
+    if x.device.type != "cuda" or x.nbytes > MOST_BYTES or not x.is_contiguous() or not x.is_floating_point():
         return None
     group = group or dist.group.WORLD
     if not reaches_peers(group.size(), x.device):
         return None
     key = (group.group_name, x.dtype)
-    if key not in BUFFERS:  # all ranks are here at the same sum
-        from torch.distributed import _symmetric_memory as symmetric
+    if key not in SHARED:
+        SHARED[key] = set_up(x, group)
+    shared, size = SHARED[key], group.size()
+    flags_at = 2 * size * MOST_BYTES
+    exchange = gpu_kernels("peer_kernels").exchange
+    return exchange(x, shared.bases, shared.counts, flags_at, shared.most, shared.rank, gather)
 
-        buffer = symmetric.empty(MOST_BYTES // x.element_size(), dtype=x.dtype, device=x.device)
-        symmetric.rendezvous(buffer, group)
-        BUFFERS[key] = buffer
-    flat = x.reshape(-1)
-    return torch.ops.symm_mem.one_shot_all_reduce_copy(BUFFERS[key][: flat.numel()], flat, "sum", key[0]).view_as(x)
+
+def set_up(x: Tensor, group: Any) -> Shared:
+    """Memory for tensors like x. All ranks are here at the same exchange."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    size, most = group.size(), MOST_BYTES // x.element_size()
+    programs = most // gpu_kernels("peer_kernels").BLOCK
+    with torch.inference_mode(False):
+        memory = symmetric.empty(2 * size * MOST_BYTES + 4 * size * programs, dtype=torch.uint8, device=x.device)
+        handle = symmetric.rendezvous(memory, group)
+        memory.zero_()
+        bases = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=x.device)
+        counts = torch.zeros(programs, dtype=torch.int32, device=x.device)
+    torch.cuda.synchronize(x.device)
+    dist.barrier(group=group)  # nobody writes before all are empty
+    return Shared(memory, handle, bases, counts, most, handle.rank)
 
 
 def reaches_peers(size: int, device: torch.device) -> bool:
-    """True if the ranks are on one machine, whose GPUs read each other's memory."""
-    if size not in SIZES or int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size or torch.version.hip:
+    """True if the ranks are on one machine, whose GPUs reach each other's memory."""
+    if gpu_kernels() is None or int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
         return False
-    if torch.cuda.device_count() < size or not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy"):
+    if not 1 < size <= torch.cuda.device_count():
         return False
     return all(torch.cuda.can_device_access_peer(device, n) for n in range(size) if n != device.index)
 
 
-def forget_buffers() -> None:
-    """Free the memory that ranks share: before their group ends."""
-    BUFFERS.clear()
+def forget_shared() -> None:
+    """Free the memory that ranks share, before their group ends."""
+    SHARED.clear()

@@ -141,7 +141,7 @@ def connected(device: str, index: int, size: int) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    from lit_swa.peer_memory import forget_buffers
+    from lit_swa.peer_memory import forget_shared
 
     options: dict[str, Any] = {"backend": "gloo"}
     if device.startswith("cuda"):
@@ -150,7 +150,7 @@ def connected(device: str, index: int, size: int) -> Iterator[None]:
     dist.init_process_group(rank=index, world_size=size, **options)
     yield
     forget_graphs()
-    forget_buffers()
+    forget_shared()
     dist.destroy_process_group()  # not after an error: the others may wait for this process in a sum
 
 
