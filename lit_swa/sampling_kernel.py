@@ -64,6 +64,7 @@ def choose_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_
     """(B, 1): the tokens that win the exponential race of `generate.draw` with the numbers noise (B, V), from logits
     (B, V) that a penalty may have changed; noise None: the likeliest."""
     (B, V), draw = logits.shape, noise is not None
+    logits = logits if logits.dtype in KEY_BITS else logits.float()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens = torch.empty(B, 1, dtype=torch.long, device=logits.device)
     with torch.cuda.device(logits.device):

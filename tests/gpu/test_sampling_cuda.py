@@ -17,7 +17,7 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [97, 8192, 40000])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_tokens_are_those_of_the_distribution(name, vocab_size, dtype):
