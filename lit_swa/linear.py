@@ -101,9 +101,7 @@ class LinearAttention(Mixer):
         n = self.config.linear_sinks
         return n + min(max(1, self.config.linear_window), max(1, tokens - n))
 
-    def new_cache(
-        self, batch: int, length: int, lookahead: int, heads: Any, beside: Any = None, **place: Any
-    ) -> "StateCache":
+    def new_cache(self, batch: int, length: int, lookahead: int, heads: Any, beside: Any = None, **place: Any) -> Any:
         recent = Recent(self.config, batch, length, lookahead, place["device"]) if beside is None else beside.recent
         return StateCache(recent, self.config, heads, **place)
 

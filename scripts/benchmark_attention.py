@@ -146,6 +146,7 @@ def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callabl
         f"streaming {settings['n_sink_tokens']} + {settings['window']}": {"attention": "streaming"} | window,
         "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": settings["trained_length"]},
         "S2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
+        "linear attention": {"attention": "linear"},
     }
     q, k, v = inputs
     ways: dict[str, Callable] = {}
@@ -154,7 +155,7 @@ def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callabl
             n_layer=1, n_head=settings["n_head"], n_query_groups=settings["n_query_groups"], block_size=T, vocab_size=8,
             head_size=settings["head_size"], n_embd=8, attention_backend=settings["backend"], **extra,
         )  # fmt: skip
-        model = GPT(config).to(device)
+        model = GPT(config).to(device, q.dtype)
         mixer, span = model.layers[0].mixer, Span(True, 0, T - 1, contiguous=True, fresh=True, dtype=q.dtype)
         plan = mixer.plan(torch.arange(T, device=device)[None], span, None, model.rope)
 
@@ -164,8 +165,9 @@ def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callabl
         def with_rope(mixer: Any = mixer, plan: Any = plan) -> torch.Tensor:
             return mixer(q, k, v, plan, None)
 
-        ways[name] = plain
-        if name in ("full", "dual chunk"):
+        if name != "linear attention":  # its features read rotated keys
+            ways[name] = plain
+        if name in ("full", "dual chunk", "linear attention"):
             ways[name + ", with RoPE"] = with_rope
     return ways
 
