@@ -35,7 +35,6 @@ STYLES = {
     "streaming": Style("#E69F00", "X"),
     "dual_chunk": Style("#009E73", "D"),
     "s2": Style("#CC79A7", "s"),
-    "linear attention": Style("#4B0092", "h"),
     "short": Style("#8C510A", "v", "--"),  # groups as in s2 that are not shifted
     # how RoPE is scaled
     "linear": Style("#707070", "s"),
