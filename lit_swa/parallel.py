@@ -48,13 +48,14 @@ ALONE = Rank()
 # ------------------------------------------------------------------------------------------------- what ranks exchange
 
 
-def sum_over_ranks(x: Tensor, group: Any = None) -> Tensor:
-    """The sum of all ranks' x, the same bits on each. May change x. Every sum of a forward is made here."""
-    total = peer_exchange(x, group)
-    if total is None:
-        dist.all_reduce(x, group=group)
-        return x
-    return total
+def sum_over_ranks(x: Tensor, group: Any = None, plus: Tensor | None = None) -> Tensor:
+    """The sum of all ranks' x, the same bits on each, and of `plus`, which each of them has. May change x. Every sum of a
+    forward is made here."""
+    total = peer_exchange(x, group, plus=plus)
+    if total is not None:
+        return total
+    dist.all_reduce(x, group=group)
+    return x if plus is None else plus + x
 
 
 def join_ranks(x: Tensor, size: int, group: Any = None) -> Tensor:
@@ -74,7 +75,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, linear: nn.Module, rank: Rank) -> None:
         """linear: the columns of this rank, with the bias of the whole layer."""
         super().__init__()
-        self.group, self.first = rank.group, rank.index == 0
+        self.group = rank.group
         if isinstance(linear.bias, nn.Parameter):
             self.bias = linear.bias
         else:
@@ -85,9 +86,9 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.finish(self.linear(x))
 
-    def finish(self, y: Tensor) -> Tensor:
-        """The layer's output, of the ranks' products."""
-        y = sum_over_ranks(y, self.group)
+    def finish(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output, of the ranks' products; with a residual the sum of both."""
+        y = sum_over_ranks(y, self.group, residual)
         return y if self.bias is None else y + self.bias
 
 

@@ -14,11 +14,11 @@ BLOCK = 1024  # elements of a program
 
 @triton.jit
 def exchange_kernel(
-    y, x, bases, counts, N, flags_at,
-    MOST: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, GATHER: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    y, x, plus, bases, counts, N, flags_at,
+    MOST: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, GATHER: tl.constexpr, PLUS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y (N,): the sum of all ranks' x (N,), or with GATHER y (SIZE, N): all of them.
+    """y (N,): the sum of all ranks' x (N,), with PLUS that and plus (N,); or with GATHER y (SIZE, N): all x.
 
     bases (SIZE,): where each rank's memory begins. It holds numbers (2, SIZE, MOST), written by the rank of the second
     index, and at flags_at (SIZE, MOST / BLOCK) int32, up to which exchange they are there. Exchanges take turns with
@@ -43,6 +43,8 @@ def exchange_kernel(
             theirs = (tl.load(bases + p) + flag + RANK * (MOST // BLOCK * 4)).to(tl.pointer_type(tl.int32))
             tl.atomic_xchg(theirs, count, sem="release", scope="sys")
     total = tl.zeros((BLOCK,), tl.float32)
+    if PLUS:
+        total += tl.load(plus + n, mask=there, other=0.0).to(tl.float32)
     for p in tl.static_range(SIZE):  # the same order on all ranks, so the same bits
         other = v
         if p != RANK:
@@ -62,13 +64,15 @@ def exchange_kernel(
     tl.store(counts + program, count)
 
 
-def exchange(x: Tensor, bases: Tensor, counts: Tensor, flags_at: int, most: int, rank: int, gather: bool) -> Tensor:
-    """The sum of all ranks' x, or all of them (SIZE, *x.shape). most: elements that x may have."""
+def exchange(
+    x: Tensor, plus: Tensor | None, bases: Tensor, counts: Tensor, flags_at: int, most: int, rank: int, gather: bool
+) -> Tensor:
+    """The sum of all ranks' x and of plus, rounded once, or all of the x (SIZE, *x.shape). most: elements of x at most."""
     size = bases.numel()
     y = x.new_empty(size, *x.shape) if gather else torch.empty_like(x)
     with torch.cuda.device(x.device):
         exchange_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            y, x, bases, counts, x.numel(), flags_at, MOST=most, RANK=rank, SIZE=size, GATHER=gather, BLOCK=BLOCK,
-            num_warps=4, **early_launch(x.device),
+            y, x, x if plus is None else plus.contiguous(), bases, counts, x.numel(), flags_at, MOST=most, RANK=rank,
+            SIZE=size, GATHER=gather, PLUS=plus is not None, BLOCK=BLOCK, num_warps=4, **early_launch(x.device),
         )  # fmt: skip
     return y

@@ -27,9 +27,9 @@ class Shared(NamedTuple):
 SHARED: dict[tuple[str, torch.dtype], Shared] = {}  # name of a group, dtype -> what its ranks have set up
 
 
-def peer_exchange(x: Tensor, group: Any = None, gather: bool = False) -> Tensor | None:
-    """The sum of all ranks' x, the same bits on each, or with `gather` all of them (size, *x.shape); None where NCCL or
-    gloo is to make it."""
+def peer_exchange(x: Tensor, group: Any = None, *, plus: Tensor | None = None, gather: bool = False) -> Tensor | None:
+    """The sum of all ranks' x and of `plus`, the same bits on each, or with `gather` all x (size, *x.shape); None where
+    NCCL or gloo is to make it."""
     if x.device.type != "cuda" or x.nbytes > MOST_BYTES or not x.is_contiguous() or not x.is_floating_point():
         return None
     group = group or dist.group.WORLD
@@ -41,7 +41,7 @@ def peer_exchange(x: Tensor, group: Any = None, gather: bool = False) -> Tensor 
     shared, size = SHARED[key], group.size()
     flags_at = 2 * size * MOST_BYTES
     exchange = gpu_kernels("peer_kernels").exchange
-    return exchange(x, shared.bases, shared.counts, flags_at, shared.most, shared.rank, gather)
+    return exchange(x, plus, shared.bases, shared.counts, flags_at, shared.most, shared.rank, gather)
 
 
 def set_up(x: Tensor, group: Any) -> Shared:
