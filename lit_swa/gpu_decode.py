@@ -230,11 +230,9 @@ def fused(
 ) -> Tensor:
     """activation(linear(norm(x))) * gate(norm(x)) + residual, (B, T, in) -> (B, T, out): in one kernel if there is one
     for it, or else module by module."""
-    if hasattr(
-        linear, "finish"
-    ):  # a rank's part of a layer: the ranks join what it makes, one of them with the residual
-        own = residual if residual is not None and linear.first else None
-        return linear.finish(fused(x, linear.linear, norm=norm, residual=own))
+    if hasattr(linear, "finish"):  # a rank's part of a layer: the ranks join what they make
+        y = fused(x, linear.linear, norm=norm)
+        return linear.finish(y) if residual is None else linear.finish(y, residual)
     kernels, rows = gpu_kernels(), x.size(0) * x.size(1)
     name = "none" if activation is None else ACTIVATION_NAMES.get(activation)
     if kernels is None or name is None or not kernels.knows(rows, linear, gate):

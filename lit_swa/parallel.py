@@ -49,8 +49,8 @@ ALONE = Rank()
 
 
 def sum_over_ranks(x: Tensor, group: Any = None, plus: Tensor | None = None) -> Tensor:
-    """The sum of all ranks' x, the same bits on each, and of `plus`, which each of them has. May change x. Every sum of a
-    forward is made here."""
+    """The sum of all ranks' x, the same bits on each, and of `plus`, which each of them has. May change x. Every sum of
+    a forward is made here."""
     total = peer_exchange(x, group, plus=plus)
     if total is not None:
         return total

@@ -67,7 +67,7 @@ def exchange_kernel(
 def exchange(
     x: Tensor, plus: Tensor | None, bases: Tensor, counts: Tensor, flags_at: int, most: int, rank: int, gather: bool
 ) -> Tensor:
-    """The sum of all ranks' x and of plus, rounded once, or all of the x (SIZE, *x.shape). most: elements of x at most."""
+    """The sum of all ranks' x and of plus, rounded once, or all x (SIZE, *x.shape), of `most` elements at most."""
     size = bases.numel()
     y = x.new_empty(size, *x.shape) if gather else torch.empty_like(x)
     with torch.cuda.device(x.device):
