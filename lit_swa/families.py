@@ -94,8 +94,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "TinyLlama-1.1B": LLAMA2 | {"block_size": 2048} | shape(22, 2048, 32, 4, 5632),
     "Llama-2-7b": LLAMA2 | shape(32, 4096, 32, 32, 11008),
     "Llama-2-13b": LLAMA2 | shape(40, 5120, 40, 40, 13824),
+    "Llama-2-70b": LLAMA2 | shape(80, 8192, 64, 8, 28672),
     "Meta-Llama-3-8B": LLAMA3 | shape(32, 4096, 32, 8, 14336),
     "Llama-3.1-8B": LLAMA31 | shape(32, 4096, 32, 8, 14336),
+    "Llama-3.1-70B": LLAMA31 | shape(80, 8192, 64, 8, 28672),
+    "Llama-3.1-405B": LLAMA31 | shape(126, 16384, 128, 8, 53248),
     "Llama-3.2-1B": LLAMA32 | shape(16, 2048, 32, 8, 8192),
     "Llama-3.2-3B": LLAMA32 | {"head_size": 128} | shape(28, 3072, 24, 8, 8192),
     "Mistral-7B-v0.1": LLAMA
