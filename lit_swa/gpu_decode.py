@@ -70,7 +70,8 @@ class Step:
             if recording.calls <= WARM_UPS:
                 return self.run(idx, input_pos)
             if recording.graph is None:
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                if not any(other.graph for kept in self.recorded.values() for other in kept.values()):
+                    self.pool = torch.cuda.graph_pool_handle()  # one without graphs cannot be used again
                 recording.record(self.run, idx, input_pos, self.pool)
             return recording.replay(idx, input_pos)
 

@@ -196,11 +196,12 @@ def random_model(config, mode: Mode, device: str):
         if mode.quantize is not None:
             linears = quantizable_linears(model, mode.quantize, dtype, device, mode.group_size)
             group_size = pick_group(linears, mode.quantize, mode.group_size)
-        for name, module in list(model.named_modules()):
+        for name in [name for name, _ in model.named_modules()]:
+            module, replaced = model.get_submodule(name), linears.pop(name, None) is not None
             if hasattr(module, "reset_parameters"):
                 module.to_empty(device=device, recurse=False)
                 module.reset_parameters()
-            if name in linears:
+            if replaced:
                 how = layer_mode(name, mode.quantize)
                 replace_linear(model, name, quantize_linear(module, how, dtype, group_size=group_size))
     finally:
