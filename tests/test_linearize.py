@@ -26,7 +26,7 @@ from lit_swa.linearize import (
 )
 from lit_swa.lora import LoRAConfig, add_lora, merged_state
 from lit_swa.model import IGNORED
-from lit_swa.train import Progress
+from lit_swa.train import Progress, dropout_of
 from lit_swa.training import linearizing, memory
 
 pytest.importorskip("lightning")
@@ -143,6 +143,12 @@ def test_a_dropped_window_leaves_all_keys_to_the_features():
         assert torch.equal(transfer(idx), whole.detach())
     dropped.backward()
     assert model.layers[1].mixer.feature_k.grad.abs().sum() > 0
+
+
+def test_the_probability_of_a_dropped_window_goes_evenly():
+    """Catches: a schedule that ends a step early or late, or starts at the wrong end."""
+    assert [dropout_of(step, 5, (0.6, 0.2)) for step in range(5)] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2])
+    assert dropout_of(0, 1, (0.6, 0.2)) == 0.6
 
 
 def test_the_plateau_is_that_of_torch():
@@ -324,7 +330,11 @@ def test_a_run_trains_what_it_says_and_goes_on_wherever_it_was_killed(linearize,
     }
     how |= {"save_interval": 1, "keep_last": 9, "micro_batch_size": 2, "weights_ce": 0.1, "keep_full": 1}
     whole, err = linearize("whole", slow=True, **how)
-    assert "1 of 2 layers" not in err and "2 of 2 layers learn to be linear" in err and "layers that stay full: " in err
+    assert "1 of 2 layers" not in err and "2 of 2 layers learn to be linear" in err
+    ranking = json.loads((whole / "ranking.json").read_text())
+    worst = max(ranking["linear"], key=ranking["linear"].get)
+    assert f"layers that stay full: {worst}\n" in err
+    assert load_model(whole / "final").config.layer_variants[int(worst)] == "full"
     base, transferred, final = (
         stored(path) for path in (tiny_checkpoint, whole / "transfer" / "final", whole / "final")
     )
@@ -348,7 +358,8 @@ def test_a_run_trains_what_it_says_and_goes_on_wherever_it_was_killed(linearize,
         if stage == 1:
             forget(killed / "transfer", f"step-{step:06d}")
             (killed / "metrics.csv").unlink()
-            (killed / "ranking.json").unlink()
+            stale = ranking | {"base": "of other weights", "linear": {i: -x for i, x in ranking["linear"].items()}}
+            (killed / "ranking.json").write_text(json.dumps(stale))
         linearize(killed.name, resume="auto", **how)
         assert {name: rows_of(killed / name) for name in tables} == expected
         again = stored(killed / "final")
@@ -401,5 +412,5 @@ def test_what_does_not_fit_a_run_is_refused_in_a_sentence(linearize):
         _, err = linearize(code=2, max_steps=1, **change)
         assert words in err.splitlines()[-1], err
     assert before == {name: rows_of(directory / name) for name in before}
-    linearize(max_steps=2, resume="restart")
-    assert rows_of(directory / "transfer" / "layers.csv")[-1][0] == "2" == rows_of(directory / "metrics.csv")[-1][0]
+    linearize(max_steps=2, resume="restart", stage2_steps=0)
+    assert rows_of(directory / "transfer" / "layers.csv")[-1][0] == "2" and not list(directory.glob("step-*"))
