@@ -34,13 +34,14 @@ def main(
     """Turn softmax attention into linear attention beside a window (LoLCATs): constant memory and time per token.
 
     Stage 1, attention transfer, trains each layer's feature maps to give what its softmax attention gives; stage 2
-    trains the projections around them with LoRA and merges it. Both resume. --max_steps counts for each stage.
+    trains the projections around them with LoRA and merges it. Both resume.
     OUT_DIR/final is a checkpoint that generate/base.py loads; OUT_DIR/transfer is the run of stage 1, with its own.
     The linear attention itself is set with --model.linear_window and the other fields of --model.linear_.
 
     Args:
-        stage1_steps: Steps of stage 1, in place of --max_steps; 0 leaves it out, as for a checkpoint that is linear.
-        stage2_steps: Steps of stage 2, in place of --max_steps; 0 leaves it out.
+        stage1_steps: Steps of stage 1; by default --max_steps or --epochs, which count for each stage. 0 leaves it out,
+            as for a checkpoint that is linear already.
+        stage2_steps: Steps of stage 2, likewise.
         transfer_learning_rate: The rate of stage 1; --learning_rate is that of stage 2, by default 1e-4, or 1e-3 for a
             model of less than a billion weights.
         transfer_schedule: --lr_schedule of stage 1. By default plateau, or constant where nothing is validated on.

@@ -295,8 +295,10 @@ def sum_kl(model: GPT, x: Tensor, wanted: Tensor) -> Tensor:
             teacher = log_probabilities(model, wanted)
         return F.kl_div(log_probabilities(model, x), teacher, reduction="sum", log_target=True)
 
-    size = model_file.LOSS_ELEMENTS[x.device.type == "cuda"] // (2 * model.config.padded_vocab_size)
-    pieces = zip(x.split(max(1, size)), wanted.split(max(1, size)), strict=True)
+    size = max(1, model_file.LOSS_ELEMENTS[x.device.type == "cuda"] // (2 * model.config.padded_vocab_size))
+    if x.size(0) <= size:
+        return piece(x, wanted)
+    pieces = zip(x.split(size), wanted.split(size), strict=True)
     return torch.stack([checkpoint(piece, *both, use_reentrant=False) for both in pieces]).sum()
 
 
