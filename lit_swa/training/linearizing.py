@@ -31,7 +31,7 @@ from lit_swa.linearize import (
     softmax_mixers,
 )
 from lit_swa.model import GPT
-from lit_swa.plots import save_picture, shades, style_of
+from lit_swa.plots import save_picture, shades
 from lit_swa.training.distribution import unwrapped
 from lit_swa.training.finetuning import Finetuning, prepare
 from lit_swa.training.log import Table, read_lines
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 RANKING = "ranking.json"
+COLOUR = "#0072B2"  # of the layers
 
 # ---------------------------------------------------------------------------------------------------------- two stages
 
@@ -219,7 +220,7 @@ def picture_of(steps: Sequence[int], layers: Sequence[int], errors: Sequence[Seq
 
     def draw(plt: Any) -> Any:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        colours = shades(style_of(LINEAR).colour, len(layers))[::-1]
+        colours = shades(COLOUR, len(layers))[::-1]
         for n, colour in enumerate(colours):
             left.plot(steps, [row[n] for row in errors], color=colour, linewidth=1)
         left.plot(steps, [sum(row) / len(row) for row in errors], color="black", linewidth=2, label="mean")
