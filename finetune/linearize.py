@@ -194,7 +194,10 @@ def finetune(
     if run.steps == 0:
         final = train.save_unchanged(run, train.Saver(run, gpt, None, save_model, method))
         return train.tell_end(run, train.Progress(), final)
-    run.log.say(f"Stage 2, LoRA: what is learned is {'the next token' if loss_name == 'ce' else 'the softmax model'}.")
+    if not tried:
+        run.log.say(
+            f"Stage 2, LoRA: what is learned is {'the next token' if loss_name == 'ce' else 'the softmax model'}."
+        )
     torch.manual_seed(args.seed)  # the same new weights on every device
     add_lora(gpt, lora)
     model = train.place(run, gpt, Distillation(gpt, variants) if loss_name == "kl" else None)
