@@ -1,7 +1,7 @@
 """What a training script calls, under one name. The loop itself is in each script: finetune/lora.py is the one to read.
 
 distribution (Fabric, DDP, FSDP), precision, memory, loop, log, resuming, saving, rehearsal know nothing of texts;
-feed and finetuning read examples.
+feed, finetuning and linearizing read examples.
 """
 
 from lit_swa.formats.checkpoint import load_config

@@ -66,14 +66,21 @@ def attention_calls(model: GPT, idx: torch.Tensor, documents: list[int]) -> tupl
 # ------------------------------------------------------------------------------------------------------------- stage 1
 
 
-@pytest.mark.parametrize("weights_ce, attention", [(0.0, "linear"), (0.7, "linear,full,linear")])
-def test_the_gradients_are_those_of_one_loss_over_all_layers(weights_ce, attention):
+@pytest.mark.parametrize(
+    "weights_ce, attention, before",
+    [
+        (0.0, "linear", {}),
+        (0.7, "linear,full,linear", {}),
+        (0.7, "linear", {"attention": "sliding,full", "sliding_window_size": 5, "attention_logit_softcapping": 3.0}),
+    ],
+)
+def test_the_gradients_are_those_of_one_loss_over_all_layers(weights_ce, attention, before):
     """Catches: a layer that is fed what the one before it has learned, a layer's share of the mean, a text that counts
     twice; gradients taken at once that differ from those of the whole."""
-    softmax = softmax_model()
-    model = linear_model(softmax, attention=attention)
+    softmax = softmax_model(**before)
+    model, variants = linear_model(softmax, attention=attention), softmax.config.layer_variants
     idx, documents = torch.randint(0, 97, (2, 16)), [8, 8]  # as many tokens as a head has elements: see below
-    transfer, students = AttentionTransfer(model, FULL, weights_ce), linear_layers(model)
+    transfer, students = AttentionTransfer(model, variants, weights_ce), linear_layers(model)
     loss = transfer(idx, documents=documents)
     (loss / 7).backward()
 
@@ -86,7 +93,7 @@ def test_the_gradients_are_those_of_one_loss_over_all_layers(weights_ce, attenti
         of_layer = 1000 * ((student(q, k, v, call.plans["linear"], None) - y) ** 2).mean(dim=(1, 3)).sum()
         for a in (0, 8) if weights_ce else ():
             q_, k_, v_ = (x[:, :, a : a + 8] for x in (q, k, v))
-            own = softmax.plan_call(idx[:, :8], None).plans["full"]
+            own = softmax.plan_call(idx[:, :8], None).plans[teacher.kind]
             wanted = teacher(q_, k_, torch.eye(8).double().expand_as(k_), own, None)  # of unit vectors: the weights
             given = student.attention_weights(q_, k_, v_, short.plans["linear"])
             seen = given.clamp(min=1e-99).log().flatten(0, 2)  # what no query sees would be minus infinity
