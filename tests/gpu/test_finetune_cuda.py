@@ -16,7 +16,12 @@ pytest.importorskip("lightning")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0}
-SCRIPTS = {"lora": {"extra_trainable": "embed,norm"}, "full": {}, "adapter": {"version": 2, "start_layer": 0}}
+SCRIPTS = {
+    "lora": {"extra_trainable": "embed,norm"},
+    "full": {},
+    "adapter": {"version": 2, "start_layer": 0},
+    "linearize": {"model.linear_window": 4, "keep_full": 1},
+}
 
 
 @pytest.fixture(scope="module")
