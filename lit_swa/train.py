@@ -5,6 +5,17 @@ feed, finetuning and linearizing read examples.
 """
 
 from lit_swa.formats.checkpoint import load_config
+from lit_swa.training.blocks import read_features
+from lit_swa.training.blockwise import (
+    check_arguments,
+    evaluate_block,
+    load_block_student,
+    prepare_block,
+    save_block,
+    save_inputs,
+    shard,
+    stitch_blocks,
+)
 from lit_swa.training.distribution import start_fabric, use_whole_memory
 from lit_swa.training.feed import ExampleFeed, join_examples
 from lit_swa.training.finetuning import (
@@ -57,10 +68,12 @@ __all__ = [
     "Run",
     "Saver",
     "build_optimizer",
+    "check_arguments",
     "choose_softmax",
     "clip_gradients",
     "dropout_of",
     "evaluate",
+    "evaluate_block",
     "evaluate_transfer",
     "fitting_recompute",
     "from_transfer",
@@ -68,12 +81,15 @@ __all__ = [
     "join_examples",
     "learning_rate",
     "load_base",
+    "load_block_student",
     "load_config",
     "load_student",
     "place",
     "place_transfer",
     "prepare",
+    "prepare_block",
     "prepare_stages",
+    "read_features",
     "read_metrics",
     "read_record",
     "recompute_blocks",
@@ -81,10 +97,14 @@ __all__ = [
     "remove_old_run",
     "require_finite",
     "resume_and_rehearse",
+    "save_block",
+    "save_inputs",
     "save_unchanged",
     "set_rate",
+    "shard",
     "start_fabric",
     "steps",
+    "stitch_blocks",
     "tell_end",
     "train_in_float32",
     "try_loading",

@@ -59,6 +59,9 @@ class Finetuning(Run):
     def prompt_style(self) -> str | None:
         return self.data.info["prompt_style"] if self.data.info["kind"] == "instruction" else None
 
+    def samples(self) -> str:
+        return show_examples(self.data, self.tokenizer)
+
     def identity(self) -> dict[str, Any]:
         """What was read, on which base, and the fields of its config that decide what a weight means."""
         free = ("name", "attention_backend", "rolling_kv_cache")
@@ -217,7 +220,7 @@ def resume_and_rehearse(
     progress = saver.resume()
     if run.is_over(progress):
         return progress
-    run.log.say(show_examples(run.data, run.tokenizer))
+    run.log.say(run.samples())
     rehearse(run, model, validate, saver.save_model, load)
     if not run.args.dry_run:
         remove_old_run(run)

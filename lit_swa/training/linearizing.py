@@ -35,7 +35,7 @@ from lit_swa.plots import save_picture, shades
 from lit_swa.training.distribution import unwrapped
 from lit_swa.training.finetuning import Finetuning, prepare
 from lit_swa.training.log import Table, read_lines
-from lit_swa.training.loop import Progress, Validation, validate
+from lit_swa.training.loop import Progress, Run, Validation, validate
 from lit_swa.training.resuming import find_run, what_remains
 from lit_swa.training.saving import Saver
 from lit_swa.utils import ProgressLine, format_number, format_perplexity
@@ -135,7 +135,7 @@ def save_unchanged(run: Finetuning, saver: Saver) -> Path:
 # -------------------------------------------------------------------------------------------- stage 1: what is measured
 
 
-def place_transfer(run: Finetuning, transfer: AttentionTransfer) -> nn.Module:
+def place_transfer(run: Run, transfer: AttentionTransfer) -> nn.Module:
     """Put the model on its devices, with what is trained in float32. Nothing is kept for a backward, so no layer has
     anything to compute again."""
     for p in transfer.parameters():
@@ -194,8 +194,9 @@ def dropout_of(step: int, steps: int, ends: tuple[float, float]) -> float:
 class LayerLosses:
     """layers.csv, the loss of each layer at every step, and layers.png, its picture."""
 
-    def __init__(self, run: Finetuning, model: GPT) -> None:
-        self.run, self.layers = run, linear_layers(model)
+    def __init__(self, run: Run, model: GPT, first: int = 0) -> None:
+        """first: the number that the model's first layer has in the whole model."""
+        self.run, self.layers = run, [first + i for i in linear_layers(model)]
         names = ("step", *(f"layer_{i}" for i in self.layers))
         self.table = Table(run.out_dir / "layers.csv", names, run.fabric.is_global_zero)
 

@@ -129,6 +129,10 @@ class Run:
         step = progress.step
         return step > 0 and step % self.save_interval == 0 or self.best_step(progress) == step
 
+    def samples(self) -> str:
+        """What is said of the data before the first step."""
+        return ""
+
     def identity(self) -> dict[str, Any]:
         """What was read and what is trained: a resumed run must have the same. As JSON."""
         return dict(self.feed.identity)

@@ -1,0 +1,277 @@
+"""What a block reads: the residual stream before its first norm, of every token of the texts, as files.
+
+block-NNN/inputs holds a table of N rows of C elements, one a token: the texts that are trained on, one behind the
+other, then those that are validated on. It is cut into part-NNNNN.safetensors of about PART_BYTES, between texts.
+inputs.json, written first, says what it is a table of and which parts there must be; each part is there whole or not at
+all. So a run that is killed, or ends with a full disk, goes on at the next part.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lit_swa.data import Dataset
+from lit_swa.formats.files import (
+    DTYPES,
+    LazyTensor,
+    as_lazy,
+    directory_lock,
+    find_inside,
+    open_safetensors,
+    read_json,
+    remove_directory,
+    remove_leftovers,
+    write_json,
+    write_safetensors,
+)
+from lit_swa.model import GPT
+from lit_swa.training.blocks import INPUTS_FILE
+from lit_swa.training.resuming import difference
+
+PART_BYTES = 2**30  # of a part, which is in memory while it is made
+MOST_ROWS = 2**31  # a row's number is an int32, as a token is
+LENGTHS_FILE = "lengths.safetensors"
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point}
+
+
+class Texts(NamedTuple):
+    """What is trained on, and what is validated on, as one row of texts."""
+
+    data: Dataset
+    held_out: Dataset | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text."""
+        return np.concatenate([d.lengths for d in self if d is not None])
+
+    def ids(self, i: int) -> np.ndarray:
+        return (self.data[i] if i < len(self.data) else self.held_out[i - len(self.data)]).ids
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        held_out = None if self.held_out is None else self.held_out.fingerprint
+        return {"data": self.data.fingerprint, "validation": held_out}
+
+
+class Table(NamedTuple):
+    """What inputs.json holds."""
+
+    identity: dict[str, Any]  # of which layer, which weights and which texts it is
+    dtype: str
+    width: int  # C
+    max_seq_length: int  # of a text
+    trained: int  # texts that are trained on; the others are validated on
+    parts: list[int]  # rows of each
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * DTYPE_NAMES[self.dtype].itemsize
+
+
+def part_name(n: int) -> str:
+    return f"part-{n:05d}.safetensors"
+
+
+def cut_parts(lengths: np.ndarray, most: int) -> list[int]:
+    """How many texts each part has: as many as `most` rows hold, and at least one."""
+    counts, rows = [], 0
+    for n in lengths.tolist():
+        if not counts or rows + n > most:
+            counts, rows = [*counts, 0], 0
+        counts[-1], rows = counts[-1] + 1, rows + n
+    return counts
+
+
+def make_table(texts: Texts, identity: dict[str, Any], dtype: torch.dtype, width: int, max_seq_length: int) -> Table:
+    lengths, counts = texts.lengths, parts_of(texts.lengths, dtype, width)
+    rows = [int(lengths[a:b].sum()) for a, b in itertools.pairwise(itertools.accumulate(counts, initial=0))]
+    if sum(rows) >= MOST_ROWS:
+        raise ValueError(f"The texts have {sum(rows)} tokens, and at most {MOST_ROWS} are numbered: give --limit.")
+    name = str(dtype).removeprefix("torch.")
+    return Table(identity, name, width, max_seq_length, len(texts.data), rows)
+
+
+def parts_of(lengths: np.ndarray, dtype: torch.dtype, width: int) -> list[int]:
+    return cut_parts(lengths, max(1, PART_BYTES // (width * dtype.itemsize)))
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def begin_inputs(directory: Path, table: Table, lengths: np.ndarray, replace: bool) -> None:
+    """inputs.json and the texts' lengths, where they are not there yet. Raises ValueError where they are of another
+    table, unless `replace` is set, which deletes it."""
+    if (directory / INPUTS_FILE).exists():
+        held, now = read_json(find_inside(directory, INPUTS_FILE)), table._asdict()
+        if held == now:
+            return
+        if not replace:
+            raise ValueError(
+                f"{directory} holds other inputs ({difference(held, now)}): use the same arguments and data as before, "
+                "another --out_dir, or --resume restart, which deletes them."
+            )
+        remove_directory(directory)
+    with directory_lock(directory):
+        remove_leftovers(directory)
+        write_safetensors(directory / LENGTHS_FILE, {"lengths": as_lazy(torch.from_numpy(lengths.astype(np.int64)))})
+        write_json(directory / INPUTS_FILE, table._asdict())
+
+
+def is_part(path: Path, rows: int, table: Table) -> bool:
+    """True if the part is there, whole."""
+    with suppress(ValueError, OSError):
+        x = open_safetensors(path).get("x")
+        return x is not None and x.shape == (rows, table.width) and x.dtype == DTYPE_NAMES[table.dtype]
+    return False
+
+
+def missing_parts(directory: Path, table: Table) -> list[int]:
+    return [n for n, rows in enumerate(table.parts) if not is_part(directory / part_name(n), rows, table)]
+
+
+def missing_bytes(directory: Path, table: Table) -> int:
+    same = (directory / INPUTS_FILE).exists() and read_json(directory / INPUTS_FILE) == table._asdict()
+    missing = missing_parts(directory, table) if same else range(len(table.parts))
+    return sum(table.parts[n] for n in missing) * table.row_bytes
+
+
+@torch.no_grad()
+def write_parts(
+    directory: Path,
+    table: Table,
+    lengths: np.ndarray,
+    model: GPT,
+    ids: Callable[[int], np.ndarray],
+    tokens: int,
+    tell: Callable[[int], None],
+) -> None:
+    """Make the parts that are missing, with a model that has the layers since the table before.
+
+    ids: what it reads of a text. tokens: how many it reads at once. tell: called with the rows that are done. Raises
+    OSError, with nothing incomplete under a part's name, when the disk is full.
+    """
+    dtype = DTYPE_NAMES[table.dtype]
+    ends = list(itertools.accumulate(parts_of(lengths, dtype, table.width), initial=0))
+    with directory_lock(directory):
+        remove_leftovers(directory)
+        for n in missing_parts(directory, table):
+            x = torch.empty(table.parts[n], table.width, dtype=dtype)
+            at = 0
+            for batch in batches(lengths, ends[n], ends[n + 1], tokens):
+                idx = torch.from_numpy(np.concatenate([ids(i) for i in batch]).astype(np.int64))[None]
+                sizes = [int(lengths[i]) for i in batch]
+                y = model.hidden_states(idx.to(model.transformer.wte.weight.device), documents=sizes)
+                require_numbers(y, batch)
+                x[at : at + sum(sizes)] = y[0]
+                at += sum(sizes)
+                tell(sum(table.parts[:n]) + at)
+            write_safetensors(directory / part_name(n), {"x": as_lazy(x)})
+
+
+def batches(lengths: np.ndarray, a: int, b: int, tokens: int) -> Iterator[list[int]]:
+    """The texts a .. b - 1, as many at once as `tokens` hold."""
+    batch: list[int] = []
+    filled = 0
+    for i, n in enumerate(lengths[a:b].tolist(), start=a):
+        if batch and filled + n > tokens:
+            yield batch
+            batch, filled = [], 0
+        batch.append(i)
+        filled += n
+    yield batch
+
+
+def require_numbers(x: Tensor, texts: list[int]) -> None:
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            f"The residual stream of the texts {texts[0]} to {texts[-1]} (counted from 0) is NaN or infinite: the "
+            "weights or the precision do not fit."
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+class Inputs:
+    """A block's table."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises FileNotFoundError or ValueError, which names the part, when it is incomplete."""
+        self.directory = directory
+        if not (directory / INPUTS_FILE).exists():
+            raise FileNotFoundError(f"{directory} is missing: --step inputs makes it.")
+        self.table = read_table(directory)
+        if missing := missing_parts(directory, self.table):
+            more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+            raise FileNotFoundError(
+                f"{directory} is incomplete: it lacks {part_name(missing[0])}{more} of {len(self.table.parts)} parts; "
+                "--step inputs goes on."
+            )
+        self.parts = [open_part(directory, n) for n in range(len(self.table.parts))]
+        self.starts = list(itertools.accumulate(self.table.parts, initial=0))
+        self.lengths = open_safetensors(find_inside(directory, LENGTHS_FILE))["lengths"].load().numpy().copy()
+        self.ends = np.cumsum(self.lengths)
+        if self.ends[-1:] != [self.starts[-1]] or not 0 < self.table.trained <= len(self.lengths):
+            raise ValueError(f"{directory / LENGTHS_FILE} is damaged: --step inputs --resume restart makes it anew.")
+
+    def numbers(self, i: int) -> np.ndarray:
+        """Of the rows of text i."""
+        return np.arange(self.ends[i] - self.lengths[i], self.ends[i])
+
+    def rows(self, n: Tensor) -> Tensor:
+        """(T,) numbers -> (T, C)"""
+        n = n.cpu()
+        x = torch.empty(len(n), self.table.width, dtype=DTYPE_NAMES[self.table.dtype])
+        part = torch.bucketize(n, torch.tensor(self.starts[1:]), right=True)
+        for p in part.unique().tolist():
+            own = part == p
+            x[own] = self.parts[p].load()[n[own] - self.starts[p]]
+        return x
+
+    def datasets(self) -> tuple[Dataset, Dataset | None]:
+        """What is trained on, and what is validated on: the tokens are the numbers of the rows."""
+        numbers, starts = np.arange(self.starts[-1], dtype=np.int32), self.ends - self.lengths
+        whole = Dataset(numbers, None, starts, self.lengths, "", {})
+        cut = np.split(np.arange(len(whole)), [self.table.trained])
+        data, held_out = (whole.subset(index, "") for index in cut)
+        return data, held_out if len(held_out) else None
+
+
+def read_table(directory: Path) -> Table:
+    path = find_inside(directory, INPUTS_FILE)
+    content = read_json(path)
+    if content.keys() == set(Table._fields):
+        table = Table(**content)
+        parts = table.parts if type(table.parts) is list else [0]
+        counts = [table.width, table.max_seq_length, table.trained, *parts]
+        proper = all(type(n) is int and 0 < n < 2**40 for n in counts) and table.dtype in DTYPE_NAMES
+        if proper and type(table.identity) is dict and sum(parts) < MOST_ROWS:
+            return table
+    raise ValueError(f"{path} is damaged: --step inputs --resume restart makes it anew.")
+
+
+def open_part(directory: Path, n: int) -> LazyTensor:
+    return open_safetensors(find_inside(directory, part_name(n)))["x"]
+
+
+class Rows(nn.Module):
+    """In the place of an embedding: token n is row n of a table."""
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.inputs = inputs
+        empty = torch.empty(0, inputs.table.width, dtype=dtype, device=device)
+        self.register_buffer("weight", empty, persistent=False)  # says where the model is, as an embedding's does
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)"""
+        x = self.inputs.rows(idx.flatten()).to(self.weight.device, self.weight.dtype)
+        return x.view(*idx.shape, -1)
