@@ -1,17 +1,27 @@
 """Linear attention block by block: what is split, saved, trained alone and put together equals training it whole."""
 
 import json
+import resource
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import randomize
+from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
 from lit_swa.checkpoint import load_model, save_checkpoint
+from lit_swa.data import Dataset
+from lit_swa.formats import files
 from lit_swa.formats.files import open_safetensors
+from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
 from lit_swa.training import block_inputs, linearizing, memory
+from lit_swa.training.block_inputs import Inputs, Texts, make_table
+from lit_swa.training.blocks import plan_blocks, split_checkpoint
+from lit_swa.training.blockwise import Saving, load_block_student, make_inputs
 
 SCRIPT = "finetune/linearize_blockwise.py"
 
@@ -113,3 +123,171 @@ def test_blocks_trained_alone_equal_the_whole(blockwise, whole, tmp_path, run_sc
     for row, a, b in zip(joint[1:], own[0][1:], own[1][1:], strict=True):
         assert [float(x) for x in a + b[1:]] == pytest.approx([float(x) for x in row], rel=1e-3)
     assert "for a block. What is missing of 3 blocks needs" in said
+
+
+def test_gradients_are_the_joint_ones_times_the_share(tmp_path):
+    """Catches: an input of another layer or text, a layer that counts twice, a mean over the wrong layers. Float64."""
+    config = tiny_config(n_layer=5, scale_embeddings=True, tie_embeddings=True)
+    softmax = GPT(config).double().eval()
+    randomize(softmax)
+    save_checkpoint(softmax, config, tmp_path / "base")
+    linear = linear_config(config, {"linear_window": 3, "linear_gate": True})
+    lengths = np.array([9, 2, 17, 30])
+    data = Dataset(np.random.default_rng(0).integers(0, 97, 58), None, lengths.cumsum() - lengths, lengths, "", {})
+    blocks = plan_blocks(tmp_path / "base", linear, 2)
+    split_checkpoint(tmp_path / "base", tmp_path, blocks, None, False, print)
+    tables = {n: make_table(Texts(data, None), {}, torch.float64, 48, 30) for n in range(3)}
+    fabric = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
+    texts = Texts(data, None)
+    saving = Saving(tmp_path / "base", tmp_path, dict(enumerate(blocks)), texts, tables, torch.float64, fabric, 30)
+    torch.manual_seed(3)
+    whole = softmax
+    make_linear(whole, linear)
+    joint = AttentionTransfer(whole, ["full"] * 5, weights_ce=0.5)
+    for p in joint.parameters():
+        if p.requires_grad:
+            p.data.add_(0.2 * torch.randn_like(p))
+    idx = torch.from_numpy(data.tokens)[None]
+    loss = joint(idx, documents=lengths.tolist())
+    loss.backward()
+    state, losses = whole.state_dict(), []
+    for n, block in enumerate(blocks):
+        make_inputs(saving, n, False)
+        inputs = Inputs(tmp_path / f"block-00{n}" / "inputs")
+        run = SimpleNamespace(block=block, blocks_dir=tmp_path, dtype=torch.float64, fabric=fabric, inputs=inputs)
+        alone = load_block_student(run)
+        learned = {block.local(name): state[name] for name in block.names(state) if ".mixer." in name}
+        assert not alone.load_state_dict(learned, strict=False).unexpected_keys
+        learners = AttentionTransfer(alone, block.softmax, weights_ce=0.5)
+        (learners(torch.arange(58)[None], documents=lengths.tolist()) * block.share).backward()
+        losses.append(learners.layer_losses)
+        for i, layer in enumerate(block.layers):
+            mine, theirs = alone.layers[i].mixer, whole.layers[layer].mixer
+            for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=f"{layer} {name}")
+    torch.testing.assert_close(torch.cat(losses), joint.layer_losses, rtol=1e-10, atol=0)
+    assert sum(block.share for block in blocks) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- going on
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_inputs_go_on_where_a_disk_was_full(blockwise, tmp_path, monkeypatch):
+    """Catches: a part that is there in part, parts that are made twice, others than without the interruption, a table
+    that counts as complete. The system itself refuses the longer file."""
+    monkeypatch.setattr(block_inputs, "PART_BYTES", 100 * 48 * 4)
+    blockwise("shard")
+    said = blockwise("inputs")
+    inputs = tmp_path / "blocks" / "block-001" / "inputs"
+    expected, rows = contents(inputs), json.loads((inputs / "inputs.json").read_text())["parts"]
+    longest = rows.index(max(rows))
+    assert 0 < longest < len(rows) - 1
+    shutil.rmtree(inputs)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((max(rows) - 1) * 48 * 4, limits[1]))
+    try:
+        err = blockwise("inputs", 1, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert err.splitlines()[-1].startswith("error: File too large for ") and f"part-{longest:05d}" in err
+    there = {name: data for name, data in contents(inputs).items() if not name.startswith(".")}
+    assert {name: expected[name] for name in there} == there and len(there) == longest + 2  # lengths, inputs.json
+    err = blockwise("train", 1, code=2)
+    assert f"inputs is incomplete: it lacks part-{longest:05d}.safetensors and {len(rows) - longest - 1} more" in err
+    first = (inputs / "part-00000.safetensors").stat().st_mtime_ns
+    blockwise("inputs", 1)
+    assert {n: b for n, b in contents(inputs).items() if not n.startswith(".")} == {
+        n: b for n, b in expected.items() if not n.startswith(".")
+    }
+    assert (inputs / "part-00000.safetensors").stat().st_mtime_ns == first
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**4))
+    shutil.rmtree(inputs)
+    err = blockwise("inputs", 1, code=2)
+    assert (
+        "What is missing of 1 blocks needs" in err and "blocks needs 0.00 GB and its disk has" in err.splitlines()[-1]
+    )
+    assert not inputs.exists() and "What is missing of 3 blocks" in said
+
+
+def test_a_block_goes_on_to_the_same_losses(blockwise, tmp_path):
+    """Catches: moments, order, dropped windows or rates that begin anew; a block that needs its neighbours."""
+    how = {"window_dropout": 0.6, "window_dropout_end": 0.1, "save_interval": 1, "keep_last": 9, "lr_schedule": None}
+    blockwise("shard")
+    blockwise("inputs")
+    alone = tmp_path / "alone" / "block-001"
+    shutil.move(tmp_path / "blocks" / "block-001", alone)
+    err = blockwise("train", 1, name="alone", **how)
+    assert "Block 1 of 3 (layers 2 to 3): 2 layers learn to be linear" in err
+    train = alone / "train"
+    tables = {name: rows_of(train / name) for name in ("metrics.csv", "layers.csv")}
+    expected = contents(train / "final")["features.safetensors"]
+    for path in [*train.glob("step-*"), train / "final"]:
+        if path.name != "step-000002":
+            shutil.rmtree(path)
+    assert "going on from" in blockwise("train", 1, name="alone", resume="auto", **how)
+    assert contents(train / "final")["features.safetensors"] == expected
+    seconds = 5
+    for name, rows in tables.items():
+        again = rows_of(train / name)
+        if name == "metrics.csv":
+            rows, again = ([row[:seconds] + row[seconds + 1 :] for row in table] for table in (rows, again))
+        assert again == rows
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(blockwise, tmp_path, checkpoint, data_file):
+    """Catches: a part that is missing, or of another split, model, text or checkpoint, and is used all the same."""
+    out_dir = tmp_path / "blocks"
+
+    def refused(words: str, step: str, block: int | None = None, **arguments) -> None:
+        err = blockwise(step, block, code=2, **arguments).splitlines()
+        assert err[-1].startswith("error: ") and words in err[-1], err[-1]
+
+    refused("holds no blocks", "stitch")
+    refused("Block 3 is out of range: 5 layers make the blocks 0 to 2", "shard", 3)
+    blockwise("shard", 1)
+    refused("lacks block-000, block-002 of its 3 blocks", "stitch")
+    refused("block-000 is missing or incomplete", "train", 0)
+    blockwise("shard")
+    refused("Block 3 is out of range: ", "train", 3)
+    refused("block-001/inputs is missing: --step inputs makes it", "train", 1)
+    refused("block-000/inputs is missing", "inputs", 1)
+    refused("belongs to another split (layers_per_block=2, now 3)", "shard", layers_per_block=3)
+    refused("belongs to another split (linear_window=4, now 5)", "shard", **{"model.linear_window": 5})
+    refused("--step train does not read --data: give it to inputs", "train", 0, data=data_file)
+    refused("--step shard does not read --max_steps: give it to train", "shard", max_steps=3)
+    refused("give its number as --block", "train")
+    blockwise("inputs")
+    refused("holds other inputs (data=", "inputs", limit=20)
+    refused("Block 2 has no layer that becomes linear", "train", 2)
+    for n in (0, 1):
+        blockwise("train", n, max_steps=1)
+    refused("holds a run", "train", 1)
+    refused("differs in its method", "train", 1, resume="auto", weights_ce=1)
+    shutil.move(out_dir / "block-001" / "train", tmp_path / "kept")
+    refused("block-001/train/final is missing: train each block", "stitch")
+    shutil.move(tmp_path / "kept", out_dir / "block-001" / "train")
+    blockwise("stitch")
+
+    shutil.copytree(out_dir, tmp_path / "stale")
+    shutil.rmtree(tmp_path / "stale" / "block-001" / "inputs")
+    for n in (0, 1):
+        blockwise("inputs", n, name="stale", limit=20, resume="restart")
+    refused("block-000/train/final is stale: it was trained on other inputs (data=", "stitch", name="stale")
+    shutil.rmtree(tmp_path / "stale" / "block-001" / "inputs")
+    blockwise("train", 0, name="stale", max_steps=1, resume="restart")
+    refused("block-001/train/final is stale: it was trained on other inputs than", "stitch", name="stale")
+    blockwise("shard", 1, layers_per_block=1, name="other")
+    shutil.rmtree(tmp_path / "stale" / "block-001")
+    shutil.move(tmp_path / "other" / "block-001", tmp_path / "stale" / "block-001")
+    refused("block-001 is of another split than", "stitch", name="stale")
+
+    content = json.loads((out_dir / "block-000" / "block.json").read_text())
+    (out_dir / "block-000" / "block.json").write_text(json.dumps(content | {"layers_per_block": "2"}))
+    refused("block.json is damaged", "train", 0, resume="auto")

@@ -56,6 +56,8 @@ BLOCK_FILE, INPUTS_FILE, FEATURES_FILE = "block.json", "inputs.json", "features.
 BLOCK_NAME = re.compile(r"block-([0-9]{3,6})")
 INPUTS, TRAIN, STITCHED = "inputs", "train", "stitched"  # directories
 
+OTHER = {"block": "as another block", "inputs": "on other inputs"}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -269,7 +271,7 @@ def trained_identity(out_dir: Path, block: Block) -> dict[str, Any]:
     for key, value in expected.items():
         if identity[key] != value:
             raise ValueError(
-                f"{final} is stale: its {key} was another ({difference(identity[key], value)}); train block "
+                f"{final} is stale: it was trained {OTHER[key]} ({difference(identity[key], value)}); train block "
                 f"{block.number} again with --resume restart."
             )
     return {name: value for name, value in identity["inputs"].items() if name != "first_layer"}
