@@ -100,9 +100,8 @@ def way_of(name: str) -> dict[str, Any]:
 
 def compare_all(results, ways: list[dict[str, Any]], tokens, cut) -> None:
     """Measure what results.parts does not hold yet."""
-    import torch
-
     from lit_swa.checkpoint import load_model
+    from lit_swa.judges import hidden_states
     from lit_swa.utils import ProgressLine
 
     a = results.arguments
@@ -112,11 +111,8 @@ def compare_all(results, ways: list[dict[str, Any]], tokens, cut) -> None:
     left = [way for way in ways if way["key"] not in results.parts]
     line = ProgressLine((1 + len(left)) * idx.numel(), "tokens")
     dense = load_model(a["checkpoint_dir"], **place)
-    with torch.no_grad():
-        states = []  # of the dense model, of which its logits are made again for each comparison
-        for window in idx:
-            states.append(dense.hidden_states(window[None]))
-            line.show(len(states) * idx.size(1), "dense")
+    # Of its hidden states its logits are made again for each comparison.
+    states = hidden_states(dense, idx, lambda windows: line.show(windows * idx.size(1), "dense"))
     for n, way in enumerate(left, start=1):
         how = {"checkpoint_dir": a["checkpoint_dir"]} | way.get("load", {})
         model = load_model(**how, **place) if "load" in way else dense
@@ -125,7 +121,7 @@ def compare_all(results, ways: list[dict[str, Any]], tokens, cut) -> None:
             line.show((n * len(idx) + windows) * idx.size(1), name)
 
         row = {"name": label(way["name"], how, model), "key": way["key"]}
-        results.add(way["key"], row | compare(dense, states, model, idx, cut.first, show), every=0)
+        results.add(way["key"], row | measure(dense, states, model, idx, cut.first, show), every=0)
         del model
 
 
@@ -141,43 +137,14 @@ def label(name: str, how: dict[str, Any], model) -> str:
     return mode if stored is None else f"{mode} ({Path(name).name})"
 
 
-def compare(dense, states: list, model, idx, first: int, show) -> dict[str, float]:
-    """The means over the targets of all windows. idx: (windows, T); states: the dense model's of each, (1, T, C)."""
-    import math
-
-    import torch
-
+def measure(dense, states: list, model, idx, first: int, show) -> dict[str, float]:
+    """How far a model is from the dense one, and the bytes of its linear layers."""
+    from lit_swa.judges import divergence
     from lit_swa.linear_formats import is_linear, weight_bytes
 
-    sums, counted = torch.zeros(3, dtype=torch.float64), 0
-    for n, (window, state) in enumerate(zip(idx, states, strict=True)):
-        with torch.no_grad():
-            hidden = state if model is dense else model.hidden_states(window[None])
-            for start in range(first - 1, idx.size(1) - 1, 128):  # logits of so many positions exist at once
-                stop = min(start + 128, idx.size(1) - 1)
-                theirs, ours = (log_probabilities(m, h[0, start:stop]) for m, h in ((dense, state), (model, hidden)))
-                sums += differences(theirs, ours, window[start + 1 : stop + 1]).cpu()
-                counted += stop - start
-        show(n + 1)
-    nll, kl, agree = (sums / counted).tolist()
     linears = [module for _, module in model.named_modules() if is_linear(module)]
-    row = {"ppl": math.exp(nll), "kl": kl, "top_token": agree, "tokens": counted}
+    row = divergence(dense, states, model, idx, first, show)
     return row | {"bytes": sum(weight_bytes(linear) for linear in linears)}
-
-
-def log_probabilities(model, hidden):
-    """(T, vocabulary) of hidden states (T, C), in float32; the padding of the vocabulary holds no tokens."""
-    return model.project(hidden)[:, : model.config.vocab_size].float().log_softmax(dim=-1)
-
-
-def differences(theirs, ours, targets):
-    """Sums over positions, float64 (3,): -log p(target) of ours, KL(theirs || ours), and how often their first tokens
-    agree."""
-    import torch
-
-    nll = -ours.gather(1, targets[:, None]).sum(dtype=torch.float64)
-    kl = (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64)
-    return torch.stack([nll, kl, (theirs.argmax(dim=-1) == ours.argmax(dim=-1)).sum(dtype=torch.float64)])
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[str]:

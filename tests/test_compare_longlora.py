@@ -4,11 +4,9 @@ import contextlib
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,32 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forked import start_script
+from forked import in_this_process, start_script
 
 from lit_swa.checkpoint import load_config, load_model
 from lit_swa.evaluate import window_nll
 
 pytest.importorskip("lightning")
 METHODS = ["untrained", "full", "short", "s2", "s2 lora", "s2 lora+norm", "s2 lora+embed", "s2 lora+norm+embed"]
-
-
-def in_this_process(command: list[str], **options) -> SimpleNamespace:
-    """subprocess.run without another process, which takes seconds to import torch."""
-    if command[0] != sys.executable:
-        return subprocess_run(command, **options)
-    assert all(type(argument) is str for argument in command)  # as a shell would give them
-    before, code = sys.argv, 0
-    sys.argv = command[1:]
-    try:
-        runpy.run_path(command[1], run_name="__main__")
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.argv = before
-    return SimpleNamespace(returncode=code)
-
-
-subprocess_run = subprocess.run
 
 
 @pytest.fixture(scope="module")
