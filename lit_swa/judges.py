@@ -232,8 +232,8 @@ def far_words(before: str, tokenizer: Tokenizer) -> set[str]:
     """Words of four letters or more that occur in a text, none of them within its last FAR tokens."""
     ids = tokenizer.encode(before, bos=False)
     near = tokenizer.decode(ids[-FAR:])
-    find = re.compile(r"(?<= )[a-z]{4,}\b")
-    return set(find.findall(tokenizer.decode(ids[:-FAR]))) - set(re.findall(r"[a-z]+", near.lower()))
+    far = re.findall(r"(?<=\s)[a-z]{4,}(?=[\s.,;!?])", tokenizer.decode(ids[:-FAR]))
+    return set(far) - set(re.findall(r"[a-z]+", near.lower()))
 
 
 def first_word(text: str) -> str:

@@ -168,7 +168,7 @@ def write_rows(
     there = len(stream) // context
     if there < 2:
         raise ValueError(f"{data} gives {len(stream)} tokens: give at least two rows of {context}, or a lower context.")
-    held_out = max(1, min(HELD_OUT, there // 10))
+    held_out = max(1, min(HELD_OUT, there // 10, needed // 2))
     rows = stream[: there * context].reshape(there, context)
     rows = rows[np.random.default_rng(seed).permutation(there)[: needed + held_out]]
     what = {"held_out": held_out, "rows": len(rows), "data_tokens": len(stream)}
@@ -205,6 +205,7 @@ class Runs:
 
     def __init__(self, training: dict[str, Any], n_layer: int, out_dir: Path, jobs: int, chosen: list[str]) -> None:
         self.training, self.n_layer, self.out_dir, self.jobs, self.chosen = training, n_layer, out_dir, jobs, chosen
+        self.error: BaseException | None = None  # the first one
 
     def __iter__(self):
         """The chosen ways, as their models are there."""
@@ -230,11 +231,18 @@ class Runs:
                 pool.shutdown(cancel_futures=True)
 
     def make(self, name: str, before: Any) -> None:
-        """Train the model of a way. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed."""
-        if before is not None:
-            before.result()
-        for command in self.commands(name):
-            execute(command, self.out_dir / f"{name.replace(' ', '-')}.log" if self.jobs > 1 else None)
+        """Train the model of a way. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed; and the same
+        for every way behind one that did."""
+        try:
+            if before is not None:
+                before.result()
+            for command in self.commands(name):
+                if self.error is not None:
+                    raise self.error
+                execute(command, self.out_dir / f"{name.replace(' ', '-')}.log" if self.jobs > 1 else None)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
 
     def directory(self, name: str) -> Path:
         """The checkpoint that a way makes."""
