@@ -28,14 +28,15 @@ def main(
 
     The method peft is transformers + PEFT with gradient checkpointing. The others are this project, and differ in how
     many layers compute their activations again: all of them (all), as few as the GPU's memory allows (fast), or as few
-    as peft's memory allows (same memory). s2 and window are fast with S2-Attn, and with a sliding window. The methods
-    alternate, and the median of `repeats` counts.
+    as peft's memory allows (same memory). s2, window and linear are fast with S2-Attn, with a sliding window, and with
+    linear attention beside a window (stage 2 of finetune/linearize.py); transfer is its stage 1, which trains no LoRA.
+    The methods alternate, and the median of `repeats` counts.
 
     Args:
         name: A named shape, such as Llama-2-7b.
         lengths: Tokens of a step. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
-        methods: Which to measure, of peft, all, fast, same memory, s2, window. By default the first four, and from
-            32768 tokens on all.
+        methods: Which to measure, of peft, all, fast, same memory, s2, window, linear, transfer. By default the first
+            four, and from 32768 tokens on s2 and window too.
         n_layer: Number of layers. By default the shape's.
         r: LoRA's rank; alpha is twice that.
         window: Size of the sliding window in tokens.
@@ -128,6 +129,7 @@ def build(
     from lit_swa.arguments import Training
     from lit_swa.data import Example
     from lit_swa.evaluate import with_fields
+    from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
     from lit_swa.lora import LoRAConfig, add_lora
     from lit_swa.train import build_optimizer, fitting_recompute, join_examples, recompute_blocks
 
@@ -137,11 +139,19 @@ def build(
     }.get(method, {})
     model = with_fields(base, block_size=T, **fields).train()
     weights = sum(p.nbytes for p in model.parameters())
-    add_lora(model, LoRAConfig(r=settings["r"], alpha=2 * settings["r"]))
+    variants, loss = model.config.layer_variants, model
+    if method in ("linear", "transfer"):
+        make_linear(model, linear_config(model.config, {}))
+    if method == "transfer":
+        loss = AttentionTransfer(model, variants)
+        for p in loss.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+    else:
+        add_lora(model, LoRAConfig(r=settings["r"], alpha=2 * settings["r"]))
     ids = torch.randint(0, model.config.vocab_size, (T,), dtype=torch.int32).numpy()
     batch = join_examples([Example(ids, ids)], [0]).to(torch.device(device))
     n = model.config.n_layer if method in ("all", "same memory") else 0
-    if method != "all" and device.startswith("cuda"):
+    if method not in ("all", "transfer") and device.startswith("cuda"):  # transfer keeps nothing for a backward
         total = torch.cuda.get_device_properties(device).total_memory
         resident = torch.cuda.memory_allocated() - weights
         limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
@@ -150,8 +160,7 @@ def build(
     optimizer = build_optimizer(model, Training(data=""), 1e-4)
 
     def step() -> None:
-        loss = model(batch.idx, targets=batch.targets, documents=batch.documents) / T
-        loss.backward()
+        (loss(batch.idx, targets=batch.targets, documents=batch.documents) / T).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

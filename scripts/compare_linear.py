@@ -231,8 +231,8 @@ class Runs:
                 pool.shutdown(cancel_futures=True)
 
     def make(self, name: str, before: Any) -> None:
-        """Train the model of a way. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed; and the same
-        for every way behind one that did."""
+        """Train the model of a way. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed, and the
+        same for every way behind one that did."""
         try:
             if before is not None:
                 before.result()
