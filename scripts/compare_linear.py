@@ -219,7 +219,7 @@ class Runs:
             order += [n for n in [*ancestors(name), name] if n not in order]
         pool = ThreadPoolExecutor(self.jobs)
         futures: dict[str, Any] = {}
-        with interruptible([signal.SIGINT]):  # Ctrl-C reaches the runs too: let them save their steps
+        with interruptible([signal.SIGINT]) as self.interrupted:  # Ctrl-C reaches the runs too: they save their steps
             try:
                 for name in order:  # what a run waits for has begun before it
                     futures[name] = pool.submit(self.make, name, futures.get(ROWS[name].start))
@@ -227,6 +227,8 @@ class Runs:
                 for future in as_completed(names):
                     future.result()
                     yield names[future]
+                    if self.interrupted():
+                        raise KeyboardInterrupt
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -237,8 +239,8 @@ class Runs:
             if before is not None:
                 before.result()
             for command in self.commands(name):
-                if self.error is not None:
-                    raise self.error
+                if self.error is not None or self.interrupted():
+                    raise self.error or KeyboardInterrupt
                 execute(command, self.out_dir / f"{name.replace(' ', '-')}.log" if self.jobs > 1 else None)
         except BaseException as error:
             self.error = self.error or error

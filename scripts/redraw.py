@@ -10,8 +10,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 SCRIPTS = (  # those with a function draw(matplotlib.pyplot, content of the JSON file)
-    "benchmark_attention", "benchmark_generate", "compare_context", "compare_longlora", "evaluate_passkey",
-    "evaluate_quantized", "evaluate_streaming", "plot_masks", "plot_metrics",
+    "benchmark_attention", "benchmark_generate", "compare_context", "compare_linear", "compare_longlora",
+    "evaluate_passkey", "evaluate_quantized", "evaluate_streaming", "plot_masks", "plot_metrics",
 )  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def main(results: list[Path] | Path) -> None:
 
     Args:
         results: A file, or several as '[a.json,b.json]', that one of these scripts wrote: benchmark_attention.py,
-            benchmark_generate.py, compare_context.py, compare_longlora.py, evaluate_passkey.py,
+            benchmark_generate.py, compare_context.py, compare_linear.py, compare_longlora.py, evaluate_passkey.py,
             evaluate_quantized.py, evaluate_streaming.py, plot_masks.py, plot_metrics.py.
     """
     from lit_swa.formats.json_files import MAX_RESULT_BYTES, UNFIT, parse_json

@@ -17,12 +17,13 @@ pytest.importorskip("lightning")
 @pytest.fixture
 def compare(run_script, tiny_checkpoint, tmp_path, monkeypatch):
     """Run the script in this process: (exit code, stdout, stderr). The commands that it starts are noted in `ran`."""
-    words = np.random.default_rng(3).choice("the quick brown fox jumps over lazy dog.".split(), 3000)
+    words = np.random.default_rng(3).choice("the quick brown fox. jumps over lazy. dog sleeps".split(), 3000)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.txt").write_text(" ".join(words[:1500]))
     (tmp_path / "chat.json").write_text(json.dumps([{"instruction": "Say fox", "output": "fox"}] * 9))
     (tmp_path / "eval.txt").write_text(" ".join(words[1500:]))
     ran: list[list[str]] = []
+    monkeypatch.setattr("lit_swa.training.linearizing.save_picture", lambda *a: False)  # of each layer
 
     def run(*arguments: object, execute=in_this_process) -> tuple[int, str, str]:
         def noted(command, **options):
@@ -78,6 +79,18 @@ def test_blocks_equal_all_layers_at_once(compare, tmp_path):
     whole, parts = (load_model(tmp_path / "runs" / name) for name in ("joint/final", "blocks/stitched"))
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert np.allclose(a.mixer.feature_q.detach(), b.mixer.feature_q.detach(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_all_ways_and_judges(compare, tmp_path, monkeypatch):
+    """Catches: a way whose flags are refused, a judge that cannot ask a linear model, two runs that disturb another."""
+    monkeypatch.setattr("lit_swa.judges.FAR", 6)
+    code, out, err = compare("--context", 512, "--items", 3, "--trials", 1, "--tokens", 20000, "--batch_size", 1)
+    assert code == 0, err
+    rows = rows_of(tmp_path / "c.json")
+    assert len(rows) == 18 and all(set(row["tasks"]) == {"cloze", "copy", "continuation"} for row in rows.values())
+    assert sum(row.get("tokens", 0) for row in rows.values()) == pytest.approx(20000, rel=0.3)
+    assert (tmp_path / "c.png").exists() and all(f"| {name} |" in out for name in rows)
 
 
 @pytest.mark.parametrize("code, words", [(130, "interrupted"), (2, "linearize.py failed, as it says above")])
