@@ -124,10 +124,10 @@ def encode_file(tokenizer: "Tokenizer", path: Path, most: int | None = None, eos
     return encode_blocks(tokenizer, read_blocks(path), lambda: read_text(path), most, eos)
 
 
-def encode_text(tokenizer: "Tokenizer", text: str) -> np.ndarray:
-    """The ids that tokenizer.encode(text) gives, as uint32."""
+def encode_text(tokenizer: "Tokenizer", text: str, eos: bool = False) -> np.ndarray:
+    """The ids that tokenizer.encode(text, eos=eos) gives, as uint32."""
     blocks = (text[start : start + BLOCK_BYTES] for start in range(0, len(text), BLOCK_BYTES))
-    return encode_blocks(tokenizer, blocks, lambda: text)
+    return encode_blocks(tokenizer, blocks, lambda: text, eos=eos)
 
 
 def encode_blocks(

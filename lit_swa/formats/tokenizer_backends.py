@@ -1,8 +1,9 @@
 """The two libraries that turn text into token ids and back, with the same methods for both.
 
 `FastBackend` reads tokenizer.json with `tokenizers`, `SentencePieceBackend` reads tokenizer.model with `sentencepiece`.
-Both have encode, decode, token_to_id, id_to_token, largest_id, special_contents, and `decoder`, the object of the
-`tokenizers` library that turns tokens into text (None: it joins them with spaces).
+Both have encode, encode_batch (which adds no special tokens), decode, token_to_id, id_to_token, largest_id,
+special_contents, and `decoder`, the object of the `tokenizers` library that turns tokens into text (None: it joins them
+with spaces).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import functools
 import json
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +76,10 @@ class FastBackend:
     def encode(self, text: str, add_special: bool) -> list[int]:
         with one_sentence_errors("encode this text"):
             return self.rust.encode(text, add_special_tokens=add_special).ids
+
+    def encode_batch(self, texts: list[str]) -> list[array[int]]:
+        with one_sentence_errors("encode this text"):
+            return [array("I", one.ids) for one in self.rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         with one_sentence_errors("decode these tokens"):
@@ -278,6 +284,9 @@ class SentencePieceBackend:
         if add_special and self.adds_eos:
             ids.append(self.ids[self.named["eos_token"].content])
         return ids
+
+    def encode_batch(self, texts: list[str]) -> list[array[int]]:
+        return [array("I", self.encode(text, add_special=False)) for text in texts]
 
     def _encode_part(self, text: str, start: int) -> list[int]:
         with_prefix = self.has_prefix and (self.prefix_everywhere or start == 0)
