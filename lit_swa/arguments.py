@@ -55,6 +55,9 @@ class Training:
         keep_last: How many saved steps to keep.
         log_interval: Steps between rows of metrics.csv.
         tensorboard: Write TensorBoard's files too, to out_dir/tensorboard.
+        chunk_size: Read a longer text in chunks of so many tokens, with the gradients of one pass: memory grows by one
+            window of keys a chunk. By default a text is read whole.
+        chunk_offload: What is kept between chunks waits in the CPU's memory.
         resume: auto goes on with the run in out_dir; never refuses an out_dir that holds a run; restart deletes it once
             the new one is known to start.
         dry_run: Stop before the first step, after showing three samples, trying the longest row, validation, saving and
@@ -97,6 +100,8 @@ class Training:
     keep_last: int = 1
     log_interval: int = 1
     tensorboard: bool = False
+    chunk_size: int | None = None
+    chunk_offload: bool = False
     resume: Literal["auto", "never", "restart"] = "never"
     dry_run: bool = False
     seed: int = 1234
@@ -119,6 +124,8 @@ class Training:
             check_range("recompute", self.recompute, 0, 2**31)
         elif self.recompute not in ("auto", "all", "none"):
             raise ValueError(f"recompute={self.recompute!r} does not fit: choose auto, all, none or a number.")
+        if self.chunk_size is not None and self.strategy == "fsdp":
+            raise ValueError("chunk_size needs the whole model on each device: use --strategy ddp, or leave it out.")
 
     def as_json(self) -> dict[str, Any]:
         """The arguments, as JSON can hold them."""
@@ -138,6 +145,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0.0, 10.0),
     "beta2": (0.0, math.nextafter(1.0, 0.0)),
     "grad_clip": (0.0, 1e9),
+    "chunk_size": (1, 2**31),
     "devices": (1, 4096),
     "num_nodes": (1, 4096),
     "eval_interval": (1, 2**31),

@@ -233,6 +233,22 @@ def check_chunks(model: GPT) -> None:
         )
 
 
+def kept_bytes(model: GPT, tokens: int, chunk_size: int, element_size: int) -> int:
+    """Bytes of what the chunks of a text leave for each other, with the gradients that are on their way back."""
+    borders, D, total = -(-tokens // chunk_size) - 1, model.config.head_size, 0
+    for attn in model.layers:
+        mixer, key = attn.mixer, 2 * attn.n_query_groups * D
+        if isinstance(mixer, LinearAttention):
+            state = 4 * attn.n_head * 2 * D * (D + 1)
+            nearest = max(1, mixer.config.linear_window) + mixer.config.linear_sinks
+            total += (borders + 1) * (state + element_size * key * nearest)
+        elif mixer.window is None:
+            total += borders * chunk_size * key * (element_size + 4)
+        else:
+            total += key * (borders * min(chunk_size, mixer.window) * element_size + 4 * mixer.window)
+    return total if borders else 0
+
+
 class ExactChunks(nn.Module):
     """A model that reads long texts in chunks, called as the model is with targets.
 

@@ -26,6 +26,7 @@ from lit_swa.data import (
     unheard_end,
 )
 from lit_swa.evaluate import check_context
+from lit_swa.exact_chunks import ExactChunks
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
 from lit_swa.formats.download import find_checkpoint
@@ -186,8 +187,14 @@ def load_base(run: Finetuning, quantize: str | None = None) -> GPT:
 def place(run: Run, model: GPT, holder: nn.Module | None = None) -> nn.Module:
     """Put the model on its devices: trained weights in float32, as many layers recomputed as memory demands.
 
-    holder: what the loop calls in the model's place, a module that holds it and has a loss of its own.
+    holder: what the loop calls in the model's place, a module that holds it and has a loss of its own. None: the model,
+        or with --chunk_size ExactChunks.
+    Raises ValueError where texts cannot be read in chunks.
     """
+    if run.args.chunk_size is not None:
+        if holder is not None:
+            raise ValueError("What is learned here needs whole texts: leave --chunk_size out.")
+        holder = ExactChunks(model, run.args.chunk_size, run.args.chunk_offload)
     train_in_float32(model, run.dtype)
     choose_recompute(run, model, accumulates=len(run.feed.batches(0)) > run.fabric.world_size)
     return run.fabric.setup_module(holder or model)

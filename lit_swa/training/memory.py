@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_swa.exact_chunks import kept_bytes
 from lit_swa.memory import format_bytes, free_memory, ran_out_of_memory, require_memory
 from lit_swa.model import GPT
 from lit_swa.training.estimate import estimate_step
@@ -30,18 +31,42 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     wanted = {"all": n, "none": 0}.get(run.args.recompute, run.args.recompute)
     wanted = wanted if wanted == "auto" else min(int(wanted), n)
     if device.type == "cuda":
-        limit = int(0.9 * torch.cuda.get_device_properties(device).total_memory)
-        wanted = fitting_recompute(model, run.feed.longest().to(device), limit) if wanted == "auto" else wanted
+        limit = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - kept_between_chunks(run, model)
+        wanted = fitting_recompute(model, read_at_once(run).to(device), limit) if wanted == "auto" else wanted
     else:
         wanted = fitting_on_cpu(run, model, wanted, accumulates)
     recompute_blocks(model, wanted)
     return wanted
 
 
+def read_at_once(run: Run) -> Batch:
+    """The tokens that a graph is made of at once: the longest micro-batch, or as many of it as a chunk has."""
+    batch, n = run.feed.longest(), run.args.chunk_size
+    if n is None or batch.idx.numel() <= n:
+        return batch
+    return batch._replace(idx=batch.idx[:, :n], targets=batch.targets[:, :n], documents=[n])
+
+
+def kept_between_chunks(run: Run, model: GPT) -> int:
+    """Bytes on the device of what the chunks of the longest text leave for each other. Raises ValueError where it is to
+    wait in the CPU's memory and does not fit there."""
+    if run.args.chunk_size is None:
+        return 0
+    longest = max(run.feed.longest().documents)
+    needed = kept_bytes(model, longest, run.args.chunk_size, run.dtype.itemsize)
+    if not run.args.chunk_offload or run.fabric.device.type == "cpu":
+        return needed
+    what = f"What chunks of {run.args.chunk_size} tokens keep of a text of {longest:,}"
+    require_memory(
+        needed, torch.device("cpu"), what, "use a larger --chunk_size, or a smaller window or max_seq_length"
+    )
+    return 0
+
+
 def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -> int:
     """How many layers recompute, by an estimate, which is told. Raises ValueError when it exceeds the memory."""
     fabric, n = run.fabric, model.config.n_layer
-    batch = run.feed.longest()
+    batch = read_at_once(run)
     try:
         step = estimate_step(model, batch, accumulates, fabric.autocast)
     except RuntimeError as error:
@@ -51,6 +76,7 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
     here = fabric.world_size // run.args.num_nodes  # processes that share this machine's memory
     shared = step.gradients if fabric.world_size > 1 else 0  # DDP's copies of the gradients
     extra = shared + mapped_bytes(p for p in model.parameters() if p.requires_grad)  # what a step writes to is copied
+    extra += kept_between_chunks(run, model)
     needed = [here * (step.beside_weights(i) + extra) for i in range(n + 1)]
     free = free_memory(fabric.device)
     if wanted == "auto":
