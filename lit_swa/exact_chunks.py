@@ -22,9 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_swa.config import IGNORED
+from lit_swa.config import IGNORED, LENGTH_DEPENDENT, Config
 from lit_swa.linear import LinearAttention, Moves, State, empty_state
-from lit_swa.model import GPT, Call, Exchange, Layout, ShiftedSparseAttention, SoftmaxAttention
+from lit_swa.model import GPT, Call, Exchange, Layout, SoftmaxAttention
 from lit_swa.rope import Span
 
 Grads = list[Tensor | None]
@@ -218,18 +218,18 @@ def cut_documents(lengths: Sequence[int], chunk_size: int) -> list[Unit]:
     return units
 
 
-def check_chunks(model: GPT) -> None:
-    """Raises ValueError for a model whose text cannot be cut into chunks."""
-    if model.depends_on_length:
+def check_chunks(config: Config) -> None:
+    """Raises ValueError for a model whose texts cannot be cut into chunks."""
+    scaling = (config.rope_scaling or {}).get("type")
+    if scaling in LENGTH_DEPENDENT:
         raise ValueError(
-            f"RoPE of type {model.config.rope_scaling['type']!r} reads a token differently in a longer text, so a text "
-            "is not cut into chunks: leave --chunk_size out."
+            f"RoPE of type {scaling!r} reads a token differently in a longer text, so a text is not cut into chunks: "
+            "leave --chunk_size out."
         )
-    layers = [i for i, attn in enumerate(model.layers) if isinstance(attn.mixer, ShiftedSparseAttention)]
-    if layers:
+    if config.s2_attention:
         raise ValueError(
-            f"S2-Attn groups the tokens of a whole text in the layers {layers[0]} to {layers[-1]}, so a text is not "
-            "cut into chunks: leave --chunk_size out, or --model.s2_attention false."
+            f"S2-Attn groups the tokens of a whole text in all {config.n_layer} layers, so a text is not cut into "
+            "chunks: leave --chunk_size out, or --model.s2_attention false."
         )
 
 
@@ -258,7 +258,7 @@ class ExactChunks(nn.Module):
     def __init__(self, model: GPT, chunk_size: int, offload: bool = False) -> None:
         """offload: what is kept between chunks waits in the CPU's memory. Raises ValueError as check_chunks does."""
         super().__init__()
-        check_chunks(model)
+        check_chunks(model.config)
         self.module, self.chunk_size, self.offload = model, chunk_size, offload
 
     def forward(self, idx: Tensor, targets: Tensor, documents: Sequence[int] | None = None) -> Tensor:

@@ -142,7 +142,7 @@ def test_short_texts_share_a_chunk():
     ("fields", "words"),
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' reads a token differently"),
-        ({"s2_attention": True, "s2_group_size": 8}, "S2-Attn groups the tokens of a whole text in the layers 0 to 1"),
+        ({"s2_attention": True, "s2_group_size": 8}, "S2-Attn groups the tokens of a whole text in all 2 layers"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(fields, words):

@@ -518,6 +518,8 @@ def test_gradients_are_clipped_to_the_norm(tiny_model):
         ({"early_stop": 1, "validation_fraction": 0}, "early_stop=1 waits for a validation loss"),
         ({"lr_schedule": "plateau", "limit": 1}, "lr_schedule=plateau waits for a validation loss"),
         ({"max_seq_length": 4096}, "context of 512"),
+        ({"chunk_size": 5, "strategy": "fsdp"}, "chunk_size needs the whole model on each device"),
+        ({"chunk_size": 5, "model.s2_attention": "true"}, "S2-Attn groups the tokens of a whole text"),
         ({"model.nope": 3}, "nope"),
         ({"prompt_style": "nope"}, "alpaca"),
     ],
@@ -738,3 +740,16 @@ def test_ctrl_c_ends_after_the_step_at_hand_and_the_run_goes_on(train, monkeypat
     assert "stopped after step 3 of 6: --resume auto goes on" in err and not (directory / "final").exists()
     train(resume="auto", **arguments)
     assert losses(directory) == losses(whole) and (directory / "final").exists()
+
+
+@pytest.mark.parametrize("script", ["lora", "full", "adapter"])
+def test_texts_in_chunks_make_the_same_losses(train, script):
+    """Catches: --chunk_size that is not heard, or that changes what is learned; validation in chunks."""
+    arguments = {"max_steps": 4, "eval_interval": 2, "model.attention": "sliding", "model.sliding_window_size": 6}
+    arguments |= {"start_layer": 0} if script == "adapter" else {}
+    whole, *_ = train(script, "whole", **arguments)
+    chunked, *_ = train(script, "chunked", chunk_size=5, chunk_offload="true", **arguments)
+    for a, b in zip(metrics(whole), metrics(chunked), strict=True):
+        for name in ("loss", "val_loss", "grad_norm"):
+            assert a[name] == b[name] or float(a[name]) == pytest.approx(float(b[name]), rel=1e-4)
+    assert (chunked / "final").is_dir()
