@@ -56,6 +56,7 @@ def main(
     transformers: bool = True,
     llama_cpp: bool = True,
     gpt_fast: Path | None = None,
+    attentions: list[str] | None = None,
     output: Path = Path("tutorials/results/benchmark_generate.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
@@ -86,6 +87,7 @@ def main(
         transformers: Measure transformers too.
         llama_cpp: Measure llama.cpp too.
         gpt_fast: The directory of a clone of gpt-fast, to measure it too.
+        attentions: Measure the same shape with each of these attentions, such as '[full,linear]', in turns.
         output: Where the JSON goes; a picture goes next to it.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
@@ -105,7 +107,8 @@ def main(
     if min(min(map(min, cells)), repeats) < 1 or prompt_tokens < 0 or not (eager or compile):
         raise ValueError("positions, batch_size, steps and repeats must be at least 1, and eager or compile true.")
     check_output(output)
-    asked = {"checkpoint_dir": checkpoint_dir and str(checkpoint_dir), "name": name, "model": model, "repeats": repeats}
+    asked = {"checkpoint_dir": checkpoint_dir and str(checkpoint_dir), "name": name, "model": model, "repeats": repeats,
+             "attentions": attentions}  # fmt: skip
     result: dict[str, Any] = {
         "command": "python " + shlex.join(sys.argv).partition(" --output")[0],
         "machine": describe_machine(device),
@@ -120,12 +123,15 @@ def main(
         torch._dynamo.config.automatic_dynamic_shapes = False
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**4
     for mode in modes:
-        source = Source(checkpoint_dir, name, mode, device, model or {})
-        if compile and compile_times:
-            result["compile"].append({"mode": mode} | time_compiling(source))
-            print("{mode}: compiled in {cold_s:.1f} s, again in {warm_s:.1f} s".format(**result["compile"][-1]))
-        weights = load(source)
-        ways = ours(weights, sampling, eager, compile)
+        ways: dict[str, Any] = {}
+        for attention in attentions or [""]:
+            own = {"attention": attention} if attention else {}
+            source = Source(checkpoint_dir, name, mode, device, (model or {}) | own)
+            if compile and compile_times:
+                result["compile"].append({"mode": mode} | own | time_compiling(source))
+                print("{mode}: compiled in {cold_s:.1f} s, again in {warm_s:.1f} s".format(**result["compile"][-1]))
+            weights = load(source)
+            ways |= {f"{way} {attention}".strip(): run for way, run in ours(weights, sampling, eager, compile).items()}
         wanted = {"transformers": transformers, "llama.cpp": llama_cpp, "gpt-fast": gpt_fast}
         ways |= peers(weights, MODES[mode], sampling, max(p + n for _, p, n in cells), wanted)
         with torch.inference_mode():
@@ -381,9 +387,10 @@ def summarize(times: dict, ways: dict, cell, tokens: int, copied: float | None) 
         if cell is not None:
             figures["step_ms"] = seconds * 1e3 / cell.steps
         if isinstance(way, Ours):
+            figures |= way.sizes.get(cell, {})
             row |= way.sizes.get(cell, {})
             if copied is not None and cell is not None:
-                figures["share"] = row["read_bytes"] * cell.steps / seconds / copied
+                figures["share"] = figures["read_bytes"] * cell.steps / seconds / copied
             figures["finite"] = bool(torch.isfinite(way.logits[cell]).all())
     if torch.cuda.is_available():
         row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -436,14 +443,16 @@ def report(row: dict[str, Any]) -> None:
     if row["what"] == "prefill":
         print(f"{held}: prefill of {row['tokens']} tokens")
     else:
-        sizes = f"a step reads {row['read_bytes'] / 1e9:.3f} GB, the caches take {row['cache_bytes'] / 1e9:.3f} GB"
-        print(f"{held}: decode at position {row['position']}, batch {row['batch_size']}; {sizes}")
-    peer = next((name for name in PEERS if name in row["ways"]), None)
+        print(f"{held}: decode at position {row['position']}, batch {row['batch_size']}")
+    softmax = [name for name in row["ways"] if name.endswith(" full")]  # with several attentions
+    peer = next((name for name in (*PEERS, *softmax) if name in row["ways"]), None)
     for name, figures in row["ways"].items():
         line = f"  {name:19} {figures['tok_s']:9.1f} tok/s"
         line += f" {figures['step_ms']:8.2f} ms" if "step_ms" in figures else ""
         line += f" {figures['share']:5.0%} of the copy rate" if "share" in figures else ""
-        if peer is not None and name not in PEERS:
+        if "cache_bytes" in figures:
+            line += f", reads {figures['read_bytes'] / 1e9:.3f} GB, caches of {figures['cache_bytes'] / 1e9:.3f} GB"
+        if peer is not None and name not in (peer, *PEERS):
             line += f"  {figures['tok_s'] / row['ways'][peer]['tok_s']:.2f}x {peer}"
         if not figures.get("finite", True):
             line += "  its logits are no finite numbers: this dtype is too small for the activations"
@@ -451,35 +460,41 @@ def report(row: dict[str, Any]) -> None:
 
 
 def draw(plt: Any, result: dict[str, Any]) -> Any:
-    """Decode over the positions, and over the batch sizes where there are several."""
+    """Decode over the positions, and over the batch sizes where there are several; of several attentions, their caches
+    too."""
     from lit_swa.plots import set_title
 
     rows = [row for row in result["rows"] if row["what"] == "decode"]
     batches, positions = (sorted({row[key] for row in rows}) for key in ("batch_size", "position"))
     panels = ["position"] * (len(positions) > 1) + ["batch_size"] * (len(batches) > 1) or ["position"]
+    panels += ["caches"] * bool(result["arguments"].get("attentions"))
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False, layout="constrained")
     model = result["arguments"]["name"] or Path(result["arguments"]["checkpoint_dir"] or "SmolLM2-135M-Instruct").name
     set_title(figure, f"decode of {model}", result["machine"])
     for axis, across in zip(axes[0], panels, strict=True):
-        fixed, value = ("batch_size", batches[0]) if across == "position" else ("position", positions[0])
+        fixed, value = ("position", positions[0]) if across == "batch_size" else ("batch_size", batches[0])
         draw_panel(axis, [row for row in rows if row[fixed] == value], across)
-        axis.set_title(f"{'batch' if across == 'position' else 'position'} {value}", fontsize=10)
+        axis.set_title(f"{'position' if across == 'batch_size' else 'batch'} {value}", fontsize=10)
     return figure
 
 
 def draw_panel(axis: Any, rows: list[dict], across: str) -> None:
-    """A curve for each way and mode: the way has a colour, the mode a kind of line."""
+    """A curve for each way and mode: the way has a colour, the mode a kind of line. across: what the axis is: position
+    or batch_size; or caches: their size over the position."""
     from lit_swa.plots import DASHES, log_axis, style_of, token_axis
+
+    across, key, scale = ("position", "cache_bytes", 1e-9) if across == "caches" else (across, "tok_s", 1.0)
 
     curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:
         for name, figures in row["ways"].items():
-            curves.setdefault((name, row["mode"]), []).append((row[across], figures["tok_s"]))
+            if key in figures:
+                curves.setdefault((name, row["mode"]), []).append((row[across], figures[key] * scale))
     modes, places = list(dict.fromkeys(mode for _, mode in curves)), sorted({row[across] for row in rows})
     for (name, mode), points in sorted(curves.items(), key=lambda curve: -curve[1][-1][1]):
         style = style_of(name).of_line() | {"linestyle": DASHES[modes.index(mode) % len(DASHES)]}
         axis.plot(*zip(*sorted(points), strict=True), label=f"{name}, {mode}", **style)
-    axis.set_ylabel("decode (tok/s)")
+    axis.set_ylabel("decode (tok/s)" if key == "tok_s" else "caches (GB)")
     if across == "position":
         token_axis(axis, max(places) * 21 // 20)
         axis.set_xlabel("position (tokens)")

@@ -49,6 +49,21 @@ def test_a_table_of_modes_positions_and_batch_sizes(tiny_checkpoint, run_script,
     assert run_script("scripts/redraw.py", "--results", output)[0] == 0 and picture.stat().st_size > 5_000
 
 
+def test_attentions_are_measured_in_turns(run_script, tmp_path):
+    """Catches: two measurements of one attention, a cache that is another's, a picture that fails with several."""
+    output, arguments = tmp_path / "b.json", ["--name", "SmolLM2-135M", "--modes", "fp32", *QUICK]
+    arguments += ["--model.n_layer", 1, "--model.vocab_size", 500, "--model.padded_vocab_size", 512]
+    arguments += ["--positions", "100,200", "--prompt_tokens", 0, "--attentions", "[full,linear]"]
+    code, out, err = run_script(SCRIPT, *arguments, "--output", output)
+    assert code == 0 and "x ours full" in out, err
+    short, long = (row["ways"] for row in json.loads(output.read_text())["rows"])
+    assert list(short) == list(long) == ["ours full", "ours linear"]
+    sizes = [[ways[name]["cache_bytes"] for ways in (short, long)] for name in short]
+    assert sizes[0][0] < sizes[0][1] and sizes[1][0] == sizes[1][1]
+    assert short["ours full"]["read_bytes"] != short["ours linear"]["read_bytes"]
+    assert output.with_suffix(".png").exists()
+
+
 @pytest.mark.parametrize("fields", [{}, {"attention": "sliding", "sliding_window_size": 8, "rolling_kv_cache": True}])
 def test_what_is_timed_continues_the_text_in_every_sequence(script, tiny_model, fields):
     """Catches: caches that hold another text or are not put back, sequences of a batch that differ, a step at the wrong
