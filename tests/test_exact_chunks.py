@@ -7,6 +7,7 @@ from tiny import randomize, tiny_config
 from lit_swa import GPT, exact_chunks
 from lit_swa.exact_chunks import ExactChunks, KeyStore, cut_documents, kept_bytes
 from lit_swa.lora import LoRAConfig, add_lora
+from lit_swa.training.distribution import reader, unwrapped
 
 CASES = {
     "window": {"attention": "sliding", "sliding_window_size": 7, "norm_qk": True},
@@ -148,6 +149,14 @@ def test_short_texts_share_a_chunk():
 def test_what_cannot_be_cut_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         ExactChunks(GPT(tiny_config(**fields)), 16)
+
+
+def test_a_validation_reads_in_chunks():
+    """Catches: a long text that is read whole where nothing is trained."""
+    chunks = ExactChunks(build(**CASES["window"]), 16)
+    outer = torch.nn.Module()
+    outer.module = chunks
+    assert reader(outer) is chunks and unwrapped(outer) is chunks.module and reader(chunks.module) is chunks.module
 
 
 def test_random_state_is_that_of_the_device():

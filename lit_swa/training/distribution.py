@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_swa.exact_chunks import ExactChunks
 from lit_swa.model import GPT
 from lit_swa.utils import check_devices, count_processes, pick_device
 
@@ -91,6 +92,13 @@ def is_sharded(fabric: "Fabric") -> bool:
 def unwrapped(model: nn.Module) -> GPT:
     """The GPT inside the modules that hold it as their `module`: Fabric's, DDP's, and those of a loss of its own."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
+
+
+def reader(model: nn.Module) -> nn.Module:
+    """What reads a text in a module that holds a GPT: the GPT, or what cuts texts into chunks for it."""
+    while not isinstance(model, ExactChunks) and isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
 

@@ -75,8 +75,10 @@ class ExampleFeed:
     def batches(self, step: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
         rows, size = self.rows_of(step), self.micro_batch_size
         micro = [rows[a : a + size] for a in range(0, len(rows), size)]
-        own = micro[rank::world_size]
-        return [self.join(m) for m in own] or [self.join(micro[0])._replace(weight=0.0)]
+        own = [self.join(m) for m in micro[rank::world_size]]
+        for _ in range(math.ceil(len(micro) / world_size) - len(own)):  # sharded devices wait for each other
+            own.append(self.join(micro[0])._replace(weight=0.0))
+        return own
 
     def join(self, rows: Sequence[int]) -> Batch:
         numbers = [i for row in rows for i in self.rows[row]]

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_swa.training.distribution import is_sharded, unwrapped
+from lit_swa.training.distribution import is_sharded, reader
 from lit_swa.training.log import Log
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (1, N) int64, the token that follows in the same document, or IGNORED
     documents: list[int]  # the documents' lengths
     examples: list[int]  # their numbers in the data, for error messages
-    weight: float = 1.0  # of the loss. 0: no data was left for this device, which takes part to stay in step
+    weight: float = 1.0  # of the loss. 0: no data was left for this device, which reads as often as the others
 
     def to(self, device: torch.device) -> "Batch":
         return self._replace(
@@ -239,7 +239,7 @@ def validate(fabric: "Fabric", model: nn.Module, valid: Validation) -> float:
     """Mean of -log p over all trained tokens of `valid`, the same on every device. Dropout is off meanwhile."""
     model.eval()
     together = is_sharded(fabric)  # then every device must read every batch; else each reads its own
-    read = model if together else unwrapped(model)  # without DDP, which would wait for the other devices
+    read = model if together else reader(model)  # without DDP, which would wait for the other devices
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
     for n, batch in enumerate(valid.batches()):
         if together or n % fabric.world_size == fabric.global_rank:
