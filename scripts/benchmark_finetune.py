@@ -18,6 +18,8 @@ def main(
     r: int = 8,
     window: int = 4096,
     s2_group_ratio: float = 0.25,
+    chunk_size: int = 32768,
+    chunk_offload: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     repeats: int = 5,
@@ -30,17 +32,20 @@ def main(
     many layers compute their activations again: all of them (all), as few as the GPU's memory allows (fast), or as few
     as peft's memory allows (same memory). s2, window and linear are fast with S2-Attn, with a sliding window, and with
     linear attention beside a window (stage 2 of finetune/linearize.py); transfer is its stage 1, which trains no LoRA.
+    chunks and full chunks read the text in exact chunks, with the window and with full attention.
     The methods alternate, and the median of `repeats` counts.
 
     Args:
         name: A named shape, such as Llama-2-7b.
         lengths: Tokens of a step. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
-        methods: Which to measure, of peft, all, fast, same memory, s2, window, linear, transfer. By default the first
-            four, and from 32768 tokens on s2 and window too.
+        methods: Which to measure, of peft, all, fast, same memory, s2, window, linear, transfer, chunks, full chunks. By default
+            the first four, and from 32768 tokens on s2 and window too.
         n_layer: Number of layers. By default the shape's.
         r: LoRA's rank; alpha is twice that.
         window: Size of the sliding window in tokens.
         s2_group_ratio: Length of an S2-Attn group as a share of the text.
+        chunk_size: Tokens of an exact chunk.
+        chunk_offload: What is kept between chunks waits in the CPU's memory.
         device: auto, cpu or cuda.
         dtype: The dtype of the frozen weights, float32 or bfloat16. Trained weights are float32.
         repeats: How often each step is timed.
@@ -58,7 +63,7 @@ def main(
     dtype = pick_dtype(dtype, device)
     lengths = lengths or ([2048, 8192, 32768] if device.startswith("cuda") else [256])
     settings = {"name": name, "n_layer": n_layer, "r": r, "window": window, "s2_group_ratio": s2_group_ratio,
-                "dtype": dtype, "repeats": repeats}  # fmt: skip
+                "chunk_size": chunk_size, "chunk_offload": chunk_offload, "dtype": dtype, "repeats": repeats}  # fmt: skip
     command = "python " + shlex.join(sys.argv).partition(" --output")[0]
     result: dict[str, Any] = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +134,7 @@ def build(
     from lit_swa.arguments import Training
     from lit_swa.data import Example
     from lit_swa.evaluate import with_fields
+    from lit_swa.exact_chunks import ExactChunks
     from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
     from lit_swa.lora import LoRAConfig, add_lora
     from lit_swa.train import build_optimizer, fitting_recompute, join_examples, recompute_blocks
@@ -136,6 +142,7 @@ def build(
     fields = {
         "s2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
         "window": {"attention": "sliding", "sliding_window_size": settings["window"]},
+        "chunks": {"attention": "sliding", "sliding_window_size": settings["window"]},
     }.get(method, {})
     model = with_fields(base, block_size=T, **fields).train()
     weights = sum(p.nbytes for p in model.parameters())
@@ -150,12 +157,19 @@ def build(
         add_lora(model, LoRAConfig(r=settings["r"], alpha=2 * settings["r"]))
     ids = torch.randint(0, model.config.vocab_size, (T,), dtype=torch.int32).numpy()
     batch = join_examples([Example(ids, ids)], [0]).to(torch.device(device))
+    together = batch  # what a graph is made of at once
+    if method in ("chunks", "full chunks"):
+        loss, some = (
+            ExactChunks(model, settings["chunk_size"], settings["chunk_offload"]),
+            ids[: settings["chunk_size"]],
+        )
+        together = join_examples([Example(some, some)], [0]).to(torch.device(device))
     n = model.config.n_layer if method in ("all", "same memory") else 0
     if method not in ("all", "transfer") and device.startswith("cuda"):  # transfer keeps nothing for a backward
         total = torch.cuda.get_device_properties(device).total_memory
         resident = torch.cuda.memory_allocated() - weights
         limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
-        n = fitting_recompute(model, batch, int(limit))
+        n = fitting_recompute(model, together, int(limit))
     recompute_blocks(model, n)
     optimizer = build_optimizer(model, Training(data=""), 1e-4)
 
