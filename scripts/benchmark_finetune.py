@@ -38,8 +38,8 @@ def main(
     Args:
         name: A named shape, such as Llama-2-7b.
         lengths: Tokens of a step. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
-        methods: Which to measure, of peft, all, fast, same memory, s2, window, linear, transfer, chunks, full chunks. By
-            default the first four, and from 32768 tokens on s2 and window too.
+        methods: Which to measure, of peft, all, fast, same memory, s2, window, linear, transfer, chunks, full chunks.
+            By default the first four, and from 32768 tokens on s2 and window too.
         n_layer: Number of layers. By default the shape's.
         r: LoRA's rank; alpha is twice that.
         window: Size of the sliding window in tokens.
