@@ -35,7 +35,7 @@ from lit_swa.model import GPT
 from lit_swa.training.blocks import INPUTS_FILE
 from lit_swa.training.resuming import difference
 
-PART_BYTES = 2**30  # of a part, which is in memory while it is made
+PART_BYTES = 2**28  # of a part, which is in memory while it is made
 MOST_ROWS = 2**31  # a row's number is an int32, as a token is
 LENGTHS_FILE = "lengths.safetensors"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values() if dtype.is_floating_point}
