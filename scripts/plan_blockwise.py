@@ -111,7 +111,7 @@ def table(
     return [
         ("blocks", f"{blocks} of {k} layers"),
         ("weights of the model", format_bytes((sum(sizes.values()) - learned) * dtype.itemsize)),
-        ("weights that stage 1 trains", f"{learned / 1e6:,.1f} million in {layers} of {base.n_layer} layers"),
+        ("weights that stage 1 trains", f"{learned:,} in {layers} of {base.n_layer} layers"),
         ("memory: a block's weights", format_bytes(weights)),
         ("memory: what it trains, with gradients and moments", format_bytes(trained)),
         ("memory: a pass of training, layer by layer", beside),

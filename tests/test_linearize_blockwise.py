@@ -238,6 +238,44 @@ def test_a_block_goes_on_to_the_same_losses(blockwise, tmp_path):
         assert again == rows
 
 
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def plan(run_script, **arguments) -> dict[str, str]:
+    flags = [x for key, value in arguments.items() for x in (f"--{key}", value)]
+    rc, out, err = run_script("scripts/plan_blockwise.py", "--device", "cpu", *flags)
+    assert rc == 0, err
+    return dict(line.strip("| ").split(" | ") for line in out.splitlines() if line[:1] == "|" and line[2].isalpha())
+
+
+def test_the_plan_counts_what_a_model_has(run_script):
+    """Catches: a count of weights, bytes or passes that is another than the model's. By hand, Llama-3.1-405B."""
+    rows = plan(run_script, name="Llama-3.1-405B", layers_per_block=9, tokens=10**7, dtype="bfloat16", epochs=2,
+                read_rate=1e6, train_rate=4e5)  # fmt: skip
+    C, inner, kv = 16384, 53248, 1024
+    layer = C * (C + 2 * kv) + C * C + 3 * C * inner + 2 * C
+    whole = 126 * layer + 2 * 128256 * C + C
+    assert rows["blocks"] == "14 of 9 layers" and rows["weights of the model"] == f"{whole * 2 / 1e9:.0f} GB"
+    assert rows["weights that stage 1 trains"] == f"{126 * (2 * 128 * 128 * 128 + 128):,} in 126 of 126 layers"
+    assert rows["memory: a block's weights"] == f"{9 * layer * 2 / 1e9:.1f} GB"
+    assert rows["disk: inputs of one block"] == f"{1e7 * C * 2 / 1e9:.0f} GB"
+    assert rows["disk: inputs of all blocks"] == f"{14 * 1e7 * C * 2 / 1e12:.2f} TB"
+    assert rows["what a block in training reads from the disk"] == f"{4e5 / 9 * C * 2 / 1e9:.2f} GB/s"
+    assert rows["hours: inputs of all blocks"] == f"{1e7 * 13 * 9 / 1e6 / 3600:.1f}"
+    assert rows["hours: training one block"] == f"{2e7 * 9 / 4e5 / 3600:.1f}"
+    assert rows["hours: training all blocks on one device"] == f"{2e7 * 126 / 4e5 / 3600:.1f}"
+    assert rows["memory: all three"] == "not measured"
+
+
+def test_the_plan_measures_a_layer(run_script):
+    """Catches: a measurement that fails, or that is not in the table."""
+    rows = plan(run_script, name="pythia-14m", max_seq_length=70, micro_batch_size=2, repeats=1)
+    assert all(int(rows[f"{what} of one layer"].split()[0].replace(",", "")) > 0 for what in ("inference", "training"))
+    assert rows["memory: all three"] != "not measured"
+    rc, _, err = run_script("scripts/plan_blockwise.py", "--train_rate", "5")
+    assert rc == 2 and "read_rate and train_rate belong together" in err
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
