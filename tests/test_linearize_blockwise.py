@@ -22,6 +22,7 @@ from lit_swa.training import block_inputs, linearizing, memory
 from lit_swa.training.block_inputs import Inputs, Texts, make_table
 from lit_swa.training.blocks import plan_blocks, split_checkpoint
 from lit_swa.training.blockwise import Saving, load_block_student, make_inputs
+from lit_swa.training.log import read_metrics
 
 SCRIPT = "finetune/linearize_blockwise.py"
 
@@ -122,6 +123,9 @@ def test_blocks_trained_alone_equal_the_whole(blockwise, whole, tmp_path, run_sc
     assert joint[0] == ["step", "layer_0", "layer_2", "layer_3"] and joint[0] == own[0][0] + own[1][0][1:]
     for row, a, b in zip(joint[1:], own[0][1:], own[1][1:], strict=True):
         assert [float(x) for x in a + b[1:]] == pytest.approx([float(x) for x in row], rel=1e-3)
+    runs = [whole, *(out_dir / f"block-00{n}" / "train" for n in (0, 1))]
+    joint, a, b = (read_metrics(run)["grad_norm"][1:] for run in runs)
+    assert np.hypot(a, b) == pytest.approx(np.array(joint), rel=1e-3)  # AdamW alone hardly minds the gradient's size
     assert "for a block. What is missing of 3 blocks needs" in said
 
 
