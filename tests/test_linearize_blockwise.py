@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forked import start_script
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
@@ -171,6 +172,25 @@ def test_gradients_are_the_joint_ones_times_the_share(tmp_path):
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=f"{layer} {name}")
     torch.testing.assert_close(torch.cat(losses), joint.layer_losses, rtol=1e-10, atol=0)
     assert sum(block.share for block in blocks) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_stage_2_runs_under_fsdp(tiny_checkpoint, data_file, tmp_path, run_script):
+    """Catches: linear attention whose weights are not whole where they are used, when processes share them."""
+    softmax = load_model(tiny_checkpoint)
+    make_linear(softmax, linear_config(softmax.config, {"linear_window": 4, "linear_gate": True}))
+    save_checkpoint(softmax, softmax.config, tmp_path / "linear", source_dir=tiny_checkpoint)
+    how = ["--checkpoint_dir", tmp_path / "linear", "--data", data_file, "--device", "cpu", "--sample", "false"]
+    how += ["--batch_size", 8, "--micro_batch_size", 2, "--pack", "false", "--max_steps", 3, "--max_seq_length", 64]
+    rc, _, err = run_script("finetune/lora.py", *how, "--out_dir", tmp_path / "one")
+    assert rc == 0, err
+    shared = ["--out_dir", tmp_path / "two", "--strategy", "fsdp", "--devices", 2]
+    process = start_script("finetune/lora.py", *how, *shared, log=tmp_path / "log")
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    for column in ("loss", "grad_norm", "val_loss"):
+        one, two = (np.array(read_metrics(tmp_path / name)[column]) for name in ("one", "two"))
+        np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------- going on
