@@ -13,7 +13,7 @@ from lit_swa.texts import as_ids, encode_file, encode_text, find_frame
 
 LONG = 2**14  # characters from which a text is cut: the library takes twice as long for each of a long one
 PIECE = 2**13  # characters of such a cut
-NEAR = 256  # characters on either side of a cut whose ids tell whether it is between tokens
+NEAR = 128  # characters on either side of a cut whose ids tell whether it is between tokens
 BORDER = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")  # the end of a line, or of a word
 
 
