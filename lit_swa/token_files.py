@@ -110,7 +110,7 @@ class TokenDirectory:
             self.check_length(docs_name(shard["file"]), shard["documents"] * STARTS.itemsize)
 
     def check_length(self, name: str, expected: int) -> None:
-        n_bytes = find_inside(self.directory, name).stat().st_size
+        n_bytes = self.size(name)
         if n_bytes != expected:
             what = "truncated" if n_bytes < expected else "too long"
             raise ValueError(
@@ -118,11 +118,19 @@ class TokenDirectory:
                 f"again, or delete {INDEX} and prepare the text again."
             )
 
+    def size(self, name: str) -> int:
+        """The length of one of the files, which an index from elsewhere may name."""
+        return find_inside(self.directory, name).stat().st_size
+
+    def path(self, name: str) -> Path:
+        """Where one of the files lies on this machine."""
+        return self.directory / name
+
     def verify(self) -> None:
         """Read every byte, and compare it with the checksums. Raises ValueError that names the file."""
         for shard in self.shards:
             for name, expected in ((shard["file"], shard["sha256"]), (docs_name(shard["file"]), shard["docs_sha256"])):
-                with open(self.directory / name, "rb") as stream:
+                with open(self.path(name), "rb") as stream:
                     found = hashlib.file_digest(stream, "sha256").hexdigest()
                 if found != expected:
                     raise ValueError(
@@ -134,7 +142,7 @@ class TokenDirectory:
         """Fill an array with the tokens from `start` on, and return it."""
         done = 0
         for shard, a, b in self.pieces(start, start + len(out)):
-            out[done : done + b - a] = map_file(self.directory / shard["file"], self.dtype)[a:b]
+            out[done : done + b - a] = map_file(self.path(shard["file"]), self.dtype)[a:b]
             done += b - a
         return out
 
@@ -142,7 +150,7 @@ class TokenDirectory:
         """How many of the tokens start .. start + count each document has, in order."""
         borders, done = [np.zeros(1, dtype=np.int64)], 0
         for shard, a, b in self.pieces(start, start + count):
-            starts = map_file(self.directory / docs_name(shard["file"]), STARTS)
+            starts = map_file(self.path(docs_name(shard["file"])), STARTS)
             first, last = np.searchsorted(starts, [a, b])
             borders.append(starts[first:last].astype(np.int64) - a + done)
             done += b - a
@@ -155,6 +163,9 @@ class TokenDirectory:
             first, behind = int(self.borders[at]), min(stop, int(self.borders[at + 1]))
             yield self.shards[at], start - first, behind - first
             start, at = behind, at + 1
+
+
+Place = str | Path | TokenDirectory
 
 
 def docs_name(shard: str) -> str:
@@ -292,7 +303,7 @@ class TokenData:
 
     def __init__(
         self,
-        sources: str | Path | Mapping[str | Path, float],
+        sources: Place | Mapping[Place, float],
         block_length: int,
         batch_size: int,
         *,
@@ -308,8 +319,9 @@ class TokenData:
     ) -> None:
         """
         Args:
-            sources: A directory that scripts/prepare_text.py made, or several with their weights: of so many samples in
-                all, as many come from each. A directory may be a mixture: it holds others, and mixture.json.
+            sources: A directory that scripts/prepare_text.py made, or several with their weights, which count samples.
+                A directory may be a mixture: it holds others, and mixture.json. It may be open already, as one in a
+                bucket is (see token_buckets.py).
             block_length: T, the tokens of a block that are predicted.
             batch_size: Blocks of one optimiser step, over all ranks and micro-batches.
             micro_batch_size: Blocks of one batch of this rank; by default its whole share of a step.
@@ -434,7 +446,7 @@ def _as_it_is(batch: TokenBatch) -> TokenBatch:
 
 
 def open_sources(
-    given: str | Path | Mapping[str | Path, float],
+    given: Place | Mapping[Place, float],
     block_length: int,
     batch_size: int,
     tokenizer: Tokenizer | None,
@@ -444,7 +456,8 @@ def open_sources(
     weights = expand_mixtures(given)
     total, sources = sum(weights.values()), []
     for directory, weight in weights.items():
-        tokens = TokenDirectory(directory)
+        tokens = directory if isinstance(directory, TokenDirectory) else TokenDirectory(directory)
+        directory = tokens.directory
         if tokenizer is not None:
             check_tokenizer(tokens, tokenizer)
         if vocab_size is not None and tokens.vocab_size > vocab_size:
@@ -468,17 +481,17 @@ def open_sources(
     return sources
 
 
-def expand_mixtures(given: str | Path | Mapping[str | Path, float]) -> dict[Path, float]:
+def expand_mixtures(given: Place | Mapping[Place, float]) -> dict[Path | TokenDirectory, float]:
     """Directory -> weight, with the parts of a mixture in place of the mixture. Raises OSError or ValueError."""
     given = given if isinstance(given, Mapping) else {given: 1.0}
     if not given:
         raise ValueError("No directory of token files is given: give one.")
-    found: dict[Path, float] = {}
+    found: dict[Path | TokenDirectory, float] = {}
     for name, weight in given.items():
         check_range(f"The weight of {name}", weight, 1e-9)
-        directory = Path(name)
-        parts = {directory: 1.0}
-        if (directory / MIXTURE).is_file():
+        directory = name if isinstance(name, TokenDirectory) else Path(name)
+        parts: dict[Path | TokenDirectory, float] = {directory: 1.0}
+        if isinstance(directory, Path) and (directory / MIXTURE).is_file():
             content = read_json(find_inside(directory, MIXTURE))
             for part, share in content.items():
                 check_range(f"The weight of {part} in {directory / MIXTURE}", share, 1e-9)

@@ -10,6 +10,7 @@ from tiny import tiny_config
 from lit_swa import GPT
 from lit_swa.config import IGNORED
 from lit_swa.data.token_files import tokenizer_hash
+from lit_swa.token_buckets import BucketDirectory
 from lit_swa.token_files import (
     CYCLE,
     ShardWriter,
@@ -270,3 +271,36 @@ def test_a_position_far_into_training_costs_no_memory(numbered, monkeypatch):
     numbers = permute(np.arange(5), 10**15, make_key(1))
     assert len(set(numbers.tolist())) == 5 and numbers.max() < 10**15 and numbers.max() > 10**13
     assert torch.equal(data[10**9].ids, TokenData(numbered[0], 8, 1, seed=3)[10**9].ids)
+
+
+def test_a_bucket_gives_the_batches_of_its_copy(tmp_path, numbered):
+    """Catches: another order than on disk, a damaged or missing file that is kept, a shard fetched twice."""
+    fsspec = pytest.importorskip("fsspec")
+    memory, address = fsspec.filesystem("memory"), "memory://bucket/tokens"
+    for path in numbered[0].iterdir():
+        memory.pipe(f"/bucket/tokens/{path.name}", path.read_bytes())
+    bucket = BucketDirectory(address, tmp_path / "cache")
+    assert not list(bucket.directory.glob("tokens-*"))
+    expected = take(TokenData(numbered[0], 8, 2, seed=5), 20)
+    assert take(TokenData({bucket: 1.0}, 8, 2, seed=5, num_workers=2), 20) == expected
+    assert {path.name for path in bucket.directory.glob("*.bin")} == {path.name for path in numbered[0].glob("*.bin")}
+    memory.rm("/bucket/tokens/tokens-00001.docs")
+    with pytest.raises(FileNotFoundError, match="holds no tokens-00001.docs, which its index.json names"):
+        BucketDirectory(address, tmp_path / "cache")
+    memory.pipe("/bucket/tokens/tokens-00001.docs", (numbered[0] / "tokens-00001.docs").read_bytes())
+    good = (numbered[0] / "tokens-00000.bin").read_bytes()
+    memory.pipe("/bucket/tokens/tokens-00000.bin", bytes([good[0] ^ 1]) + good[1:])
+    assert take(TokenData({BucketDirectory(address, tmp_path / "cache"): 1.0}, 8, 2, seed=5), 20) == expected
+    damaged = BucketDirectory(address, tmp_path / "other")
+    with pytest.raises(ValueError, match="tokens-00000.bin is damaged: its SHA-256 is not that of index.json"):
+        take(TokenData({damaged: 1.0}, 8, 2, seed=5), 20)
+    assert not list(damaged.directory.glob("*00000.bin*"))
+    memory.pipe("/bucket/tokens/index.json", (numbered[0] / "index.json").read_bytes() + b" ")
+    with pytest.raises(ValueError, match="is not what .*cache.* was filled from"):
+        BucketDirectory(address, tmp_path / "cache")
+    for wrong, message in (
+        ("memory://none", "memory://none cannot be read"),
+        ("nosuch://a", "nosuch://a cannot be read"),
+    ):
+        with pytest.raises((OSError, ValueError), match=message):
+            BucketDirectory(wrong, tmp_path)
