@@ -6,6 +6,7 @@ inputs.json, written first, says what it is a table of and which parts there mus
 all. So a run that is killed, or ends with a full disk, goes on at the next part.
 """
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -226,15 +227,20 @@ class Inputs:
         """Of the rows of text i."""
         return np.arange(self.ends[i] - self.lengths[i], self.ends[i])
 
-    def rows(self, n: Tensor) -> Tensor:
-        """(T,) numbers -> (T, C)"""
-        n = n.cpu()
-        x = torch.empty(len(n), self.table.width, dtype=DTYPE_NAMES[self.table.dtype])
-        part = torch.bucketize(n, torch.tensor(self.starts[1:]), right=True)
-        for p in part.unique().tolist():
-            own = part == p
-            x[own] = self.parts[p].load()[n[own] - self.starts[p]]
-        return x
+    def rows(self, numbers: Tensor) -> Tensor:
+        """(T,) -> (T, C). Rows that follow each other are copied at once."""
+        n = numbers.cpu().numpy()
+        begins = [0, *(np.flatnonzero(np.diff(n) != 1) + 1).tolist(), len(n)]
+        runs = [(int(n[a]), int(n[b - 1]) + 1) for a, b in itertools.pairwise(begins)]
+        return torch.cat([piece for run in runs for piece in self.pieces(*run)])
+
+    def pieces(self, a: int, b: int) -> Iterator[Tensor]:
+        """The rows a .. b - 1, as they lie in the parts."""
+        while a < b:
+            p = bisect.bisect_right(self.starts, a) - 1
+            end = min(b, self.starts[p + 1])
+            yield self.parts[p].rows(a - self.starts[p], end - self.starts[p]).load()
+            a = end
 
     def datasets(self) -> tuple[Dataset, Dataset | None]:
         """What is trained on, and what is validated on: the tokens are the numbers of the rows."""
