@@ -182,7 +182,7 @@ def written(model: GPT, task: Task) -> float:
 # making tasks
 
 FAR = 128  # tokens between a question and what answers it, at least
-TEXT, PASSAGE, COPIED = 384, 32, 16  # tokens of a text, of a passage in it, and of how it goes on
+TEXT, PASSAGE, COPIED = 384, 32, 8  # tokens of a text, of a passage in it, and of how it goes on
 
 
 def make_tasks(tokens: np.ndarray, prefix: Sequence[int], tokenizer: Tokenizer, n: int, seed: int) -> list[Task]:
@@ -194,12 +194,12 @@ def make_tasks(tokens: np.ndarray, prefix: Sequence[int], tokenizer: Tokenizer, 
     def is_word(ids: list[int], item: Item) -> bool:
         return first_word(tokenizer.decode(ids)) == first_word(tokenizer.decode(item.choices[0]))
 
-    chance = random.Random(seed)
+    chance, between = random.Random(seed), tokenizer.encode("\n\n", bos=False)
     places = [int(a) for a in np.linspace(0, max(0, len(tokens) - TEXT - PASSAGE), 4 * n)]
     chance.shuffle(places)
     makers: dict[str, Callable[[int], Item | None]] = {
         "cloze": lambda a: cloze(tokens[a : a + TEXT], prefix, tokenizer, chance),
-        "copy": lambda a: copy(tokens[a : a + TEXT], prefix, chance),
+        "copy": lambda a: copy(tokens[a : a + TEXT], prefix, between, chance),
         "continuation": lambda a: continuation(tokens, a, prefix, chance),
     }
     rules = {"cloze": (8, is_word), "copy": (COPIED, is_copy), "continuation": (PASSAGE, is_nearest)}
@@ -241,9 +241,9 @@ def first_word(text: str) -> str:
     return found[1] if found else ""
 
 
-def copy(text: np.ndarray, prefix: Sequence[int], chance: random.Random) -> Item | None:
-    """A text, and behind it a passage of its first half once more: how does it go on? The wrong answers are what other
-    passages of the text go on with."""
+def copy(text: np.ndarray, prefix: Sequence[int], between: list[int], chance: random.Random) -> Item | None:
+    """A text, and behind it and the tokens `between` a passage of its first half once more: how does it go on? The
+    wrong answers are what other passages of the text go on with."""
     ids = [int(i) for i in text]
     whole, half = len(ids) - PASSAGE - COPIED, len(ids) // 2 - PASSAGE - COPIED
     if half < 1 or whole < 4 * COPIED:
@@ -252,7 +252,7 @@ def copy(text: np.ndarray, prefix: Sequence[int], chance: random.Random) -> Item
     right = start + PASSAGE
     others = [at for at in range(PASSAGE, len(ids) - COPIED) if abs(at - right) >= COPIED]
     ends = [ids[at : at + COPIED] for at in (right, *chance.sample(others, 3))]
-    return Item([*prefix, *ids, *ids[start:right]], ends)
+    return Item([*prefix, *ids, *between, *ids[start:right]], ends)
 
 
 def continuation(tokens: np.ndarray, at: int, prefix: Sequence[int], chance: random.Random) -> Item | None:

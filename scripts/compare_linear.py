@@ -139,7 +139,7 @@ def main(
         content = results.finished or {"command": "", "machine": "", "rows": []}
         done = {row["method"]: row for row in content["rows"]}
         if any(name not in done for name in chosen):
-            content["command"] = "python " + shlex.join(sys.argv).partition(" --only")[0]
+            content["command"] = "python " + shlex.join(without(sys.argv, "--only"))
             content["machine"] = describe_machine(device)
             runs = Runs(training, config.n_layer, out_dir, jobs, [name for name in chosen if name not in done])
             for row in judge_all(runs, held_out, prefix, sizes):
@@ -148,6 +148,12 @@ def main(
                 results.finish(content)
         print("\n".join(table_of(content["rows"])))
         draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
+
+
+def without(argv: list[str], flag: str) -> list[str]:
+    """A command line without a flag and its value."""
+    n = argv.index(flag) if flag in argv else len(argv)
+    return [word for word in argv[:n] + argv[n + 2 :] if not word.startswith(f"{flag}=")]
 
 
 def write_rows(

@@ -69,6 +69,8 @@ def test_ways_are_made_as_they_say_and_share_a_stage(compare, tmp_path):
     assert compare("--only", "[lolcats]")[0] == 0 and len(compare.ran) == 3
     assert compare("--only", "[swap]")[0] == 0 and len(compare.ran) == 4
     assert list(rows_of(tmp_path / "c.json")) == ["softmax", "swap", "lolcats", "quarter full", "lolcats off"]
+    command = json.loads((tmp_path / "c.json").read_text())["command"]
+    assert "--only" not in command and "swap" not in command and command.endswith(f"--output {tmp_path / 'c.json'}")
 
 
 def test_blocks_equal_all_layers_at_once(compare, tmp_path, monkeypatch):

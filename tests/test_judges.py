@@ -109,10 +109,11 @@ def test_a_cloze_asks_for_a_word_that_stood_far_away(tokenizer, stream, monkeypa
 def test_a_copy_and_a_continuation_go_on_as_the_text_does(stream):
     """Catches: passages that are one token off, a right answer among the wrong ones."""
     ids = stream[: judges.TEXT].tolist()
-    item = copy(stream[: judges.TEXT], (7,), random.Random(1))
-    passage = item.prompt[1 + judges.TEXT :]
+    item = copy(stream[: judges.TEXT], (7,), [8, 9], random.Random(1))
+    passage = item.prompt[3 + judges.TEXT :]
     at = next(a for a in range(len(ids)) if ids[a : a + len(passage)] == passage)
-    assert item.prompt[0] == 7 and item.prompt[1 : 1 + judges.TEXT] == ids and len(passage) == judges.PASSAGE
+    assert item.prompt[0] == 7 and item.prompt[1 : 3 + judges.TEXT] == [*ids, 8, 9]
+    assert len(passage) == judges.PASSAGE
     assert item.choices[0] == ids[at + judges.PASSAGE :][: judges.COPIED] and at < judges.TEXT // 2
     assert len(item.choices) == 4 and item.choices[0] not in item.choices[1:]
     item = continuation(stream, 1000, (7,), random.Random(1))
