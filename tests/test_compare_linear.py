@@ -81,6 +81,10 @@ def test_blocks_equal_all_layers_at_once(compare, tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "c.json")
     assert rows["blocks"]["ppl"] == pytest.approx(rows["joint"]["ppl"], rel=1e-4)
     assert rows["blocks"]["tokens"] == rows["joint"]["tokens"]
+    trained = [command for command in compare.ran if {"train", "--stage2_steps"} & set(command)]
+    assert len(trained) == 3  # of two layers each is a block
+    for command in trained:  # one step of Adam shows no clipping
+        assert command[command.index("--grad_clip") + 1] == "0" and "constant" in command
     whole, parts = (load_model(tmp_path / "runs" / name) for name in ("joint/final", "blocks/stitched"))
     for a, b in zip(whole.layers, parts.layers, strict=True):
         assert np.allclose(a.mixer.feature_q.detach(), b.mixer.feature_q.detach(), atol=1e-4)

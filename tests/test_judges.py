@@ -65,8 +65,11 @@ def test_the_likeliest_answer_is_that_of_the_sums(tiny_model, monkeypatch):
         logits = model(torch.tensor([prompt + answer]))[0, :, : model.config.vocab_size].log_softmax(-1)
         return sum(logits[len(prompt) + n - 1, token].item() for n, token in enumerate(answer))
 
-    best = [np.argmax([score(item.prompt, choice) for choice in item.choices]) for item in items]
+    scores = [[score(item.prompt, choice) for choice in item.choices] for item in items]
+    best = [np.argmax(own) for own in scores]
     monkeypatch.setitem(judges.CALL_TOKENS, "cpu", 40)  # several calls
+    texts = [(item.prompt, choice) for item in items for choice in item.choices]
+    assert judges.answer_nll(model, texts) == pytest.approx([-x for own in scores for x in own], rel=1e-5)
     assert ranked(model, items) == sum(n == 0 for n in best) / 12
     assert 0 < sum(n == 0 for n in best) < 12
 
