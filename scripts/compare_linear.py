@@ -401,7 +401,7 @@ def table_of(rows: list[dict[str, Any]]) -> list[str]:
     heads += [f"{name} {kind}" for name in tasks for kind in ("ranked", "written")]
     lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
     for row in rows:
-        trained = [f"{row['tokens'] / 1e6:.3g}M", f"{row['seconds']:.0f}"] if row.get("tokens") else ["", ""]
+        trained = [f"{row['tokens']:,}", f"{row['seconds']:.0f}"] if row.get("tokens") else ["", ""]
         shares = [row["top_token"], row["same"], row["forced"], *row["passkey"].values()]
         shares += [row["tasks"][task][kind] for task in tasks for kind in ("ranked", "written")]
         top, same, *others = [f"{share:.1%}" for share in shares]
@@ -415,8 +415,6 @@ def draw(plt, result: dict[str, Any]):
     from lit_swa.plots import names_of, set_title
 
     rows, a = result["rows"], result["arguments"]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 1.8 + 0.34 * len(rows)), sharey=True, layout="constrained")
-    places = range(len(rows))
     tasks = {n: [row["tasks"][n] for row in rows] for n in rows[0]["tasks"]}
     panels: list[tuple[str, dict[str, list[float]]]] = [
         ("perplexity", {"perplexity": [row["ppl"] for row in rows]}),
@@ -427,26 +425,34 @@ def draw(plt, result: dict[str, Any]):
         ("written, % right", {n: [100 * task["written"] for task in asked] for n, asked in tasks.items()}
             | {f"pass key, {n} tokens": [100 * row["passkey"][n] for row in rows] for n in rows[0]["passkey"]}),
     ]  # fmt: skip
+    panels, places = [panel for panel in panels if panel[1]], range(len(rows))
+    size = (3.75 * len(panels), 1.8 + 0.34 * len(rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
     for axis, (title, series) in zip(axes, panels, strict=True):
-        draw_panel(axis, places, series)
+        draw_panel(axis, places, series, teacher=rows[0]["method"] == "softmax")
         axis.set_title(title, fontsize=10)
     axes[0].set(yticks=places, yticklabels=[row["method"] for row in rows], ylim=(len(rows) - 0.5, -0.5), xscale="log")
+    for formatter in (axes[0].xaxis.set_major_formatter, axes[0].xaxis.set_minor_formatter):
+        formatter(lambda value, _: f"{value:,.6g}" if f"{value:e}"[0] in "125" else "")
     trained = max((row.get("tokens", 0) for row in rows), default=0)
     model = f"{a['checkpoint_dir']} with linear attention and a window of {a['training']['model.linear_window']}"
     set_title(
-        figure, f"{model}: up to {trained / 1e6:.3g}M tokens of training", f"asked about {names_of(a['eval_data'])}"
+        figure,
+        f"{model}: up to {trained:,} tokens of training",
+        f"asked about {names_of(a['eval_data'])}; dotted: softmax",
     )
     return figure
 
 
-def draw_panel(axis, places, series: dict[str, list[float]]) -> None:
-    """A point for each model and series. The first model, the teacher, goes on as a dotted line."""
+def draw_panel(axis, places, series: dict[str, list[float]], teacher: bool) -> None:
+    """A point for each model and series. teacher: the first model is the teacher, which goes on as a dotted line."""
     from lit_swa.plots import OTHERS
 
     for n, (name, values) in enumerate(series.items()):
         colour = OTHERS[n % len(OTHERS)]
         axis.plot(values, places, "osv^D"[n % 5], color=colour, label=name, markersize=6, alpha=0.85)
-        axis.axvline(values[0], color=colour, linestyle=":", linewidth=1)
+        if teacher:
+            axis.axvline(values[0], color=colour, linestyle=":", linewidth=1)
     axis.grid(alpha=0.3)
     if len(series) > 1:
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
