@@ -153,7 +153,7 @@ def prepare(job: Job, processes: int) -> Report:
         remove_leftovers(job.directory)
         parts = job.cut()
         started = time.perf_counter()
-        counts = write_parts(job, parts, processes)
+        counts = write_parts(job, parts, processes, DocumentEncoder(tokenizer))
         seconds = time.perf_counter() - started
         write_index(job, tokenizer, description, len(parts))
         remove_records(job.directory)
@@ -195,7 +195,7 @@ def write_index(job: Job, tokenizer: Tokenizer, description: dict[str, Any], n_p
         "dtype": "uint16" if id_dtype(vocab_size).itemsize == 2 else "uint32",
         "vocab_size": vocab_size,
         "eos_id": tokenizer.eos_id,
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": description["tokenizer"],
         "job": description,
         "shards": shards,
     }
@@ -215,7 +215,8 @@ def write_part(job: Job, part: Part, number: int, encoder: DocumentEncoder, coun
         for batch, units in batches(job.read(part)):
             before = writer.n_text_bytes, writer.n_tokens
             for document, ids in zip(batch, encoder.encode(batch), strict=True):
-                check_tokens(ids, vocab_size, f"A document of {part.file}")
+                if len(ids) and ids.max() >= vocab_size:
+                    check_tokens(ids, vocab_size, f"A document of {part.file}")
                 writer.add(ids, text_bytes(document))
             count(units, writer.n_text_bytes - before[0], writer.n_tokens - before[1])
     if writer.n_tokens:
@@ -252,7 +253,7 @@ def batches(documents: Iterator[Document]) -> Iterator[tuple[list[str | Path], i
 # ------------------------------------------------------------------------------------------------------ all of them
 
 
-def write_parts(job: Job, parts: list[Part], processes: int) -> list[int]:
+def write_parts(job: Job, parts: list[Part], processes: int, encoder: DocumentEncoder) -> list[int]:
     """Write the shards that are missing. Returns what this start counted."""
     todo = [i for i in range(len(parts)) if not (job.directory / record_name(i)).is_file()]
     before = sum(parts[i].size for i in set(range(len(parts))) - set(todo))
@@ -260,9 +261,9 @@ def write_parts(job: Job, parts: list[Part], processes: int) -> list[int]:
     progress = Progress(total, before)
     try:
         if min(processes, len(todo)) > 1:
-            counts = Workers(job, parts, todo, min(processes, len(todo))).run(progress)
+            counts = Workers(job, parts, todo, min(processes, len(todo)), encoder).run(progress)
         else:
-            counts = work_alone(job, parts, todo, progress)
+            counts = work_alone(job, parts, todo, encoder, progress)
     except KeyboardInterrupt:
         progress.clear()
         remove_leftovers(job.directory)
@@ -291,9 +292,9 @@ class Progress:
         self.line.clear()
 
 
-def work_alone(job: Job, parts: list[Part], todo: list[int], progress: Progress) -> list[int]:
+def work_alone(job: Job, parts: list[Part], todo: list[int], encoder: DocumentEncoder, progress: Progress) -> list[int]:
     """Write the shards in this process."""
-    encoder, counts = DocumentEncoder(Tokenizer(job.tokenizer_dir)), [0] * COUNTS
+    counts = [0] * COUNTS
 
     def count(*more: int) -> None:
         counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
@@ -322,12 +323,12 @@ def one_thread() -> Iterator[None]:
 class Workers:
     """Processes that each take the next part that nobody has taken. One that fails ends all of them."""
 
-    def __init__(self, job: Job, parts: list[Part], todo: list[int], processes: int) -> None:
-        # A fork has all modules loaded. Elsewhere than on Linux, libraries do not survive one, nor do connections
+    def __init__(self, job: Job, parts: list[Part], todo: list[int], processes: int, encoder: DocumentEncoder) -> None:
+        # A fork has all modules and the tokenizer. Libraries survive one on Linux only, and connections nowhere
         forks = sys.platform == "linux" and job.stream is None
         context = multiprocessing.get_context("fork" if forks else "spawn")
         self.errors, self.counts = context.SimpleQueue(), context.Array("q", COUNTS * processes, lock=False)
-        shared = (context.Value("q", 0), self.counts, self.errors, os.getpid())
+        shared = (encoder if forks else None, context.Value("q", 0), self.counts, self.errors, os.getpid())
         arguments = [(job, parts, todo, i, *shared) for i in range(processes)]
         self.processes = [context.Process(target=run_worker, args=given, daemon=True) for given in arguments]
 
@@ -367,7 +368,15 @@ class Workers:
 
 
 def run_worker(
-    job: Job, parts: list[Part], todo: list[int], index: int, following: Any, counts: Any, errors: Any, parent: int
+    job: Job,
+    parts: list[Part],
+    todo: list[int],
+    index: int,
+    encoder: DocumentEncoder | None,
+    following: Any,
+    counts: Any,
+    errors: Any,
+    parent: int,
 ) -> None:
     """The life of one process. It ends when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this one
@@ -380,7 +389,7 @@ def run_worker(
             counts[i] += value
 
     try:
-        encoder = DocumentEncoder(Tokenizer(job.tokenizer_dir))
+        encoder = encoder or DocumentEncoder(Tokenizer(job.tokenizer_dir))
         while True:
             with following.get_lock():
                 at, following.value = following.value, following.value + 1
