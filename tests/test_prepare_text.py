@@ -237,7 +237,7 @@ def test_a_finished_directory_is_compared_and_left(tmp_path, tiny_checkpoint, ru
     assert code == 0 and "is there already: comparing it" in err and "30 documents" in err
     assert {path: path.stat().st_mtime_ns for path in out.glob("tokens-*")} == before
     code, _, err = run_script("scripts/prepare_text.py", *arguments, "--key", "id")
-    assert code == 2 and f"{out} was begun with another key: choose another directory, or delete this one." in err
+    assert code == 2 and f"{out} was begun differently (key): choose another directory, or delete this one." in err
     shard = min(before)
     shard.write_bytes(b"\1\1" + shard.read_bytes()[2:])
     code, _, err = run_script("scripts/prepare_text.py", *arguments)
@@ -258,6 +258,13 @@ def test_what_is_wrong_with_a_file_is_said_in_one_sentence(tmp_path, tiny_checkp
         with pytest.raises(ValueError, match=message):
             run_job(tmp_path, tiny_checkpoint, [tmp_path / "a.jsonl"], message[:20], processes)
         assert not (tmp_path / message[:20] / "index.json").exists()
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match="was begun differently .data.: choose another directory"):
+        run_job(tmp_path, tiny_checkpoint, [tmp_path / "a.jsonl"], message[:20], processes)
+    for path in (tmp_path / message[:20]).glob("part-*.json"):
+        path.unlink()
+    out = run_job(tmp_path, tiny_checkpoint, [tmp_path / "a.jsonl"], message[:20], processes)
+    assert documents_of(out) == encoded(tiny_checkpoint, make_texts(60))
 
 
 def test_other_mistakes_are_said_in_one_sentence(tmp_path, tiny_checkpoint, run_script, monkeypatch):

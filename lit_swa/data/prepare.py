@@ -146,18 +146,25 @@ def prepare(job: Job, processes: int) -> Report:
             TokenDirectory(job.directory).verify()
             remove_records(job.directory)
             return Report(job.directory, 0, 0, 0.0)
-        if (job.directory / JOB).is_file():
-            require_same_job(job.directory / JOB, description)
-        else:
-            write_json(job.directory / JOB, {"job": description})
-        remove_leftovers(job.directory)
         parts = job.cut()
+        remove_leftovers(job.directory)
+        begin(job.directory, description)
         started = time.perf_counter()
         counts = write_parts(job, parts, processes, DocumentEncoder(tokenizer))
         seconds = time.perf_counter() - started
         write_index(job, tokenizer, description, len(parts))
         remove_records(job.directory)
         return Report(job.directory, counts[TEXT_BYTES], counts[TOKENS], seconds)
+
+
+def begin(directory: Path, description: dict[str, Any]) -> None:
+    """Go on with a directory in which some part is finished, or begin anew. Raises ValueError for another job's."""
+    if (directory / JOB).is_file() and any(directory.glob("part-*.json")):
+        require_same_job(directory / JOB, description)
+        return
+    for path in [*directory.glob("tokens-*.bin"), *directory.glob("tokens-*.docs"), *directory.glob("part-*.json")]:
+        path.unlink()
+    write_json(directory / JOB, {"job": description})
 
 
 def require_same_job(path: Path, description: dict[str, Any]) -> None:
@@ -167,8 +174,7 @@ def require_same_job(path: Path, description: dict[str, Any]) -> None:
     different = [key for key, value in description.items() if before.get(key) != value]
     if different:
         raise ValueError(
-            f"{path.parent} was begun with another {' and '.join(different)}: choose another directory, or delete "
-            "this one."
+            f"{path.parent} was begun differently ({', '.join(different)}): choose another directory, or delete this one."
         )
 
 
@@ -328,8 +334,9 @@ class Workers:
         forks = sys.platform == "linux" and job.stream is None
         context = multiprocessing.get_context("fork" if forks else "spawn")
         self.errors, self.counts = context.SimpleQueue(), context.Array("q", COUNTS * processes, lock=False)
-        shared = (encoder if forks else None, context.Value("q", 0), self.counts, self.errors, os.getpid())
-        arguments = [(job, parts, todo, i, *shared) for i in range(processes)]
+        # Kept here: what processes share is gone from the system when the one that made it forgets it
+        self.shared = (encoder if forks else None, context.Value("q", 0), self.counts, self.errors, os.getpid())
+        arguments = [(job, parts, todo, i, *self.shared) for i in range(processes)]
         self.processes = [context.Process(target=run_worker, args=given, daemon=True) for given in arguments]
 
     def run(self, progress: Progress) -> list[int]:
