@@ -174,7 +174,8 @@ def require_same_job(path: Path, description: dict[str, Any]) -> None:
     different = [key for key, value in description.items() if before.get(key) != value]
     if different:
         raise ValueError(
-            f"{path.parent} was begun differently ({', '.join(different)}): choose another directory, or delete this one."
+            f"{path.parent} was begun differently ({', '.join(different)}): choose another directory, or delete this "
+            "one."
         )
 
 
