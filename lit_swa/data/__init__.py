@@ -3,8 +3,8 @@
 Reading order: records (what the keys of an example mean) -> readers (files of examples) -> prompts (text, ids, what is
 trained) -> dataset (examples over one flat array, packing) -> token_files (plain text, .bin) -> prepared (tokenised
 directories) -> hub (published datasets) -> load (load_dataset) -> checks (samples, refusals).
-For pretraining: corpora (published texts) -> sources (files and streams, in parts) -> encode (documents to ids) -> prepare
-(directories of token files, by several processes); train_tokenizer. lit_swa/token_files.py reads what they write.
+For pretraining: corpora (published texts) -> sources (files and streams, in parts) -> encode (documents to ids) ->
+prepare (directories of token files, by several processes); train_tokenizer. lit_swa/token_files.py reads the files.
 """
 
 from lit_swa.config import IGNORED
