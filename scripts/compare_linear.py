@@ -92,7 +92,7 @@ def main(
         trials: Pass keys that are asked for at each of two lengths and four depths; 0 for none.
         jobs: Runs that train at the same time, on the same device. With more than one, each writes its lines to
             OUT_DIR/NAME.log.
-        out_dir: Holds a directory for each run. For SmolLM2-135M all take about 30 GB.
+        out_dir: Holds a directory for each run. For SmolLM2-135M all take some 25 GB.
         device: auto, cpu or cuda.
         seed: Decides the order of the rows, new weights, and what is asked.
         output: The JSON file; the picture goes next to it, as .png.
