@@ -9,31 +9,17 @@ from lit_swa.checks import check_range
 
 
 @dataclass
-class Training:
-    """What is trained on which data, for how long, and where the results go.
+class Loop:
+    """What every training script is told of its data, its loop and its devices.
 
     Args:
-        data: A .json, .jsonl, .csv or .parquet file of instructions or chats; .txt or .bin files to extend the context;
-            a directory or file that prepare_instruct.py or prepare_text.py wrote; or the name of a published dataset,
-            such as alpaca or dolly.
-        checkpoint_dir: The model to start from. By default SmolLM2-135M-Instruct, which is downloaded once.
         out_dir: The run's directory: saved steps to resume from, metrics.csv, and at the end final/, which
             generate/base.py loads. By default out/ and the script's name.
-        validation_data: A file to validate on. By default a part of the data is held out.
         validation_fraction: The part of the data that is held out; 0 for none.
-        preset: Read a local file with the fields and the prompt of this published dataset.
-        prompt_style: How an instruction is written as a prompt: chat (the model's own template), alpaca, llama2, ...
-        mask_prompt: Train the answers only, not the prompts.
-        max_seq_length: Longer examples are cut to so many tokens. By default the longest example, at most the context.
-        pack: Put several short examples into one row of max_seq_length tokens. No example sees the others.
-        limit: Read only so many examples of the data.
-        epochs: How often the data is read.
-        max_steps: Optimiser steps, in place of epochs.
         batch_size: Rows (without --pack: examples) of one optimiser step, over all devices.
         micro_batch_size: Rows that one device reads at once; gradients accumulate until the step's rows are read. By
             default as many as make 1024 tokens on a CPU and 8192 on a GPU.
         learning_rate: The rate after the warmup. By default one that suits the method and the model's size.
-        lr_schedule: cosine falls to a tenth of the rate; plateau halves it when the validation loss stops falling.
         warmup_steps: Steps over which the rate rises from zero. By default 20, at most a tenth of the run; more than
             the run has are cut to a tenth.
         weight_decay: AdamW's weight decay, for matrices only.
@@ -50,7 +36,6 @@ class Training:
         eval_interval: Steps between validations. By default a tenth of the run.
         early_stop: Stop after so many validations without a better loss, and keep the weights of the best one in
             final/; 0 for never.
-        sample: At a validation, show the model's answer to the first prompt that is validated on when it has changed.
         save_interval: Steps between saves. By default a tenth of the run.
         keep_last: How many saved steps to keep.
         log_interval: Steps between rows of metrics.csv.
@@ -60,29 +45,18 @@ class Training:
         chunk_offload: What is kept between chunks waits in the CPU's memory.
         resume: auto goes on with the run in out_dir; never refuses an out_dir that holds a run; restart deletes it once
             the new one is known to start.
-        dry_run: Stop before the first step, after showing three samples, trying the longest row, validation, saving and
+        dry_run: Stop before the first step, after showing samples, trying the longest row, validation, saving and
             loading, and telling how much memory and disk the run needs.
         seed: Decides the order of the data, dropout and new weights.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
 
     data: str
-    checkpoint_dir: Path | None = None
     out_dir: Path | None = None
-    validation_data: str | None = None
     validation_fraction: float = 0.05
-    preset: str | None = None
-    prompt_style: str | None = None
-    mask_prompt: bool = True
-    max_seq_length: int | None = None
-    pack: bool = True
-    limit: int | None = None
-    epochs: float = 1.0
-    max_steps: int | None = None
     batch_size: int = 8
     micro_batch_size: int | None = None
     learning_rate: float | None = None
-    lr_schedule: Literal["cosine", "constant", "plateau"] = "cosine"
     warmup_steps: int | None = None
     weight_decay: float = 0.0
     beta2: float = 0.95
@@ -95,7 +69,6 @@ class Training:
     recompute: str | int = "auto"
     eval_interval: int | None = None
     early_stop: int = 0
-    sample: bool = True
     save_interval: int | None = None
     keep_last: int = 1
     log_interval: int = 1
@@ -109,15 +82,15 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
+            value = getattr(self, name, None)  # not every script has all of them
             if value is not None:
                 check_range(name, value, least, most)
         if 0 < self.grad_clip < 1e-6:
             raise ValueError(
                 f"grad_clip={self.grad_clip!r} does not fit: it must be 0 for no limit, or at least 1e-06."
             )
-        if self.epochs <= 0 or self.learning_rate is not None and self.learning_rate <= 0:
-            raise ValueError("epochs and learning_rate must be greater than 0.")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError("learning_rate must be greater than 0.")
         if isinstance(self.recompute, str) and self.recompute.isdigit():
             self.recompute = int(self.recompute)
         if isinstance(self.recompute, int):
@@ -132,9 +105,100 @@ class Training:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
+@dataclass
+class Training(Loop):
+    """What is trained on which data, for how long, and where the results go.
+
+    Args:
+        data: A .json, .jsonl, .csv or .parquet file of instructions or chats; .txt or .bin files to extend the context;
+            a directory or file that prepare_instruct.py or prepare_text.py wrote; or the name of a published dataset,
+            such as alpaca or dolly.
+        checkpoint_dir: The model to start from. By default SmolLM2-135M-Instruct, which is downloaded once.
+        validation_data: A file to validate on. By default a part of the data is held out.
+        preset: Read a local file with the fields and the prompt of this published dataset.
+        prompt_style: How an instruction is written as a prompt: chat (the model's own template), alpaca, llama2, ...
+        mask_prompt: Train the answers only, not the prompts.
+        max_seq_length: Longer examples are cut to so many tokens. By default the longest example, at most the context.
+        pack: Put several short examples into one row of max_seq_length tokens. No example sees the others.
+        limit: Read only so many examples of the data.
+        epochs: How often the data is read.
+        max_steps: Optimiser steps, in place of epochs.
+        lr_schedule: cosine falls to a tenth of the rate; plateau halves it when the validation loss stops falling.
+        sample: At a validation, show the model's answer to the first prompt that is validated on when it has changed.
+    """
+
+    checkpoint_dir: Path | None = None
+    validation_data: str | None = None
+    preset: str | None = None
+    prompt_style: str | None = None
+    mask_prompt: bool = True
+    max_seq_length: int | None = None
+    pack: bool = True
+    limit: int | None = None
+    epochs: float = 1.0
+    max_steps: int | None = None
+    lr_schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    sample: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs <= 0:
+            raise ValueError("epochs must be greater than 0.")
+
+
+@dataclass
+class Pretraining(Loop):
+    """Which model is trained on which text, for how long, and where the results go.
+
+    Args:
+        data: Text: a .txt, .jsonl (also .gz or .zst), .csv or .parquet file or a directory of them, which is written as
+            tokens into out_dir/tokens first; or a directory that scripts/prepare_text.py wrote.
+        name: A named shape to train from random weights, such as TinyLlama-1.1B. By default one of about 1M weights.
+            Fields of --model replace those of the shape.
+        checkpoint_dir: A model to go on from, in place of a shape and random weights.
+        tokenizer_dir: A directory with a tokenizer, such as scripts/train_tokenizer.py writes. By default that of
+            checkpoint_dir; without either one is trained on the text, into out_dir/tokenizer.
+        tokenizer_vocab_size: How many tokens a tokenizer has at most that is trained here.
+        validation_data: Text or a directory of tokens to validate on, written to out_dir/validation. By default the end
+            of the data is held out.
+        block_length: Tokens of a row. By default the model's context, at most 2048.
+        documents: Keep documents apart: none sees, or is predicted from, another one in its row.
+        max_steps: Optimiser steps.
+        batch_size: Rows of one optimiser step, over all devices.
+        lr_schedule: cosine falls to a tenth of the rate; wsd (warmup, stable, decay) keeps the rate and falls to zero
+            over the last part of the run.
+        decay_fraction: The part of the run over which wsd falls.
+        z_loss: The weight of the mean of log(Z)^2, Z the sum of a token's exponentiated logits; it keeps logits small.
+        sample: At a validation, show how the model goes on from a text that is held out.
+    """
+
+    name: str | None = None
+    checkpoint_dir: Path | None = None
+    tokenizer_dir: Path | None = None
+    tokenizer_vocab_size: int = 1024
+    validation_data: str | None = None
+    block_length: int | None = None
+    documents: bool = False
+    max_steps: int = 300
+    lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+    z_loss: float = 0.0
+    sample: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name is not None and self.checkpoint_dir is not None:
+            raise ValueError("A model has a shape already: give --name or --checkpoint_dir, not both.")
+
+
 RANGES: dict[str, tuple[float, float]] = {
     "validation_fraction": (0.0, 0.9),
     "max_seq_length": (2, 2**31),
+    "block_length": (2, 2**31),
+    "tokenizer_vocab_size": (257, 2**24),
+    "decay_fraction": (0.0, 1.0),
+    "z_loss": (0.0, 1.0),
     "limit": (1, 2**31),
     "epochs": (0.0, 1e6),
     "max_steps": (1, 2**31),
@@ -211,4 +275,8 @@ class Generation:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
-SHARED = {"training": Training, "generation": Generation}  # what a script's **arguments are, by their name
+SHARED = {
+    "training": Training,
+    "pretraining": Pretraining,
+    "generation": Generation,
+}  # what a script's **arguments are, by their name

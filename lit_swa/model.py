@@ -147,16 +147,15 @@ class GPT(nn.Module):
     def sum_nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Sum of -log p(target) over hidden states x (N, C) and targets (N,), in float32. At most LOSS_ELEMENTS logits
         exist at once; where they are more, the backward makes them a second time."""
-
-        def piece(x: Tensor, targets: Tensor) -> Tensor:
-            logits = self.project(x)[:, : self.config.vocab_size]  # the padding of the vocabulary holds no tokens
-            return F.cross_entropy(logits.float(), targets, reduction="sum")
-
         size = max(1, LOSS_ELEMENTS[x.device.type == "cuda"] // self.config.padded_vocab_size)
         if x.size(0) <= size:
-            return piece(x, targets)
+            return self.token_losses(x, targets)
         pieces = zip(x.split(size), targets.split(size), strict=True)
-        return torch.stack([checkpoint(piece, *p, use_reentrant=False) for p in pieces]).sum()
+        return torch.stack([checkpoint(self.token_losses, *p, use_reentrant=False) for p in pieces]).sum()
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = self.project(x)[:, : self.config.vocab_size]  # the padding of the vocabulary holds no tokens
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def plan_call(self, idx: Tensor, input_pos: Tensor | None, **options: Any) -> "Call":
         """One plan for each kind of mixer: by how much it rotates, and which query sees which key."""

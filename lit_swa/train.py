@@ -1,7 +1,7 @@
 """What a training script calls, under one name. The loop itself is in each script: finetune/lora.py is the one to read.
 
 distribution (Fabric, DDP, FSDP), precision, memory, loop, log, resuming, saving, rehearsal know nothing of texts;
-feed, finetuning and linearizing read examples.
+feed, finetuning and linearizing read examples; pretraining reads blocks of tokens.
 """
 
 from lit_swa.formats.checkpoint import load_config
@@ -54,6 +54,7 @@ from lit_swa.training.loop import (
 )
 from lit_swa.training.memory import fitting_recompute, recompute_blocks
 from lit_swa.training.precision import train_in_float32
+from lit_swa.training.pretraining import new_model, prepare_pretraining, tell_pretrained
 from lit_swa.training.rehearsal import rehearse
 from lit_swa.training.resuming import RUN_FILE, STATE_FILE
 from lit_swa.training.saving import Saver, read_record, remove_old_run, require_finite
@@ -84,10 +85,12 @@ __all__ = [
     "load_block_student",
     "load_config",
     "load_student",
+    "new_model",
     "place",
     "place_transfer",
     "prepare",
     "prepare_block",
+    "prepare_pretraining",
     "prepare_stages",
     "read_features",
     "read_metrics",
@@ -106,6 +109,7 @@ __all__ = [
     "steps",
     "stitch_blocks",
     "tell_end",
+    "tell_pretrained",
     "train_in_float32",
     "try_loading",
     "use_whole_memory",

@@ -69,8 +69,10 @@ def test_the_model_imports_its_config_and_positions_only() -> None:
 
 def test_no_script_imports_a_script_and_the_package_none() -> None:
     """Catches: code that is shared by scripts and belongs into the package."""
-    scripts = [path for folder in ("generate", "finetune", "scripts") for path in (ROOT / folder).glob("*.py")]
-    names = {path.stem for path in scripts} | {"generate", "finetune", "scripts"}
+    scripts = [
+        path for folder in ("generate", "finetune", "pretrain", "scripts") for path in (ROOT / folder).glob("*.py")
+    ]
+    names = {path.stem for path in scripts} | {"generate", "finetune", "pretrain", "scripts"}
     for path in (*scripts, *(ROOT / "lit_swa").rglob("*.py")):
         found = imports(ast.parse(path.read_text(encoding="utf-8")))
         found = {name.split(".")[0] for name in found if not (path in scripts and name.startswith("scripts.peers"))}
@@ -87,7 +89,7 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
 
     needed = names(project["project"]["dependencies"])
     declared = needed.union(*map(names, project["project"]["optional-dependencies"].values()))
-    folders = ("lit_swa", "generate", "finetune", "scripts")
+    folders = ("lit_swa", "generate", "finetune", "pretrain", "scripts")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found = {name.split(".")[0] for path in files for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
     found = {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in found}

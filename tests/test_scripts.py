@@ -17,7 +17,9 @@ import pytest
 from lit_swa.model import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(str(p.relative_to(ROOT)) for folder in ("generate", "scripts") for p in (ROOT / folder).glob("*.py"))
+SCRIPTS = sorted(
+    str(p.relative_to(ROOT)) for folder in ("generate", "pretrain", "scripts") for p in (ROOT / folder).glob("*.py")
+)
 
 
 def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdin: str = "") -> int:

@@ -32,7 +32,7 @@ def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
         from lightning.fabric import Fabric
         from lightning.fabric.strategies import DDPStrategy
     except ImportError:
-        raise ValueError("Finetuning needs Lightning Fabric: pip install lightning.") from None
+        raise ValueError("Training needs Lightning Fabric: pip install lightning.") from None
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # no hints to trade precision for speed
     device = pick_device(args.device)
     kind = device.split(":")[0]

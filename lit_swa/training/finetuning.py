@@ -42,7 +42,7 @@ from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
 from lit_swa.training.resuming import find_run, what_remains
 from lit_swa.training.saving import Saver, remove_old_run
-from lit_swa.utils import format_number, format_perplexity
+from lit_swa.utils import format_number
 
 
 @dataclass
@@ -65,10 +65,18 @@ class Finetuning(Run):
 
     def identity(self) -> dict[str, Any]:
         """What was read, on which base, and the fields of its config that decide what a weight means."""
-        free = ("name", "attention_backend", "rolling_kv_cache")
-        shaped = {f.name: getattr(self.config, f.name) for f in fields(Config) if f.name not in free}
-        shaped = {name: value for name, value in shaped.items() if value != getattr(Config, name, MISSING)}
-        return {**super().identity(), "base": base_identity(self.checkpoint_dir), "model": shaped}
+        base = base_identity(self.checkpoint_dir)
+        return {**super().identity(), "base": base, "model": deciding_fields(self.config)}
+
+    def show_sample(self, model: GPT) -> None:
+        show_answer(self, model)
+
+
+def deciding_fields(config: Config) -> dict[str, Any]:
+    """The fields of a config that decide what a weight means, where they differ from their defaults."""
+    free = ("name", "attention_backend", "rolling_kv_cache")
+    shaped = {f.name: getattr(config, f.name) for f in fields(Config) if f.name not in free}
+    return {name: value for name, value in shaped.items() if value != getattr(Config, name, MISSING)}
 
 
 SMALL = 10**9  # weights
@@ -130,7 +138,7 @@ def count_weights(config: Config) -> int:
     return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
-def describe_choices(run: Finetuning) -> str:
+def describe_choices(run: Run) -> str:
     """What was chosen for the model and the run where the arguments left it open, or do not fit them."""
     args, chosen, warmup = run.args, [], warmup_steps(run.steps, run.args)
     if args.learning_rate is None:
@@ -214,14 +222,14 @@ def try_loading(directory: Path) -> None:
 
 
 def resume_and_rehearse(
-    run: Finetuning,
+    run: Run,
     model: nn.Module,
     saver: Saver,
     validate: Callable[..., float],
     load: Callable[[Path], None],
     measure: Callable[..., Any] | None = None,
 ) -> Progress:
-    """Go on from a saved step if --resume says so, show three samples, and try once all that the run will do.
+    """Go on from a saved step if --resume says so, show samples of the data, and try once all that the run will do.
 
     Then the model is validated, before the first step. validate, load: see rehearse. measure: what the loop calls to
     validate and tell the loss; None: evaluate.
@@ -244,8 +252,8 @@ def resume_and_rehearse(
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
-def evaluate(run: Finetuning, model: nn.Module, progress: Progress) -> float | None:
-    """Measure the validation loss, tell it, and show what the model answers. None if nothing is validated on."""
+def evaluate(run: Run, model: nn.Module, progress: Progress) -> float | None:
+    """Measure the validation loss, tell it, and show what the model writes. None if nothing is validated on."""
     if run.valid is None:
         return None
     loss = validate(run.fabric, model, run.valid)
@@ -257,17 +265,15 @@ def evaluate(run: Finetuning, model: nn.Module, progress: Progress) -> float | N
     progress.note_validation(loss)
     if progress.step == 0:
         run.log.write(0, val_loss=loss)
-    said = f"validation loss {format_number(loss, 4)}, perplexity {format_perplexity(loss)}"
+    said = f"validation loss {format_number(loss, 4)}, {run.loss_in_words(loss)}"
     run.log.say(f"step {progress.step}: {said}")
-    if run.args.sample:
-        show_answer(run, unwrapped(model))
+    if run.args.sample and run.fabric.is_global_zero and not is_sharded(run.fabric):
+        run.show_sample(unwrapped(model))
     return loss
 
 
 def show_answer(run: Finetuning, model: GPT, tokens: int = 40) -> None:
     """Show what the model answers, greedily, to the first prompt that is validated on, if the answer is a new one."""
-    if is_sharded(run.fabric) or not run.fabric.is_global_zero:
-        return
     example = run.valid.dataset[0]
     trained = np.flatnonzero(example.labels != IGNORED)
     prompt = example.ids[: trained[0] if trained[0] > 1 else min(32, len(example.ids) // 2)].tolist()

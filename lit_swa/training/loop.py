@@ -1,6 +1,6 @@
 """What a training loop calls; the loop itself is in each script. Nothing here knows of texts, prompts or tokenizers.
 
-Shapes: N tokens of a micro-batch, all its documents one behind the other in one row.
+Shapes: N tokens of a micro-batch, all its documents one behind the other in one row; B rows of T tokens.
 """
 
 import math
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from lit_swa.training.distribution import is_sharded, reader
 from lit_swa.training.log import Log
+from lit_swa.utils import format_perplexity
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
 class Batch(NamedTuple):
-    """Some documents in one row."""
+    """Some documents in one row, or rows that are read whole."""
 
-    idx: Tensor  # (1, N) int64
-    targets: Tensor  # (1, N) int64, the token that follows in the same document, or IGNORED
-    documents: list[int]  # the documents' lengths
+    idx: Tensor  # (1, N) int64; (B, T) for whole rows
+    targets: Tensor  # of idx's shape, the token that follows in the same document, or IGNORED
+    documents: list[int] | None  # the documents' lengths; None: a row is one
     examples: list[int]  # their numbers in the data, for error messages
     weight: float = 1.0  # of the loss. 0: no data was left for this device, which reads as often as the others
 
@@ -133,6 +134,13 @@ class Run:
         """What is said of the data before the first step."""
         return ""
 
+    def loss_in_words(self, loss: float) -> str:
+        """What is said of a validation loss beside its number."""
+        return f"perplexity {format_perplexity(loss)}"
+
+    def show_sample(self, model: nn.Module) -> None:
+        """Show at a validation what the model writes."""
+
     def identity(self) -> dict[str, Any]:
         """What was read and what is trained: a resumed run must have the same. As JSON."""
         return dict(self.feed.identity)
@@ -203,6 +211,9 @@ def learning_rate(step: int, steps: int, args: Any, peak: float, scale: float = 
     warmup = warmup_steps(steps, args)
     if step < warmup:
         return peak * (step + 1) / warmup
+    if args.lr_schedule == "wsd":
+        falling = max(1, round(args.decay_fraction * steps))
+        return peak * min(1.0, (steps - step) / (falling + 1))
     if args.lr_schedule != "cosine":
         return peak * (scale if args.lr_schedule == "plateau" else 1.0)
     done = (step - warmup) / max(1, steps - warmup)

@@ -42,9 +42,10 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
 def read_at_once(run: Run) -> Batch:
     """The tokens that a graph is made of at once: the longest micro-batch, or as many of it as a chunk has."""
     batch, n = run.feed.longest(), run.args.chunk_size
-    if n is None or batch.idx.numel() <= n:
+    if n is None or batch.idx.size(1) <= n:
         return batch
-    return batch._replace(idx=batch.idx[:, :n], targets=batch.targets[:, :n], documents=[n])
+    one = None if batch.documents is None else [n]
+    return batch._replace(idx=batch.idx[:, :n], targets=batch.targets[:, :n], documents=one)
 
 
 def kept_between_chunks(run: Run, model: GPT) -> int:
@@ -52,8 +53,9 @@ def kept_between_chunks(run: Run, model: GPT) -> int:
     wait in the CPU's memory and does not fit there."""
     if run.args.chunk_size is None:
         return 0
-    longest = max(run.feed.longest().documents)
-    needed = kept_bytes(model, longest, run.args.chunk_size, run.dtype.itemsize)
+    rows, length = (batch := run.feed.longest()).idx.shape
+    longest = max(batch.documents or [length])
+    needed = rows * kept_bytes(model, longest, run.args.chunk_size, run.dtype.itemsize)
     if not run.args.chunk_offload or run.fabric.device.type == "cpu":
         return needed
     what = f"What chunks of {run.args.chunk_size} tokens keep of a text of {longest:,}"

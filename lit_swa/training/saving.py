@@ -53,6 +53,8 @@ from lit_swa.training.resuming import (
 )
 from lit_swa.utils import describe_machine, memory_in_use
 
+FALLING = ("cosine", "wsd")  # schedules that depend on the number of the run's steps
+
 # -------------------------------------------------------------------------------------------------- weights and moments
 
 
@@ -210,7 +212,7 @@ class Saver:
         more = "another --out_dir makes another run"
         if self.run.stops_early(progress):
             more = "a greater --early_stop goes on"
-        elif self.run.args.lr_schedule != "cosine":
+        elif self.run.args.lr_schedule not in FALLING:
             more = "more --max_steps or --epochs go on"
         return f"{self.run.out_dir} holds this run, and it ended after step {progress.step}: no step is made; {more}"
 
@@ -279,7 +281,7 @@ def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
         **run.identity(),
         "optimiser": [run.peak_rate, *(getattr(args, name) for name in names)],
         "precision": str(run.dtype).removeprefix("torch.") if args.precision != "bf16-mixed" else "bf16-mixed",
-        "steps": run.steps if args.lr_schedule == "cosine" else None,
+        "steps": run.steps if args.lr_schedule in FALLING else None,
     }
 
 

@@ -1,0 +1,223 @@
+"""pretrain/base.py: from a text to a model that generates, in runs of a few steps of a tiny model."""
+
+import csv
+import math
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_config
+
+from lit_swa import model as model_file
+from lit_swa import train
+from lit_swa.arguments import Pretraining
+from lit_swa.checkpoint import load_model
+from lit_swa.data.prepare import make_jobs, prepare
+from lit_swa.data.sources import Selection
+from lit_swa.data.train_tokenizer import train_tokenizer
+from lit_swa.formats.files import open_safetensors
+from lit_swa.token_files import TokenDirectory
+from lit_swa.tokenizer import Tokenizer
+from lit_swa.training.loop import learning_rate
+from lit_swa.training.pretraining import TokenFeed, add_z_loss, token_bytes
+
+pytest.importorskip("lightning")
+SHAPE = {"n_layer": 2, "n_head": 2, "n_query_groups": 1, "n_embd": 32, "intermediate_size": 48, "block_size": 32}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Three documents of plain ASCII in a .jsonl file, and as many tokens as some tiny steps read."""
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    lines = [" ".join(f"{n} sheep and {n + k} goats cross the river." for n in range(70)) for k in (1, 2, 3)]
+    path.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(text, tmp_path_factory):
+    """(a tokenizer's directory, a directory of tokens)"""
+    directory = tmp_path_factory.mktemp("tokens")
+    train_tokenizer([text], 300, directory / "tokenizer")
+    prepare(make_jobs(directory / "tokens", directory / "tokenizer", [text], Selection())[0], 1)
+    return directory / "tokenizer", directory / "tokens"
+
+
+@pytest.fixture
+def pretrain(run_script, tokens, tmp_path):
+    """Run the script in tmp_path/WHERE: (directory, stderr)."""
+
+    def run(where="run", code=0, shape=SHAPE, **arguments):
+        given = {"data": tokens[1], "tokenizer_dir": tokens[0], "max_steps": 6, "batch_size": 4, "device": "cpu"}
+        given |= {"sample": "false"} | {f"model.{field}": value for field, value in shape.items()} | arguments
+        flags = [x for key, value in given.items() if value is not None for x in (f"--{key}", value)]
+        rc, _, err = run_script("pretrain/base.py", "--out_dir", tmp_path / where, *flags)
+        assert rc == code, err
+        return tmp_path / where, err
+
+    return run
+
+
+def metrics(directory):
+    with open(directory / "metrics.csv", newline="") as stream:
+        return [(row["step"], row["loss"], row["val_loss"]) for row in csv.DictReader(stream)]
+
+
+def test_a_text_becomes_a_model_that_generates(pretrain, text, run_script):
+    """Catches: a loss that does not fall, and a final/ without its tokenizer or with other weights."""
+    found = {"data": text, "tokenizer_dir": None, "tokenizer_vocab_size": 300, "learning_rate": 1e-2}
+    found |= {"max_steps": 30, "eval_interval": 30, "save_interval": 30}
+    directory, err = pretrain(**found, sample="true")
+    losses = [float(loss) for _, loss, _ in metrics(directory) if loss]
+    assert math.log(300) - 0.3 < losses[0] < math.log(300) + 0.3 and losses[-1] < losses[0] - 2.0
+    assert " | " in err and "generate/base.py" in err
+    command = ["--checkpoint_dir", directory / "final", "--prompt", "7 sheep", "--temperature", "0"]
+    rc, out, err = run_script("generate/base.py", *command, "--max_new_tokens", "8")
+    assert rc == 0 and out.startswith("7 sheep and"), err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"documents": "true", "lr_schedule": "wsd", "micro_batch_size": 1},
+        {"chunk_size": 8, "model.attention": "sliding", "model.sliding_window_size": 6, "z_loss": 1e-3},
+    ],
+)
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_losses(pretrain, monkeypatch, arguments):
+    """Catches: tokens that a resumed run reads twice or leaves out, a rate or moments that begin anew."""
+    arguments = {"eval_interval": 2, "save_interval": 100} | arguments
+    whole, _ = pretrain("whole", **arguments)
+    calls, clip = [], train.clip_gradients
+
+    def stopping(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "clip_gradients", stopping)
+        directory, err = pretrain("stopped", code=130, **arguments)
+    assert "stopped after step 3 of 6" in err and not (directory / "final").exists()
+    pretrain("stopped", resume="auto", **arguments)
+    assert metrics(directory) == metrics(whole) and len(metrics(whole)) >= 6
+    a, b = (open_safetensors(d / "final" / "lit_model.safetensors") for d in (directory, whole))
+    assert all(torch.equal(a[name].load(), b[name].load()) for name in b)
+
+
+def test_bits_per_byte_are_those_of_a_computation_by_hand(pretrain, tokens):
+    """Catches: bytes of inputs in place of targets, a held-out block that is trained on, z-loss in the validation."""
+    directory, err = pretrain(max_steps=3, eval_interval=3, save_interval=3, z_loss=0.1)
+    said = float(re.findall(r"([\d.]+) bits per byte", err)[-1])
+    held = TokenDirectory(tokens[1])
+    T, n_blocks = 32, (held.n_tokens - 1) // 32
+    n = round(0.05 * n_blocks)
+    ids = np.fromfile(tokens[1] / held.shards[0]["file"], dtype="<u2").astype(np.int64)[(n_blocks - n) * T :]
+    ids = torch.from_numpy(ids[: n * T + 1])
+    model = load_model(directory / "final")
+    logits = model(ids[:-1].view(n, T)).flatten(0, 1)[:, : model.config.vocab_size].double()
+    nll = -logits.log_softmax(-1).gather(1, ids[1:, None]).sum().item()
+    text = Tokenizer(tokens[0]).decode(ids[1:].tolist())
+    assert said == pytest.approx(nll / math.log(2) / len(text.encode()), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_the_bytes_of_tokens_are_those_of_their_text(kind, tokens):
+    """Catches: a token of half a character counted by the characters that spell it, and special tokens counted."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    tokenizer, text = Tokenizer(tokens[0]), "A naïve café, 7 € ‒ 東京 🐑\n"
+    if kind == "pieces":
+        vocab = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "é": 4, "▁a": 5} | {f"<0x{i:02X}>": 6 + i for i in range(256)}
+        library = Library(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+        library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()])
+        library.add_special_tokens(["</s>"])
+        directory = tokens[0].parent / "pieces"
+        directory.mkdir()
+        library.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+        tokenizer = Tokenizer(directory)
+    ids = [*tokenizer.encode(text, bos=False), tokenizer.eos_id]
+    assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("elements", [97 * 3, 97 * 1000])
+def test_z_loss_is_its_formula(tiny_model, monkeypatch, elements):
+    """Catches: the padding's logits in Z, a missing square, a piece left out, z-loss in evaluation."""
+    monkeypatch.setattr(model_file, "LOSS_ELEMENTS", (elements, elements))
+    model, idx = tiny_model(vocab_size=90, padded_vocab_size=97), torch.randint(0, 90, (2, 11))
+    targets = torch.randint(0, 90, (2, 11))
+    add_z_loss(model, 0.01)
+    logits = model.train()(idx).flatten(0, 1)[:, :90]
+    nll = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    expected = nll + 0.01 * logits.exp().sum(-1).log().pow(2).sum()
+    loss = model(idx, targets=targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    names = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(loss, names), torch.autograd.grad(expected, names), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    torch.testing.assert_close(model.eval()(idx, targets=targets), nll, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_ranks_share_a_step(tokens, documents):
+    """Catches: a row that two ranks read or none, and a count of targets that is one rank's."""
+    args = Pretraining(data="", batch_size=8, micro_batch_size=2, documents=documents)
+    feed = TokenFeed(args, tokens[1], Tokenizer(tokens[0]), tiny_config(vocab_size=300), 16, "cpu")
+    alone = sorted(i for batch in feed.batches(5) for i in batch.examples)
+    ranks = [batch for rank in range(2) for batch in feed.batches(5, rank, 2)]
+    assert sorted(i for batch in ranks for i in batch.examples) == alone == list(range(40, 48))
+    assert feed.trained_tokens(5) == sum(int((batch.targets != -100).sum()) for batch in ranks)
+
+
+def test_wsd_keeps_the_rate_and_falls_to_zero():
+    """Catches: a fall that begins too early, or that leaves the last step without a rate."""
+    args = Pretraining(data="", lr_schedule="wsd", warmup_steps=2, decay_fraction=0.3)
+    rates = [learning_rate(step, 10, args, 1.0) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
+    """Catches: random weights in place of the checkpoint's, and a config that forgets its shape."""
+    given = {"data": text, "checkpoint_dir": tiny_checkpoint, "tokenizer_dir": None, "shape": {}, "block_length": 32}
+    directory, _ = pretrain(max_steps=1, learning_rate=1e-9, **given)
+    before, after = (open_safetensors(d / "lit_model.safetensors") for d in (tiny_checkpoint, directory / "final"))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name].load(), after[name].load(), atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"tokenizer_dir": "CHECKPOINT"}, "another vocabulary"),
+        ({"model.vocab_size": 280}, "the model's has 280"),
+        ({"tokenizer_dir": None}, "no tokenizer"),
+        ({"batch_size": 4096}, "one batch takes"),
+        ({"batch_size": 4, "micro_batch_size": 3}, "multiple"),
+        ({"name": "x", "checkpoint_dir": "CHECKPOINT"}, "not both"),
+        ({"name": "TinyLlama"}, "TinyLlama-1.1B"),
+        ({"block_length": 64}, "context of 32"),
+        ({"data": "nowhere.txt"}, "nowhere.txt"),
+        ({"z_loss": -1}, "z_loss=-1"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_sentence(pretrain, tiny_checkpoint, arguments, said):
+    """Catches: a traceback, or a run on tokens of another vocabulary."""
+    arguments = {key: tiny_checkpoint if value == "CHECKPOINT" else value for key, value in arguments.items()}
+    directory, err = pretrain(code=2, **arguments)
+    assert said in err and err.count("error:") == 1 and "Traceback" not in err
+    assert not (directory / "final").exists()
+
+
+def test_other_data_is_no_run_to_go_on_with(pretrain, text):
+    """Catches: a resumed run that silently reads something else."""
+    pretrain(max_steps=2)
+    for changed in ({"block_length": 16}, {"seed": 3}, {"z_loss": 0.5}, {"validation_fraction": 0.2}):
+        _, err = pretrain(code=2, max_steps=2, resume="auto", **changed)
+        assert "differs in its" in err
