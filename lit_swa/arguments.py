@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lit_swa.checks import check_range
 
@@ -51,6 +51,8 @@ class Loop:
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
 
+    LENGTH: ClassVar[str]  # the argument that makes rows shorter
+    LESS: ClassVar[str]  # what takes less memory
     data: str
     out_dir: Path | None = None
     validation_fraction: float = 0.05
@@ -127,6 +129,8 @@ class Training(Loop):
         sample: At a validation, show the model's answer to the first prompt that is validated on when it has changed.
     """
 
+    LENGTH = "--max_seq_length"
+    LESS = "finetune/lora.py with --quantize nf4"
     checkpoint_dir: Path | None = None
     validation_data: str | None = None
     preset: str | None = None
@@ -172,6 +176,8 @@ class Pretraining(Loop):
         sample: At a validation, show how the model goes on from a text that is held out.
     """
 
+    LENGTH = "--block_length"
+    LESS = "a smaller model"
     name: str | None = None
     checkpoint_dir: Path | None = None
     tokenizer_dir: Path | None = None
@@ -179,7 +185,8 @@ class Pretraining(Loop):
     validation_data: str | None = None
     block_length: int | None = None
     documents: bool = False
-    max_steps: int = 300
+    max_steps: int = 400
+    batch_size: int = 4
     lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     decay_fraction: float = 0.2
     weight_decay: float = 0.1

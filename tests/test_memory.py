@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_config
 
 from lit_swa import GPT, memory
+from lit_swa.arguments import Training
 from lit_swa.checkpoint import load_model
 from lit_swa.formats.reading import read_bytes
 from lit_swa.generate import Session, cache_bytes, live_elements, require_activations
@@ -253,7 +254,7 @@ def test_on_a_cpu_as_many_layers_recompute_as_the_memory_demands(tiny_model, mon
     model, lines, free = tiny_model(n_layer=4).train(), [], 10**12
     idx = torch.randint(0, 97, (1, 200))
     batch = Batch(idx, idx, [200], [0])
-    args = SimpleNamespace(recompute="auto", num_nodes=1, dry_run=False)
+    args = Training(data="")
     fabric = SimpleNamespace(device=CPU, world_size=1, autocast=contextlib.nullcontext)
     feed, log = SimpleNamespace(longest=lambda: batch), SimpleNamespace(say=lines.append)
     run = SimpleNamespace(args=args, fabric=fabric, feed=feed, log=log)

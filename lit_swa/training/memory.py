@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_swa.arguments import Loop
 from lit_swa.exact_chunks import kept_bytes
 from lit_swa.memory import format_bytes, free_memory, ran_out_of_memory, require_memory
 from lit_swa.model import GPT
@@ -60,7 +61,7 @@ def kept_between_chunks(run: Run, model: GPT) -> int:
         return needed
     what = f"What chunks of {run.args.chunk_size} tokens keep of a text of {longest:,}"
     require_memory(
-        needed, torch.device("cpu"), what, "use a larger --chunk_size, or a smaller window or max_seq_length"
+        needed, torch.device("cpu"), what, f"use a larger --chunk_size, or a smaller window or {run.args.LENGTH}"
     )
     return 0
 
@@ -87,7 +88,7 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
     what = (
         f"The longest micro-batch ({batch.idx.numel()} tokens), with gradients and moments beside weights of {weights},"
     )
-    require_memory(needed[wanted], fabric.device, what, training_remedy(needed, wanted, free))
+    require_memory(needed[wanted], fabric.device, what, training_remedy(run.args, needed, wanted, free))
     if 4 * needed[wanted] > free or run.args.dry_run:
         return_what_is_freed()
     program = here * program_bytes(model, step.weights)
@@ -109,12 +110,12 @@ def program_bytes(model: GPT, weights: int) -> int:
     return max(0, resident - weights + mapped_bytes((*model.parameters(), *model.buffers())))
 
 
-def training_remedy(needed: list[int], wanted: int, free: int) -> str:
+def training_remedy(args: Loop, needed: list[int], wanted: int, free: int) -> str:
     """What to do when a step does not fit that needs so many bytes, by the layers that recompute."""
     if needed[-1] < free:
-        return f"use --recompute all ({format_bytes(needed[-1])}), a smaller --max_seq_length or --micro_batch_size 1"
+        return f"use --recompute all ({format_bytes(needed[-1])}), a smaller {args.LENGTH} or --micro_batch_size 1"
     less = f" (--recompute all alone would leave {format_bytes(needed[-1])})" if wanted < len(needed) - 1 else ""
-    return f"use a smaller --max_seq_length, --micro_batch_size 1, or finetune/lora.py with --quantize nf4{less}"
+    return f"use a smaller {args.LENGTH}, --micro_batch_size 1, or {args.LESS}{less}"
 
 
 def return_what_is_freed() -> None:

@@ -51,6 +51,7 @@ LESSON = {  # with a vocabulary of 1,024 about 1M weights
 }
 LONGEST_BLOCK = 2048  # by default
 MOST_VALIDATED = 2**17  # tokens of a validation, which is made ten times a run by default
+SMALL = 10**7  # weights
 ROUNDED = 64  # rows of an embedding, for matrix units
 
 # ---------------------------------------------------------------------------------------------------- what a step reads
@@ -349,10 +350,11 @@ def find_validation(
 
 
 def default_rate(config: Config, goes_on: bool) -> float:
-    """The rate after the warmup: what Kaplan et al. 2020 (arXiv 2001.08361, appendix D.6) found for so many weights; a
-    tenth of it where a model goes on."""
-    rate = 0.003239 - 0.0001395 * math.log(count_weights(config))
-    return float(f"{max(rate, 1e-4) * (0.1 if goes_on else 1):.2g}")
+    """The rate after the warmup: for small models 3e-3; beyond, what Kaplan et al. 2020 (arXiv 2001.08361, appendix D.6)
+    found for so many weights. A tenth of it where a model goes on."""
+    n = count_weights(config)
+    rate = 3e-3 if n < SMALL else max(1e-4, 0.003239 - 0.0001395 * math.log(n))
+    return float(f"{rate * (0.1 if goes_on else 1):.2g}")
 
 
 def describe_run(run: PretrainingRun) -> str:
