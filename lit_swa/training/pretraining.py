@@ -350,7 +350,7 @@ def find_validation(
 
 
 def default_rate(config: Config, goes_on: bool) -> float:
-    """The rate after the warmup: for small models 3e-3; beyond, what Kaplan et al. 2020 (arXiv 2001.08361, appendix D.6)
+    """The rate after the warmup: for small models 3e-3; beyond, what Kaplan et al. 2020 (arXiv 2001.08361, app. D.6)
     found for so many weights. A tenth of it where a model goes on."""
     n = count_weights(config)
     rate = 3e-3 if n < SMALL else max(1e-4, 0.003239 - 0.0001395 * math.log(n))
