@@ -169,6 +169,7 @@ class Pretraining(Loop):
         documents: Keep documents apart: none sees, or is predicted from, another one in its row.
         max_steps: Optimiser steps.
         batch_size: Rows of one optimiser step, over all devices.
+        optimizer: adamw; or muon, for the matrices of the blocks, with AdamW for the rest. Both at one rate.
         lr_schedule: cosine falls to a tenth of the rate; wsd (warmup, stable, decay) keeps the rate and falls to zero
             over the last part of the run.
         decay_fraction: The part of the run over which wsd falls.
@@ -187,6 +188,7 @@ class Pretraining(Loop):
     documents: bool = False
     max_steps: int = 400
     batch_size: int = 4
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr_schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     decay_fraction: float = 0.2
     weight_decay: float = 0.1
@@ -197,6 +199,8 @@ class Pretraining(Loop):
         super().__post_init__()
         if self.name is not None and self.checkpoint_dir is not None:
             raise ValueError("A model has a shape already: give --name or --checkpoint_dir, not both.")
+        if self.optimizer == "muon" and self.strategy == "fsdp":
+            raise ValueError("muon needs whole matrices on each device: use --strategy ddp, or --optimizer adamw.")
 
 
 RANGES: dict[str, tuple[float, float]] = {

@@ -33,7 +33,7 @@ def main(**pretraining: Any) -> None:
     def save_model(directory: Path) -> None:
         save_checkpoint(train.full_weights(run, gpt), run.config, directory, run.tokenizer.checkpoint_dir)
 
-    method = {"pretrain": True, "z_loss": args.z_loss, "decay_fraction": args.decay_fraction}
+    method = {"pretrain": args.optimizer, "z_loss": args.z_loss, "decay_fraction": args.decay_fraction}
     saver = train.Saver(run, gpt, optimizer, save_model, method)
     progress = train.resume_and_rehearse(run, model, saver, train.validate, train.try_loading)
     if args.dry_run:

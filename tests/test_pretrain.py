@@ -84,7 +84,7 @@ def test_a_text_becomes_a_model_that_generates(pretrain, text, run_script):
     "arguments",
     [
         {"documents": "true", "lr_schedule": "wsd", "micro_batch_size": 1},
-        {"chunk_size": 8, "model.attention": "sliding", "model.sliding_window_size": 6, "z_loss": 1e-3},
+        {"chunk_size": 8, "model.attention": "sliding", "model.sliding_window_size": 6, "optimizer": "muon"},
     ],
 )
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_losses(pretrain, monkeypatch, arguments):
@@ -176,6 +176,30 @@ def test_ranks_share_a_step(tokens, documents):
     assert feed.trained_tokens(5) == sum(int((batch.targets != -100).sum()) for batch in ranks)
 
 
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_model):
+    """Catches: an embedding in Muon, a rate or decay that only one of both gets, a weight that neither trains."""
+    model = tiny_model().double()
+    args = Pretraining(data="", optimizer="muon", weight_decay=0.1)
+    expected, names = [], {name: p for name, p in model.named_parameters()}
+    optimizer = train.build_optimizer(model, args, 0.5)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    matrices = [p for name, p in names.items() if ".h." in name and p.dim() == 2]
+    assert optimizer.param_groups[0]["params"] == matrices and len(matrices) == 10
+    for name, p in names.items():
+        p.grad = torch.randn_like(p)
+        muon, decay = ".h." in name and p.dim() == 2, 0.1 if p.dim() > 1 else 0.0
+        own, build = p.detach().clone().requires_grad_(), torch.optim.Muon if muon else torch.optim.AdamW
+        extra = {"adjust_lr_fn": "match_rms_adamw"} if muon else {"betas": (0.9, 0.95)}
+        alone = build([own], lr=1e-3, weight_decay=decay, **extra)
+        own.grad = p.grad
+        alone.step()
+        expected.append(own)
+    optimizer.step()
+    for p, own in zip(names.values(), expected, strict=True):
+        torch.testing.assert_close(p, own, rtol=1e-9, atol=1e-12)
+
+
 def test_wsd_keeps_the_rate_and_falls_to_zero():
     """Catches: a fall that begins too early, or that leaves the last step without a rate."""
     args = Pretraining(data="", lr_schedule="wsd", warmup_steps=2, decay_fraction=0.3)
@@ -205,6 +229,7 @@ def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
         ({"block_length": 64}, "context of 32"),
         ({"data": "nowhere.txt"}, "nowhere.txt"),
         ({"z_loss": -1}, "z_loss=-1"),
+        ({"optimizer": "muon", "strategy": "fsdp"}, "whole matrices"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(pretrain, tiny_checkpoint, arguments, said):

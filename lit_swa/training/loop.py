@@ -191,19 +191,43 @@ def steps(run: Run, progress: Progress, interrupted: Callable[[], bool]) -> Iter
         yield progress.step
 
 
-def build_optimizer(model: nn.Module, args: Any, rate: float, b_ratio: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over what is trained. Matrices decay, vectors do not.
+def build_optimizer(model: nn.Module, args: Any, rate: float, b_ratio: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over what is trained. Matrices decay, vectors do not. With
+    args.optimizer muon, the blocks' matrices have Muon.
 
     b_ratio: how much faster LoRA's B matrices learn than the rest: LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    matrices: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and getattr(args, "optimizer", "adamw") == "muon" and p.dim() == 2 and ".h." in name:
+            matrices.append(p)
+        elif p.requires_grad:
             ratio = b_ratio if ".lora" in name and name.endswith(".B") else 1.0
             groups.setdefault((ratio, args.weight_decay if p.dim() > 1 else 0.0), []).append(p)
     made = [{"params": ps, "weight_decay": decay, "ratio": ratio} for (ratio, decay), ps in groups.items()]
     fused = next(iter(groups.values()))[0].device.type == "cuda"
-    return torch.optim.AdamW(made, lr=rate, betas=(0.9, args.beta2), fused=fused or None)
+    adamw = torch.optim.AdamW(made, lr=rate, betas=(0.9, args.beta2), fused=fused or None)
+    return MuonAndAdamW(matrices, adamw, rate, args.weight_decay) if matrices else adamw
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for matrices, whose momentum is made orthogonal, and AdamW for the rest.
+
+    Muon's steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so both have one rate.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], adamw: torch.optim.AdamW, rate: float, decay: float) -> None:
+        group = {"params": matrices, "ratio": 1.0}
+        muon = torch.optim.Muon([group], lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})  # the same groups, not copies
+        self.parts = (muon, adamw)
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
 
 
 def learning_rate(step: int, steps: int, args: Any, peak: float, scale: float = 1.0) -> float:

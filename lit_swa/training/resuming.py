@@ -22,6 +22,7 @@ STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
 STEP_NAME = re.compile(r"step-([0-9]{6,12})")
 NEW_IN_IDENTITY = ("base", "model")  # runs that were saved before they belonged to it go on
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight
+MUON_MOMENTS = ("momentum_buffer",)  # and what Muon does
 
 
 # ---------------------------------------------------------------------------------------------------- steps on the disk
@@ -133,13 +134,19 @@ def difference(before: object, now: object) -> str:
 # -------------------------------------------------------------------------------------------------- weights and moments
 
 
-def open_state(model: nn.Module, path: Path) -> dict[str, LazyTensor]:
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
+    """What is kept of each weight."""
+    groups = [(g["params"], MUON_MOMENTS if "momentum" in g else MOMENTS) for g in optimizer.param_groups]
+    return {p: keys for params, keys in groups for p in params}
+
+
+def open_state(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict[str, LazyTensor]:
     """The tensors of the step in `path`, in name, shape and kind those that trained_state takes of this model."""
     try:
         tensors = open_safetensors(find_inside(path, STATE_FILE))
     except ValueError:
         raise damaged(path, f"{STATE_FILE} cannot be read") from None
-    trained, shapes = trained_parameters(model), {}
+    trained, moments, shapes = trained_parameters(model), moments_of(optimizer), {}
     saved = {name.removeprefix("weight.") for name in tensors if name.startswith("weight.")}
     if other := sorted(trained.keys() ^ saved):
         raise ValueError(
@@ -149,8 +156,8 @@ def open_state(model: nn.Module, path: Path) -> dict[str, LazyTensor]:
         if tensors[f"weight.{name}"].shape != tuple(p.shape):
             raise ValueError(f"{path} has {name} in another shape: use the same arguments as before.")
         shapes[f"weight.{name}"] = tuple(p.shape)
-        if any(f"{key}.{name}" in tensors for key in MOMENTS):  # a weight that never had a gradient has none
-            shapes |= {f"{key}.{name}": () if key == "step" else tuple(p.shape) for key in MOMENTS}
+        if any(f"{key}.{name}" in tensors for key in moments[p]):  # a weight that never had a gradient has none
+            shapes |= {f"{key}.{name}": () if key == "step" else tuple(p.shape) for key in moments[p]}
     for name in sorted(tensors.keys() | shapes.keys()):
         fits = name in tensors and tensors[name].shape == shapes.get(name) and tensors[name].dtype.is_floating_point
         if not fits:
@@ -162,7 +169,7 @@ def open_state(model: nn.Module, path: Path) -> dict[str, LazyTensor]:
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Put back the weights and moments of the step in `path`. Raises ValueError when they are another model's, or
     damaged."""
-    tensors = open_state(model, path)
+    tensors, moments = open_state(model, optimizer, path), moments_of(optimizer)
 
     def read(name: str) -> torch.Tensor:
         value = tensors[name].load()
@@ -170,10 +177,10 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> N
             raise damaged(path, f"{STATE_FILE} has numbers in {name[:80]!r} that cannot be")
         return value
 
-    count_on_device = optimizer.param_groups[0].get("fused")  # where AdamW counts its steps
+    count_on_device = optimizer.param_groups[-1].get("fused")  # where AdamW counts its steps
     for name, p in trained_parameters(model).items():
         copy_into(p, read(f"weight.{name}"))
-        for key in MOMENTS if f"step.{name}" in tensors else ():
+        for key in moments[p] if f"{moments[p][0]}.{name}" in tensors else ():
             counter = torch.zeros((), device=p.device if count_on_device else "cpu")
             held = counter if key == "step" else torch.zeros_like(p)
             copy_into(held, read(f"{key}.{name}"))
