@@ -5,6 +5,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from lit_swa.training.loop import learning_rate
 from lit_swa.training.pretraining import TokenFeed, add_z_loss, token_bytes
 
 pytest.importorskip("lightning")
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_query_groups": 1, "n_embd": 32, "intermediate_size": 48, "block_size": 32}
 
 
@@ -198,6 +202,20 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_model):
     optimizer.step()
     for p, own in zip(names.values(), expected, strict=True):
         torch.testing.assert_close(p, own, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_steps_of_one(text, tmp_path):
+    """Catches: gradients that are summed and not averaged, and rows that both processes read or none."""
+    shape = [x for field, value in SHAPE.items() for x in (f"--model.{field}", str(value))]
+    rows = []
+    for devices in ("1", "2"):
+        command = [sys.executable, "pretrain/base.py", "--data", text, "--out_dir", tmp_path / devices, "--devices"]
+        command += [devices, "--micro_batch_size", "1", "--max_steps", "3", "--documents", "true", "--device", "cpu"]
+        done = subprocess.run([*command, *shape], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        rows.append([float(value or "nan") for row in metrics(tmp_path / devices) for value in row])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5, nan_ok=True)
 
 
 def test_wsd_keeps_the_rate_and_falls_to_zero():
