@@ -226,9 +226,11 @@ def test_wsd_keeps_the_rate_and_falls_to_zero():
 
 
 def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
-    """Catches: random weights in place of the checkpoint's, and a config that forgets its shape."""
+    """Catches: random weights in place of the checkpoint's, and validation on other text than what was given."""
     given = {"data": text, "checkpoint_dir": tiny_checkpoint, "tokenizer_dir": None, "shape": {}, "block_length": 32}
-    directory, _ = pretrain(max_steps=1, learning_rate=1e-9, **given)
+    directory, err = pretrain(max_steps=1, learning_rate=1e-9, validation_data=text, **given)
+    held_out = TokenDirectory(directory / "validation")
+    assert f"{(held_out.n_tokens - 1) // 32 * 32:,} tokens to validate on" in err
     before, after = (open_safetensors(d / "lit_model.safetensors") for d in (tiny_checkpoint, directory / "final"))
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name].load(), after[name].load(), atol=1e-6) for name in before)
