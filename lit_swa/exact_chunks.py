@@ -376,7 +376,7 @@ class Sums:
 
 
 class HandedOn(torch.autograd.Function):
-    """A loss whose gradients are known."""
+    """A loss whose gradients are known: the graph that they were taken through is gone."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: list[Tensor | None], *weights: Tensor) -> Tensor:

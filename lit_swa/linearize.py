@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_swa import model as model_file
 from lit_swa.config import IGNORED, Config
+from lit_swa.exact_chunks import HandedOn
 from lit_swa.linear import LinearAttention
 from lit_swa.lora import without_lora
 from lit_swa.model import GPT, Mixer, SoftmaxAttention, softcap, visible
@@ -205,25 +206,12 @@ def softmax_weights(mixer: SoftmaxAttention, q: Tensor, k: Tensor, plan: Any) ->
     return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-class Differentiated(torch.autograd.Function):
-    """A loss whose gradients are known: the graph that they were taken through is gone."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *weights: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upper: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(upper.to(gradient.dtype) * gradient for gradient in ctx.gradients)
-
-
 def differentiated(loss: Tensor, weights: list[nn.Parameter]) -> Tensor:
     """The same loss, without what it keeps in memory: its gradients by the weights are taken now."""
     if not loss.requires_grad:
         return loss
     gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-    return Differentiated.apply(loss.detach(), gradients, *weights)
+    return HandedOn.apply(loss.detach(), gradients, *weights)
 
 
 class AttentionTransfer(nn.Module):
