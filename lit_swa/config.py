@@ -70,6 +70,7 @@ class Config:
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(n_embd)
     final_logit_softcapping: float | None = None  # c: logits become c * tanh(logits / c)
     # positions
+    positions: str = "rope"  # where a layer sees them, or "none" (NoPE); a comma list tiles: "rope,rope,rope,none"
     rope_base: float = 10000.0  # RoPE turns the i-th pair of D elements by rope_base ** (-2i / D) a token
     rope_local_base_freq: float | None = None  # Gemma 3: the base of the layers with a window; None: rope_base
     rotary_percentage: float = 1.0  # the share of each head that RoPE rotates
@@ -114,8 +115,12 @@ class Config:
     @property
     def layer_variants(self) -> list[str]:
         """The attention variant of every layer: the pattern, tiled and cut to n_layer."""
-        pattern = [v.strip() for v in self.attention.split(",")]
-        return [pattern[i % len(pattern)] for i in range(self.n_layer)]
+        return tiled(self.attention, self.n_layer)
+
+    @property
+    def layer_positions(self) -> list[str]:
+        """For every layer "rope" or "none"."""
+        return tiled(self.positions, self.n_layer)
 
     @property
     def rope_n_elem(self) -> int:
@@ -197,12 +202,18 @@ class Config:
         return cls.from_dict(config_from_hf(path_or_dict), **overrides)
 
 
+def tiled(pattern: str, n: int) -> list[str]:
+    """The names of a comma list, one for each of n layers: tiled and cut."""
+    names = [name.strip() for name in pattern.split(",")]
+    return [names[i % len(names)] for i in range(n)]
+
+
 OF_THE_WEIGHTS = {  # their shapes, and the computation that they were trained for; the rest is how a model is run
     "n_layer", "n_head", "n_query_groups", "n_embd", "head_size", "intermediate_size", "block_size", "vocab_size",
     "padded_vocab_size", "tie_embeddings", "norm_class_name", "norm_eps", "norm_unit_offset", "norm_qk",
     "post_attention_norm", "post_mlp_norm", "parallel_residual", "mlp_class_name", "activation", "attn_bias",
-    "attn_proj_bias", "mlp_bias", "scale_embeddings", "final_logit_softcapping", "rope_base", "rotary_percentage",
-    "attention_scores_scalar", "attention_logit_softcapping",
+    "attn_proj_bias", "mlp_bias", "scale_embeddings", "final_logit_softcapping", "positions", "rope_base",
+    "rotary_percentage", "attention_scores_scalar", "attention_logit_softcapping",
 }  # fmt: skip
 CHOICES = {
     "norm_class_name": ("RMSNorm", "LayerNorm"),
@@ -314,6 +325,11 @@ def check_values(config: Config) -> None:
             f"rotary_percentage={config.rotary_percentage} of head_size={config.head_size} is "
             f"{config.rope_n_elem} elements: RoPE rotates pairs, so it must be an even number."
         )
+    for name in (v.strip() for v in config.positions.split(",")):
+        if name not in ("rope", "none"):
+            raise ValueError(
+                f"positions={short(config.positions)} does not fit: {short(name)} is neither rope nor none."
+            )
     check_attention(config)
     check_rope_scaling(config)
 
@@ -332,6 +348,8 @@ def check_attention(config: Config) -> None:
                 raise ValueError(f"attention={config.attention!r} needs {name}: set it.")
         if row.check is not None:
             row.check(config)
+    if config.s2_attention and not Path(__file__).with_name("s2.py").exists():
+        raise ValueError("s2_attention needs s2.py beside config.py: copy it there, or set s2_attention to false.")
     if config.s2_attention and not all(row.groups for row in rows):
         raise ValueError(
             f"s2_attention groups layers that attend in full, and attention={config.attention!r}: "

@@ -36,9 +36,9 @@ from lit_swa.model import (
     PlainMLP,
     Plan,
     RMSNorm,
-    ShiftedSparseAttention,
     SoftmaxAttention,
 )
+from lit_swa.s2 import ShiftedSparseAttention
 from lit_swa.utils import print_line
 from lit_swa.weight_only import Int4Linear, Int8Linear
 

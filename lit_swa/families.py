@@ -182,6 +182,7 @@ def find_architecture(hf: dict[str, Any]) -> str:
         "gemma3": "Gemma3ForConditionalGeneration",
         "gemma3_text": "Gemma3ForCausalLM",
         "gpt_neox": "GPTNeoXForCausalLM",
+        "smollm3": "SmolLM3ForCausalLM",
     }
     architecture = named[0] if isinstance(named, list) and named else by_model_type.get(str(hf.get("model_type")))
     if isinstance(architecture, str):  # saved without its head: it is there if it is tied to the embedding
@@ -445,6 +446,24 @@ def gemma3(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def smollm3(hf: dict[str, Any]) -> dict[str, Any]:
+    """no_rope_layers has 1 for a layer with RoPE. Those without it have the window, if there is one."""
+    n, every, bias = hf["num_hidden_layers"], hf["no_rope_layer_interval"], hf["attention_bias"]
+    rotated = hf["no_rope_layers"] or [int((i + 1) % every != 0) for i in range(n)]
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
+    types = ["full_attention" if r or window is None else "sliding_attention" for r in rotated]
+    return {"attn_bias": bias, "attn_proj_bias": bias, "mlp_bias": hf["mlp_bias"]} | {
+        "positions": position_pattern(rotated, n), **window_fields(hf, types, window),
+    }  # fmt: skip
+
+
+def position_pattern(rotated: list[Any], n_layer: int) -> str:
+    """Config's positions of a list that has 1 for a layer with RoPE, and 0 for one without."""
+    if len(rotated) != n_layer or not all(r in (0, 1) for r in rotated):
+        raise ValueError(f"no_rope_layers must have 0 or 1 for each of the {n_layer} layers.")
+    return ",".join(shortest_period(["rope" if r else "none" for r in rotated]))
+
+
 def gpt_neox(hf: dict[str, Any]) -> dict[str, Any]:
     without_layer_types(hf, "full_attention")
     rope, bias = read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}), hf["attention_bias"]
@@ -514,6 +533,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Gemma2ForCausalLM": Architecture(gemma2, GEMMA2_DEFAULTS, GEMMA_KEYS),
     "Gemma3ForCausalLM": Architecture(gemma3, GEMMA3_DEFAULTS, GEMMA3_KEYS),
     "Gemma3ForConditionalGeneration": Architecture(gemma3, GEMMA3_DEFAULTS, GEMMA3_KEYS),
+    "SmolLM3ForCausalLM": Architecture(
+        smollm3,
+        defaults(
+            128256,
+            32768,
+            36,
+            2048,
+            16,
+            4,
+            11008,
+            rope_theta=2e6,
+            tie_word_embeddings=True,
+            mlp_bias=False,
+            use_sliding_window=False,
+            sliding_window=None,
+            no_rope_layers=None,
+            no_rope_layer_interval=4,
+        ),
+        {"attention_bias", "mlp_bias", "sliding_window", "no_rope_layers", "no_rope_layer_interval"},
+    ),
     "GPTNeoXForCausalLM": Architecture(
         gpt_neox, NEOX_DEFAULTS, {"rotary_pct", "rotary_emb_base", "attention_bias", "partial_rotary_factor"}
     ),

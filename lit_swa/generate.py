@@ -578,6 +578,8 @@ def describe_attention(model: GPT) -> str:
     else:
         parts += [chunks] * ("dual_chunk" in variants) + [describe_linear(config)] * ("linear" in variants)
         parts += [f"window {describe_window(model)}"] * (variants != {"linear": None})
+    if without := config.layer_positions.count("none"):
+        parts.append(f"no RoPE in {without} of {config.n_layer} layers")
     if config.rope_scaling:
         factor = config.rope_scaling.get("factor")
         parts.append(f"RoPE {config.rope_scaling['type']}" + (f" by {factor:g}" if factor else ""))

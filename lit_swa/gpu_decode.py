@@ -124,12 +124,12 @@ def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
         return False
     # a temperature is put into the angles, and must reach all of a head
     turned = config.rope_n_elem == config.head_size or (config.rope_n_elem > 0 and mixer.row.temperature is None)
-    slots, local = cache.slots, config.rope_local_base_freq is not None and mixer.window is not None
+    slots = cache.slots
     room = slots.copies == 1 or T <= min(1 + slots.lookahead, slots.n_slots)  # no key is replaced that is seen
     most = gpu_kernels().most_queries(cache.k.size(-1) * cache.k.element_size())
     few = attn.n_head // attn.n_query_groups * T <= most
     norms = isinstance(attn.norm_q, (nn.Identity, RMSNorm))
-    return turned and room and few and norms and not rope.depends_on_length(int(local))
+    return turned and room and few and norms and not rope.depends_on_length(mixer.rope_row)
 
 
 @torch.no_grad()

@@ -77,8 +77,8 @@ class LinearAttention(Mixer):
 
     rolls = any_length = True
 
-    def __init__(self, config: Config, kind: str) -> None:
-        super().__init__(config, kind)
+    def __init__(self, config: Config, variant: str, layer: int = 0) -> None:
+        super().__init__(config, variant, layer)
         H, D = config.n_head, config.head_size
         self.near = config.linear_window
         self.feature_q, self.feature_k = (nn.Parameter(torch.empty(H, D, D)) for _ in range(2))  # W
@@ -114,7 +114,7 @@ class LinearAttention(Mixer):
         else:
             valid, sink_pos, moves = F.pad(pos >= n, (max(1, min(self.near, T)), 0)), pos[:, :n], None
         seen = (sink_pos[:, None] >= 0) & (sink_pos[:, None] <= pos[:, :, None])
-        return Plan(rope(pos), self.near, valid.size(1) - T, valid, seen, moves)
+        return Plan(rope(pos, self.rope_row), self.near, valid.size(1) - T, valid, seen, moves)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         return Plan(join_angles([plan.angles for _, plan in texts]), texts=texts)

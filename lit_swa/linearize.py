@@ -81,7 +81,9 @@ def make_linear(model: GPT, config: Config) -> None:
     weight = model.transformer.wte.weight
     for attn, variant in zip(model.layers, config.layer_variants, strict=True):
         if variant == LINEAR and not isinstance(attn.mixer, LinearAttention):
-            attn.mixer = LinearAttention(config, LINEAR).to(weight.device, weight.dtype).train(attn.training)
+            attn.mixer = (
+                LinearAttention(config, LINEAR, attn.mixer.layer).to(weight.device, weight.dtype).train(attn.training)
+            )
     set_config(model, config)
 
 
@@ -107,8 +109,8 @@ def set_config(model: GPT, config: Config) -> None:
 def softmax_mixers(model: GPT, variants: Sequence[str]) -> list[Mixer]:
     """The model's mixers, with softmax attention of these variants in place of linear attention."""
     return [
-        SoftmaxAttention(attn.config, variant).eval() if isinstance(attn.mixer, LinearAttention) else attn.mixer
-        for attn, variant in zip(model.layers, variants, strict=True)
+        SoftmaxAttention(attn.config, variant, i).eval() if isinstance(attn.mixer, LinearAttention) else attn.mixer
+        for i, (attn, variant) in enumerate(zip(model.layers, variants, strict=True))
     ]
 
 
@@ -150,7 +152,7 @@ class Transfer(Mixer):
 
     def __init__(self, teacher: Mixer, student: LinearAttention, weights_ce: float = 0.0) -> None:
         """weights_ce: how much the cross-entropy of the attention weights counts beside the outputs."""
-        super().__init__(student.config, f"{student.kind} that learns from {teacher.kind}")
+        super().__init__(student.config, f"{student.variant} that learns from {teacher.variant}", student.layer)
         self.teacher, self.student, self.weights_ce = teacher, student, weights_ce
         self.loss: Tensor | None = None  # of the last call, summed over its tokens
 

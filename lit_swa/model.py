@@ -43,11 +43,11 @@ from torch.utils.checkpoint import checkpoint
 if __package__:
     from . import config as checks
     from .config import IGNORED, VARIANTS, Config, Part, Variant
-    from .rope import RoPE, Span, apply_rope, find_span, join_angles
+    from .rope import RoPE, Span, apply_rope, find_span, join_angles, unrotated
 else:  # copied beside a script of another project
     import config as checks
     from config import IGNORED, VARIANTS, Config, Part, Variant
-    from rope import RoPE, Span, apply_rope, find_span, join_angles
+    from rope import RoPE, Span, apply_rope, find_span, join_angles, unrotated
 
 # ---------------------------------------------------------------------------------------------------------------- GPT
 
@@ -329,8 +329,8 @@ class CausalSelfAttention(nn.Module):
         self.norm_q = build_norm(config, D) if config.norm_qk else nn.Identity()
         self.norm_k = build_norm(config, D) if config.norm_qk else nn.Identity()
         variant = config.layer_variants[layer]
-        softmax = ShiftedSparseAttention if config.s2_attention else SoftmaxAttention
-        self.mixer = (VARIANTS[variant].mixer or softmax)(config, variant)
+        softmax = checks.module_beside("s2").ShiftedSparseAttention if config.s2_attention else SoftmaxAttention
+        self.mixer = (VARIANTS[variant].mixer or softmax)(config, variant, layer)
         self.kv_cache: nn.Module | None = None
         self.config = config
 
@@ -482,9 +482,17 @@ class Mixer(nn.Module):
     rolls: bool = False  # the size of its cache does not grow with the text
     any_length: bool = False  # a whole text of any length can be read
 
-    def __init__(self, config: Config, kind: str) -> None:
+    def __init__(self, config: Config, variant: str, layer: int = 0) -> None:
         super().__init__()
-        self.config, self.kind = config, kind  # layers of one kind share a call's plan
+        self.config, self.variant, self.layer = config, variant, layer
+        self.use_rope = config.layer_positions[layer] == "rope"
+        self.kind = variant if self.use_rope else f"{variant} without RoPE"  # layers of one kind share a call's plan
+
+    @property
+    def rope_row(self) -> int:
+        """Which of RoPE's rows of frequencies it rotates by."""
+        local = self.config.rope_local_base_freq is not None and self.window is not None
+        return int(local) if self.use_rope else 2
 
     def cache_length(self, tokens: int) -> int:
         """The length of a cache for a text of so many tokens: more is of no use."""
@@ -563,9 +571,9 @@ class Pairs(NamedTuple):
 class SoftmaxAttention(Mixer):
     """Softmax attention under the masks of a row of VARIANTS."""
 
-    def __init__(self, config: Config, kind: str) -> None:
-        super().__init__(config, kind)
-        self.row = row = VARIANTS[kind]
+    def __init__(self, config: Config, variant: str, layer: int = 0) -> None:
+        super().__init__(config, variant, layer)
+        self.row = row = VARIANTS[variant]
         self.window, self.n_sinks = row.window(config) if row.window else None, row.sinks(config) if row.sinks else 0
         self.any_length = row.window is not None
         self.faster_plan, self.checked = fast_attention(), 0  # checked: up to where the row was compared with its masks
@@ -589,7 +597,7 @@ class SoftmaxAttention(Mixer):
     def check(self, last: int) -> None:
         """Compare the row with its masks up to a position and twice as far, unless that was done."""
         if last >= self.checked and not torch.compiler.is_compiling():
-            checks.check_row(self.kind, self.row, self.config, 2 * last + 1)
+            checks.check_row(self.variant, self.row, self.config, 2 * last + 1)
             self.checked = 2 * last + 2
 
     def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
@@ -602,14 +610,14 @@ class SoftmaxAttention(Mixer):
         pairs = Pairs(row, config, pos, k_pos, span, layout, cache is not None, self.window, self.n_sinks)
         faster = None if self.faster_plan is None else self.faster_plan(pairs)
         rotate, done = (apply_rope, 0) if faster is None else (faster.rotate, faster.n_queries)
+        rotate = rotate if self.use_rope else unrotated
         blocks = cut_queries(pairs, done) if done < pos.size(1) else []
         temperature = None if row.temperature is None else row.temperature(pos, config)
         return Plan(*self.angles(pos, k_pos, rope), blocks, rotate, faster, exchange, temperature)
 
     def angles(self, pos: Tensor, k_pos: Tensor, rope: RoPE) -> tuple[list, tuple, bool]:
         """Plan's q_angles, k_angles and rotate_read, for queries at pos (1 or B, T) and keys at k_pos (1 or B, L)."""
-        base = 1 if self.config.rope_local_base_freq is not None and self.window is not None else 0
-        return rope.angles(pos, k_pos, base, self.row.key_position, [part.position for part in self.row.parts])
+        return rope.angles(pos, k_pos, self.rope_row, self.row.key_position, [part.position for part in self.row.parts])
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         first, plans = texts[0][1], [plan for _, plan in texts]
@@ -640,36 +648,6 @@ class SoftmaxAttention(Mixer):
         if plan.faster is not None and plan.faster.attend is not None:
             outputs.insert(0, plan.faster.attend(queries, k, v))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-class ShiftedSparseAttention(SoftmaxAttention):
-    """S2-Attn (LongLoRA, Chen et al. 2023, arXiv 2309.12307), causal: in training, half of the heads attend within
-    groups of g tokens, the others within groups that are shifted by half a group. No pair wraps around the ends.
-
-    g = 4, T = 10, who is with whom:    |0 1 2 3|4 5 6 7|8 9|    shifted    |0 1|2 3 4 5|6 7 8 9|
-
-    In eval, with a cache, and where one group holds the whole text, it attends in full.
-    """
-
-    def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
-        T, plan = pos.size(1), super().plan(pos, span, cache, rope)
-        g = self.config.s2_group(T)
-        return plan._replace(group=g) if self.training and cache is None and g < T else plan
-
-    def attend(self, queries: list[Tensor], k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        if not plan.group:
-            return super().attend(queries, k, v, plan)
-        (q,), H, G, g = queries, queries[0].size(1), k.size(1), plan.group
-        causal = causal_attention if plan.faster is None else plan.faster.causal
-        if not self.config.s2_shift:
-            return attend_groups(q, k, v, g, 0, self.config, causal)
-        half = H // 2
-        if half % (H // G):  # the border cuts a key head's group of query heads
-            k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
-        cut = half * k.size(1) // H
-        straight = attend_groups(q[:, :half], k[:, :cut], v[:, :cut], g, 0, self.config, causal) if half else q[:, :0]
-        shifted = attend_groups(q[:, half:], k[:, cut:], v[:, cut:], g, g - g // 2, self.config, causal)
-        return torch.cat([straight, shifted], dim=1)
 
 
 def fast_attention() -> Callable[[Pairs], Any] | None:
@@ -740,11 +718,6 @@ def attend_block(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock,
     return y.reshape(B, H, T, D)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Every query sees the keys up to its own: (B, H, T, D) with (B, G, T, D) to (B, H, T, D)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-
-
 def attend_ranges(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock, config: Config) -> Tensor:
     """attend_block step by step: scores of every range, one softmax over them all, the values of every range."""
     rotated = [q[:, :, block.queries] for q in queries]  # (B, H, T, D) each
@@ -769,25 +742,6 @@ def attend_ranges(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock
 def softcap(x: Tensor, cap: float) -> Tensor:
     """Bend x smoothly into (-cap, cap)."""
     return cap * torch.tanh(x / cap)
-
-
-def attend_groups(q: Tensor, k: Tensor, v: Tensor, g: int, first: int, config: Config, causal: Callable) -> Tensor:
-    """S2-Attn's groups: causal attention within the tokens 0 .. first - 1, then within every g tokens, then within the
-    rest. causal: the kernel, as causal_attention."""
-    n = max(0, q.size(2) - first) // g
-    outputs = []
-    for start, groups, size in ((0, 1, first), (first, n, g), (first + n * g, 1, q.size(2) - first - n * g)):
-        if groups * size <= 0:
-            continue
-        cut = [x[:, :, start : start + groups * size].unflatten(2, (groups, -1)) for x in (q, k, v)]
-        q_, k_, v_ = (x.transpose(1, 2).flatten(0, 1) for x in cut)  # (B * groups, heads, size, D)
-        if config.attention_logit_softcapping is None:
-            y = causal(q_, k_, v_, (config.attention_scores_scalar or config.head_size) ** -0.5)
-        else:
-            lower, all_of_it = torch.ones(1, 1, size, size, dtype=torch.bool, device=q.device).tril(), slice(0, size)
-            y = attend_ranges([q_], k_, v_, QueryBlock(all_of_it, [KeyRange(all_of_it, {0: lower})]), config)
-        outputs.append(y.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3))  # (B, heads, groups * size, D)
-    return torch.cat(outputs, dim=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ KV caches

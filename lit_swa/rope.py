@@ -123,6 +123,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated if n == x.size(-1) else torch.cat([rotated, x[..., n:]], dim=-1)
 
 
+def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In the place of apply_rope, where all angles are 0."""
+    return x
+
+
 def turns_of(frequencies: Tensor) -> Tensor:
     """Angles per position as parts of a turn, int64, in units of 2^-64; what is more than half a turn is negative."""
     turns = frequencies.double() / (2 * math.pi)
@@ -130,16 +135,16 @@ def turns_of(frequencies: Tensor) -> Tensor:
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled; the local base's, if there is one;
-    and LongRoPE's for long texts."""
+    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled; the local base's; zeros,
+    for layers that see no positions; and LongRoPE's for long texts."""
     exponents = torch.arange(0, config.rope_n_elem, 2, device="cpu", dtype=torch.float32) / max(1, config.rope_n_elem)
     plain, scaling = 1.0 / config.rope_base**exponents, config.rope_scaling or {"type": None}
-    local = [] if config.rope_local_base_freq is None else [1.0 / config.rope_local_base_freq**exponents]
+    others = 1.0 / (config.rope_local_base_freq or config.rope_base) ** exponents, torch.zeros_like(plain)
     if scaling["type"] == "longrope":
         short, long = (plain / torch.tensor(scaling[key], device="cpu", dtype=torch.float32) for key in LONGROPE_LISTS)
-        return torch.stack([short, *local, long])
+        return torch.stack([short, *others, long])
     scale = ROPE_SCALINGS.get(scaling["type"], keep)
-    return torch.stack([scale(plain, scaling, config), *local])
+    return torch.stack([scale(plain, scaling, config), *others])
 
 
 # Scalings of a model's frequencies f. A factor of 1 is the identity for each of them.

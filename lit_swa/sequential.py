@@ -183,7 +183,7 @@ class PlacedMixer(Mixer):
     """A mixer on a device of its own: its cache is there, and so is what it plans. Layers share both by device."""
 
     def __init__(self, mixer: Mixer, stage: int, device: torch.device, rope: RoPE) -> None:
-        super().__init__(mixer.config, f"{mixer.kind} {stage}")
+        super().__init__(mixer.config, f"{mixer.variant} {stage}", mixer.layer)
         self.mixer, self.device, self.rope = mixer, device, (rope,)  # in a tuple: it is no part of each layer
         for name in ("window", "n_sinks", "rolls", "any_length"):
             setattr(self, name, getattr(mixer, name))

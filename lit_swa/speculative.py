@@ -424,15 +424,15 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
     plain = {"rolling_kv_cache": False, "rope_local_base_freq": None, "s2_attention": False}
     config = replace(target.config, attention="streaming", sliding_window_size=window, n_sink_tokens=n_sinks, **plain)
     model = share_weights(target)
-    layers = [attn for attn in model.layers if attn.mixer.kind == "full"]
+    layers = [attn for attn in model.layers if attn.mixer.variant == "full"]
     if not layers:
         raise ValueError(
             f"The streaming draft takes the place of full attention, and this model's is {target.config.attention!r}: "
             "use --draft lookup or --draft self-int4."
         )
     for attn in layers:
-        attn.mixer = with_injected(SoftmaxAttention(config, "streaming"), attn.mixer)
-        attn.mixer.kind, attn.mixer.row = "streaming draft", STREAMING_DRAFT
+        attn.mixer = with_injected(SoftmaxAttention(config, "streaming", attn.mixer.layer), attn.mixer)
+        attn.mixer.kind, attn.mixer.row = f"{attn.mixer.kind}, a draft", STREAMING_DRAFT
     return model
 
 

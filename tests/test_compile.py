@@ -28,6 +28,7 @@ FIELDS = {
         "dual_chunk_temperature_slope": 0.2,
     },
     "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "no positions": {"attention": "sliding,full", "sliding_window_size": 8, "positions": "rope,none"},
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "block_size": 64},
 }
 

@@ -17,7 +17,7 @@ CASES = {
     },
     "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 24},
     "linear": {"attention": "linear", "linear_window": 5, "linear_sinks": 2, "linear_gate": True},
-    "linear without a window": {"attention": "linear,full", "linear_window": 0},
+    "linear without a window": {"attention": "linear,full", "linear_window": 0, "positions": "none,rope"},
 }  # fmt: skip
 T = 48
 

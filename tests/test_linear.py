@@ -128,8 +128,8 @@ def test_the_parallel_form_is_the_formula(case, monkeypatch):
 @torch.no_grad()
 def test_a_window_of_the_whole_text_is_softmax_attention(tiny_model):
     """Catches: a factor on exact keys that does not cancel, a scale of its own."""
-    softmax = tiny_model(attention="full").double()
-    model = GPT(tiny_config(attention="linear", linear_window=30)).double().eval()
+    softmax = tiny_model(attention="full", positions="none,rope").double()
+    model = GPT(tiny_config(attention="linear", linear_window=30, positions="none,rope")).double().eval()
     model.load_state_dict(softmax.state_dict(), strict=False)
     idx = torch.randint(0, 97, (2, 31))
     expected = softmax(idx)

@@ -268,7 +268,12 @@ def test_p_equal_to_q_accepts_everything():
 # --------------------------------------------------------------------------------------------------------------- drafts
 
 
-LOCAL_BASE = {"attention": "sliding,full", "sliding_window_size": 50, "rope_local_base_freq": 50.0}
+LOCAL_BASE = {
+    "attention": "sliding,full",
+    "sliding_window_size": 50,
+    "rope_local_base_freq": 50.0,
+    "positions": "rope,none",
+}
 
 
 @pytest.mark.parametrize("fields", [{}, LOCAL_BASE], ids=["full", "mixed"])
@@ -283,7 +288,7 @@ def test_the_streaming_draft_sees_sinks_and_a_window_of_the_targets_keys(tiny_mo
 
     idx = torch.randint(0, 97, (batch_size, T))
     oracle = speculative.share_modules(model)
-    replaced = [i for i, attn in enumerate(oracle.layers) if attn.mixer.kind == "full"]
+    replaced = [i for i, attn in enumerate(oracle.layers) if attn.mixer.variant == "full"]
     for attn in (oracle.layers[i] for i in replaced):
         attn.mixer.row = VARIANTS["full"]._replace(parts=(Part(only_the_last),))
     expected = oracle(idx)[:, -1]

@@ -40,6 +40,10 @@ CASES = {
         brute_force.meet_dual_chunk(7, 2),
     ),
     "chunks by default": (DUAL, brute_force.meet_dual_chunk(10, 2)),
+    "no positions behind a window": (
+        {"attention": "sliding,full", "sliding_window_size": 7, "positions": "rope,none"},
+        [brute_force.meet_sliding(7), lambda i, j, head: (0, 0)],
+    ),
     "dilated": (dilated.FIELDS, brute_force.meet_dilated(4, 3)),
     "dilated rolling": (dilated.FIELDS | {"rolling_kv_cache": True}, brute_force.meet_dilated(4, 3)),
 }

@@ -292,6 +292,11 @@ def _neox(c: Config) -> dict[str, Any]:
     }
 
 
+def _smollm3(c: Config) -> dict[str, Any]:
+    rotated = [int(kind == "rope") for kind in c.layer_positions]
+    return _windows(c) | {"attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias, "no_rope_layers": rotated}
+
+
 # Architecture, model_type, and the fields that it adds. An export takes the first that reads back as the same Config.
 EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
     ("LlamaForCausalLM", "llama", lambda c: {"attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias}),
@@ -308,6 +313,7 @@ EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
         ),
     ),
     ("GPTNeoXForCausalLM", "gpt_neox", _neox),
+    ("SmolLM3ForCausalLM", "smollm3", _smollm3),
 ]
 # Fields that say how the model is run, not what it computes.
 NOT_EXPORTED = (
@@ -365,6 +371,7 @@ def _canonical(c: Config) -> Config:
         c,
         block_size=max(c.block_size, reach),
         attention=",".join(variants),
+        positions=",".join(c.layer_positions),
         sliding_window_size=c.sliding_window_size if windowed else None,
         rope_local_base_freq=None if c.rope_local_base_freq == c.rope_base or not windowed else c.rope_local_base_freq,
         attention_scores_scalar=c.head_size if c.attention_scores_scalar is None else c.attention_scores_scalar,

@@ -104,7 +104,8 @@ class Block:
     def part_of(self, variants: Sequence[str]) -> Config:
         """The config of a model that is this block alone, with layers of these variants. It is given what comes out of
         an embedding."""
-        fitting = {"n_layer": len(self.layers), "attention": ",".join(variants)}
+        positions = ",".join(self.config.layer_positions[i] for i in self.layers)
+        fitting = {"n_layer": len(self.layers), "attention": ",".join(variants), "positions": positions}
         return self.config.override(**fitting, scale_embeddings=False, tie_embeddings=False)
 
     def local(self, name: str) -> str:
