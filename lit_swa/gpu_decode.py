@@ -129,7 +129,7 @@ def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
     most = gpu_kernels().most_queries(cache.k.size(-1) * cache.k.element_size())
     few = attn.n_head // attn.n_query_groups * T <= most
     norms = isinstance(attn.norm_q, (nn.Identity, RMSNorm))
-    return turned and room and few and norms and not rope.depends_on_length(mixer.rope_row)
+    return turned and room and few and norms and not rope.depends_on_length(mixer.rope_base)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ class LinearAttention(Mixer):
         else:
             valid, sink_pos, moves = F.pad(pos >= n, (max(1, min(self.near, T)), 0)), pos[:, :n], None
         seen = (sink_pos[:, None] >= 0) & (sink_pos[:, None] <= pos[:, :, None])
-        return Plan(rope(pos, self.rope_row), self.near, valid.size(1) - T, valid, seen, moves)
+        return Plan(rope(pos, self.rope_base), self.near, valid.size(1) - T, valid, seen, moves)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         return Plan(join_angles([plan.angles for _, plan in texts]), texts=texts)

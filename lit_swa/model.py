@@ -489,10 +489,10 @@ class Mixer(nn.Module):
         self.kind = variant if self.use_rope else f"{variant} without RoPE"  # layers of one kind share a call's plan
 
     @property
-    def rope_row(self) -> int:
-        """Which of RoPE's rows of frequencies it rotates by."""
+    def rope_base(self) -> int | None:
+        """Which of RoPE's bases it rotates by; None: it does not."""
         local = self.config.rope_local_base_freq is not None and self.window is not None
-        return int(local) if self.use_rope else 2
+        return int(local) if self.use_rope else None
 
     def cache_length(self, tokens: int) -> int:
         """The length of a cache for a text of so many tokens: more is of no use."""
@@ -617,7 +617,9 @@ class SoftmaxAttention(Mixer):
 
     def angles(self, pos: Tensor, k_pos: Tensor, rope: RoPE) -> tuple[list, tuple, bool]:
         """Plan's q_angles, k_angles and rotate_read, for queries at pos (1 or B, T) and keys at k_pos (1 or B, L)."""
-        return rope.angles(pos, k_pos, self.rope_row, self.row.key_position, [part.position for part in self.row.parts])
+        return rope.angles(
+            pos, k_pos, self.rope_base, self.row.key_position, [part.position for part in self.row.parts]
+        )
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         first, plans = texts[0][1], [plan for _, plan in texts]

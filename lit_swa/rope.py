@@ -68,16 +68,17 @@ class RoPE(nn.Module):
         self.turns = turns_of(rope_frequencies(self.config)).to(self.turns.device)
         return self
 
-    def depends_on_length(self, base: int = 0) -> bool:
+    def depends_on_length(self, base: int | None = 0) -> bool:
         """True if the angles at this base change as a text grows: keys are then cached before they are rotated."""
         return base == 0 and (self.config.rope_scaling or {}).get("type") in LENGTH_SCALINGS
 
-    def forward(self, pos: Tensor, base: int = 0, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin, (1 or B, 1, T, rope_n_elem) each, for positions (1 or B, T) at one of the bases.
+    def forward(self, pos: Tensor, base: int | None = 0, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin, (1 or B, 1, T, rope_n_elem) each, for positions (1 or B, T) at one of the bases; None:
+        all angles are 0.
 
         length: tokens seen so far, (1 or B, 1), where the angles depend on it.
         """
-        turns = self.turns[base]
+        turns = torch.zeros_like(self.turns[0]) if base is None else self.turns[base]
         if length is not None:
             scaling = self.config.rope_scaling
             turns = LENGTH_SCALINGS[scaling["type"]](self.turns, scaling, length)[:, None, None]  # (1 or B, 1, 1, ...)
@@ -91,7 +92,7 @@ class RoPE(nn.Module):
         self,
         q_pos: Tensor,
         k_pos: Tensor,
-        base: int,
+        base: int | None,
         key_position: Callable[[Tensor, Config], Tensor],
         positions: Sequence[Callable[[Tensor, Config], Tensor]],
     ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor], bool]:
@@ -135,16 +136,16 @@ def turns_of(frequencies: Tensor) -> Tensor:
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled; the local base's; zeros,
-    for layers that see no positions; and LongRoPE's for long texts."""
+    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled; the local base's, if there is one;
+    and LongRoPE's for long texts."""
     exponents = torch.arange(0, config.rope_n_elem, 2, device="cpu", dtype=torch.float32) / max(1, config.rope_n_elem)
     plain, scaling = 1.0 / config.rope_base**exponents, config.rope_scaling or {"type": None}
-    others = 1.0 / (config.rope_local_base_freq or config.rope_base) ** exponents, torch.zeros_like(plain)
+    local = [] if config.rope_local_base_freq is None else [1.0 / config.rope_local_base_freq**exponents]
     if scaling["type"] == "longrope":
         short, long = (plain / torch.tensor(scaling[key], device="cpu", dtype=torch.float32) for key in LONGROPE_LISTS)
-        return torch.stack([short, *others, long])
+        return torch.stack([short, *local, long])
     scale = ROPE_SCALINGS.get(scaling["type"], keep)
-    return torch.stack([scale(plain, scaling, config), *others])
+    return torch.stack([scale(plain, scaling, config), *local])
 
 
 # Scalings of a model's frequencies f. A factor of 1 is the identity for each of them.
