@@ -33,6 +33,7 @@ class Loop:
         strategy: ddp holds the whole model on each device; fsdp shards weights, gradients and moments over devices.
         recompute: How many layers compute their activations again in the backward to save memory: auto (as few as the
             memory allows), all, none or a number.
+        compile: Compile what is around attention in each layer. It takes a while at the start, and makes steps faster.
         eval_interval: Steps between validations. By default a tenth of the run.
         early_stop: Stop after so many validations without a better loss, and keep the weights of the best one in
             final/; 0 for never.
@@ -69,6 +70,7 @@ class Loop:
     num_nodes: int = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"
     recompute: str | int = "auto"
+    compile: bool = False
     eval_interval: int | None = None
     early_stop: int = 0
     save_interval: int | None = None
@@ -174,6 +176,9 @@ class Pretraining(Loop):
             over the last part of the run.
         decay_fraction: The part of the run over which wsd falls.
         z_loss: The weight of the mean of log(Z)^2, Z the sum of a token's exponentiated logits; it keeps logits small.
+        window_schedule: Windows to train with one after the other, each with the part of the run from which on it
+            holds, such as 256:0,512:0.3,1024:0.6. The last is the model's sliding_window_size.
+        random_window: Each step draws its window: this one, or its double, and so on, up to sliding_window_size.
         sample: At a validation, show how the model goes on from a text that is held out.
     """
 
@@ -193,12 +198,16 @@ class Pretraining(Loop):
     decay_fraction: float = 0.2
     weight_decay: float = 0.1
     z_loss: float = 0.0
+    window_schedule: str | None = None
+    random_window: int | None = None
     sample: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name is not None and self.checkpoint_dir is not None:
             raise ValueError("A model has a shape already: give --name or --checkpoint_dir, not both.")
+        if self.window_schedule is not None and self.random_window is not None:
+            raise ValueError("window_schedule and random_window are two ways to choose a step's window: give one.")
         if self.optimizer == "muon" and self.strategy == "fsdp":
             raise ValueError("muon needs whole matrices on each device: use --strategy ddp, or --optimizer adamw.")
 
@@ -210,6 +219,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "tokenizer_vocab_size": (257, 2**24),
     "decay_fraction": (0.0, 1.0),
     "z_loss": (0.0, 1.0),
+    "random_window": (1, 2**31),
     "limit": (1, 2**31),
     "epochs": (0.0, 1e6),
     "max_steps": (1, 2**31),

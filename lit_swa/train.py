@@ -58,6 +58,7 @@ from lit_swa.training.pretraining import new_model, prepare_pretraining, tell_pr
 from lit_swa.training.rehearsal import rehearse
 from lit_swa.training.resuming import RUN_FILE, STATE_FILE
 from lit_swa.training.saving import Saver, read_record, remove_old_run, require_finite
+from lit_swa.training.windows import window_of
 
 __all__ = [
     "RUN_FILE",
@@ -115,4 +116,5 @@ __all__ = [
     "use_whole_memory",
     "validate",
     "validate_transfer",
+    "window_of",
 ]

@@ -46,12 +46,13 @@ def main(**pretraining: Any) -> None:
             batches = feed.batches(step, fabric.global_rank, fabric.world_size)
             tokens = feed.trained_tokens(step)  # of all devices
             total = torch.zeros((), device=fabric.device)
-            for n, batch in enumerate(batches, start=1):
-                batch = batch.to(fabric.device)
-                with fabric.no_backward_sync(model, enabled=n < len(batches)):
-                    loss = model(batch.idx, targets=batch.targets, documents=batch.documents)  # a sum, with z-loss
-                    fabric.backward(loss * (fabric.world_size / tokens))  # gradients are averaged over devices
-                total += loss.detach()
+            with train.window_of(run, gpt, step):  # --window_schedule, --random_window
+                for n, batch in enumerate(batches, start=1):
+                    batch = batch.to(fabric.device)
+                    with fabric.no_backward_sync(model, enabled=n < len(batches)):
+                        loss = model(batch.idx, targets=batch.targets, documents=batch.documents)  # a sum, with z-loss
+                        fabric.backward(loss * (fabric.world_size / tokens))  # gradients are averaged over devices
+                    total += loss.detach()
             mean = fabric.all_reduce(total, reduce_op="sum").item() / tokens
             norm = train.clip_gradients(gpt, args.grad_clip)
             train.require_finite(run, step, mean, norm, batches)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_config
+from torch._dynamo.utils import counters
 
 from lit_swa import model as model_file
 from lit_swa import train
@@ -25,11 +26,14 @@ from lit_swa.data.train_tokenizer import train_tokenizer
 from lit_swa.formats.files import open_safetensors
 from lit_swa.token_files import TokenDirectory
 from lit_swa.tokenizer import Tokenizer
+from lit_swa.training import compiling
 from lit_swa.training.loop import learning_rate
 from lit_swa.training.pretraining import TokenFeed, add_z_loss, token_bytes
+from lit_swa.training.windows import Windows, changed_window
 
 pytest.importorskip("lightning")
 ROOT = Path(__file__).resolve().parents[1]
+WINDOW = {"model.attention": "sliding,full", "model.sliding_window_size": 6}
 SHAPE = {"n_layer": 2, "n_head": 2, "n_query_groups": 1, "n_embd": 32, "intermediate_size": 48, "block_size": 32}
 
 
@@ -88,11 +92,12 @@ def test_a_text_becomes_a_model_that_generates(pretrain, text, run_script):
     "arguments",
     [
         {"documents": "true", "lr_schedule": "wsd", "micro_batch_size": 1},
-        {"chunk_size": 8, "model.attention": "sliding", "model.sliding_window_size": 6, "optimizer": "muon"},
+        {"chunk_size": 8, "optimizer": "muon", "random_window": 2} | WINDOW,
     ],
 )
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_losses(pretrain, monkeypatch, arguments):
-    """Catches: tokens that a resumed run reads twice or leaves out, a rate or moments that begin anew."""
+    """Catches: tokens that a resumed run reads twice or leaves out, a rate or moments that begin anew, a window that is
+    drawn by what was drawn before."""
     arguments = {"eval_interval": 2, "save_interval": 100} | arguments
     whole, _ = pretrain("whole", **arguments)
     calls, clip = [], train.clip_gradients
@@ -204,6 +209,59 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_model):
         torch.testing.assert_close(p, own, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("fields", [{"attention": "sliding,full"}, {"attention": "streaming", "n_sink_tokens": 2}])
+def test_a_window_is_data(tiny_model, fields):
+    """Catches: a window that a mask, a kernel's plan or a rotation does not hear of, or that stays behind the step."""
+    model, idx = tiny_model(sliding_window_size=9, **fields), torch.randint(0, 97, (2, 40))
+    for window in (3, 40, 9):
+        other = tiny_model(sliding_window_size=window, **fields)
+        other.load_state_dict(model.state_dict())
+        with changed_window(model, window, 9):
+            torch.testing.assert_close(model(idx), other(idx), rtol=1e-5, atol=1e-5)
+            assert model.windows == other.windows
+    assert model.config.sliding_window_size == 9 and set(model.windows) <= {9, None}
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ({"window_schedule": "2:0,4:0.34,6:0.7"}, [2, 2, 4, 4, 6, 6]),
+        ({"random_window": 2}, [Windows(6, (), (2, 4, 6), 1234).of_step(n) for n in range(6)]),
+    ],
+)
+def test_each_step_has_its_window_and_validation_the_last(pretrain, monkeypatch, argument, expected):
+    """Catches: a window that never changes, that validation or the saved model has, that a resumed run may change."""
+    seen, read = {True: [], False: []}, model_file.GPT.run_blocks
+
+    def noted(model, *given):
+        seen[model.training].append(model.windows[0])
+        return read(model, *given)
+
+    monkeypatch.setattr(model_file.GPT, "run_blocks", noted)
+    directory, _ = pretrain(eval_interval=3, recompute="none", **argument | WINDOW)
+    assert seen[True][-6:] == expected and len(set(expected)) == 3
+    assert set(seen[False]) == {6} and load_model(directory / "final").config.sliding_window_size == 6
+    _, err = pretrain(code=2, resume="auto", **WINDOW)
+    assert "differs in its windows" in err
+
+
+def test_compiled_blocks_make_the_steps_of_eager_ones(pretrain, monkeypatch):
+    """Catches: a --compile that is not used, that compiles anew for other documents, another window or a validation,
+    or that makes other gradients, also where a layer computes its activations again."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    torch._dynamo.reset()
+    counters.clear()
+    arguments = {"documents": "true", "random_window": 2, "recompute": 1, "max_steps": 3, "z_loss": 1e-3} | WINDOW
+    found, graphs = [], []
+    for compiles in ("false", "true"):
+        directory, _ = pretrain(compiles, compile=compiles, **arguments)
+        found.append(train.read_metrics(directory))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [0, 3]  # what comes before attention, what comes behind it, and the loss
+    for name in ("loss", "grad_norm", "val_loss"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5, nan_ok=True)
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(text, tmp_path):
     """Catches: gradients that are summed and not averaged, and rows that both processes read or none."""
@@ -250,6 +308,14 @@ def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
         ({"data": "nowhere.txt"}, "nowhere.txt"),
         ({"z_loss": -1}, "z_loss=-1"),
         ({"optimizer": "muon", "strategy": "fsdp"}, "whole matrices"),
+        ({"random_window": 2}, "no layer has one"),
+        ({"random_window": 6} | WINDOW, "nothing to draw from"),
+        ({"window_schedule": "4:0,2:0.5,6:0.7"} | WINDOW, "not in order"),
+        ({"window_schedule": "4:0,6:1"} | WINDOW, "not in order"),
+        ({"window_schedule": "4,6"} | WINDOW, "such as 256:0"),
+        ({"window_schedule": "2:0,4:0.5"} | WINDOW, "sliding_window_size is 6"),
+        ({"window_schedule": "2:0,6:0.5", "block_length": 5} | WINDOW, "a row has 5"),
+        ({"window_schedule": "2:0,6:0.5", "random_window": 2} | WINDOW, "give one"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(pretrain, tiny_checkpoint, arguments, said):

@@ -34,6 +34,7 @@ from lit_swa.formats.hugging_face import expected_shapes
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate
 from lit_swa.model import GPT
+from lit_swa.training.compiling import compile_blocks
 from lit_swa.training.distribution import is_sharded, start_fabric, unwrapped
 from lit_swa.training.feed import ExampleFeed, ExampleValidation
 from lit_swa.training.loop import Progress, Run, validate, warmup_steps
@@ -195,7 +196,8 @@ def load_base(run: Finetuning, quantize: str | None = None) -> GPT:
 
 
 def place(run: Run, model: GPT, holder: nn.Module | None = None) -> nn.Module:
-    """Put the model on its devices: trained weights in float32, as many layers recomputed as memory demands.
+    """Put the model on its devices: trained weights in float32, as many layers recomputed as memory demands, and
+    compiled if that is asked for.
 
     holder: what the loop calls in the model's place, a module that holds it and has a loss of its own. None: the model,
         or with --chunk_size ExactChunks.
@@ -207,6 +209,8 @@ def place(run: Run, model: GPT, holder: nn.Module | None = None) -> nn.Module:
         holder = ExactChunks(model, run.args.chunk_size, run.args.chunk_offload)
     train_in_float32(model, run.dtype)
     choose_recompute(run, model, accumulates=len(run.feed.batches(0)) > run.fabric.world_size)
+    if run.args.compile:
+        compile_blocks(model)
     return run.fabric.setup_module(holder or model)
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from lit_swa.training.feed import MICRO_BATCH_TOKENS
 from lit_swa.training.finetuning import count_weights, deciding_fields, describe_choices
 from lit_swa.training.loop import Batch, Progress, Run
 from lit_swa.training.resuming import find_run
+from lit_swa.training.windows import Windows, plan_windows
 from lit_swa.utils import count_cores, count_processes
 
 LESSON = {  # with a vocabulary of 1,024 about 1M weights
@@ -220,6 +221,7 @@ class PretrainingRun(Run):
     config: Config
     tokenizer: Tokenizer
     valid: TokenValidation | None
+    windows: Windows | None  # of the steps, where they differ
 
     def samples(self) -> str:
         ids = self.feed.longest().idx[0, :64].tolist()
@@ -227,7 +229,8 @@ class PretrainingRun(Run):
 
     def identity(self) -> dict[str, Any]:
         base = None if self.base_dir is None else base_identity(self.base_dir)
-        return {**super().identity(), "base": base, "model": deciding_fields(self.config)}
+        windows = None if self.windows is None else asdict(self.windows)
+        return {**super().identity(), "base": base, "model": deciding_fields(self.config), "windows": windows}
 
     def loss_in_words(self, loss: float) -> str:
         return f"{self.valid.bits_per_byte(loss):.4f} bits per byte"
@@ -282,6 +285,7 @@ def prepare_pretraining(args: Pretraining) -> PretrainingRun:
         base_dir=base_dir,
         config=config,
         tokenizer=tokenizer,
+        windows=plan_windows(args, config, block_length),
     )
     run.log.say(describe_run(run))
     if note := describe_choices(run):

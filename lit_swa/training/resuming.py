@@ -20,7 +20,7 @@ from lit_swa.training.loop import Progress
 
 STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
 STEP_NAME = re.compile(r"step-([0-9]{6,12})")
-NEW_IN_IDENTITY = ("base", "model")  # runs that were saved before they belonged to it go on
+NEW_IN_IDENTITY = ("base", "model", "windows")  # runs that were saved before they belonged to it go on
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight
 MUON_MOMENTS = ("momentum_buffer",)  # and what Muon does
 

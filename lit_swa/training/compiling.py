@@ -1,0 +1,60 @@
+"""Blocks compiled for training: norms, activations and sums, each of which is a pass of its own over a GPU's memory in
+an eager block, become parts of few kernels.
+
+A block is cut at its attention, which stays eager: its plan differs from call to call (windows, documents, chunks), and
+its kernels are chosen, and compiled, for each plan. So another plan compiles nothing anew, and all layers share what is
+compiled for the first: a start takes seconds, where a whole model would take minutes.
+"""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lit_swa.cpu_decode import COMPILERS
+from lit_swa.fast_attention import has_triton
+from lit_swa.model import GPT
+from lit_swa.training.memory import RecomputedForward
+
+BACKEND = "inductor"
+
+
+class Compiled:
+    """A function of a module, compiled where the module is in training. It generates and validates as it is written:
+    the lengths that it meets there would compile it again and again."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+        self.module, self.plain = module, function
+        self.compiled = torch.compile(function, backend=BACKEND)
+
+    def __call__(self, *args: Any) -> Tensor:
+        return (self.compiled if self.module.training else self.plain)(*args)
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile what is around attention in every block, and the loss of a piece of a text.
+
+    Call it when it is decided which blocks compute their activations again, and before the model is sharded. Raises
+    ValueError where there is nothing to compile with.
+    """
+    check_compiler(model.transformer.wte.weight.device)
+    for block in model.transformer.h:
+        block.attn.forward = torch.compiler.disable(block.attn.forward)
+        forward, recomputed = Compiled(block, type(block).forward.__get__(block)), block.__dict__.get("forward")
+        if isinstance(recomputed, RecomputedForward):
+            recomputed.forward = forward
+        else:
+            block.forward = forward
+    model.token_losses = Compiled(model, model.token_losses)
+
+
+def check_compiler(device: torch.device) -> None:
+    if BACKEND != "inductor":
+        return
+    if device.type == "cuda" and not has_triton():
+        raise ValueError("compile needs Triton on a GPU: pip install triton, or leave --compile out.")
+    if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
+        raise ValueError("compile needs a C++ compiler on a CPU: install g++ or clang++, or leave --compile out.")
