@@ -24,9 +24,11 @@ from lit_swa.data.prepare import make_jobs, prepare
 from lit_swa.data.sources import Selection
 from lit_swa.data.train_tokenizer import train_tokenizer
 from lit_swa.formats.files import open_safetensors
+from lit_swa.model import VARIANTS, visible
 from lit_swa.token_files import TokenDirectory
 from lit_swa.tokenizer import Tokenizer
-from lit_swa.training import compiling
+from lit_swa.training import compiling, pretraining
+from lit_swa.training.flops import token_flops
 from lit_swa.training.loop import learning_rate
 from lit_swa.training.pretraining import TokenFeed, add_z_loss, token_bytes
 from lit_swa.training.windows import Windows, changed_window
@@ -118,10 +120,14 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_losses(pretrain, monkeypa
     assert all(torch.equal(a[name].load(), b[name].load()) for name in b)
 
 
-def test_bits_per_byte_are_those_of_a_computation_by_hand(pretrain, tokens):
-    """Catches: bytes of inputs in place of targets, a held-out block that is trained on, z-loss in the validation."""
+def test_bits_per_byte_are_those_of_a_computation_by_hand(pretrain, tokens, monkeypatch):
+    """Catches: bytes of inputs in place of targets, a held-out block that is trained on, z-loss in the validation; a
+    utilisation that is not of the step's tokens and seconds."""
+    monkeypatch.setattr(pretraining, "peak_flops", lambda *given: 1e10)
     directory, err = pretrain(max_steps=3, eval_interval=3, save_interval=3, z_loss=0.1)
     said = float(re.findall(r"([\d.]+) bits per byte", err)[-1])
+    columns = train.read_metrics(directory)
+    assert columns["bits_per_byte"][-1] == pytest.approx(said, abs=1e-4)
     held = TokenDirectory(tokens[1])
     T, n_blocks = 32, (held.n_tokens - 1) // 32
     n = round(0.05 * n_blocks)
@@ -132,6 +138,19 @@ def test_bits_per_byte_are_those_of_a_computation_by_hand(pretrain, tokens):
     nll = -logits.log_softmax(-1).gather(1, ids[1:, None]).sum().item()
     text = Tokenizer(tokens[0]).decode(ids[1:].tolist())
     assert said == pytest.approx(nll / math.log(2) / len(text.encode()), abs=1e-4)
+    used = 128 * token_flops(model.config, T) / columns["seconds"][-1] / 1e10
+    assert f"MFU {used:.1%}" in err
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention": "sliding,full"}, {"attention": "streaming", "n_sink_tokens": 2}])
+def test_the_operations_of_a_token_are_6_a_weight_and_12_a_pair(tiny_model, fields):
+    """Catches: pairs that no query sees, a window or sinks left out, weights counted twice."""
+    model, T = tiny_model(sliding_window_size=9, tie_embeddings=True, **fields), 30
+    row = [VARIANTS[name] for name in model.config.layer_variants]
+    p = torch.arange(T)[None]
+    seen = sum(visible(part, p, p, model.config).sum().item() for r in row for part in r.parts)
+    weights = sum(p.numel() for p in model.parameters())
+    assert token_flops(model.config, T) == pytest.approx(6 * weights + 12 * 6 * 8 * seen / T)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])

@@ -360,7 +360,7 @@ def test_a_disk_that_fills_leaves_the_last_good_step(tmp_path, monkeypatch):
 def test_the_error_of_a_full_disk_says_where(tmp_path):
     """Catches: "[Errno 27] File too large" alone. The system makes the error: no file may grow beyond 8 kB."""
     path, limits = tmp_path / "metrics.csv", resource.getrlimit(resource.RLIMIT_FSIZE)
-    path.write_text(",".join(METRICS) + "\n" + "0,1,1,1,1,1,\n" * 611)
+    path.write_text(",".join(METRICS) + "\n" + "0,1,1,1,1,1,\n" * 610)
     before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), limits[1]))
     try:
@@ -381,8 +381,9 @@ def log_of(out_dir: Path) -> Log:
 def test_metrics_are_cut_back_in_one_step(tmp_path, monkeypatch):
     """Catches: a kill or a full disk that loses the lines of the steps before; half a line that is read as a step."""
     path, header = tmp_path / "metrics.csv", ",".join(METRICS)
-    lines = [f"{step},{step}.5,0.1,1.0,{step * 9},0.25," for step in range(13)]
-    path.write_text("\r\n".join([header, *lines]) + "\r\n1")  # a full disk left half of step 13, or 1
+    lines = [f"{step},{step}.5,0.1,1.0,{step * 9},0.25,," for step in range(13)]
+    older = [line[: line.rfind(",")] for line in (header, *lines)]  # written before there was the last column
+    path.write_text("\r\n".join(older) + "\r\n1")  # a full disk left half of step 13, or 1
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -30,13 +30,13 @@ from lit_swa.exact_chunks import ExactChunks, check_chunks
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
 from lit_swa.formats.download import find_checkpoint
-from lit_swa.formats.hugging_face import expected_shapes
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate
 from lit_swa.model import GPT
 from lit_swa.training.compiling import compile_blocks
 from lit_swa.training.distribution import is_sharded, start_fabric, unwrapped
 from lit_swa.training.feed import ExampleFeed, ExampleValidation
+from lit_swa.training.flops import count_weights
 from lit_swa.training.loop import Progress, Run, validate, warmup_steps
 from lit_swa.training.memory import choose_recompute
 from lit_swa.training.precision import train_in_float32
@@ -133,10 +133,6 @@ def prepare(
         if note:
             run.log.say(note)
     return run
-
-
-def count_weights(config: Config) -> int:
-    return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
 def describe_choices(run: Run) -> str:

@@ -1,7 +1,7 @@
 """What a run tells: metrics.csv, TensorBoard if asked for, and a line on stderr."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lit_swa.training.loop import Progress
 
 LARGEST = 1e39  # float32 ends before it
-METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "val_loss")
+METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "val_loss", "bits_per_byte")
 
 
 def read_metrics(run: Path) -> dict[str, list[float]]:
@@ -27,12 +27,15 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
 def read_lines(path: Path, names: Sequence[str] = METRICS) -> list[str]:
     """The lines of a table below its header, each with a number of a step and numbers or nothing behind it.
 
-    A last line without its end, which a full disk leaves, is not among them. Raises ValueError for anything else.
+    A last line without its end, which a full disk leaves, is not among them. Columns that an older version did not have
+    are empty. Raises ValueError for anything else.
     """
     text = find_inside(path.parent, path.name).read_bytes().decode(errors="replace").replace("\r\n", "\n")
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    if lines and lines[0] != ",".join(names):
+    given = lines[0].split(",") if lines else list(names)
+    if len(given) < 2 or given != list(names[: len(given)]):
         raise ValueError(f"{path} is damaged: its first line must be {','.join(names)}; mend it or move it away.")
+    lines = [line + "," * (len(names) - len(given)) for line in lines]
     for number, line in enumerate(lines[1:], start=2):
         step, *values = line.split(",")
         try:
@@ -83,6 +86,9 @@ class Log:
         """args: has tensorboard and log_interval. Raises ValueError when TensorBoard is wanted and missing."""
         self.table, self.args, self.active = Table(out_dir / "metrics.csv", METRICS, active), args, active
         self.line, self.board = ProgressLine(steps, "step", interval=10.0), None
+        self.beside: Callable[[float], dict[str, float]] = lambda val_loss: {}  # columns that follow from it
+        self.token_share: float | None = None  # of what the devices compute in a second: what a token takes
+        self.tokens: int | None = None  # before the last step
         if active and args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -101,11 +107,19 @@ class Log:
             more = {} if val_loss is None else {"val_loss": val_loss}
             self.write(progress.step, **values, seconds=progress.step_seconds, **more)
         if self.active:
-            text = f"loss {format_number(loss, 3)} | {progress.step_seconds * 1e3:.0f} ms"
+            text = f"loss {format_number(loss, 3)} | {progress.step_seconds * 1e3:.0f} ms{self.share(progress)}"
             self.line.show(progress.step, text, tokens=progress.tokens, seconds=progress.seconds)
+
+    def share(self, progress: "Progress") -> str:
+        """The model FLOP utilisation of the step, where the devices' peak is known."""
+        before, self.tokens = self.tokens, progress.tokens
+        if self.token_share is None or before is None or progress.step_seconds <= 0:
+            return ""
+        return f" | MFU {self.token_share * (progress.tokens - before) / progress.step_seconds:.1%}"
 
     def write(self, step: int, **values: float) -> None:
         """A row of metrics.csv. values: by the names in METRICS; the others stay empty."""
+        values |= self.beside(values["val_loss"]) if "val_loss" in values else {}
         self.table.write(step, **values)
         with named_when_full(self.table.path):
             for name, value in values.items() if self.board is not None else ():

@@ -34,7 +34,8 @@ from lit_swa.model import GPT
 from lit_swa.token_files import INDEX, JOB, MIXTURE, TokenBatch, TokenData, TokenDirectory
 from lit_swa.training.distribution import start_fabric
 from lit_swa.training.feed import MICRO_BATCH_TOKENS
-from lit_swa.training.finetuning import count_weights, deciding_fields, describe_choices
+from lit_swa.training.finetuning import deciding_fields, describe_choices
+from lit_swa.training.flops import count_weights, peak_flops, token_flops
 from lit_swa.training.loop import Batch, Progress, Run
 from lit_swa.training.resuming import find_run
 from lit_swa.training.windows import Windows, plan_windows
@@ -222,6 +223,16 @@ class PretrainingRun(Run):
     tokenizer: Tokenizer
     valid: TokenValidation | None
     windows: Windows | None  # of the steps, where they differ
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.valid is not None:
+            self.log.beside = lambda loss: {"bits_per_byte": self.valid.bits_per_byte(loss)}
+        precision = torch.bfloat16 if self.args.precision == "bf16-mixed" else self.dtype
+        peak, length = peak_flops(self.fabric.device, precision), self.feed.data.block_length
+        flops = None if self.feed.data.documents else token_flops(self.config, length)
+        if peak is not None and flops is not None:
+            self.log.token_share = flops / (peak * self.fabric.world_size)
 
     def samples(self) -> str:
         ids = self.feed.longest().idx[0, :64].tolist()
