@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 def main(
     runs: list[Path], x: str = "step", smooth: int = 10, output: Path = Path("out/metrics.png"), log: bool = False
 ) -> None:
-    """Draw the smoothed training loss and the validation loss of one run or several.
+    """Draw the smoothed training loss and the validation loss of one run or several; of pretraining in bits per byte.
 
     Args:
         runs: Directories with a metrics.csv. The name of a directory labels its curve.
@@ -60,19 +60,25 @@ def read_runs(runs: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def draw(plt, result: dict[str, Any]):
-    """Training loss on the left, validation loss on the right."""
+    """Training loss on the left; on the right validation loss, or bits per byte where all runs tell them."""
     from lit_swa.plots import log_axis, set_title
 
     options = {"x": "step", "smooth": 10, "log": False} | result.get("axes", {})
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    columns = [run["metrics"] for run in result["runs"].values()]
+    in_bits = all(any(y is not None for y in c.get("bits_per_byte", [])) for c in columns)
+    right = "bits_per_byte" if in_bits else "val_loss"
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=not in_bits)
     for name, (style, label) in styles_of(result["runs"]).items():
         columns = result["runs"][name]["metrics"]
-        for axis, key in zip(axes, ("loss", "val_loss"), strict=True):
+        for axis, key in zip(axes, ("loss", right), strict=True):
             if points := points_of(columns, key, options):
                 marks = {"markevery": max(1, len(points) // 6), "markersize": 5} if key == "loss" else {}
                 axis.plot(*zip(*points, strict=True), label=label, **style, **marks)
     units = {"step": "optimiser step", "tokens": "tokens read", "seconds": "seconds"}
-    titles = (f"training loss, mean of {options['smooth']} steps", "validation loss")
+    titles = (
+        f"training loss, mean of {options['smooth']} steps",
+        "validation, bits per byte" if in_bits else "validation loss",
+    )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel=units[options["x"]], title=title)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -97,7 +103,7 @@ def points_of(columns: dict[str, list], key: str, options: dict[str, Any]) -> li
     places = [place or 0 for place in columns[options["x"]]]
     places = list(itertools.accumulate(places)) if options["x"] == "seconds" else places
     points = [(place, y) for place, y in zip(places, columns[key], strict=True) if y is not None]
-    if key == "val_loss":
+    if key != "loss":
         return points
     means = running_mean([y for _, y in points], options["smooth"])
     return [(place, mean) for (place, _), mean in zip(points, means, strict=True)]
@@ -117,7 +123,7 @@ def styles_of(runs: dict[str, dict[str, Any]]) -> dict[str, tuple[dict[str, Any]
             style |= {"linestyle": DASHES[n % len(DASHES)], "marker": "os^D"[n % 4]}
         rates = [rate for rate in run["metrics"]["learning_rate"] if rate]
         terms = {"full": "all weights", "lora": "LoRA", "adapter": "LLaMA-Adapter", "adapter_v2": "LLaMA-Adapter v2"}
-        words = [terms.get(method, method)] + ([f"highest rate {max(rates):.3g}"] if rates else [])
+        words = [terms.get(method, method)] * (method != name) + ([f"highest rate {max(rates):.3g}"] if rates else [])
         styles[name] = style, f"{name}: {', '.join(words)}"
     return styles
 
@@ -144,7 +150,10 @@ def title_of(runs: dict[str, dict[str, Any]]) -> str:
     known = [run for run in runs.values() if argument(run, "data")]
     models = dict.fromkeys(Path(argument(run, "checkpoint_dir") or DEFAULT_REPO).name for run in known)
     data = dict.fromkeys(names_of(argument(run, "data")) for run in known)
-    what = f"{', '.join(models)} finetuned on {', '.join(data)}: " if known else ""
+    trained = f"{', '.join(models)} finetuned"
+    if all("pretrain/" in (run.get("command") or "") and not argument(run, "checkpoint_dir") for run in known):
+        trained = "Trained from random weights"
+    what = f"{trained} on {', '.join(data)}: " if known else ""
     return f"{what}one run each" if len(runs) > 1 else f"{what}one run"
 
 

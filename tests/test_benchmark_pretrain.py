@@ -1,0 +1,34 @@
+"""scripts/benchmark_pretrain.py on a tiny model: what each method of ours runs."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from lit_swa.model import GPT
+from lit_swa.training import compiling
+
+pytest.importorskip("lightning")
+
+
+def test_each_method_runs_what_it_says(monkeypatch):
+    """Catches: an eager step that is compiled or the other way round, full attention timed as a window, weights that do
+    not move, a step whose optimiser is another's."""
+    script = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts/benchmark_pretrain.py"))
+    seen, run, compiled = [], GPT.run_blocks, []
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(torch, "compile", lambda f, **how: lambda *given: compiled.append(1) or f(*given))
+    monkeypatch.setattr(GPT, "run_blocks", lambda model, *given: seen.append(model.windows[0]) or run(model, *given))
+    settings = {"length": 24, "micro_batch_size": 2, "accumulate": 2, "window": 5, "recompute": 1, "dtype": "float32"}
+    calls = []
+    group = script["Group"](tiny_config(), settings | {"repeats": 1}, "cpu")
+    step = script["Group"].step
+    script["Group"].step = lambda *given: (compiled.clear(), step(*given), calls.append(len(compiled)))[1]
+    rows = group.measure(["eager", "compiled", "window"], None)
+    assert [row.get("error") for row in rows] == [None] * 3 and all(row["tok_s"] > 0 for row in rows)
+    assert seen == [24, 24, 24, 24, 5, 5] * 2  # two micro-batches a step, a first step and a timed one
+    blocks, recomputed, losses = 2, 1, 1
+    assert calls == [0, 2 * (blocks + recomputed + losses), 2 * (blocks + recomputed + losses)] * 2
+    assert rows[0]["loss"] > rows[1]["loss"] > rows[2]["loss"]  # they train one model, one after the other
