@@ -15,12 +15,15 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.memory import require_memory
+
+if TYPE_CHECKING:
+    from lit_swa.generate import Session
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -133,6 +136,27 @@ def largest_fitting(size: Callable[[int], int], budget: int, most: int) -> int:
         per_step = max((now - at_zero) / n, 1e-3)
         n += round((budget - now) / per_step)
     return fits
+
+
+def ask(
+    session: "Session",
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    room: int,
+    should_stop: Callable[[], bool] | None = None,
+) -> str:
+    """What the model writes greedily behind a prompt, in up to `room` tokens, until its first number has ended."""
+    from lit_swa.generate import generate
+
+    answer, new = "", []
+    session.reset()  # each trial is read from its beginning, so that none depends on the one before
+    tokens = generate(session.model, ids, room, stop_tokens=tokenizer.eos_ids, session=session, should_stop=should_stop)
+    for token in tokens:
+        new.append(token)
+        answer = tokenizer.decode(new)
+        if is_answered(answer):
+            break
+    return answer
 
 
 def find_answer(text: str) -> int | None:

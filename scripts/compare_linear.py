@@ -241,6 +241,8 @@ class Runs:
     def make(self, name: str, before: Any) -> None:
         """Train the model of a way. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed, and the
         same for every way behind one that did."""
+        from lit_swa.runs import execute
+
         try:
             if before is not None:
                 before.result()
@@ -261,6 +263,8 @@ class Runs:
 
     def commands(self, name: str) -> list[list[str]]:
         """The finetuning scripts that make it, with their arguments, as typed."""
+        from lit_swa.runs import typed
+
         row, run = ROWS[name], self.out_dir / name.replace(" ", "-")
         if name == "softmax" or row.read:
             return []
@@ -276,6 +280,8 @@ class Runs:
 
     def block_commands(self, options: dict[str, Any]) -> list[list[str]]:
         """Split, save what each block reads, train each alone, put together."""
+        from lit_swa.runs import typed
+
         own = {
             "shard": ("checkpoint_dir", "model.linear_window"),
             "inputs": ("checkpoint_dir", "data", "max_seq_length", "validation_fraction", "device", "seed"),
@@ -317,32 +323,6 @@ def ancestors(name: str) -> list[str]:
     return [] if start is None else [*ancestors(start), start]
 
 
-def typed(options: dict[str, Any]) -> list[str]:
-    """Options as words of a command line."""
-    words = []
-    for name, value in options.items():
-        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return words
-
-
-def execute(command: list[str], log: Path | None) -> None:
-    """Run one of the project's scripts. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed."""
-    import shlex
-    import subprocess
-    from contextlib import nullcontext
-
-    root = Path(__file__).resolve().parents[1]
-    print(shlex.join(["python", *command]), file=sys.stderr, flush=True)
-    words = [sys.executable, str(root / command[0]), *command[1:]]
-    with open(log, "ab") if log else nullcontext(2) as stream:  # 2 is stderr
-        code = subprocess.run(words, stdout=stream, stderr=stream).returncode
-    if code == 130:
-        raise KeyboardInterrupt
-    if code:
-        where = f"{log} says" if log else "it says above"
-        raise ValueError(f"{command[0]} failed, as {where}: mend that, and the same command goes on.")
-
-
 # ----------------------------------------------------------------------------------------------------------- the judges
 
 
@@ -353,6 +333,7 @@ def judge_all(runs: Runs, tokens, prefix, sizes):
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.judges import Judges
+    from lit_swa.runs import free_memory
     from lit_swa.tokenizer import Tokenizer
     from lit_swa.utils import pick_dtype
 
@@ -371,16 +352,6 @@ def judge_all(runs: Runs, tokens, prefix, sizes):
         free_memory()
         print(f"{name}: {summary(row)}", file=sys.stderr, flush=True)
         yield row
-
-
-def free_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def summary(row: dict[str, Any]) -> str:

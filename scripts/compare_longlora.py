@@ -129,6 +129,7 @@ def measure(
 
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.files import read_json
+    from lit_swa.runs import execute, free_memory
     from lit_swa.training.log import read_metrics
     from lit_swa.training.saving import RUN_FILE
     from lit_swa.utils import pick_dtype
@@ -139,7 +140,6 @@ def measure(
     if trained is not None:
         run = out_dir / name.replace(" ", "-")
         command = training_command(trained, training | {"out_dir": run}, fields | own, r)
-        print(shlex.join(["python", *command]), file=sys.stderr, flush=True)
         execute(command)
         metrics = read_metrics(run)
         row = {"command": shlex.join(["python", *command]), "loss": metrics["loss"]}
@@ -157,42 +157,13 @@ def measure(
 
 def training_command(trained: str, training: dict[str, Any], fields: dict[str, Any], r: int) -> list[str]:
     """A finetuning script and its arguments, as typed."""
-    import json
+    from lit_swa.runs import typed
 
     options = dict(training)
     if trained != "full":
         options |= {"r": r, "alpha": 2 * r} | ({"extra_trainable": trained} if trained else {})
     options |= {f"model.{name}": value for name, value in fields.items()}
-    command = ["finetune/full.py" if trained == "full" else "finetune/lora.py"]
-    for name, value in options.items():
-        command += [f"--{name}", json.dumps(value) if isinstance(value, bool | dict) else str(value)]
-    return command
-
-
-def execute(command: list[str]) -> None:
-    """Run one of the project's scripts. Raises KeyboardInterrupt if it was interrupted, ValueError if it failed."""
-    import signal
-    import subprocess
-
-    from lit_swa.utils import interruptible
-
-    root = Path(__file__).resolve().parents[1]
-    with interruptible([signal.SIGINT]):  # Ctrl-C reaches the script too: let it save its step
-        code = subprocess.run([sys.executable, str(root / command[0]), *command[1:]]).returncode
-    if code == 130:
-        raise KeyboardInterrupt
-    if code:
-        raise ValueError(f"{command[0]} failed, as it says above: mend that, and the same command goes on.")
-
-
-def free_memory() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return ["finetune/full.py" if trained == "full" else "finetune/lora.py", *typed(options)]
 
 
 def read(model, tokens, cut, device: str) -> float:

@@ -126,7 +126,7 @@ def ask_all(plan: list, results, text: str) -> None:
             for trial in plan:
                 if trial.key in results.parts:
                     continue
-                part = ask(session, tokenizer, trial, a, words, interrupted)
+                part = try_one(session, tokenizer, trial, a, words, interrupted)
                 if interrupted():
                     raise KeyboardInterrupt
                 results.add(trial.key, part)
@@ -160,21 +160,13 @@ def check_context(gpt, longest: int) -> None:
         )
 
 
-def ask(session, tokenizer, trial, a: dict[str, Any], words: list[str], interrupted) -> dict[str, Any]:
+def try_one(session, tokenizer, trial, a: dict[str, Any], words: list[str], interrupted) -> dict[str, Any]:
     """One trial: read its prompt, go on greedily for a few tokens, find the first number in them."""
-    from lit_swa.generate import generate
-    from lit_swa.passkey import build_prompt, find_answer, is_answered
+    from lit_swa.passkey import ask, build_prompt, find_answer
 
     room = a["max_new_tokens"]
     ids, passkey, depth = build_prompt(trial, tokenizer, a["seed"], room, words, a["use_chat_template"])
-    answer, new = "", []
-    session.reset()  # each trial is read from its beginning, so that none depends on the one before
-    tokens = generate(session.model, ids, room, stop_tokens=tokenizer.eos_ids, session=session, should_stop=interrupted)
-    for token in tokens:
-        new.append(token)
-        answer = tokenizer.decode(new)
-        if is_answered(answer):
-            break
+    answer = ask(session, tokenizer, ids, room, interrupted)
     return {
         "length": trial.length, "cell": trial.depth, "trial": trial.number, "depth": depth, "prompt_tokens": len(ids),
         "expected": passkey, "answer": answer, "right": find_answer(answer) == passkey,
