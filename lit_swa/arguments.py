@@ -31,6 +31,8 @@ class Loop:
         devices: Number of devices on each machine, with a process each. torchrun and SLURM may start them instead.
         num_nodes: Number of machines.
         strategy: ddp holds the whole model on each device; fsdp shards weights, gradients and moments over devices.
+        shard_size: With fsdp, shard over groups of so many devices, such as those of one machine; each group holds the
+            whole model. By default all devices are one group.
         recompute: How many layers compute their activations again in the backward to save memory: auto (as few as the
             memory allows), all, none or a number.
         compile: Compile what is around attention in each layer. It takes a while at the start, and makes steps faster.
@@ -69,6 +71,7 @@ class Loop:
     devices: int = 1
     num_nodes: int = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    shard_size: int | None = None
     recompute: str | int = "auto"
     compile: bool = False
     eval_interval: int | None = None
@@ -101,6 +104,8 @@ class Loop:
             check_range("recompute", self.recompute, 0, 2**31)
         elif self.recompute not in ("auto", "all", "none"):
             raise ValueError(f"recompute={self.recompute!r} does not fit: choose auto, all, none or a number.")
+        if self.shard_size is not None and self.strategy != "fsdp":
+            raise ValueError(f"shard_size={self.shard_size} has no effect with strategy='ddp': use --strategy fsdp.")
         if self.chunk_size is not None and self.strategy == "fsdp":
             raise ValueError("chunk_size needs the whole model on each device: use --strategy ddp, or leave it out.")
 
@@ -233,6 +238,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "chunk_size": (1, 2**31),
     "devices": (1, 4096),
     "num_nodes": (1, 4096),
+    "shard_size": (1, 2**24),
     "eval_interval": (1, 2**31),
     "early_stop": (0, 2**31),
     "save_interval": (1, 2**31),

@@ -520,6 +520,8 @@ def test_gradients_are_clipped_to_the_norm(tiny_model):
         ({"early_stop": 1, "validation_fraction": 0}, "early_stop=1 waits for a validation loss"),
         ({"lr_schedule": "plateau", "limit": 1}, "lr_schedule=plateau waits for a validation loss"),
         ({"max_seq_length": 4096}, "context of 512"),
+        ({"shard_size": 2, "strategy": "fsdp"}, "shard_size=2 does not divide the 1 processes"),
+        ({"shard_size": 1}, "no effect with strategy='ddp'"),
         ({"chunk_size": 5, "strategy": "fsdp"}, "chunk_size needs the whole model on each device"),
         ({"chunk_size": 5, "model.s2_attention": "true"}, "S2-Attn groups the tokens of a whole text"),
         ({"model.nope": 3}, "nope"),
@@ -549,6 +551,8 @@ def start_two(launcher: str, script: str, arguments: list, log: Path) -> list:
     [
         ("ddp", "lora", "devices"),
         ("fsdp", "full", "torchrun"),
+        ("fsdp --shard_size 1", "full", "torchrun"),  # two copies
+        pytest.param("fsdp --shard_size 2", "lora", "torchrun", marks=pytest.mark.slow),
         pytest.param("fsdp", "lora", "devices", marks=pytest.mark.slow),
         pytest.param("ddp", "full", "torchrun", marks=pytest.mark.slow),
     ],
@@ -566,7 +570,7 @@ def test_two_processes_make_the_losses_of_one(train, strategy, script, launcher,
     shutil.copy(one / "metrics.csv", tmp_path / "two")
     flags = [x for key, value in arguments.items() for x in (f"--{key}", value)]
     flags += ["--checkpoint_dir", tiny_checkpoint, "--data", data_file, "--out_dir", tmp_path / "two", "--sample"]
-    flags += ["false", "--device", "cpu", "--strategy", strategy, "--resume", "auto"]
+    flags += ["false", "--device", "cpu", "--strategy", *strategy.split(), "--resume", "auto"]
     processes = start_two(launcher, f"finetune/{script}.py", flags, tmp_path / "log")
     for process in processes:
         process.join(300)

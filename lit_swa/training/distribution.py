@@ -1,7 +1,8 @@
 """Several devices: Lightning Fabric with DDP or FSDP, and weights that are sharded over devices made whole again.
 
 DDP holds the whole model on each device and averages gradients. FSDP2 shards every weight, its gradient and its moments
-over all devices, and gathers a block's weights when it runs (Zhao et al. 2023, arXiv 2304.11277).
+over all devices, and gathers a block's weights when it runs (Zhao et al. 2023, arXiv 2304.11277). Hybrid sharding lies
+in between: each group of devices shards a model of its own, and gradients are averaged over all groups.
 """
 
 import logging
@@ -46,7 +47,7 @@ def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
     devices = [int(device.split(":")[1])] if ":" in device and count == 1 else count
     strategy: Any = "auto"
     if args.strategy == "fsdp":
-        strategy = fsdp_strategy(count * num_nodes)
+        strategy = fsdp_strategy(count * num_nodes, args.shard_size)
     elif count * num_nodes > 1:
         strategy = DDPStrategy(broadcast_buffers=False)  # the only buffers are RoPE's frequencies
     fabric = Fabric(
@@ -69,17 +70,24 @@ def use_whole_memory() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def fsdp_strategy(world_size: int) -> Any:
-    """FSDP2 over all devices, a block at a time."""
+def fsdp_strategy(world_size: int, shard_size: int | None = None) -> Any:
+    """FSDP2, a block at a time, over groups of shard_size devices in a row; None: over all. Raises ValueError when
+    groups of that size do not make up all devices."""
     from lightning.fabric.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
-    def shard(model: nn.Module, mesh: Any) -> nn.Module:
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        return fully_shard(model, mesh=mesh["data_parallel"])
+    if shard_size is not None and world_size % shard_size:
+        raise ValueError(f"shard_size={shard_size} does not divide the {world_size} processes: give a divisor.")
 
-    return ModelParallelStrategy(shard, data_parallel_size=world_size, tensor_parallel_size=1)
+    def shard(model: nn.Module, mesh: Any) -> nn.Module:
+        mesh = mesh["data_parallel"] if shard_size is None else mesh  # (copies of the model, devices that share one)
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    # Fabric's second dimension is there for tensors in parallel, and does for shards.
+    sizes = (world_size, 1) if shard_size is None else (world_size // shard_size, shard_size)
+    return ModelParallelStrategy(shard, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1])
 
 
 def is_sharded(fabric: "Fabric") -> bool:
