@@ -1,0 +1,311 @@
+"""Memory, exchange and speed of pretraining on many GPUs: python scripts/plan_training.py --name TinyLlama-1.1B."""
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+if TYPE_CHECKING:
+    from lit_swa.config import Config
+    from lit_swa.training.estimate import Parts
+
+FLOAT32 = 4  # bytes: weights are held, gathered and reduced in float32, whatever the products are computed in
+DDP_BUCKET = 25 * 2**20  # bytes that DDP adds up at once
+
+
+def main(
+    name: str = "TinyLlama-1.1B",
+    devices: list[int] | None = None,
+    strategy: Literal["ddp", "fsdp", "hybrid"] = "fsdp",
+    length: int = 2048,
+    micro_batch_size: int = 8,
+    accumulate: int = 1,
+    recompute: int = 0,
+    per_host: int = 8,
+    network: float = 50.0,
+    network_start: float = 1e-5,
+    memory: float = 80.0,
+    pieces: Path = Path("tutorials/results/measure_pieces.json"),
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Print a table: for each number of GPUs the memory of one, what it sends, and the speed of all.
+
+    What one GPU and the links within a host do was measured (--pieces, by scripts/measure_pieces.py). The network
+    between hosts was not: its speed is given. Everything else is computed.
+
+    Args:
+        name: A named shape.
+        devices: Numbers of GPUs. By default 8, 16, 32, 64, 128, 256 and 512.
+        strategy: ddp holds everything on each GPU; fsdp shards weights, gradients and moments over all; hybrid shards
+            them over the GPUs of a host, and each host holds all.
+        length: Tokens of a row.
+        micro_batch_size: Rows that a GPU reads at once.
+        accumulate: Micro-batches of a step on each GPU.
+        recompute: How many layers compute their activations again.
+        per_host: GPUs of a host.
+        network: GB that one GPU's network card takes in per second, and sends as well: 50 for 400 Gb/s.
+        network_start: Seconds that an exchange takes longer for each further host.
+        memory: GB of a GPU.
+        pieces: What was measured.
+        model: Any field of the model's config, as --model.FIELD VALUE.
+    """
+    from lit_swa.checks import check_range
+    from lit_swa.config import Config
+    from lit_swa.formats.files import read_json
+
+    devices = [8, 16, 32, 64, 128, 256, 512] if devices is None else devices
+    for option, value, least in (
+        ("length", length, 2), ("micro_batch_size", micro_batch_size, 1), ("accumulate", accumulate, 1),
+        ("recompute", recompute, 0), ("per_host", per_host, 1), ("devices", min(devices, default=0), 1),
+        ("network", network, 1e-3), ("network_start", network_start, 0), ("memory", memory, 1e-3),
+    ):  # fmt: skip
+        check_range(option, value, least)
+    if uneven := [n for n in devices if n > per_host and n % per_host]:
+        raise ValueError(
+            f"devices={uneven[0]} does not fit hosts of {per_host}: give a multiple, or another --per_host."
+        )
+    if not pieces.is_file():
+        raise FileNotFoundError(f"There is no file {pieces}: scripts/measure_pieces.py --devices 2 writes it.")
+    config = Config.from_name(name, **{"block_size": length} | (model or {}))
+    measured = Measured(read_json(pieces), config, length, Network(per_host, network * 1e9, network_start))
+    plan = Plan(config, strategy, length, micro_batch_size, accumulate, recompute)
+    print(f"{name}, {plan.weights:,} weights, {strategy}, {accumulate} x {micro_batch_size} rows of {length} a GPU.")
+    print("\n".join(measured.notes(plan)))
+    print()
+    heads = ["GPUs", "tokens of a step", "memory, GB", "GB moved a step", "computing, ms", "exchanging, ms", "step, ms"]
+    heads += ["tok/s", "of one GPU's"]
+    print("| " + " | ".join(heads) + " |\n|" + " ---: |" * len(heads))
+    for n in devices:
+        needed, time = plan.memory(n, per_host), measured.times(plan, n)
+        cells = [f"{n}", f"{n * plan.tokens:,}", f"{needed / 1e9:.1f}" + " (too much)" * (needed > memory * 1e9)]
+        cells += [f"{sum(e.moved for e in plan.exchanges(n, per_host)) / 1e9:.1f}"]
+        cells += [f"{1e3 * seconds:,.0f}" for seconds in (time.computing, time.exchanging, time.step)]
+        cells += [f"{n * plan.tokens / time.step:,.0f}", f"{time.alone / time.step:.0%}"]
+        print("| " + " | ".join(cells) + " |")
+
+
+# ------------------------------------------------------------------------------------------- what is held and exchanged
+
+
+class Exchange(NamedTuple):
+    """Equal operations of a step on one GPU."""
+
+    operation: str  # all_gather, reduce_scatter or all_reduce
+    bytes: int  # of the tensor, whole
+    count: int
+    n: int  # GPUs that take part
+    across: bool  # each of another host
+
+    @property
+    def moved(self) -> float:
+        """Bytes that a GPU takes in: of a ring, which none does with less."""
+        return (2 if self.operation == "all_reduce" else 1) * self.count * self.bytes * (self.n - 1) / self.n
+
+
+class Plan:
+    """A step of training every weight of a model."""
+
+    def __init__(
+        self, config: "Config", strategy: str, length: int, rows: int, accumulate: int, recompute: int = 0
+    ) -> None:
+        from lit_swa.formats.hugging_face import expected_shapes
+
+        self.config, self.strategy, self.length, self.rows = config, strategy, length, rows
+        self.accumulate, self.recompute, self.tokens = accumulate, recompute, accumulate * rows * length
+        sizes = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
+        self.blocks = [sum(n for name, n in sizes.items() if name.startswith(f"transformer.h.{i}."))
+                       for i in range(config.n_layer)]  # fmt: skip
+        self.weights = sum(sizes.values())
+        self.root = self.weights - sum(self.blocks)  # embeddings, the last norm, the head
+
+    def shards(self, n: int, per_host: int) -> int:
+        """Over how many GPUs weights, gradients and moments are sharded."""
+        return {"ddp": 1, "fsdp": n, "hybrid": min(n, per_host)}[self.strategy]
+
+    def exchanges(self, n: int, per_host: int) -> list[Exchange]:
+        """What a step exchanges. FSDP gathers a block for each forward and again for each backward, the rest once a
+        micro-batch; gradients are exchanged behind the last one."""
+        if n == 1:
+            return []
+        if self.strategy == "ddp":
+            buckets = max(1, round(FLOAT32 * self.weights / DDP_BUCKET))
+            return [Exchange("all_reduce", FLOAT32 * self.weights // buckets, buckets, n, per_host == 1)]
+        shards, found = self.shards(n, per_host), []
+        for size, gathers in [(self.root, 1), *((block, 2) for block in self.blocks)]:
+            if shards > 1:
+                across = per_host == 1
+                found.append(Exchange("all_gather", FLOAT32 * size, gathers * self.accumulate, shards, across))
+                found.append(Exchange("reduce_scatter", FLOAT32 * size, 1, shards, across))
+            if n > shards:
+                found.append(Exchange("all_reduce", FLOAT32 * size // shards, 1, n // shards, True))
+        return found
+
+    def memory(self, n: int, per_host: int) -> int:
+        """Bytes on one GPU: weights, gradients and two moments, what is gathered, and activations."""
+        shards, parts = self.shards(n, per_host), self.parts()
+        from lit_swa.training.estimate import course
+
+        whole = FLOAT32 * self.weights
+        if shards == 1:
+            held = whole if self.accumulate > 1 or n > 1 else 0
+            copies = whole if n > 1 else 0  # DDP's buckets
+            peak = max(course(parts, self.recompute, held), whole + 2 * FLOAT32 * self.largest)
+            return 3 * whole + copies + peak
+        inflow = [cost._replace(gradients=0) for cost in parts.layers]  # a block's are scattered as they come
+        parts = parts._replace(layers=inflow, loss=parts.loss._replace(gradients=0))
+        unscattered = whole if self.accumulate > 1 else 0  # until the last micro-batch
+        gathered = FLOAT32 * (self.root + 3 * max(self.blocks))  # the next block is gathered, the last scattered
+        return 4 * whole // shards + unscattered + gathered + course(parts, self.recompute, 0)
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest matrix, of which the update holds two more."""
+        from lit_swa.formats.hugging_face import expected_shapes
+
+        return max(math.prod(shape) for shape in expected_shapes(self.config).values())
+
+    def parts(self) -> "Parts":
+        """What the parts of the model take, as in a dry run; layers that repeat are measured once."""
+        from contextlib import nullcontext
+
+        import torch
+
+        from lit_swa import GPT
+        from lit_swa.train import Batch, recompute_blocks, train_in_float32
+        from lit_swa.training.estimate import Tracker, measure_parts
+
+        period = len(self.config.attention.split(","))
+        period = period if self.config.n_layer > period else self.config.n_layer
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            gpt = GPT(self.config.override(n_layer=period)).train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        train_in_float32(gpt, torch.bfloat16)
+        recompute_blocks(gpt, 0)
+        idx = torch.zeros(self.rows, self.length, dtype=torch.long)
+        call, where = gpt.plan_call(idx, None, documents=None), torch.arange(idx.numel())
+        with Tracker() as tracker, nullcontext():
+            parts = measure_parts(tracker, gpt, call, Batch(idx, idx, None, [0]), where)
+        return parts._replace(layers=[parts.layers[i % period] for i in range(self.config.n_layer)])
+
+
+# ------------------------------------------------------------------------------------------------------------- the time
+
+
+class Network(NamedTuple):
+    """What links hosts."""
+
+    per_host: int
+    rate: float  # bytes per second and GPU
+    start: float  # seconds for each further host
+
+
+class Times(NamedTuple):
+    """Seconds of a step."""
+
+    alone: float  # on one GPU
+    computing: float
+    exchanging: float
+    step: float  # less than both together, where they overlap
+
+
+class Measured:
+    """What was measured, and what follows for a plan."""
+
+    def __init__(self, content: dict[str, Any], config: "Config", length: int, network: Network) -> None:
+        """Raises ValueError where a step of one device is missing."""
+        from lit_swa.training.flops import token_flops
+
+        self.content, self.network = content, network
+        self.flops = token_flops(config, length)
+        if self.flops is None:
+            raise ValueError(f"The operations of attention={config.attention!r} are not counted: plan another shape.")
+        steps = [row for row in content.get("steps", ()) if row["strategy"] == "one" and row["flops_per_token"]]
+        if not steps:
+            raise ValueError("The pieces hold no step of one device: run scripts/measure_pieces.py again.")
+
+        def distance(row: dict[str, Any]) -> float:
+            work = math.log(row["flops_per_token"] / self.flops)
+            return abs(work) + abs(math.log(row["length"] / length))
+
+        self.one = min(steps, key=distance)
+        self.per_flop = self.one["micro_s"] / (self.one["flops_per_token"] * self.one["rows"] * self.one["length"])
+
+    def notes(self, plan: Plan) -> list[str]:
+        """Where the figures come from."""
+        one, share = self.one, f" (MFU {self.one['mfu']:.1%})" if "mfu" in self.one else ""
+        lines = [f"Measured on {self.content['machine']}: {one['name']}, {one['rows']} rows of {one['length']}{share}"]
+        links = [f"{op} {self.rate(op) / 1e9:.0f} GB/s" for op in ("all_gather", "reduce_scatter", "all_reduce")]
+        lines.append(f"measured between {self.content['processes']} devices of a host: " + ", ".join(links))
+        hidden = f"{self.overlap(plan.strategy):.0%} of what can overlap does"
+        given = f"{self.network.rate / 1e9:g} GB/s and {self.network.start * 1e6:g} us a host"
+        return [*lines, f"measured for {plan.strategy}: {hidden}", f"given, not measured: a network of {given} a GPU"]
+
+    def rate(self, operation: str) -> float:
+        """Bytes per second that a device takes in, in the largest exchange."""
+        n, rows = self.content["processes"], self.rows(operation)
+        return Exchange(operation, rows[-1]["bytes"], 1, n, False).moved / rows[-1]["seconds"]
+
+    def rows(self, operation: str) -> list[dict[str, Any]]:
+        """The exchanges of a kind, the smallest first. Raises ValueError where there are none."""
+        rows = [row for row in self.content.get("exchanges", ()) if row["operation"] == operation]
+        if not rows:
+            raise ValueError("The pieces hold no exchanges: run scripts/measure_pieces.py with --devices 2 or more.")
+        return sorted(rows, key=lambda row: row["bytes"])
+
+    def seconds(self, e: Exchange) -> float:
+        """How long exchanges take: a start, and the bytes at the rate of the slowest link."""
+        smallest = self.rows(e.operation)[0]
+        own = Exchange(e.operation, smallest["bytes"], 1, self.content["processes"], False).moved
+        start, rate = max(0.0, smallest["seconds"] - own / self.rate(e.operation)), self.rate(e.operation)
+        hosts = e.n if e.across else -(-e.n // self.network.per_host)
+        if e.across:
+            rate = min(rate, self.network.rate)
+        elif hosts > 1:  # a ring leaves a host by every card
+            rate = min(rate, self.network.rate * self.network.per_host)
+        return e.count * (start + self.network.start * (hosts - 1)) + e.moved / rate
+
+    def computing(self, plan: Plan, shards: int) -> tuple[float, float]:
+        """Seconds of a micro-batch, and of the update of a GPU's share of the weights."""
+        again = sum(plan.blocks[: plan.recompute]) / plan.weights / 3  # a forward is a third
+        micro = self.per_flop * self.flops * plan.rows * plan.length * (1 + again)
+        return micro, self.one["update_s"] * plan.weights / self.one["weights"] / shards
+
+    def times(self, plan: Plan, n: int) -> Times:
+        per_host = self.network.per_host
+        micro, update = self.computing(plan, plan.shards(n, per_host))
+        exchanging = sum(map(self.seconds, plan.exchanges(n, per_host)))
+        hidden = self.overlap(plan.strategy) * min(exchanging, self.room(plan, micro)) if n > 1 else 0.0
+        computing = plan.accumulate * micro + update
+        alone = plan.accumulate * micro + self.computing(plan, 1)[1]
+        return Times(alone, computing, exchanging, computing + exchanging - hidden)
+
+    @staticmethod
+    def room(plan: Plan, micro: float) -> float:
+        """Seconds of computing beside which something can be exchanged: DDP has the last backward."""
+        return micro * 2 / 3 if plan.strategy == "ddp" else micro * plan.accumulate
+
+    def overlap(self, strategy: str) -> float:
+        """The share of what can overlap that did so where it was measured; hybrid's is FSDP's. 0 where it was not."""
+        from lit_swa.config import Config
+
+        kind = "ddp" if strategy == "ddp" else "fsdp"
+        rows = [row for row in self.content["steps"] if row["strategy"] == kind and row["length"] == self.one["length"]]
+        if not rows:
+            return 0.0
+        row, n = rows[0], rows[0]["processes"]
+        config = Config.from_name(row["name"], **{"block_size": row["length"]} | row["model"])
+        plan = Plan(config, kind, row["length"], row["rows"], 1)
+        exchanging = sum(map(self.seconds, plan.exchanges(n, max(n, self.network.per_host))))
+        computing = self.one["micro_s"] + self.one["update_s"] / plan.shards(n, n)
+        hidden = computing + exchanging - row["step_s"]
+        return min(1.0, max(0.0, hidden / min(exchanging, self.room(plan, self.one["micro_s"]))))
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
