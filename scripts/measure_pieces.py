@@ -56,8 +56,10 @@ def main(
     from lit_swa.config import Config
     from lit_swa.evaluate import launch_ranks
     from lit_swa.formats.files import write_json
+    from lit_swa.train import use_whole_memory
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
+    use_whole_memory()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     on_gpu = device.startswith("cuda")

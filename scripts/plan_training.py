@@ -149,7 +149,7 @@ class Plan:
 
         whole = FLOAT32 * self.weights
         if shards == 1:
-            held = whole if self.accumulate > 1 or n > 1 else 0
+            held = whole if self.accumulate > 1 else 0  # else gradients come with the backward
             copies = whole if n > 1 else 0  # DDP's buckets
             peak = max(course(parts, self.recompute, held), whole + 2 * FLOAT32 * self.largest)
             return 3 * whole + copies + peak
@@ -172,18 +172,17 @@ class Plan:
 
         import torch
 
-        from lit_swa import GPT
+        from lit_swa.formats.hugging_face import empty_model
+        from lit_swa.rope import RoPE
         from lit_swa.train import Batch, recompute_blocks, train_in_float32
         from lit_swa.training.estimate import Tracker, measure_parts
 
         period = len(self.config.attention.split(","))
         period = period if self.config.n_layer > period else self.config.n_layer
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            gpt = GPT(self.config.override(n_layer=period)).train()
-        finally:
-            torch.set_default_dtype(torch.float32)
+        gpt = empty_model(self.config.override(n_layer=period)).train()
         train_in_float32(gpt, torch.bfloat16)
+        gpt.to_empty(device="cpu")  # no number is written, so that no memory is taken
+        gpt.rope = RoPE(gpt.config)
         recompute_blocks(gpt, 0)
         idx = torch.zeros(self.rows, self.length, dtype=torch.long)
         call, where = gpt.plan_call(idx, None, documents=None), torch.arange(idx.numel())

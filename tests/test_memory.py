@@ -21,6 +21,7 @@ from lit_swa.memory import free_memory, memory_sentence, ran_out_of_memory, requ
 from lit_swa.training.estimate import Tracker, estimate_step
 from lit_swa.training.loop import Batch
 from lit_swa.training.memory import choose_recompute, mapped_bytes, recompute_blocks
+from lit_swa.training.precision import train_in_float32
 from lit_swa.utils import check_devices
 
 CPU = torch.device("cpu")
@@ -223,21 +224,24 @@ SLIDING = {"attention": "sliding,full", "sliding_window_size": 100}
 
 
 @pytest.mark.parametrize(
-    "fields, lora, recomputed",
+    "fields, lora, recomputed, dtype",
     [
-        ({"tie_embeddings": True}, False, 1),
-        (SLIDING, True, 0),
-        ({"attention": "dual_chunk", "dual_chunk_pretraining_length": 128}, True, 4),
-        ({"s2_attention": True, "vocab_size": 1000}, True, 3),
+        ({"tie_embeddings": True}, False, 1, torch.float32),
+        (SLIDING, False, 0, torch.bfloat16),
+        (SLIDING, True, 0, torch.float32),
+        ({"attention": "dual_chunk", "dual_chunk_pretraining_length": 128}, True, 4, torch.float32),
+        ({"s2_attention": True, "vocab_size": 1000}, True, 3, torch.float32),
     ],
 )
-def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, monkeypatch):
-    """Catches: activations, gradients or a layer left out or counted twice. torch's allocator is the oracle."""
+def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, dtype, monkeypatch):
+    """Catches: activations, gradients or a layer left out or counted twice, or as wide as weights that are wider than
+    what is computed. torch's allocator is the oracle."""
     shape = {"n_layer": 4, "n_embd": 96, "intermediate_size": 256, "block_size": 1024, "vocab_size": 500}
     monkeypatch.setattr("lit_swa.model.LOSS_ELEMENTS", (2**18, 2**18))
     model = GPT(tiny_config(**shape | fields)).train()
     if lora:
         add_lora(model, LoRAConfig(dropout=0.1))
+    train_in_float32(model.to(dtype), dtype)
     idx = torch.randint(0, 500, (1, 480))
     batch = Batch(idx, idx, [300, 180], [0, 1])
     state = torch.get_rng_state()

@@ -1,0 +1,171 @@
+"""The plan for many GPUs: what it says is held and exchanged, beside what a dry run counts and two processes do."""
+
+import importlib.util
+import json
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from tiny import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_swa import GPT, Config
+from lit_swa.training.estimate import estimate_step
+from lit_swa.training.flops import token_flops
+from lit_swa.training.loop import Batch
+from lit_swa.training.memory import recompute_blocks
+from lit_swa.training.precision import train_in_float32
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {"padded_vocab_size": 96, "vocab_size": 96, "n_layer": 3}
+
+
+@cache
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Counted(TorchDispatchMode):
+    """Counts the bytes of every collective: of the tensor as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        tensors = {
+            "_allgather_base_": args[:1],
+            "_reduce_scatter_base_": args[1:2],
+            "allreduce_": args[0] if args else (),
+        }
+        if function.namespace == "c10d":
+            self.bytes[name] = self.bytes.get(name, 0) + sum(t.nbytes for t in tensors.get(name, ()))
+        return function(*args, **(kwargs or {}))
+
+
+def count_bytes(rank: int, strategy: str, accumulate: int) -> dict[str, int]:
+    """What one of two processes exchanges in a step, by operation."""
+    gpt = GPT(tiny_config(**FIELDS)).train()
+    model = script("measure_pieces").spread(gpt, strategy, SimpleNamespace(device="cpu", count=2))
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    for _ in range(3):  # the first two make DDP's buckets
+        with Counted() as counted:
+            for n in range(accumulate):
+                if strategy == "fsdp":
+                    model.set_requires_gradient_sync(n == accumulate - 1)
+                model(idx, targets=idx).backward()
+    return counted.bytes
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.end()
+
+
+@pytest.mark.parametrize("strategy, accumulate", [("fsdp", 1), ("fsdp", 2), ("ddp", 1)])
+def test_two_processes_exchange_what_the_plan_says(two, strategy, accumulate):
+    """Catches: weights that are gathered once more or less, gradients counted for each micro-batch, half-wide numbers
+    in the plan where FSDP sends whole ones."""
+    plan = script("plan_training").Plan(tiny_config(**FIELDS), strategy, 8, 1, accumulate)
+    expected: dict[str, int] = {}
+    for e in plan.exchanges(2, 8):
+        expected[e.operation] = expected.get(e.operation, 0) + e.count * e.bytes
+    names = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
+    for counted in two(count_bytes, strategy, accumulate):
+        assert {names[name]: n for name, n in counted.items() if n} == expected
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_memory_of_one_device_is_that_of_a_dry_run(recompute):
+    """Catches: layers that repeat counted once, and what is held twice."""
+    config = tiny_config(**FIELDS | {"attention": "sliding,full,full", "sliding_window_size": 4})
+    plan = script("plan_training").Plan(config, "ddp", 32, 2, 1, recompute)
+    gpt = GPT(config).to(torch.bfloat16).train()
+    train_in_float32(gpt, torch.bfloat16)
+    recompute_blocks(gpt, 0)
+    idx = torch.zeros(2, 32, dtype=torch.long)
+    step = estimate_step(gpt, Batch(idx, idx, None, [0]), False, nullcontext)
+    buffers = sum(b.nbytes for b in gpt.buffers())
+    assert plan.memory(1, 8) == step.weights - buffers + step.beside_weights(recompute)
+
+
+def pieces(tmp_path: Path) -> Path:
+    """What a machine might have measured whose rates are round numbers."""
+    config = script("plan_training").Plan(tiny(), "ddp", 16, 1, 1)
+    one = {"name": "pythia-14m", "model": {}, "length": 16, "rows": 4, "strategy": "one", "processes": 1,
+           "weights": config.weights, "micro_s": 0.1, "update_s": 0.01}  # fmt: skip
+    one |= {"flops_per_token": token_flops(tiny(), 16)}
+    fsdp = one | {"strategy": "fsdp", "processes": 2, "step_s": 0.105}
+    exchanges = [
+        {"operation": name, "bytes": size, "seconds": 1e-4 + size * (2 if name == "all_reduce" else 1) / 2 / 1e9}
+        for name in ("all_gather", "reduce_scatter", "all_reduce")
+        for size in (10**3, 10**8)
+    ]
+    path = tmp_path / "pieces.json"
+    path.write_text(json.dumps({"machine": "a machine", "processes": 2, "steps": [one, fsdp], "exchanges": exchanges}))
+    return path
+
+
+def tiny() -> Config:
+    return Config.from_name("pythia-14m", block_size=16)
+
+
+def test_time_follows_from_the_pieces(tmp_path):
+    """Catches: exchanges over the wrong link, a start that is lost, an overlap that hides more than there is."""
+    module, path = script("plan_training"), pieces(tmp_path)
+    measured = module.Measured(json.loads(path.read_text()), tiny(), 16, module.Network(8, 1e8, 1e-3))
+    gather = module.Exchange("all_gather", 10**8, 3, 8, False)
+    assert measured.seconds(gather) == pytest.approx(3 * 1e-4 + 3 * 1e8 * 7 / 8 / 1e9, rel=1e-2)
+    far = module.Exchange("all_reduce", 10**8, 1, 4, True)  # one card of each of 4 hosts
+    assert measured.seconds(far) == pytest.approx(1e-4 + 3e-3 + 2 * 1e8 * 3 / 4 / 1e8, rel=1e-2)
+    wide = module.Exchange("all_gather", 10**8, 1, 32, False)  # 4 hosts, by 8 cards each
+    assert measured.seconds(wide) == pytest.approx(1e-4 + 3e-3 + 1e8 * 31 / 32 / 8e8, rel=1e-2)
+    plan = module.Plan(tiny(), "fsdp", 16, 4, 2)
+    assert measured.overlap("ddp") == 0 and measured.overlap("fsdp") == pytest.approx(1.0)
+    alone, many = measured.times(plan, 1), measured.times(plan, 8)
+    assert alone.step == pytest.approx(0.21) and alone.exchanging == 0
+    assert many.computing == pytest.approx(0.2 + 0.01 / 8)
+    assert many.step == pytest.approx(max(many.computing + many.exchanging - 0.2, many.computing))
+
+
+def test_the_table_is_printed_and_errors_are_told(run_script, tmp_path):
+    """Catches: a plan that says nothing of what was given, and a file that is missing or empty told as a traceback."""
+    plan = ["scripts/plan_training.py", "--name", "pythia-14m", "--length", 16, "--micro_batch_size", 1]
+    path = pieces(tmp_path)
+    code, out, err = run_script(*plan, "--pieces", path, "--devices", "[1,8,32]", "--strategy", "hybrid")
+    assert code == 0, err
+    assert "given, not measured" in out and out.count("\n| ") == 5 and "| 32 | 512 |" in out
+    empty = tmp_path / "empty.json"
+    empty.write_text("{}")
+    for arguments, words in (
+        (["--pieces", tmp_path / "none"], "scripts/measure_pieces.py --devices 2 writes it"),
+        (["--pieces", empty], "no step of one device"),
+        (["--pieces", path, "--devices", "[12]"], "devices=12 does not fit hosts of 8"),
+        (["--pieces", path, "--model.s2_attention", "true"], "are not counted"),
+    ):
+        code, _, err = run_script(*plan, *arguments)
+        assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_pieces_are_measured(run_script, tmp_path):
+    """Catches: a step that is not timed, and a file that the plan cannot read."""
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "intermediate_size": 64, "vocab_size": 64}
+    fields = [word for name, value in shape.items() for word in (f"--model.{name}", value)]
+    measure = ["scripts/measure_pieces.py", "--name", "pythia-14m", *fields, "--lengths", "[16]", "--device", "cpu"]
+    code, out, err = run_script(*measure, "--micro_batch_tokens", 32, "--repeats", 1, "--output", tmp_path / "p.json")
+    assert code == 0 and "one   2 x     16" in out, err
+    (row,) = json.loads((tmp_path / "p.json").read_text())["steps"]
+    assert row["step_s"] >= row["micro_s"] > 0
+    config = Config.from_name("pythia-14m", block_size=16, **shape)
+    assert row["weights"] == script("plan_training").Plan(config, "ddp", 16, 1, 1).weights
