@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.linear import LinearAttention
+from lit_swa.linear import Plan as LinearPlan
 from lit_swa.linear_formats import gpu_kernels
 from lit_swa.model import (
     ACTIVATIONS,
@@ -46,6 +48,13 @@ class SlotPlan(NamedTuple):
     blocks: Tensor  # (1 or B, 1 + blocks) int64: how many blocks of KEYS slots hold one that a query sees, and which
     slots: Tensor  # (1 or B, copies, T) int64: where each key goes; -1: nowhere
     counts: Tensor  # (B * G,) int32, zeros: which programs are done
+
+
+class StatePlan(NamedTuple):
+    """What the kernel of linear attention must know of a call of one token."""
+
+    plan: LinearPlan
+    counts: Tensor  # (B * G,), as in SlotPlan
 
 
 class Step:
@@ -91,11 +100,14 @@ class Step:
         return logits if cap is None else softcap(logits, cap)
 
     def plan(self, attn: CausalSelfAttention, pos: Tensor, uniform: bool) -> Any:
-        """A SlotPlan where the attention kernel serves the layer, else the mixer's own plan."""
+        """A SlotPlan or StatePlan where an attention kernel serves the layer, else the mixer's own plan."""
         mixer, cache, T = attn.mixer, attn.kv_cache, pos.size(1)
         if fits_kernel(attn, T, self.model.rope):
             return slot_plan(mixer, cache.slots, pos, uniform, self.model.rope)
-        return mixer.plan(pos, Span(uniform, contiguous=T == 1), cache, self.model.rope)
+        plan = mixer.plan(pos, Span(uniform, contiguous=T == 1), cache, self.model.rope)
+        if isinstance(mixer, LinearAttention) and fits_linear_kernel(attn, T):
+            return StatePlan(plan, new_counts(cache.kv.size(0), cache.kv.size(1), pos.device))
+        return plan
 
 
 class Recording:
@@ -132,6 +144,12 @@ def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
     return turned and room and few and norms and not rope.depends_on_length(mixer.rope_base)
 
 
+def fits_linear_kernel(attn: CausalSelfAttention, T: int) -> bool:
+    """True if the kernel of linear attention can take a call of T tokens to this layer."""
+    kernels, norms = gpu_kernels("linear_kernels"), isinstance(attn.norm_q, (nn.Identity, RMSNorm))
+    return kernels is not None and norms and attn.config.rope_n_elem > 0 and kernels.fits(attn.kv_cache, T)
+
+
 @torch.no_grad()
 def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool, rope: nn.Module) -> SlotPlan:
     """Plan a call at pos (1 or B, T), and note in the slots which positions they hold from now on."""
@@ -151,8 +169,12 @@ def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool,
         factor = factor.squeeze(1) if isinstance(factor, Tensor) else factor  # (1 or B, T, 1)
         cos, sin = cos * factor, sin * factor
     angles = cos.contiguous(), sin.contiguous(), k_cos.squeeze(1), k_sin.squeeze(1)
-    counts = torch.zeros(held.size(0) * config.n_query_groups, dtype=torch.int32, device=pos.device)
+    counts = new_counts(held.size(0), config.n_query_groups, pos.device)
     return SlotPlan(*angles, seen, live_blocks(seen[:, :, : held.size(1)]), to, counts)
+
+
+def new_counts(batch: int, groups: int, device: torch.device) -> Tensor:
+    return torch.zeros(batch * groups, dtype=torch.int32, device=device)
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
@@ -206,14 +228,17 @@ def add(residual: Tensor, linear: nn.Module, y: Tensor, norm: nn.Module) -> Tens
 
 def attend(attn: CausalSelfAttention, qkv: Tensor, call: Call) -> Tensor:
     """What CausalSelfAttention does between its two products: (B, T, (H + 2 G) * D) -> (B, T, H * D)."""
-    plan, mixer = call.plans[attn.mixer.kind], attn.mixer
-    norms = isinstance(attn.norm_q, RMSNorm)
-    if isinstance(plan, SlotPlan) and (norms or isinstance(attn.norm_q, nn.Identity)):
-        q, k, config = attn.norm_q, attn.norm_k, attn.config
-        gains = (q.weight, k.weight, q.eps, float(q.unit_offset)) if norms else None
+    plan, mixer, heads = call.plans[attn.mixer.kind], attn.mixer, (attn.n_head, attn.n_query_groups)
+    q, k, gains = attn.norm_q, attn.norm_k, None
+    if isinstance(q, RMSNorm):
+        gains = (q.weight, k.weight, q.eps, float(q.unit_offset))
+    if isinstance(plan, SlotPlan):
+        config = attn.config
         scale = (config.attention_scores_scalar or config.head_size) ** -0.5
         cap = config.attention_logit_softcapping
-        return gpu_kernels().attention(qkv, attn.kv_cache, plan, attn.n_head, attn.n_query_groups, gains, scale, cap)
+        return gpu_kernels().attention(qkv, attn.kv_cache, plan, *heads, gains, scale, cap)
+    if isinstance(plan, StatePlan):
+        return gpu_kernels("linear_kernels").linear_step(qkv, mixer, attn.kv_cache, *plan, heads, gains)
     (B, T, _), H, G = qkv.shape, attn.n_head, attn.n_query_groups
     q, k, v = qkv.view(B, T, H + 2 * G, -1).transpose(1, 2).split((H, G, G), dim=1)
     y = mixer(attn.norm_q(q), attn.norm_k(k), v, plan, attn.kv_cache)

@@ -31,6 +31,13 @@ STEPS = {  # what the kernels of a step must know of a model
     },
     "one key head": {"n_query_groups": 1},
     "odd sizes": {"n_head": 9, "n_query_groups": 3, "n_embd": 144, "intermediate_size": 200},
+    "linear": {"attention": "linear,full", "linear_window": 7},
+    "linear without a window": {"attention": "linear", "linear_window": 0, "linear_feature_map": "relu"},
+    "linear with sinks and gates": {
+        "attention": "linear", "linear_window": 5, "linear_sinks": 2, "linear_gate": True, "norm_qk": True,
+        "attention_logit_softcapping": 20.0,
+    },
+    "linear off": {"attention": "linear", "linear_window": 5, "linear_sinks": 1, "linear_off": True},
     "YaRN": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
 }  # fmt: skip
 
