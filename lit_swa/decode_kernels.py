@@ -600,6 +600,10 @@ def attention_kernel(
         total = tl.sum(p, 1)
         acc = tl.dot(p.to(dtype), own_v, input_precision="ieee")
     while n < n_blocks:
+        n += stride
+        later_k, later_v, later_sees = load_slots(
+            k_cache, v_cache, seen, blocks, n, n + stride, n_blocks, t, live, L, T, D, DP, KEYS, WIDTH
+        )  # fmt: skip
         s = scores_of(q, q_1, q_2, k, sees, scale, cap, PARTS, CAP)
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -608,10 +612,7 @@ def attention_kernel(
         total = total * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(dtype), v, acc * fade[:, None], input_precision="ieee")
         top = higher
-        n += stride
-        k, v, sees = load_slots(
-            k_cache, v_cache, seen, blocks, n, n + stride, n_blocks, t, live, L, T, D, DP, KEYS, WIDTH
-        )  # fmt: skip
+        k, v, sees = later_k, later_v, later_sees
     # partial: (B * G, ROWS, SPLITS) times DP sums of values, and then times 2: the greatest score, the sum of weights
     at = tl.program_id(0).to(tl.int64) * ROWS
     edges = partial + tl.num_programs(0).to(tl.int64) * (ROWS * SPLITS * DP)
