@@ -43,6 +43,7 @@ from lit_swa.gpu_decode import WARM_UPS
 from lit_swa.machine import few_threads
 from lit_swa.memory import free_memory
 from lit_swa.model import GPT
+from lit_swa.noise import row_noise
 from lit_swa.speed import StepTrace, keys_read, mark, memory_line, seconds_between, weights_read
 from lit_swa.utils import format_rate, wait_for
 
@@ -146,23 +147,17 @@ class RowSampler:
     """Chooses the next token of each row: one Sampling for all, random numbers and penalties of the row's own."""
 
     def __init__(self, sampling: Sampling, rows: int, vocab_size: int, device: torch.device) -> None:
-        self.sampling, self.device = sampling, device
-        self.generators: list[torch.Generator | None] = [None] * rows
+        self.sampling, self.device, self.noise = sampling, device, row_noise(rows, device)
         self.seen = None  # (B, V) bool, only where a penalty needs it
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
 
     def begin(self, row: int, request: Request) -> None:
         """Forget the row's text, and begin another one."""
-        seed = self.sampling.seed if request.seed is None else request.seed
-        generator = torch.Generator(self.device)
-        self.generators[row] = generator.manual_seed(generator.seed() if seed is None else seed)
+        self.noise.begin(row, self.sampling.seed if request.seed is None else request.seed)
         if self.seen is not None:
             self.seen[row] = False
             self.seen[row, [i for i in set(request.ids) if i < self.seen.size(1)]] = True
-
-    def end(self, row: int) -> None:
-        self.generators[row] = None
 
     def choose(self, logits: Tensor, rows: slice) -> Tensor:
         """The next tokens (n, 1) of some rows for their logits (n, V); they count as tokens of the texts from now on.
@@ -177,10 +172,7 @@ class RowSampler:
         seen = None if self.seen is None else self.seen[rows]
         noise = None
         if self.sampling.temperature > 0:
-            noise = torch.ones_like(logits, dtype=torch.float32)
-            for of_row, generator in zip(noise, self.generators[rows], strict=True):
-                if generator is not None:
-                    of_row.exponential_(1, generator=generator)  # the numbers that a Sampler takes for one text
+            noise = self.noise.draw(rows, logits.size(-1))  # the numbers that a Sampler takes for one text
         token = self.sampling.choose(logits, noise, seen)
         if seen is not None:
             seen.scatter_(1, token, True)  # a view of self.seen
@@ -344,8 +336,8 @@ class Batch:
         for tensor in (*buffers, self.token, self.pos, *([] if self.sampler.seen is None else [self.sampler.seen])):
             tensor[to] = tensor[row]
         self.pos[row] = -1
-        for held in (self.texts, self.sampler.generators):
-            held[to], held[row] = held[row], None
+        self.sampler.noise.move(row, to)
+        self.texts[to], self.texts[row] = self.texts[row], None
 
     def how_many(self, texts: Sequence[Text], most: int) -> int:
         """How many of the next texts, `most` at most, to read in one call: all are padded to the longest."""
@@ -385,7 +377,7 @@ class Batch:
             self.keys_read += text.fed * keys_read(self.model, text.length - text.fed, text.length - 1)
         self.texts[row] = None
         self.pos[row] = -1
-        self.sampler.end(row)
+        self.sampler.noise.end(row)
 
     # steps
 

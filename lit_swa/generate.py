@@ -23,6 +23,7 @@ from lit_swa.linear_formats import gpu_kernels
 from lit_swa.machine import few_threads
 from lit_swa.memory import free_memory, require_memory
 from lit_swa.model import GPT
+from lit_swa.noise import row_noise
 from lit_swa.speed import StepTrace, memory_line, step_bytes
 from lit_swa.utils import format_rate, wait_for
 
@@ -138,6 +139,9 @@ class Sampler:
         """sequences: the ids of B sequences, up to where the first tokens are chosen."""
         self.sampling = sampling
         self.generator = None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
+        self.noise = row_noise(len(sequences), device) if torch.device(device).type == "cuda" else None
+        for row in range(len(sequences) if self.noise is not None else 0):
+            self.noise.begin(row, None if sampling.seed is None else sampling.seed + row)
         self.seen = None  # (B, V) bool, only where a penalty needs it
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(len(sequences), vocab_size, dtype=torch.bool, device=device)
@@ -153,7 +157,9 @@ class Sampler:
 
     def choose_token(self, logits: Tensor) -> Tensor:
         noise = None
-        if self.sampling.temperature > 0:
+        if self.sampling.temperature > 0 and self.noise is not None:
+            noise = self.noise.draw(slice(None), logits.size(-1))
+        elif self.sampling.temperature > 0:
             noise = torch.empty_like(logits, dtype=torch.float32).exponential_(1, generator=self.generator)
         token = self.sampling.choose(logits, noise, self.seen)
         if self.seen is not None:

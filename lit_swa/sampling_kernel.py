@@ -1,4 +1,5 @@
-"""A Triton kernel that chooses tokens as Sampling.choose of generate.py does, with one program for each sequence."""
+"""Triton kernels for choosing tokens: Sampling.choose of generate.py with one program for each sequence, and the random
+numbers that it takes, which depend on a text's seed and on how many tokens it has chosen, and on no other text."""
 
 import torch
 import triton
@@ -58,6 +59,35 @@ def choose_kernel(
         best, at = tl.where(x > best, x, best), tl.where(x > best, start + c, at)
     # logits that are no numbers choose the last token: whoever reads it finds that out
     tl.store(tokens + row, tl.min(tl.where(best == tl.max(best, 0), at, V - 1), 0).to(tl.int64))
+
+
+@triton.jit
+def exponential(bits):
+    """Exponentially distributed numbers, more than 0, from uniform random bits."""
+    u = tl.uint_to_uniform_float(bits)  # [0, 1), in steps of 2^-31
+    return tl.maximum(tl.where(u < 0.001, u * (1.0 + 0.5 * u), -tl.log(1.0 - u)), 1e-10)
+
+
+@triton.jit
+def noise_kernel(noise, seeds, counts, V, CHUNK: tl.constexpr):
+    """noise (B, V) for seeds (B,) and counts (B,), by Philox (Salmon et al. 2011): four numbers at a time."""
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    count = tl.load(counts + row).to(tl.int32) + tl.zeros((CHUNK,), tl.int32)
+    at, quarter = noise + row * V + c, (V + 3) // 4
+    w, x, y, z = tl.philox(tl.load(seeds + row), c, count, 0 * c, 0 * c)
+    tl.store(at, exponential(w), mask=c < quarter)
+    tl.store(at + quarter, exponential(x), mask=(c < quarter) & (c + quarter < V))
+    tl.store(at + 2 * quarter, exponential(y), mask=(c < quarter) & (c + 2 * quarter < V))
+    tl.store(at + 3 * quarter, exponential(z), mask=(c < quarter) & (c + 3 * quarter < V))
+
+
+def exponential_noise(seeds: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
+    """(B, vocab_size) float32: the numbers of a text's choice, for seeds and counts (B,) int64."""
+    noise = torch.empty(seeds.size(0), vocab_size, device=seeds.device)
+    grid = seeds.size(0), triton.cdiv(triton.cdiv(vocab_size, 4), 1024)
+    with torch.cuda.device(seeds.device):
+        noise_kernel[grid](noise, seeds, counts, vocab_size, CHUNK=1024)
+    return noise
 
 
 def choose_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int | None, min_p: float) -> Tensor:
