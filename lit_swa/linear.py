@@ -52,6 +52,7 @@ class Moves(NamedTuple):
     """What a call does with a cache."""
 
     order: Tensor | None  # (B, E): where each entry is among the keys held and the call's own behind them; None: there
+    queries: Tensor | None  # (B, T): where each of the call's tokens is, so that it keeps beside its entry; None: there
     kept: Tensor | None  # (B, 1): False where the sequence begins anew; None: nowhere
     own_sinks: tuple[Tensor, Tensor]  # (B, n) each: which sinks are the call's own, and which of its tokens they are
 
@@ -111,9 +112,10 @@ class LinearAttention(Mixer):
         n, T = self.config.linear_sinks, pos.size(1)
         if cache is not None:
             valid, sink_pos, moves = cache.recent.admit(pos, self.near, span.looked)
+            pos_of = pos if moves.queries is None else pos.expand(moves.queries.shape).gather(1, moves.queries)
         else:
-            valid, sink_pos, moves = F.pad(pos >= n, (max(1, min(self.near, T)), 0)), pos[:, :n], None
-        seen = (sink_pos[:, None] >= 0) & (sink_pos[:, None] <= pos[:, :, None])
+            valid, sink_pos, moves, pos_of = F.pad(pos >= n, (max(1, min(self.near, T)), 0)), pos[:, :n], None, pos
+        seen = (sink_pos[:, None] >= 0) & (sink_pos[:, None] <= pos_of[:, :, None])
         return Plan(rope(pos, self.rope_base), self.near, valid.size(1) - T, valid, seen, moves)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
@@ -128,12 +130,12 @@ class LinearAttention(Mixer):
         q, kv = apply_rope(q, *plan.angles), torch.cat([apply_rope(k, *plan.angles), v], dim=-1)
         if cache is None:
             sinks, entries, state = kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), empty_state(q)
-        else:
-            sinks, entries, state = cache.exchange(kv, plan.moves)
+            return self.attend(self.tokens(q, sinks, entries, plan), state, plan)[0].to(v.dtype)
+        (sinks, entries, state), order = cache.exchange(kv, plan.moves), plan.moves.queries
+        q = q if order is None else along_tokens(q, order)
         y, state = self.attend(self.tokens(q, sinks, entries, plan), state, plan)
-        if cache is not None:
-            cache.keep(state)
-        return y.to(v.dtype)
+        cache.keep(state)
+        return (y if order is None else along_tokens(y, order.argsort(dim=1))).to(v.dtype)
 
     def attention_weights(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """w_ij / sum of w_ij, (B, H, T, T), of a short text without a cache: what is made of unit vectors as values.
@@ -262,6 +264,15 @@ def strips(x: Tensor, size: int, step: int) -> Tensor:
     return x.unfold(2, size, step).mT
 
 
+def along_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of x (B, H, T, D) in the order (B, T)."""
+    return x.gather(2, order[:, None, :, None].expand(x.shape))
+
+
+def is_in_place(order: Tensor) -> bool:
+    return bool((order == torch.arange(order.size(1), device=order.device)).all())
+
+
 def normalised(y: Tensor, total: Tensor) -> Tensor:
     """(B, H, N, C, D) by (B, H, N, C), to (B, H, T, D). A query that sees nothing, which is padding, gets zeros."""
     return (y / (total + (total == 0))[..., None]).flatten(2, 3)
@@ -318,7 +329,7 @@ class Recent(nn.Module):
         if looked:
             self.check(first, held, window)
         entries = torch.cat([held, pos.where(pos >= len(numbers), -1)], dim=1)
-        order = (entries >= 0).byte().argsort(dim=1, stable=True)
+        order, queries = ((x >= 0).byte().argsort(dim=1, stable=True) for x in (entries, entries[:, -T:]))
         entries = entries.gather(1, order)
         self.pos.copy_(entries[:, T:])
         self.gone.copy_(torch.maximum(self.gone.where(kept, -1), entries[:, :T].amax(dim=1, keepdim=True)))
@@ -326,9 +337,10 @@ class Recent(nn.Module):
         own = found.any(-1)
         self.sink_pos.copy_(torch.where(own, numbers, self.sink_pos.where(self.sink_pos < first, -1)))
         if looked:  # what changes nothing is left out
-            order = None if (order == torch.arange(order.size(1), device=pos.device)).all() else order
+            order, queries = (None if is_in_place(x) else x for x in (order, queries))
             kept = None if kept.all() else kept
-        return entries >= 0, self.sink_pos, Moves(order, kept, (own, found.byte().argmax(-1)))
+        queries = queries if T > 1 else None
+        return entries >= 0, self.sink_pos, Moves(order, queries, kept, (own, found.byte().argmax(-1)))
 
     def check(self, first: Tensor, held: Tensor, window: int) -> None:
         """Refuse a call whose first positions (B, 1) the state is ahead of, or see keys exactly that are in it."""
@@ -398,7 +410,7 @@ class StateCache(nn.Module):
             held = (x.clone() for x in held)
         sinks, state, norm = held
         if moves.order is not None:
-            entries = entries.gather(2, moves.order[:, None, :, None].expand(entries.shape))
+            entries = along_tokens(entries, moves.order)
         if moves.kept is not None:
             anew = ~moves.kept[..., None]
             state, norm = state.masked_fill(anew[..., None], 0), norm.masked_fill(anew, 0)
