@@ -314,9 +314,12 @@ class Batch:
         if self.texts.count(None) < min(self.together, len(waiting)):
             return
         while waiting and (free := self.texts.count(None)):
-            rows = self.free_rows(free)
-            n = self.how_many(waiting, free)
-            self.begin([waiting.popleft() for _ in range(n)], slice(rows.start, rows.start + n))
+            first, texts = self.free_rows(free).start, [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            texts.sort(key=lambda text: len(text.request.ids))  # side by side they need little padding
+            while texts:
+                n = self.how_many(texts)
+                self.begin(texts[:n], slice(first, first + n))
+                texts, first = texts[n:], first + n
 
     def free_rows(self, n: int) -> slice:
         """All n free rows side by side: texts move where the free rows are not."""
@@ -339,10 +342,10 @@ class Batch:
         self.sampler.noise.move(row, to)
         self.texts[to], self.texts[row] = self.texts[row], None
 
-    def how_many(self, texts: Sequence[Text], most: int) -> int:
-        """How many of the next texts, `most` at most, to read in one call: all are padded to the longest."""
+    def how_many(self, texts: Sequence[Text]) -> int:
+        """How many of the next texts to read in one call: all are padded to the longest."""
         n, longest, budget = 1, len(texts[0].request.ids), GROUP_TOKENS.get(self.device.type, GROUP_TOKENS["cpu"])
-        while n < min(most, len(texts)):
+        while n < len(texts):
             longest = max(longest, len(texts[n].request.ids))
             if (n + 1) * longest > budget:
                 break
@@ -360,15 +363,30 @@ class Batch:
         if max(lengths) == 1:  # the next step reads them
             self.token[rows], self.pos[rows] = torch.tensor(prompts, device=self.device), 0
             return
-        size = max(SMALLEST_CHUNK, self.chunk // len(texts))
-        while max(lengths) % size == 1:  # one token of so many rows would compile, and so would one token's logits
-            size += 1
         began = mark(self.device)
         with only_rows(self.model, rows):
-            logits = Session(self.model, len(texts), chunk_size=size).feed(prompts, logits_to_keep=2)  # (n, 2, V)
+            logits = self.read(prompts)
         self.prefills.append((began, mark(self.device)))
         self.pos[rows] = torch.tensor(lengths, device=self.device)[:, None]
-        self.choose(logits[:, -1], rows)
+        self.choose(logits, rows)
+
+    def read(self, prompts: list[list[int]]) -> Tensor:
+        """Read a prompt into each row; returns logits (n, V) of what follows. Where caches can take tokens back, shorter
+        prompts are padded behind, and the padding taken back: a call in which all rows are at the same positions is the
+        fastest."""
+        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
+        n, longest = len(prompts), max(map(len, prompts))
+        surplus = longest - min(map(len, prompts))
+        fits = n * longest <= self.chunk and not self.model.depends_on_length
+        if surplus and fits and self.model.can_take_back(surplus):
+            padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], device=self.device)
+            x = Session(self.model, n).hidden_states(padded)
+            last = x[torch.arange(n, device=self.device), lengths - 1]
+            return self.model.project(last[:, None])[:, 0, : self.vocab_size]
+        size = max(SMALLEST_CHUNK, self.chunk // n)
+        while longest % size == 1:  # one token of so many rows would compile, and so would one token's logits
+            size += 1
+        return Session(self.model, n, chunk_size=size).feed(prompts, logits_to_keep=2)[:, -1]  # of (n, 2, V)
 
     def end(self, row: int) -> None:
         """Free a row."""

@@ -844,7 +844,7 @@ def attention_tiles(blocks: int, heads: int, size: int, device: torch.device) ->
     size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds that are nearly full. Another
     one takes the call's own keys where there is a place left for it.
     """
-    width, warps = (2, 8) if size <= 256 and blocks >= 64 else (1, 4 if size <= 256 else 8)
+    width, warps = 1, 4 if size <= 256 else 8
     places = properties(device).multiprocessors * (8 // warps)
     most = max(1, min(128, triton.cdiv(blocks, width)))
     fewest = min(most, max(1, places // heads))

@@ -54,7 +54,7 @@ class StatePlan(NamedTuple):
     """What the kernel of linear attention must know of a call of one token."""
 
     plan: LinearPlan
-    counts: Tensor  # (B * G,), as in SlotPlan
+    counts: Tensor  # (B * (H + G),), as in SlotPlan
 
 
 class Step:
@@ -106,7 +106,7 @@ class Step:
             return slot_plan(mixer, cache.slots, pos, uniform, self.model.rope)
         plan = mixer.plan(pos, Span(uniform, contiguous=T == 1), cache, self.model.rope)
         if isinstance(mixer, LinearAttention) and fits_linear_kernel(attn, T):
-            return StatePlan(plan, new_counts(cache.kv.size(0), cache.kv.size(1), pos.device))
+            return StatePlan(plan, new_counts(cache.kv.size(0), attn.n_head + attn.n_query_groups, pos.device))
         return plan
 
 

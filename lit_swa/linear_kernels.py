@@ -1,6 +1,6 @@
-"""A Triton kernel for one token of linear attention, as linear.py defines it: a program for each query head reads the
-head's window, sinks and state once, and leaves the state as the next token finds it. The last program of a key/value
-head moves the window on."""
+"""A Triton kernel for one token of linear attention, as linear.py defines it: a program for a part of each query head's
+values reads that part of the head's window, sinks and state once, and leaves the state as the next token finds it. The
+last program of a key/value head moves the window on."""
 
 import math
 from typing import Any
@@ -15,6 +15,7 @@ from lit_swa.decode_kernels import early_launch, next_power
 
 MOST_ENTRIES = 256  # keys of a window, the token's own and those that can be taken back included
 MOST_HEAD_SIZE = 128
+FEW_PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @triton.jit
@@ -34,10 +35,9 @@ def rotated(x, cos, sin, gain, D: tl.constexpr, N_ROPE: tl.constexpr, NORM: tl.c
 
 
 @triton.jit
-def features(x, weight, D: tl.constexpr, RELU: tl.constexpr):
+def features(x, weight, RELU: tl.constexpr):
     """The two halves of phi(x) for x (D,) and the weight (D, D) of a head, (D,) each."""
-    d = tl.arange(0, D)
-    z = tl.sum(x[:, None] * tl.load(weight + d[:, None] * D + d[None, :]).to(tl.float32), 0)
+    z = tl.sum(x[:, None] * weight.to(tl.float32), 0)
     if RELU:
         a, b = tl.maximum(z, 0.0), tl.maximum(-z, 0.0)
     else:
@@ -47,49 +47,77 @@ def features(x, weight, D: tl.constexpr, RELU: tl.constexpr):
 
 
 @triton.jit
-def load_entries(held, own, source, there, lag, D: tl.constexpr):
-    """Of each entry, what is at `held` (lag, 2 D) in its row, or the token's own (D,): (entries, D)."""
-    d = tl.arange(0, D)
-    x = tl.load(held + source[:, None] * (2 * D) + d[None, :], mask=(there & (source < lag))[:, None], other=0.0)
+def load_held(held, source, there, lag, n, WIDTH: tl.constexpr):
+    """Elements n (N,) of each entry that the cache holds at `held` (lag, WIDTH): (entries, N)."""
+    return tl.load(held + source[:, None] * WIDTH + n[None, :], mask=(there & (source < lag))[:, None], other=0.0)
+
+
+@triton.jit
+def with_own(x, own, source, lag):
+    """Entries x (entries, N) with the token's own (N,) where it belongs."""
     return tl.where((source == lag)[:, None], own.to(x.dtype)[None, :], x)
 
 
 @triton.jit
-def half_state(
-    y, total, phi_q, phi_k, v, state, norm, d, kept, left, D: tl.constexpr,
-):  # fmt: skip
-    """Read and move on half of a head's state (D, D) and norm (D,): adds what the query finds to y (D,) and total."""
-    at = state + d[:, None] * D + d[None, :]
-    s, m = tl.load(at) * kept, tl.load(norm + d) * kept
-    y += tl.sum(phi_q[:, None] * s, 0)
-    total += tl.sum(phi_q * m, 0)
-    tl.store(at, s * left + phi_k[:, None] * v[None, :])
-    tl.store(norm + d, m * left + phi_k)
-    return y, total
+def capped(scores, cap, CAP: tl.constexpr):
+    if CAP:
+        scores = cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / cap)) - 1.0)
+    return scores
+
+
+@triton.jit
+def gate(v, weight, bias):
+    """What a gate takes away behind values v (entries, D) of a head whose weight is (D,): (entries,)."""
+    rates = tl.sum(v.to(tl.float32) * weight.to(tl.float32)[None, :], 1) + bias.to(tl.float32)
+    return tl.minimum(tl.maximum(rates, 0.0), 1.0)
 
 
 @triton.jit
 def linear_kernel(
     y, qkv, kv, sinks, state, norm, cos, sin, order, valid, kept, seen, own_sinks, feature_q, feature_k, mix,
     gate_weight, gate_bias, norm_q, norm_k, counts, lag, n_sinks, row_angle, scale, cap, eps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, N_ROPE: tl.constexpr, ENTRIES: tl.constexpr, SINKS: tl.constexpr,
-    BEHIND: tl.constexpr, RELU: tl.constexpr, GATE: tl.constexpr, OFF: tl.constexpr, NORM: tl.constexpr,
-    OFFSET: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, N_ROPE: tl.constexpr, ENTRIES: tl.constexpr,
+    SINKS: tl.constexpr, BEHIND: tl.constexpr, RELU: tl.constexpr, GATE: tl.constexpr, OFF: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """order, valid: (B, lag + 1), kept: (B,), seen, own_sinks: (B, n_sinks), as linear.py's Plan and Moves say. BEHIND:
-    the newest entry that is older than the window."""
+    """order, valid: (B, lag + 1), kept: (B,), seen, own_sinks: (B, n_sinks), as linear.py's Plan and Moves say. PART: so
+    many of the values' D elements are a program's. BEHIND: the newest entry that is older than the window. counts: of
+    the programs of each head that are done, (B * H,), and of the heads of each key/value head, (B * G,)."""
     R: tl.constexpr = H // G
+    PARTS: tl.constexpr = D // PART
+    WIDTH: tl.constexpr = 2 * D
     dtype = qkv.dtype.element_ty
-    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    row, first = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * PART
+    b, h = (row // H).to(tl.int64), row % H
     g, E = h // R, lag + 1
-    d, e, s = tl.arange(0, D), tl.arange(0, ENTRIES), tl.arange(0, SINKS)
-    kv += (b * G + g) * lag * (2 * D)
-    sinks += (b * G + g) * n_sinks * (2 * D)
-    state += (b * H + h) * (2 * D * D)
-    norm += (b * H + h) * (2 * D)
+    d, p, e, s = tl.arange(0, D), first + tl.arange(0, PART), tl.arange(0, ENTRIES), tl.arange(0, SINKS)
+    kv += (b * G + g) * lag * WIDTH
+    sinks += (b * G + g) * n_sinks * WIDTH
+    state += (b * H + h) * (2 * D * D) + d[:, None] * D + p[None, :]
+    norm += (b * H + h) * (2 * D) + d
+    square = h * (D * D) + d[:, None] * D + d[None, :]
     there = e < E
     source = tl.load(order + b * E + e, mask=there, other=0).to(tl.int32)
-    known = tl.load(valid + b * E + e, mask=there, other=0) != 0
+    known = there & (tl.load(valid + b * E + e, mask=there, other=0) != 0)
+    k, v = load_held(kv, source, there, lag, d, WIDTH), load_held(kv + D, source, there, lag, p, WIDTH)
+    if not OFF:  # the state does not wait for the token: the oldest entry that is held enters it
+        weight_q, weight_k = tl.load(feature_q + square), tl.load(feature_k + square)
+        goes_on = (tl.load(kept + b) != 0).to(tl.float32)
+        plus_state, minus_state = tl.load(state) * goes_on, tl.load(state + D * D) * goes_on
+        plus_norm, minus_norm = tl.load(norm) * goes_on, tl.load(norm + D) * goes_on
+        oldest = tl.load(order + b * E).to(tl.int32)
+        is_held = oldest < lag
+        leaves = ((tl.load(valid + b * E) != 0) & is_held & (BEHIND >= 0)).to(tl.float32)
+        k_0 = tl.load(kv + oldest * WIDTH + d, mask=is_held, other=0.0).to(tl.float32)
+        v_0 = tl.load(kv + oldest * WIDTH + D + p, mask=is_held, other=0.0).to(tl.float32)
+        plus_0, minus_0 = features(k_0, weight_k, RELU)
+        plus_0, minus_0, left = plus_0 * leaves, minus_0 * leaves, 1.0
+        if GATE:
+            gate_w, gate_b = tl.load(gate_weight + h * D + d), tl.load(gate_bias + h)
+            whole_0 = tl.load(kv + oldest * WIDTH + D + d, mask=is_held, other=0.0)
+            left = tl.exp(-leaves * tl.sum(gate(whole_0[None, :], gate_w, gate_b), 0))
+        tl.store(state, plus_state * left + plus_0[:, None] * v_0[None, :])
+        tl.store(state + D * D, minus_state * left + minus_0[:, None] * v_0[None, :])
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -97,74 +125,65 @@ def linear_kernel(
     cos, sin = cos + b * row_angle, sin + b * row_angle
     q = rotated(token + h * D, cos, sin, norm_q, D, N_ROPE, NORM, OFFSET, eps)
     own_k = rotated(token + (H + g) * D, cos, sin, norm_k, D, N_ROPE, NORM, OFFSET, eps)
-    own_v = tl.load(token + (H + G + g) * D + d).to(tl.float32)
-    k = load_entries(kv, own_k, source, there, lag, D)
-    v = load_entries(kv + D, own_v, source, there, lag, D)
+    at_v = token + (H + G + g) * D
+    own_v = tl.load(at_v + p).to(tl.float32)
+    k, v = with_own(k, own_k, source, lag), with_own(v, own_v, source, lag)
     # exact: the window, and the sinks
-    exact = there & known & (e > BEHIND)
-    scores = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
-    if CAP:
-        scores = cap * (2.0 / (1.0 + tl.exp(-2.0 * scores / cap)) - 1.0)
-    scores = tl.where(exact, scores, float("-inf"))
-    top = tl.max(scores, 0)
-    sink_own = tl.load(own_sinks + b * n_sinks + s, mask=s < n_sinks, other=0) != 0
-    sink_seen = tl.load(seen + b * n_sinks + s, mask=s < n_sinks, other=0) != 0
-    at_sinks, is_sink = sinks + s[:, None] * (2 * D) + d[None, :], (s < n_sinks)[:, None]
-    sink_k = tl.where(sink_own[:, None], own_k[None, :], tl.load(at_sinks, mask=is_sink, other=0.0).to(tl.float32))
-    sink_v = tl.where(sink_own[:, None], own_v[None, :], tl.load(at_sinks + D, mask=is_sink, other=0.0).to(tl.float32))
-    sink_scores = tl.sum(sink_k * q[None, :], 1) * scale
-    if CAP:
-        sink_scores = cap * (2.0 / (1.0 + tl.exp(-2.0 * sink_scores / cap)) - 1.0)
+    scores = capped(tl.sum(k.to(tl.float32) * q[None, :], 1) * scale, cap, CAP)
+    scores = tl.where(known & (e > BEHIND), scores, float("-inf"))
+    is_sink = s < n_sinks
+    sink_own = (tl.load(own_sinks + b * n_sinks + s, mask=is_sink, other=0) != 0)[:, None]
+    sink_seen = tl.load(seen + b * n_sinks + s, mask=is_sink, other=0) != 0
+    at_sinks = sinks + s[:, None] * WIDTH
+    sink_k = tl.load(at_sinks + d[None, :], mask=is_sink[:, None], other=0.0).to(tl.float32)
+    sink_v = tl.load(at_sinks + D + p[None, :], mask=is_sink[:, None], other=0.0).to(tl.float32)
+    sink_k, sink_v = tl.where(sink_own, own_k[None, :], sink_k), tl.where(sink_own, own_v[None, :], sink_v)
+    sink_scores = capped(tl.sum(sink_k * q[None, :], 1) * scale, cap, CAP)
     sink_scores = tl.where(sink_seen, sink_scores, float("-inf"))
-    top = tl.maximum(top, tl.max(sink_scores, 0))
+    top = tl.maximum(tl.max(scores, 0), tl.max(sink_scores, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
     share = tl.sigmoid(tl.load(mix + h).to(tl.float32))
     w, sink_w = share * tl.exp(scores - top), share * tl.exp(sink_scores - top)
     total = tl.sum(w, 0) + tl.sum(sink_w, 0)
     out = tl.sum(w[:, None] * v.to(tl.float32), 0) + tl.sum(sink_w[:, None] * sink_v, 0)
     if not OFF:
-        older = there & known & (e <= BEHIND)
-        fade, passed, left = e * 0.0 + 1.0, e * 0.0, 1.0
-        fade_q = 1.0
+        older = known & (e <= BEHIND)
+        fade, fade_q = e * 0.0 + 1.0, 1.0
         if GATE:
-            rates = tl.sum(v.to(tl.float32) * tl.load(gate_weight + h * D + d).to(tl.float32)[None, :], 1)
-            rates = tl.minimum(tl.maximum(rates + tl.load(gate_bias + h).to(tl.float32), 0.0), 1.0)
+            whole = load_held(kv + D, source, there, lag, d, WIDTH)
+            rates = gate(with_own(whole, tl.load(at_v + d), source, lag), gate_w, gate_b)
             rates = tl.where(older, rates, 0.0)
-            passed = tl.cumsum(rates, 0)
             gone = tl.sum(rates, 0)
-            fade, fade_q = tl.exp(passed - gone), tl.exp(-gone)
-            left = tl.exp(-tl.sum(tl.where(e == 0, rates, 0.0), 0))
-        plus, minus = features(q, feature_q + h * (D * D), D, RELU)
+            fade, fade_q = tl.exp(tl.cumsum(rates, 0) - gone), tl.exp(-gone)
+        plus, minus = features(q, weight_q, RELU)
         for j in range(1, BEHIND + 1):  # those behind the window that can be taken back
             k_j = tl.sum(tl.where((e == j)[:, None], k, 0.0).to(tl.float32), 0)
-            a, b_ = features(k_j, feature_k + h * (D * D), D, RELU)
-            w_j = tl.where((e == j) & older, (tl.sum(plus * a, 0) + tl.sum(minus * b_, 0)) * fade, 0.0)
+            plus_j, minus_j = features(k_j, weight_k, RELU)
+            w_j = tl.where((e == j) & older, tl.sum(plus * plus_j + minus * minus_j, 0) * fade, 0.0)
             out += tl.sum(w_j[:, None] * v.to(tl.float32), 0)
             total += tl.sum(w_j, 0)
-        leaves = tl.sum(tl.where((e == 0) & older, 1.0, 0.0), 0)  # the oldest entry enters the state
-        k_0 = tl.sum(tl.where((e == 0)[:, None], k, 0.0).to(tl.float32), 0)
-        v_0 = tl.sum(tl.where((e == 0)[:, None], v, 0.0).to(tl.float32), 0)
-        a, b_ = features(k_0, feature_k + h * (D * D), D, RELU)
-        a, b_ = a * leaves, b_ * leaves
-        w_0 = (tl.sum(plus * a, 0) + tl.sum(minus * b_, 0)) * tl.sum(tl.where(e == 0, fade, 0.0), 0)
-        out += w_0 * v_0
-        total += w_0
-        goes_on = (tl.load(kept + b) != 0).to(tl.float32)
-        out, total = half_state(out, total, plus * fade_q, a, v_0, state, norm, d, goes_on, left, D)
-        out, total = half_state(
-            out, total, minus * fade_q, b_, v_0, state + D * D, norm + D, d, goes_on, left, D
-        )  # fmt: skip
-    tl.store(y + (b * H + h) * D + d, (out / tl.where(total == 0, 1.0, total)).to(dtype))
+        w_0 = tl.sum(plus * plus_0 + minus * minus_0, 0) * tl.sum(tl.where(e == 0, fade, 0.0), 0)
+        out += w_0 * v_0 + fade_q * tl.sum(plus[:, None] * plus_state + minus[:, None] * minus_state, 0)
+        total += w_0 + fade_q * tl.sum(plus * plus_norm + minus * minus_norm, 0)
+    tl.store(y + (b * H + h) * D + p, (out / tl.where(total == 0, 1.0, total)).to(dtype))
     tl.debug_barrier()
-    if tl.atomic_add(counts + b * G + g, 1, sem="acq_rel") == R - 1:  # all heads have read the window
-        tl.store(counts + b * G + g, 0)
-        after = (there & (e > 0))[:, None]
-        to = kv + (e - 1)[:, None] * (2 * D) + d[None, :]
-        tl.store(to, k, mask=after)
-        tl.store(to + D, v, mask=after)
-        new = sink_own[:, None] & is_sink
-        tl.store(at_sinks, sink_k.to(kv.dtype.element_ty), mask=new)
-        tl.store(at_sinks + D, sink_v.to(kv.dtype.element_ty), mask=new)
+    if tl.atomic_add(counts + row, 1, sem="acq_rel") == PARTS - 1:  # the head's norm has been read by all
+        tl.store(counts + row, 0)
+        if not OFF:
+            tl.store(norm, plus_norm * left + plus_0)
+            tl.store(norm + D, minus_norm * left + minus_0)
+        done = counts + tl.num_programs(0) // PARTS + b * G + g
+        if tl.atomic_add(done, 1, sem="acq_rel") == R - 1:  # the window and the sinks have been read by all
+            tl.store(done, 0)
+            after, to = (there & (e > 0))[:, None], kv + (e - 1)[:, None] * WIDTH + d[None, :]
+            whole_own = tl.load(at_v + d)
+            whole_v = with_own(load_held(kv + D, source, there, lag, d, WIDTH), whole_own, source, lag)
+            tl.debug_barrier()
+            tl.store(to, k, mask=after)
+            tl.store(to + D, whole_v, mask=after)
+            new, to_sinks = sink_own & is_sink[:, None], at_sinks + d[None, :]
+            tl.store(to_sinks, sink_k.to(k.dtype), mask=new)
+            tl.store(to_sinks + D, tl.broadcast_to(whole_own.to(k.dtype)[None, :], SINKS, D), mask=new)
 
 
 def linear_step(
@@ -172,7 +191,7 @@ def linear_step(
 ) -> Tensor:
     """LinearAttention for one token of each sequence: qkv (B, 1, (H + 2 G) * D) -> (B, 1, H * D).
 
-    plan: linear.py's, for a call with the cache that nobody looked at. counts: zeros (B * G,), int32. norms: as in
+    plan: linear.py's, for a call with the cache that nobody looked at. counts: zeros (B * (H + G),), int32. norms: as in
     decode_kernels.attention.
     """
     (B, _, _), (H, G), config, D = qkv.shape, heads, mixer.config, cache.state.size(-1)
@@ -182,15 +201,15 @@ def linear_step(
     gate = (mixer.gate_weight, mixer.gate_bias) if config.linear_gate else (mixer.mix, mixer.mix)
     cap, scale = config.attention_logit_softcapping, (config.attention_scores_scalar or config.head_size) ** -0.5
     own, _ = plan.moves.own_sinks
-    entries = next_power(lag + 1)
-    linear_kernel[(B * H,)](
+    parts = 4 if 4 * B * H <= FEW_PROGRAMS else 2
+    linear_kernel[(B * H * parts,)](
         y, qkv, cache.kv, cache.sinks, cache.state, cache.norm, cos, sin, plan.moves.order, plan.valid,
         plan.moves.kept, plan.seen.expand(B, -1, -1).contiguous(), own.contiguous(), mixer.feature_q, mixer.feature_k,
         mixer.mix, *gate, gain_q, gain_k, counts, lag, n, cos.stride(0) if cos.size(0) > 1 else 0,
-        scale, cap or 0.0, eps, H=H, G=G, D=D, N_ROPE=cos.size(-1), ENTRIES=entries, SINKS=next_power(max(1, n)),
-        BEHIND=lag - plan.window, RELU=config.linear_feature_map == "relu", GATE=config.linear_gate,
-        OFF=config.linear_off, NORM=norms is not None, OFFSET=offset, CAP=cap is not None,
-        num_warps=8 if entries <= 128 else 16, **early_launch(qkv.device),
+        scale, cap or 0.0, eps, H=H, G=G, D=D, PART=D // parts, N_ROPE=cos.size(-1), ENTRIES=next_power(lag + 1),
+        SINKS=next_power(max(1, n)), BEHIND=lag - plan.window, RELU=config.linear_feature_map == "relu",
+        GATE=config.linear_gate, OFF=config.linear_off, NORM=norms is not None, OFFSET=offset, CAP=cap is not None,
+        num_warps=16, **early_launch(qkv.device),
     )  # fmt: skip
     return y
 
