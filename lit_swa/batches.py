@@ -371,9 +371,11 @@ class Batch:
         self.choose(logits, rows)
 
     def read(self, prompts: list[list[int]]) -> Tensor:
-        """Read a prompt into each row; returns logits (n, V) of what follows. Where caches can take tokens back, shorter
-        prompts are padded behind, and the padding taken back: a call in which all rows are at the same positions is the
-        fastest."""
+        """Read a prompt into each row; returns logits (n, V) of what follows.
+
+        Where caches can take tokens back, shorter prompts are padded behind and the padding is taken back: a call is
+        fastest when all rows are at the same positions.
+        """
         lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
         n, longest = len(prompts), max(map(len, prompts))
         surplus = longest - min(map(len, prompts))

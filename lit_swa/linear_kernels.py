@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lit_swa.decode_kernels import early_launch, next_power
 
-MOST_ENTRIES = 256  # keys of a window, the token's own and those that can be taken back included
+MOST_ENTRIES = 128  # keys of a window, and those that can be taken back
 MOST_HEAD_SIZE = 128
 FEW_PROGRAMS = 264  # two for each multiprocessor of an H100
 
@@ -80,8 +80,8 @@ def linear_kernel(
     SINKS: tl.constexpr, BEHIND: tl.constexpr, RELU: tl.constexpr, GATE: tl.constexpr, OFF: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """order, valid: (B, lag + 1), kept: (B,), seen, own_sinks: (B, n_sinks), as linear.py's Plan and Moves say. PART: so
-    many of the values' D elements are a program's. BEHIND: the newest entry that is older than the window. counts: of
+    """order, valid: (B, lag + 1), kept: (B,), seen, own_sinks: (B, n_sinks), as linear.py's Plan and Moves say. BEHIND:
+    the newest entry that is older than the window. PART: so many of the values' D elements are a program's. counts: of
     the programs of each head that are done, (B * H,), and of the heads of each key/value head, (B * G,)."""
     R: tl.constexpr = H // G
     PARTS: tl.constexpr = D // PART
@@ -90,7 +90,8 @@ def linear_kernel(
     row, first = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * PART
     b, h = (row // H).to(tl.int64), row % H
     g, E = h // R, lag + 1
-    d, p, e, s = tl.arange(0, D), first + tl.arange(0, PART), tl.arange(0, ENTRIES), tl.arange(0, SINKS)
+    d, p, s = tl.arange(0, D), first + tl.arange(0, PART), tl.arange(0, SINKS)
+    e = (BEHIND >= 0) + tl.arange(0, ENTRIES)  # an entry 0 that is older is read apart
     kv += (b * G + g) * lag * WIDTH
     sinks += (b * G + g) * n_sinks * WIDTH
     state += (b * H + h) * (2 * D * D) + d[:, None] * D + p[None, :]
@@ -111,11 +112,12 @@ def linear_kernel(
         k_0 = tl.load(kv + oldest * WIDTH + d, mask=is_held, other=0.0).to(tl.float32)
         v_0 = tl.load(kv + oldest * WIDTH + D + p, mask=is_held, other=0.0).to(tl.float32)
         plus_0, minus_0 = features(k_0, weight_k, RELU)
-        plus_0, minus_0, left = plus_0 * leaves, minus_0 * leaves, 1.0
+        plus_0, minus_0, gone_0 = plus_0 * leaves, minus_0 * leaves, 0.0
         if GATE:
             gate_w, gate_b = tl.load(gate_weight + h * D + d), tl.load(gate_bias + h)
             whole_0 = tl.load(kv + oldest * WIDTH + D + d, mask=is_held, other=0.0)
-            left = tl.exp(-leaves * tl.sum(gate(whole_0[None, :], gate_w, gate_b), 0))
+            gone_0 = leaves * tl.sum(gate(whole_0[None, :], gate_w, gate_b), 0)
+        left = tl.exp(-gone_0)
         tl.store(state, plus_state * left + plus_0[:, None] * v_0[None, :])
         tl.store(state + D * D, minus_state * left + minus_0[:, None] * v_0[None, :])
     if PDL:
@@ -148,13 +150,13 @@ def linear_kernel(
     out = tl.sum(w[:, None] * v.to(tl.float32), 0) + tl.sum(sink_w[:, None] * sink_v, 0)
     if not OFF:
         older = known & (e <= BEHIND)
-        fade, fade_q = e * 0.0 + 1.0, 1.0
+        fade, fade_0, fade_q = e * 0.0 + 1.0, 1.0, 1.0
         if GATE:
             whole = load_held(kv + D, source, there, lag, d, WIDTH)
             rates = gate(with_own(whole, tl.load(at_v + d), source, lag), gate_w, gate_b)
             rates = tl.where(older, rates, 0.0)
             gone = tl.sum(rates, 0)
-            fade, fade_q = tl.exp(tl.cumsum(rates, 0) - gone), tl.exp(-gone)
+            fade, fade_0, fade_q = tl.exp(tl.cumsum(rates, 0) - gone), tl.exp(-gone), tl.exp(-gone - gone_0)
         plus, minus = features(q, weight_q, RELU)
         for j in range(1, BEHIND + 1):  # those behind the window that can be taken back
             k_j = tl.sum(tl.where((e == j)[:, None], k, 0.0).to(tl.float32), 0)
@@ -162,7 +164,7 @@ def linear_kernel(
             w_j = tl.where((e == j) & older, tl.sum(plus * plus_j + minus * minus_j, 0) * fade, 0.0)
             out += tl.sum(w_j[:, None] * v.to(tl.float32), 0)
             total += tl.sum(w_j, 0)
-        w_0 = tl.sum(plus * plus_0 + minus * minus_0, 0) * tl.sum(tl.where(e == 0, fade, 0.0), 0)
+        w_0 = tl.sum(plus * plus_0 + minus * minus_0, 0) * fade_0
         out += w_0 * v_0 + fade_q * tl.sum(plus[:, None] * plus_state + minus[:, None] * minus_state, 0)
         total += w_0 + fade_q * tl.sum(plus * plus_norm + minus * minus_norm, 0)
     tl.store(y + (b * H + h) * D + p, (out / tl.where(total == 0, 1.0, total)).to(dtype))
@@ -191,8 +193,8 @@ def linear_step(
 ) -> Tensor:
     """LinearAttention for one token of each sequence: qkv (B, 1, (H + 2 G) * D) -> (B, 1, H * D).
 
-    plan: linear.py's, for a call with the cache that nobody looked at. counts: zeros (B * (H + G),), int32. norms: as in
-    decode_kernels.attention.
+    plan: linear.py's, for a call with the cache that nobody looked at. counts: zeros (B * (H + G),), int32. norms: as
+    in decode_kernels.attention.
     """
     (B, _, _), (H, G), config, D = qkv.shape, heads, mixer.config, cache.state.size(-1)
     lag, n, (cos, sin) = plan.lag, plan.seen.size(-1), plan.angles
@@ -206,10 +208,10 @@ def linear_step(
         y, qkv, cache.kv, cache.sinks, cache.state, cache.norm, cos, sin, plan.moves.order, plan.valid,
         plan.moves.kept, plan.seen.expand(B, -1, -1).contiguous(), own.contiguous(), mixer.feature_q, mixer.feature_k,
         mixer.mix, *gate, gain_q, gain_k, counts, lag, n, cos.stride(0) if cos.size(0) > 1 else 0,
-        scale, cap or 0.0, eps, H=H, G=G, D=D, PART=D // parts, N_ROPE=cos.size(-1), ENTRIES=next_power(lag + 1),
-        SINKS=next_power(max(1, n)), BEHIND=lag - plan.window, RELU=config.linear_feature_map == "relu",
-        GATE=config.linear_gate, OFF=config.linear_off, NORM=norms is not None, OFFSET=offset, CAP=cap is not None,
-        num_warps=16, **early_launch(qkv.device),
+        scale, cap or 0.0, eps, H=H, G=G, D=D, PART=D // parts, N_ROPE=cos.size(-1),
+        ENTRIES=next_power(lag + (lag < plan.window)), SINKS=next_power(max(1, n)), BEHIND=lag - plan.window,
+        RELU=config.linear_feature_map == "relu", GATE=config.linear_gate, OFF=config.linear_off,
+        NORM=norms is not None, OFFSET=offset, CAP=cap is not None, num_warps=8, **early_launch(qkv.device),
     )  # fmt: skip
     return y
 
@@ -217,4 +219,4 @@ def linear_step(
 def fits(cache: Any, tokens: int) -> bool:
     """True if the kernel takes calls of so many tokens with a layer's cache."""
     D, lag = cache.state.size(-1), cache.kv.size(2)
-    return tokens == 1 and D <= MOST_HEAD_SIZE and math.log2(D).is_integer() and lag < MOST_ENTRIES
+    return tokens == 1 and D <= MOST_HEAD_SIZE and math.log2(D).is_integer() and lag <= MOST_ENTRIES
