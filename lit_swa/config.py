@@ -7,6 +7,7 @@ model.py fills: a row says which fields it reads and needs, and the checks here 
 import difflib
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -54,23 +55,46 @@ class Config:
     vocab_size: int = 50257  # tokens that can be chosen
     padded_vocab_size: int | None = None  # rows of the embedding; None: vocab_size
     tie_embeddings: bool = False  # lm_head shares its weight with wte
+    lm_head_bias: bool = False  # Phi 1 and 2: logits have a bias
     # block
     norm_class_name: str = "RMSNorm"  # or LayerNorm
+    norm_weight: bool = True  # OLMo 1: a LayerNorm has none, nor a bias
+    norm_bias: bool = True  # Cohere: a LayerNorm has none
     norm_eps: float = 1e-5  # added to the mean square that a norm divides by
     norm_unit_offset: bool = False  # Gemma: the norm multiplies by (1 + weight)
-    norm_qk: bool = False  # Qwen3, Gemma 3: RMSNorm over the head size of queries and keys, before RoPE
+    norm_qk: bool = False  # Qwen3, Gemma 3: a norm over the head size of queries and keys, before RoPE
+    norm_qk_type: str = (
+        "head"  # or "each" (StableLM 2: a weight for each head), "whole" (OLMo 2: over all heads), "plain"
+    )
+    pre_norm: bool = True  # False, OLMo 2 and EXAONE 4: no norm before the attention and the MLP
     post_attention_norm: bool = False  # Gemma 2 and 3: a norm also behind the attention ...
     post_mlp_norm: bool = False  # ... and behind the MLP
     parallel_residual: bool = False  # NeoX: x + attn(norm_1(x)) + mlp(norm_2(x))
-    mlp_class_name: str = "GatedMLP"  # or PlainMLP
+    shared_norm: bool = False  # Phi, Falcon 7B, Cohere: then norm_1 also in the place of norm_2
+    residual_multiplier: float = 1.0  # Granite: of what a block's attention and MLP add to the residual stream
+    mlp_class_name: str = "GatedMLP"  # or PlainMLP, MoE; a comma list tiles over the layers: "GatedMLP,MoE"
     activation: str = "silu"  # of the MLP; or gelu, gelu_tanh, relu
     attn_bias: bool = False  # of the query, key and value projections
     attn_proj_bias: bool = False  # of the projection behind the attention
     mlp_bias: bool = False  # of the projections of the MLP
+    n_expert: int | None = None  # experts of a layer of MoE; see moe.py
+    n_expert_per_token: int | None = None  # ... and how many of them compute for a token
+    expert_size: int | None = None  # elements within an expert; None: intermediate_size
+    expert_weights: str = (
+        "chosen"  # what the experts' outputs are weighted by: softmax over the chosen, "all", "sigmoid"
+    )
+    expert_limit: float | None = None  # gpt-oss: an expert's inner outputs are clamped to it ...
+    expert_slope: float = 1.702  # ... and its activation is x * sigmoid(slope * x)
+    shared_expert_size: int | None = None  # elements within an MLP beside the experts, which computes for every token
+    shared_expert_gate: bool = False  # Qwen2: a learned number in 0 .. 1 for each token multiplies it
+    balancing_loss: float = 0.0  # how much the experts' balance counts in training, beside a token's loss
+    clip_qkv: float | None = None  # OLMo 1: queries, keys and values are clamped to -clip_qkv .. clip_qkv
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(n_embd)
+    embedding_multiplier: float = 1.0  # Granite: embeddings times this
+    logit_multiplier: float = 1.0  # Cohere, Granite: logits times this
     final_logit_softcapping: float | None = None  # c: logits become c * tanh(logits / c)
     # positions
-    positions: str = "rope"  # where a layer sees them, or "none" (NoPE); a comma list tiles: "rope,rope,rope,none"
+    positions: str = "rope"  # or "none" (NoPE), or RoPE at another base; a comma list tiles: "rope,10000,none"
     rope_base: float = 10000.0  # RoPE turns the i-th pair of D elements by rope_base ** (-2i / D) a token
     rope_local_base_freq: float | None = None  # Gemma 3: the base of the layers with a window; None: rope_base
     rotary_percentage: float = 1.0  # the share of each head that RoPE rotates
@@ -79,6 +103,7 @@ class Config:
     attention: str = "full"  # a variant, or a comma list that tiles over the layers: "sliding,full"
     sliding_window_size: int | None = None  # S: a query at p sees the S keys p - S + 1 .. p
     rolling_kv_cache: bool = False  # layers with a window keep 2S slots instead of one for every position
+    attention_chunk_size: int | None = None  # chunked: a query sees the keys of its own chunk of so many tokens
     n_sink_tokens: int = 4  # streaming: the first tokens, which every query sees beside its window S
     dual_chunk_pretraining_length: int | None = None  # c, the trained length; None: block_size
     dual_chunk_size: int | None = None  # s, the tokens of a chunk; None: 5/8 of c
@@ -94,7 +119,12 @@ class Config:
     s2_group_ratio: float = 0.25  # the group's share of the text
     s2_group_size: int | None = None  # ... or its tokens
     s2_shift: bool = True  # False: no head shifts its groups, LongLoRA's "short attention", to compare with
-    attention_scores_scalar: int | None = None  # scores are divided by its square root; None: head_size
+    temperature_slope: float | None = None  # Llama 4: queries times 1 + slope * ln(1 + (position + offset) // length)
+    temperature_length: int | None = None  # ... every so many tokens
+    temperature_offset: int = 0  # ... counted from 0 (Ministral 3) or 1 (Llama 4)
+    temperature_layers: str = "all"  # ... in all layers, or in those of "none" of the positions
+    sink_logits: bool = False  # gpt-oss: each head has a learned logit in its softmax that no key stands behind
+    attention_scores_scalar: float | None = None  # scores are divided by its square root; None: head_size
     attention_logit_softcapping: float | None = None  # c: scores become c * tanh(scores / c)
     attention_backend: str = "auto"  # what may take the place of the plain steps: see fast_attention.py
 
@@ -107,6 +137,8 @@ class Config:
             self.head_size = max(1, self.n_embd // max(1, self.n_head))
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.n_embd
+        if self.expert_size is None:
+            self.expert_size = self.intermediate_size if self.n_expert is not None else None
         if self.padded_vocab_size is None:
             self.padded_vocab_size = self.vocab_size
         self.rope_scaling = with_trained_length(self.rope_scaling, self.block_size)
@@ -119,8 +151,19 @@ class Config:
 
     @property
     def layer_positions(self) -> list[str]:
-        """For every layer "rope" or "none"."""
+        """For every layer "rope", "none", or the base of RoPE."""
         return tiled(self.positions, self.n_layer)
+
+    @property
+    def layer_mlps(self) -> list[str]:
+        """The class of every layer's MLP."""
+        return tiled(self.mlp_class_name, self.n_layer)
+
+    @property
+    def more_bases(self) -> list[float]:
+        """The bases of RoPE that some layers have in the place of rope_base; that of the windows stands last."""
+        named = dict.fromkeys(float(base) for base in self.layer_positions if base not in ("rope", "none"))
+        return [*named, *([self.rope_local_base_freq] if self.rope_local_base_freq is not None else [])]
 
     @property
     def rope_n_elem(self) -> int:
@@ -212,12 +255,19 @@ OF_THE_WEIGHTS = {  # their shapes, and the computation that they were trained f
     "n_layer", "n_head", "n_query_groups", "n_embd", "head_size", "intermediate_size", "block_size", "vocab_size",
     "padded_vocab_size", "tie_embeddings", "norm_class_name", "norm_eps", "norm_unit_offset", "norm_qk",
     "post_attention_norm", "post_mlp_norm", "parallel_residual", "mlp_class_name", "activation", "attn_bias",
-    "attn_proj_bias", "mlp_bias", "scale_embeddings", "final_logit_softcapping", "positions", "rope_base",
-    "rotary_percentage", "attention_scores_scalar", "attention_logit_softcapping",
+    "attn_proj_bias", "mlp_bias", "scale_embeddings", "final_logit_softcapping", "rope_base", "rotary_percentage",
+    "attention_scores_scalar", "attention_logit_softcapping", "positions", "lm_head_bias", "norm_weight", "norm_bias",
+    "norm_qk_type", "pre_norm", "shared_norm", "residual_multiplier", "clip_qkv", "embedding_multiplier",
+    "logit_multiplier", "temperature_slope", "temperature_length", "temperature_offset", "temperature_layers",
+    "sink_logits", "n_expert", "n_expert_per_token", "expert_size", "expert_weights", "expert_limit", "expert_slope",
+    "shared_expert_size", "shared_expert_gate",
 }  # fmt: skip
+MLPS = "GatedMLP", "PlainMLP", "MoE"
 CHOICES = {
     "norm_class_name": ("RMSNorm", "LayerNorm"),
-    "mlp_class_name": ("GatedMLP", "PlainMLP"),
+    "norm_qk_type": ("head", "each", "whole", "plain"),
+    "expert_weights": ("chosen", "all", "sigmoid"),
+    "temperature_layers": ("all", "none"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
     "linear_feature_map": ("hedgehog", "relu"),
     "attention_backend": ("auto", "sdpa", "flex", "flash"),
@@ -233,10 +283,25 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
     "vocab_size": (1, 2**24),
     "padded_vocab_size": (1, 2**24),
     "norm_eps": (0.0, 1.0),
+    "residual_multiplier": (1e-6, 1e6),
+    "embedding_multiplier": (1e-6, 1e6),
+    "logit_multiplier": (1e-6, 1e6),
+    "n_expert": (1, 2**16),
+    "n_expert_per_token": (1, 2**16),
+    "expert_size": (1, 2**20),
+    "expert_limit": (1e-3, 1e6),
+    "expert_slope": (1e-3, 1e3),
+    "shared_expert_size": (1, 2**20),
+    "balancing_loss": (0.0, 1e3),
+    "clip_qkv": (1e-3, 1e6),
+    "temperature_slope": (0.0, 1e3),
+    "temperature_length": (1, 2**31),
+    "temperature_offset": (0, 1),
     "rope_base": (1e-3, 1e12),
     "rope_local_base_freq": (1e-3, 1e12),
     "rotary_percentage": (0.0, 1.0),
     "sliding_window_size": (1, 2**31),
+    "attention_chunk_size": (1, 2**31),
     "n_sink_tokens": (0, 2**20),
     "dual_chunk_pretraining_length": (2, 2**31),
     "dual_chunk_size": (1, 2**31),
@@ -247,7 +312,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
     "linear_sinks": (0, 2**20),
     "s2_group_ratio": (1e-6, 1.0),
     "s2_group_size": (1, 2**31),
-    "attention_scores_scalar": (1, 2**31),
+    "attention_scores_scalar": (1e-6, 1e12),
     "attention_logit_softcapping": (1e-3, 1e6),
     "final_logit_softcapping": (1e-3, 1e6),
 }
@@ -325,13 +390,47 @@ def check_values(config: Config) -> None:
             f"rotary_percentage={config.rotary_percentage} of head_size={config.head_size} is "
             f"{config.rope_n_elem} elements: RoPE rotates pairs, so it must be an even number."
         )
-    for name in (v.strip() for v in config.positions.split(",")):
-        if name not in ("rope", "none"):
-            raise ValueError(
-                f"positions={short(config.positions)} does not fit: {short(name)} is neither rope nor none."
-            )
+    check_positions(config)
+    check_block(config)
     check_attention(config)
     check_rope_scaling(config)
+
+
+def check_positions(config: Config) -> None:
+    """Every layer has RoPE, none, or RoPE at a base of its own; a temperature has its length."""
+    least, most = RANGES["rope_base"]
+    for name in dict.fromkeys(v.strip() for v in config.positions.split(",")):
+        base = float(name) if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e\+?[0-9]+)?", name) else None
+        if name not in ("rope", "none") and (base is None or not least <= base <= most):
+            raise ValueError(
+                f"positions={short(config.positions)} does not fit: {short(name)} is neither rope nor none, nor a base "
+                f"between {least:g} and {most:g}."
+            )
+    if (config.temperature_slope is None) != (config.temperature_length is None):
+        raise ValueError("temperature_slope and temperature_length need each other: set both, or neither.")
+
+
+def check_block(config: Config) -> None:
+    """What norms and MLPs there are fits together."""
+    for name in dict.fromkeys(v.strip() for v in config.mlp_class_name.split(",")):
+        if name not in MLPS:
+            raise ValueError(
+                f"mlp_class_name={short(config.mlp_class_name)} does not fit: {short(name)} is none of "
+                f"{', '.join(MLPS)}."
+            )
+    experts = config.n_expert, config.n_expert_per_token
+    if ("MoE" in config.layer_mlps) != (None not in experts) or (None in experts and experts != (None, None)):
+        raise ValueError(
+            "Layers of MoE need n_expert and n_expert_per_token, and others have none: set both, or neither."
+        )
+    if config.n_expert is not None and config.n_expert_per_token > config.n_expert:
+        raise ValueError(f"n_expert_per_token={config.n_expert_per_token} is more than n_expert={config.n_expert}.")
+    if config.shared_expert_gate and config.shared_expert_size is None:
+        raise ValueError("shared_expert_gate needs shared_expert_size: set it.")
+    if config.shared_norm and not (config.parallel_residual and config.pre_norm):
+        raise ValueError("shared_norm needs parallel_residual and pre_norm: set them, or shared_norm to false.")
+    if not config.norm_weight and config.norm_class_name == "RMSNorm":
+        raise ValueError("norm_weight=False is a LayerNorm's: set norm_class_name to LayerNorm.")
 
 
 def check_attention(config: Config) -> None:
@@ -350,6 +449,8 @@ def check_attention(config: Config) -> None:
             row.check(config)
     if config.s2_attention and not Path(__file__).with_name("s2.py").exists():
         raise ValueError("s2_attention needs s2.py beside config.py: copy it there, or set s2_attention to false.")
+    if config.sink_logits and config.s2_attention:
+        raise ValueError("s2_attention groups know no learned sink logits: set s2_attention to false.")
     if config.s2_attention and not all(row.groups for row in rows):
         raise ValueError(
             f"s2_attention groups layers that attend in full, and attention={config.attention!r}: "
@@ -377,6 +478,9 @@ def check_dual_chunk(config: Config) -> None:
 
 def check_linear(config: Config) -> None:
     """Linear attention: keys are rotated once, and a query sees something."""
+    if config.sink_logits or config.temperature_slope is not None:
+        name = "learned sink logits" if config.sink_logits else "temperature by position"
+        raise ValueError(f"Linear attention has no {name}: give this model a pattern without linear.")
     kind = (config.rope_scaling or {}).get("type")
     if kind in LENGTH_DEPENDENT:
         raise ValueError(

@@ -164,6 +164,8 @@ class Description:
     def __init__(self, model: GPT) -> None:
         config, attn = model.config, model.layers[0]
         self.kept: list[Tensor] = []
+        if config.logit_multiplier != 1.0:
+            raise Unknown("logits that are multiplied")
         self.kinds = list(dict.fromkeys(attn.mixer.kind for attn in model.layers))
         self.layers = (LayerStruct * config.n_layer)(*map(self.layer, model.transformer.h))
         sizes = (config.n_layer, attn.n_head, attn.n_query_groups, config.head_size, config.n_embd, config.rope_n_elem)
@@ -185,6 +187,10 @@ class Description:
                               (attn.mixer, (SoftmaxAttention, ShiftedSparseAttention))):  # fmt: skip
             if type(module) not in known or is_injected(module):
                 raise Unknown(f"a {type(module).__name__}, or what was put into it")
+        if nn.Identity in (type(block.norm_1), type(block.norm_2)) or block.multiplier != 1.0:
+            raise Unknown("a block without norms of its own, or with a multiplier")
+        if attn.mixer.sink_logits is not None or attn.config.clip_qkv is not None:
+            raise Unknown("learned sink logits, or values that are clipped")
         norms = block.norm_1, attn.norm_q, attn.norm_k, block.post_attention_norm, block.norm_2, block.post_mlp_norm
         into = (mlp.fc_1, mlp.fc_2) if isinstance(mlp, GatedMLP) else (mlp.fc, None)
         linears = attn.qkv, attn.proj, *into, mlp.proj
@@ -304,9 +310,7 @@ class Step:
         self.find_caches()
         described = [describe_plan(call.plans[kind], self.first[kind], B, T) for kind in self.description.kinds]
         kinds = (KindStruct * len(described))(*(struct for struct, _ in described))
-        x = model.transformer.wte(idx)
-        x = x * torch.tensor(model.config.n_embd**0.5, dtype=x.dtype) if model.config.scale_embeddings else x
-        x = x.float().contiguous()
+        x = model.embed(idx).float().contiguous()
         logits = torch.empty(B, T, model.config.padded_vocab_size)
         struct = CallStruct(
             torch.get_num_threads(), B, T, x.data_ptr(), logits.data_ptr(), len(kinds), kinds, self.addresses

@@ -43,7 +43,7 @@ class Faster(NamedTuple):
 
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]  # for rope.apply_rope
     causal: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # for model.causal_attention
-    attend: Callable[[list[Tensor], Tensor, Tensor], Tensor] | None = None  # (queries of each part, k, v) -> outputs
+    attend: Callable[..., Tensor] | None = None  # (queries of each part, k, v, learned sink logits or None) -> outputs
     n_queries: int = 0  # how many queries, from the first on, attend() answers; the plain steps do the rest
 
 
@@ -107,18 +107,19 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
     if config.attention_logit_softcapping is not None or not is_exact(pairs):
         return None, 0
-    if is_whole(pairs):
-        return (lambda queries, k, v: causal(queries[0], k, v, scale)), T
+    if is_whole(pairs) and not config.sink_logits:
+        return (lambda queries, k, v, sinks: causal(queries[0], k, v, scale)), T
     bands = [is_band(pairs, part) for part in pairs.row.parts]
     corners = tools.corners and any(bands)
     # torch's flash kernel gives no log-sum-exp to merge sinks by
-    if any(bands) and not corners and (tools.window == "flex" or tools.window is not None and len(bands) == 1):
+    alone = tools.window is not None and len(bands) == 1 and not config.sink_logits
+    if any(bands) and not corners and (tools.window == "flex" or alone):
         n = T // tools.multiple * tools.multiple
         return (window_attend(pairs, tools.window, n, bands, scale), n) if n else (None, 0)
     blocks = merge_blocks(pairs, bands, corners) if is_worth_merging(pairs, tools, corners) else None
     if blocks is None:
         return None, 0
-    return (lambda queries, k, v: MergedAttention.apply(tools.merge, blocks, scale, k, v, *queries)), T
+    return (lambda queries, k, v, sinks: MergedAttention.apply(tools.merge, blocks, scale, sinks, k, v, *queries)), T
 
 
 def is_worth_merging(pairs: "Pairs", tools: Tools, corners: bool) -> bool:
@@ -126,7 +127,7 @@ def is_worth_merging(pairs: "Pairs", tools: Tools, corners: bool) -> bool:
     if tools.merge is None or corners:
         return tools.merge is not None
     if pairs.q_pos.device.type == "cpu":
-        return len(pairs.row.parts) > 1
+        return len(pairs.row.parts) > 1 or pairs.config.sink_logits
     return pairs.window is None and pairs.q_pos.size(1) >= FLEX_BLOCK
 
 
@@ -203,11 +204,11 @@ def window_attend(pairs: "Pairs", kernel: str, n: int, bands: Sequence[bool], sc
     queries, window = slice(0, n), pairs.window
     strips = [strip for i in range(len(bands)) for strip in window_strips(pairs, i, n, kernel, bands[i])]
     if kernel == "flash":
-        return lambda q, k, v: flash_attention(
+        return lambda q, k, v, sinks: flash_attention(
             q[0][:, :, queries], k[:, :, strips[0].keys], v[:, :, strips[0].keys], window, scale
         )
 
-    def attend(rotated: list[Tensor], k: Tensor, v: Tensor) -> Tensor:
+    def attend(rotated: list[Tensor], k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         parts = []
         for strip in strips:
             cut = rotated[strip.part][:, :, queries], k[:, :, strip.keys], v[:, :, strip.keys]
@@ -215,7 +216,8 @@ def window_attend(pairs: "Pairs", kernel: str, n: int, bands: Sequence[bool], sc
                 parts.append(flex_attention_with_lse(*cut, strip.flex, scale))
             else:
                 parts.append(as_one_kernel(attention_with_lse, *cut, strip.dense_mask(n, k.device), scale))
-        return parts[0][0] if len(parts) == 1 else as_one_kernel(merge, *parts)[0]
+        out, lse = parts[0] if len(parts) == 1 else as_one_kernel(merge, *parts)
+        return out if sinks is None else out * kept_beside(lse, sinks).to(out.dtype)
 
     return attend
 
@@ -424,31 +426,46 @@ class MergedAttention(torch.autograd.Function):
     """Attention over several strips of keys, each by a kernel, merged by the log-sum-exps of their scores.
 
     With lse_r of strip r and lse of all, o = sum of exp(lse_r - lse) o_r. A kernel's backward makes its probabilities
-    as exp(score - lse); given lse and output of the whole softmax, it gives the exact gradients of its strip.
+    as exp(score - lse); given lse and output of the whole softmax, it gives the exact gradients of its strip. Learned
+    sink logits (H,) are one more strip, of a key without a value.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: str, blocks: list[MergeBlock], scale: float, k: Tensor, v: Tensor, *queries: Tensor
+        ctx: Any,
+        kernel: str,
+        blocks: list[MergeBlock],
+        scale: float,
+        sinks: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        *queries: Tensor,
     ) -> Tensor:
         out, lses = torch.empty_like(queries[0]), []
         for block in blocks:
             parts = [strip_forward(kernel, scale, s, *block.cut(s, queries, k, v)) for s in block.strips]
             rows = out[:, :, block.queries].unflatten(2, (block.folds, -1)).transpose(1, 2)  # as fold(), still a view
             lses.append(as_one_kernel(merge_into, rows, tuple(s.corner for s in block.strips), *parts))
+            if sinks is not None:
+                rows *= kept_beside(lses[-1], sinks).unflatten(0, rows.shape[:2]).to(rows.dtype)
+                lses[-1] = torch.logaddexp(lses[-1], sinks.to(lses[-1].dtype)[:, None])
         ctx.kernel, ctx.blocks, ctx.scale = kernel, blocks, scale
-        ctx.save_for_backward(out, k, v, *queries, *lses)
+        ctx.save_for_backward(out, sinks, k, v, *queries, *lses)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, k, v, *rest = ctx.saved_tensors
+        out, sinks, k, v, *rest = ctx.saved_tensors
         queries, lses = rest[: -len(ctx.blocks)], rest[-len(ctx.blocks) :]
         wide = torch.promote_types(k.dtype, torch.float32)
+        dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
         dkv, dqs = [torch.zeros_like(t, dtype=wide) for t in (k, v)], [torch.zeros_like(q) for q in queries]
         for block, lse in zip(ctx.blocks, lses, strict=True):
             rows, n = block.queries, block.folds
             done = fold(grad[:, :, rows], n), fold(out[:, :, rows], n), lse
+            if sinks is not None:
+                share = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (B * folds, H, T): the sinks' part of the softmax
+                dsinks -= (share * (done[0].to(wide) * done[1]).sum(-1)).sum(dim=(0, 2))
             sums: dict[int, Tensor] = {}  # part -> gradient of this block's queries
             for strip in block.strips:
                 dq, *new = strip_backward(ctx.kernel, ctx.scale, strip, done, block.cut(strip, queries, k, v))
@@ -458,7 +475,14 @@ class MergedAttention(torch.autograd.Function):
                 sums[strip.part] = sums[strip.part] + dq if strip.part in sums else dq.to(wide)
             for part, dq in sums.items():
                 dqs[part][:, :, rows] = unfold(dq, n)
-        return None, None, None, *(total.to(k.dtype) for total in dkv), *dqs
+        return (
+            None,
+            None,
+            None,
+            None if sinks is None else dsinks.to(sinks.dtype),
+            *(total.to(k.dtype) for total in dkv),
+            *dqs,
+        )
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -466,6 +490,11 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     lse = functools.reduce(torch.logaddexp, [lse for _, lse in parts])  # (B, H, T)
     out = sum(o * (lse_r - lse).exp().unsqueeze(-1) for o, lse_r in parts)
     return out.to(parts[0][0].dtype), lse
+
+
+def kept_beside(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What learned sink logits (H,) leave of a softmax with these log-sum-exps (B, H, T): (B, H, T, 1)."""
+    return torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1)
 
 
 def merge_into(rows: Tensor, flipped: tuple[bool, ...], *parts: tuple[Tensor, Tensor]) -> Tensor:

@@ -30,7 +30,6 @@ from lit_swa.model import (
     Slots,
     SoftmaxAttention,
     Span,
-    softcap,
 )
 
 WARM_UPS = 2  # calls of a shape before it is recorded
@@ -90,14 +89,11 @@ class Step:
         for attn in model.layers:
             if attn.mixer.kind not in plans:
                 plans[attn.mixer.kind] = self.plan(attn, pos, input_pos.dim() == 1)
-        x = model.transformer.wte(idx)  # (B, T, C)
-        if model.config.scale_embeddings:
-            x = x * torch.tensor(model.config.n_embd**0.5, dtype=x.dtype)
+        x = model.embed(idx)  # (B, T, C)
         call = Call(plans, cached=True)
         for block in model.transformer.h:
             x = run_block(block, x, call)
-        logits, cap = fused(x, model.lm_head, norm=model.transformer.ln_f), model.config.final_logit_softcapping
-        return logits if cap is None else softcap(logits, cap)
+        return model.finish(fused(x, model.lm_head, norm=model.transformer.ln_f))
 
     def plan(self, attn: CausalSelfAttention, pos: Tensor, uniform: bool) -> Any:
         """A SlotPlan or StatePlan where an attention kernel serves the layer, else the mixer's own plan."""
@@ -135,13 +131,15 @@ def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
     if gpu_kernels() is None or not isinstance(mixer, SoftmaxAttention) or len(mixer.row.parts) > 3:
         return False
     # a temperature is put into the angles, and must reach all of a head
-    turned = config.rope_n_elem == config.head_size or (config.rope_n_elem > 0 and mixer.row.temperature is None)
+    tempered = mixer.tempered or mixer.row.temperature is not None
+    turned = config.rope_n_elem == config.head_size or (config.rope_n_elem > 0 and not tempered)
     slots = cache.slots
     room = slots.copies == 1 or T <= min(1 + slots.lookahead, slots.n_slots)  # no key is replaced that is seen
     most = gpu_kernels().most_queries(cache.k.size(-1) * cache.k.element_size())
     few = attn.n_head // attn.n_query_groups * T <= most
     norms = isinstance(attn.norm_q, (nn.Identity, RMSNorm))
-    return turned and room and few and norms and not rope.depends_on_length(mixer.rope_base)
+    known = norms and mixer.sink_logits is None
+    return turned and room and few and known and not rope.depends_on_length(mixer.rope_base)
 
 
 def fits_linear_kernel(attn: CausalSelfAttention, T: int) -> bool:
@@ -165,7 +163,7 @@ def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool,
         to = torch.stack([torch.where(kept, s, -1) for s in write.slots], dim=1)  # (B, copies, T)
     q_angles, (k_cos, k_sin), _ = mixer.angles(pos, pos, rope)
     cos, sin = (stack(each).squeeze(2) for each in zip(*q_angles, strict=True))  # (parts, 1 or B, T, n)
-    if row.temperature is not None and (factor := row.temperature(pos, config)) is not None:
+    if (factor := mixer.temperature(pos)) is not None:
         factor = factor.squeeze(1) if isinstance(factor, Tensor) else factor  # (1 or B, T, 1)
         cos, sin = cos * factor, sin * factor
     angles = cos.contiguous(), sin.contiguous(), k_cos.squeeze(1), k_sin.squeeze(1)
@@ -207,23 +205,25 @@ def live_blocks(seen: Tensor) -> Tensor:
 
 def run_block(block: Block, x: Tensor, call: Call) -> Tensor:
     """Block.forward, (B, T, C) -> (B, T, C)."""
-    y = attend(block.attn, fused(x, block.attn.qkv, norm=block.norm_1), call)
-    attended = add(x, block.attn.proj, y, block.post_attention_norm)
-    into, mlp = x if block.parallel_residual else attended, block.mlp
+    y = attend(block.attn, block.attn.clip(fused(x, block.attn.qkv, norm=block.norm_1)), call)
+    attended = add(block, x, block.attn.proj, y, block.post_attention_norm)
+    into, norm = (x, block.norm_1) if block.shared_norm else (attended, block.norm_2)
+    into, mlp = x if block.parallel_residual else into, block.mlp
     if isinstance(mlp, GatedMLP):
-        h = fused(into, mlp.fc_1, mlp.fc_2, norm=block.norm_2, activation=mlp.activation)
+        h = fused(into, mlp.fc_1, mlp.fc_2, norm=norm, activation=mlp.activation)
     elif isinstance(mlp, PlainMLP):
-        h = fused(into, mlp.fc, norm=block.norm_2, activation=mlp.activation)
+        h = fused(into, mlp.fc, norm=norm, activation=mlp.activation)
     else:
-        return attended + block.post_mlp_norm(mlp(block.norm_2(into)))
-    return add(attended, mlp.proj, h, block.post_mlp_norm)
+        y = mlp(norm(into), call.losses) if block.moe else mlp(norm(into))
+        return block.add(attended, block.post_mlp_norm(y))
+    return add(block, attended, mlp.proj, h, block.post_mlp_norm)
 
 
-def add(residual: Tensor, linear: nn.Module, y: Tensor, norm: nn.Module) -> Tensor:
-    """residual + norm(linear(y))"""
-    if isinstance(norm, nn.Identity):
+def add(block: Block, residual: Tensor, linear: nn.Module, y: Tensor, norm: nn.Module) -> Tensor:
+    """residual + norm(linear(y)), times the block's multiplier."""
+    if isinstance(norm, nn.Identity) and block.multiplier == 1.0:
         return fused(y, linear, residual=residual)
-    return residual + norm(fused(y, linear))
+    return block.add(residual, norm(fused(y, linear)))
 
 
 def attend(attn: CausalSelfAttention, qkv: Tensor, call: Call) -> Tensor:

@@ -43,11 +43,11 @@ from torch.utils.checkpoint import checkpoint
 if __package__:
     from . import config as checks
     from .config import IGNORED, VARIANTS, Config, Part, Variant
-    from .rope import RoPE, Span, apply_rope, find_span, join_angles, unrotated
+    from .rope import RoPE, Span, apply_rope, find_span, join_angles, position_temperature, unrotated
 else:  # copied beside a script of another project
     import config as checks
     from config import IGNORED, VARIANTS, Config, Part, Variant
-    from rope import RoPE, Span, apply_rope, find_span, join_angles, unrotated
+    from rope import RoPE, Span, apply_rope, find_span, join_angles, position_temperature, unrotated
 
 # ---------------------------------------------------------------------------------------------------------------- GPT
 
@@ -68,7 +68,7 @@ class GPT(nn.Module):
         wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": wte, "h": blocks, "ln_f": build_norm(config, config.n_embd)})
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
         self.rope = RoPE(config)
         self.cache_batch_size, self.lookahead, self.max_seq_length = 0, 0, config.block_size  # 0: there are no caches
         self.fixed_shape_steps = False  # True: a one-token call never looks at its position, so no shape depends on it
@@ -132,16 +132,26 @@ class GPT(nn.Module):
         return self.run_blocks(idx, self.plan_call(idx, input_pos, **options))
 
     def run_blocks(self, idx: Tensor, call: "Call") -> Tensor:
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.scale_embeddings:
-            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)  # rounded to x's dtype, as Gemma was trained
+        x = self.embed(idx)
         for block in self.transformer.h:
             x = block(x, call)
         return x
 
+    def embed(self, idx: Tensor) -> Tensor:
+        """What the first block reads, (B, T, C)."""
+        x, scale = self.transformer.wte(idx), self.config.embedding_multiplier
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)  # rounded to x's dtype, as Gemma was trained
+        return x if scale == 1.0 else x * scale
+
     def project(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) of hidden states (B, T, C)."""
-        logits, cap = self.lm_head(self.transformer.ln_f(x)), self.config.final_logit_softcapping
+        return self.finish(self.lm_head(self.transformer.ln_f(x)))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What lm_head's outputs become: logits."""
+        scale, cap = self.config.logit_multiplier, self.config.final_logit_softcapping
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else softcap(logits, cap)
 
     def sum_nll(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -303,18 +313,26 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.norm_1 = build_norm(config, config.n_embd)
+        self.norm_1 = build_norm(config, config.n_embd, config.pre_norm)
         self.attn = CausalSelfAttention(config, layer)
-        self.post_attention_norm = build_norm(config, config.n_embd) if config.post_attention_norm else nn.Identity()
-        self.norm_2 = build_norm(config, config.n_embd)
-        self.mlp = {"GatedMLP": GatedMLP, "PlainMLP": PlainMLP}[config.mlp_class_name](config)
-        self.post_mlp_norm = build_norm(config, config.n_embd) if config.post_mlp_norm else nn.Identity()
-        self.parallel_residual = config.parallel_residual
+        self.post_attention_norm = build_norm(config, config.n_embd, config.post_attention_norm)
+        self.norm_2 = build_norm(config, config.n_embd, config.pre_norm and not config.shared_norm)
+        self.moe = config.layer_mlps[layer] == "MoE"
+        self.mlp = checks.module_beside("moe").MoE(config) if self.moe else MLPS[config.layer_mlps[layer]](config)
+        self.post_mlp_norm = build_norm(config, config.n_embd, config.post_mlp_norm)
+        self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
+        self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        attended = x + self.post_attention_norm(self.attn(self.norm_1(x), call))
-        return attended + self.post_mlp_norm(self.mlp(self.norm_2(x if self.parallel_residual else attended)))
+        normed = self.norm_1(x)
+        attended = self.add(x, self.post_attention_norm(self.attn(normed, call)))
+        into = normed if self.shared_norm else self.norm_2(x if self.parallel_residual else attended)
+        y = self.mlp(into, call.losses) if self.moe else self.mlp(into)
+        return self.add(attended, self.post_mlp_norm(y))
+
+    def add(self, residual: Tensor, y: Tensor) -> Tensor:
+        return residual + (y if self.multiplier == 1.0 else y * self.multiplier)
 
 
 class CausalSelfAttention(nn.Module):
@@ -326,8 +344,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_query_groups = H, G  # of this layer: a rank of several may hold some of them
         self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.attn_bias)  # rows: H queries, G keys, G values
         self.proj = nn.Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
-        self.norm_q = build_norm(config, D) if config.norm_qk else nn.Identity()
-        self.norm_k = build_norm(config, D) if config.norm_qk else nn.Identity()
+        self.norm_q, self.norm_k = build_head_norm(config, layer, H), build_head_norm(config, layer, G)
         variant = config.layer_variants[layer]
         softmax = checks.module_beside("s2").ShiftedSparseAttention if config.s2_attention else SoftmaxAttention
         self.mixer = (VARIANTS[variant].mixer or softmax)(config, variant, layer)
@@ -337,12 +354,16 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         (B, T, _), H, G = x.shape, self.n_head, self.n_query_groups
-        qkv = self.qkv(x).view(B, T, H + 2 * G, -1).transpose(1, 2)  # (B, H + 2G, T, D)
+        qkv = self.clip(self.qkv(x)).view(B, T, H + 2 * G, -1).transpose(1, 2)  # (B, H + 2G, T, D)
         q, k, v = qkv.split((H, G, G), dim=1)
         q, k = self.norm_q(q), self.norm_k(k)
         cache = self.kv_cache if call.cached else None
         y = self.mixer(q, k, v, call.plans[self.mixer.kind], cache)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
+
+    def clip(self, qkv: Tensor) -> Tensor:
+        most = self.config.clip_qkv
+        return qkv if most is None else qkv.clamp(-most, most)
 
 
 # -------------------------------------------------------------------------------------- the variants, and who sees whom
@@ -485,14 +506,17 @@ class Mixer(nn.Module):
     def __init__(self, config: Config, variant: str, layer: int = 0) -> None:
         super().__init__()
         self.config, self.variant, self.layer = config, variant, layer
-        self.use_rope = config.layer_positions[layer] == "rope"
-        self.kind = variant if self.use_rope else f"{variant} without RoPE"  # layers of one kind share a call's plan
+        self.positions = config.layer_positions[layer]
+        self.kind = variant if self.positions == "rope" else f"{variant}, positions {self.positions}"
+        # ... layers of one kind share a call's plan
 
     @property
     def rope_base(self) -> int | None:
         """Which of RoPE's bases it rotates by; None: it does not."""
-        local = self.config.rope_local_base_freq is not None and self.window is not None
-        return int(local) if self.use_rope else None
+        bases = self.config.more_bases
+        if self.positions != "rope":
+            return None if self.positions == "none" else 1 + bases.index(float(self.positions))
+        return len(bases) if self.config.rope_local_base_freq is not None and self.window is not None else 0
 
     def cache_length(self, tokens: int) -> int:
         """The length of a cache for a text of so many tokens: more is of no use."""
@@ -576,7 +600,13 @@ class SoftmaxAttention(Mixer):
         self.row = row = VARIANTS[variant]
         self.window, self.n_sinks = row.window(config) if row.window else None, row.sinks(config) if row.sinks else 0
         self.any_length = row.window is not None
+        self.tempered = config.temperature_slope is not None and config.temperature_layers in ("all", self.positions)
+        self.sink_logits = nn.Parameter(torch.zeros(config.n_head)) if config.sink_logits else None
         self.faster_plan, self.checked = fast_attention(), 0  # checked: up to where the row was compared with its masks
+
+    def reset_parameters(self) -> None:
+        if self.sink_logits is not None:
+            nn.init.zeros_(self.sink_logits)
 
     @property
     def rolls(self) -> bool:
@@ -610,10 +640,16 @@ class SoftmaxAttention(Mixer):
         pairs = Pairs(row, config, pos, k_pos, span, layout, cache is not None, self.window, self.n_sinks)
         faster = None if self.faster_plan is None else self.faster_plan(pairs)
         rotate, done = (apply_rope, 0) if faster is None else (faster.rotate, faster.n_queries)
-        rotate = rotate if self.use_rope else unrotated
+        rotate = unrotated if self.positions == "none" else rotate
         blocks = cut_queries(pairs, done) if done < pos.size(1) else []
-        temperature = None if row.temperature is None else row.temperature(pos, config)
-        return Plan(*self.angles(pos, k_pos, rope), blocks, rotate, faster, exchange, temperature)
+        return Plan(*self.angles(pos, k_pos, rope), blocks, rotate, faster, exchange, self.temperature(pos))
+
+    def temperature(self, pos: Tensor) -> Tensor | float | None:
+        """What queries at pos (1 or B, T) are multiplied by, (1 or B, 1, T, 1) or a number; None: nothing."""
+        factor = None if self.row.temperature is None else self.row.temperature(pos, self.config)
+        if not self.tempered:
+            return factor
+        return position_temperature(pos, self.config) * (1.0 if factor is None else factor)
 
     def angles(self, pos: Tensor, k_pos: Tensor, rope: RoPE) -> tuple[list, tuple, bool]:
         """Plan's q_angles, k_angles and rotate_read, for queries at pos (1 or B, T) and keys at k_pos (1 or B, L)."""
@@ -646,9 +682,9 @@ class SoftmaxAttention(Mixer):
             pieces = zip(*(x.split(lengths, dim=2) for x in (k, v, *queries)), strict=True)
             texts = [self.attend(q, k, v, own) for (k, v, *q), (_, own) in zip(pieces, plan.texts, strict=True)]
             return torch.cat(texts, dim=2)
-        outputs = [attend_block(queries, k, v, block, self.config) for block in plan.blocks]
+        outputs = [attend_block(queries, k, v, block, self.config, self.sink_logits) for block in plan.blocks]
         if plan.faster is not None and plan.faster.attend is not None:
-            outputs.insert(0, plan.faster.attend(queries, k, v))
+            outputs.insert(0, plan.faster.attend(queries, k, v, self.sink_logits))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -705,11 +741,14 @@ def key_ranges(pairs: Pairs, queries: slice, shared: dict[int, Tensor | None]) -
     return ranges
 
 
-def attend_block(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock, config: Config) -> Tensor:
-    """A block's part of the output, (B, H, T, D): one softmax over all that its queries see."""
-    first = block.ranges[0]
-    if len(block.ranges) > 1 or len(first.masks) > 1 or config.attention_logit_softcapping is not None:
-        return attend_ranges(queries, k, v, block, config)
+def attend_block(
+    queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock, config: Config, sinks: Tensor | None = None
+) -> Tensor:
+    """A block's part of the output, (B, H, T, D): one softmax over all that its queries see. sinks: learned logits
+    (H,), one for each head, which share the softmax and have no value (Agarwal et al. 2025, arXiv 2508.10925)."""
+    first, cap = block.ranges[0], config.attention_logit_softcapping
+    if len(block.ranges) > 1 or len(first.masks) > 1 or cap is not None or sinks is not None:
+        return attend_ranges(queries, k, v, block, config, sinks)
     ((part, mask),) = first.masks.items()
     q, k, v = queries[part][:, :, block.queries], k[:, :, first.keys], v[:, :, first.keys]
     scale = (config.attention_scores_scalar or config.head_size) ** -0.5
@@ -720,7 +759,9 @@ def attend_block(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock,
     return y.reshape(B, H, T, D)
 
 
-def attend_ranges(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock, config: Config) -> Tensor:
+def attend_ranges(
+    queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock, config: Config, sinks: Tensor | None = None
+) -> Tensor:
     """attend_block step by step: scores of every range, one softmax over them all, the values of every range."""
     rotated = [q[:, :, block.queries] for q in queries]  # (B, H, T, D) each
     (B, H, T, D), G, scores = rotated[0].shape, k.size(1), []
@@ -735,9 +776,11 @@ def attend_ranges(queries: list[Tensor], k: Tensor, v: Tensor, block: QueryBlock
         seen = [x if mask is None else x.masked_fill(~mask[:, :, None], -math.inf) for x, mask in seen]
         scores.append(functools.reduce(torch.maximum, seen))  # at most one part sees a pair, the others are -inf
     wide = torch.promote_types(v.dtype, torch.float32)
+    if sinks is not None:
+        scores.append(sinks.to(v.dtype).view(1, G, -1, 1, 1).expand(B, -1, -1, T, -1))
     weights = F.softmax(torch.cat(scores, dim=-1), dim=-1, dtype=wide).to(v.dtype).flatten(2, 3)
-    weights = weights.split([s.size(-1) for s in scores], dim=-1)  # (B, G, R * T, L) each
-    y = sum(w @ v[:, :, r.keys] for w, r in zip(weights, block.ranges, strict=True))
+    weights = weights.split([s.size(-1) for s in scores], dim=-1)  # (B, G, R * T, L) each, and the sinks'
+    y = sum(w @ v[:, :, r.keys] for w, r in zip(weights, block.ranges))  # noqa: B905
     return y.view(B, H, T, D)
 
 
@@ -1000,11 +1043,12 @@ def write_slots(held: Tensor, new: Tensor, write: Write) -> None:
 class GatedMLP(nn.Module):
     """act(fc_1(x)) * fc_2(x), projected back (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, size: int | None = None) -> None:
         super().__init__()
-        self.fc_1 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.fc_2 = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+        size = size or config.intermediate_size
+        self.fc_1 = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.fc_2 = nn.Linear(config.n_embd, size, bias=config.mlp_bias)
+        self.proj = nn.Linear(size, config.n_embd, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1024,6 +1068,7 @@ class PlainMLP(nn.Module):
         return self.proj(self.activation(self.fc(x)))
 
 
+MLPS = {"GatedMLP": GatedMLP, "PlainMLP": PlainMLP}
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": GELU_TANH, "relu": F.relu}
 
@@ -1046,10 +1091,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
-def build_norm(config: Config, size: int) -> nn.Module:
+def build_norm(config: Config, size: int, wanted: bool = True) -> nn.Module:
+    if not wanted:
+        return nn.Identity()
     if config.norm_class_name == "LayerNorm":
-        return nn.LayerNorm(size, eps=config.norm_eps)
+        return nn.LayerNorm(size, config.norm_eps, config.norm_weight, config.norm_bias)
     return RMSNorm(size, config.norm_eps, config.norm_unit_offset)
 
 
-checks.module_beside("linear")  # it adds its row to VARIANTS
+def build_head_norm(config: Config, layer: int, heads: int) -> nn.Module:
+    """What queries or keys (B, heads, T, D) are normed by."""
+    if not config.norm_qk or config.norm_qk_type == "head":
+        return build_norm(config, config.head_size, config.norm_qk)
+    return checks.module_beside("head_norms").build(config, layer, heads)
+
+
+for name in ("linear", "chunked"):
+    checks.module_beside(name)  # it adds its row to VARIANTS

@@ -162,14 +162,15 @@ def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
     unit = next(u for u in UNITS if inner % u == 0 and inner // u >= rank.size)
     first, last = share(inner // unit, *rank[:2])
     inside = ((first * unit, last * unit),)
-    names = ("fc_1", "fc_2") if config.mlp_class_name == "GatedMLP" else ("fc",)
+    names = {"GatedMLP": ("fc_1", "fc_2"), "PlainMLP": ("fc",)}
     parts = {
         "attn.qkv": Part(0, tuple((a * D, b * D) for a, b in rows)),
         "attn.proj": Part(1, ((q0 * D, q1 * D),)),
-        **{f"mlp.{name}": Part(0, inside) for name in names},
         "mlp.proj": Part(1, inside),
     }
     named = {f"transformer.h.{i}.{name}": part for i in range(config.n_layer) for name, part in parts.items()}
+    for i, mlp in enumerate(config.layer_mlps):
+        named |= {f"transformer.h.{i}.mlp.{name}": Part(0, inside) for name in names[mlp]}
     return named | {"lm_head": Part(0, ((min(V, n * rank.index), min(V, n * (rank.index + 1))),))}
 
 
@@ -177,6 +178,15 @@ def check_split(config: Config, rank: Rank) -> None:
     """Raises ValueError for more ranks than there are parts, and for what is not split."""
     if rank.size > 1 and "linear" in config.layer_variants:
         raise ValueError("Layers of linear attention are not split over processes: run the model in one.")
+    whole = {
+        "learned sink logits": config.sink_logits,
+        "a mixture of experts": config.n_expert is not None,
+        "a bias of lm_head": config.lm_head_bias,
+        "a norm over several heads": config.norm_qk and config.norm_qk_type in ("each", "whole"),
+    }
+    for what, there in whole.items():
+        if rank.size > 1 and there:
+            raise ValueError(f"The model has {what}, which is not split over processes: run it in one.")
     for count, what in ((config.n_head, "query heads"), (config.intermediate_size, "inner outputs of its MLP")):
         if rank.size > count:
             raise ValueError(

@@ -87,7 +87,11 @@ def quantizable_linears(
 
 
 def block_linears(model: GPT) -> dict[str, nn.Module]:
-    """The linear layers of the blocks, by name. Raises ValueError if there are none."""
+    """The linear layers of the blocks, by name. Raises ValueError if there are none, or experts beside them."""
+    if model.config.n_expert is not None:
+        raise ValueError(
+            "The model's experts have no quantised form here: use --dtype bfloat16, and leave --quantize out."
+        )
     blocks = model.transformer.h.named_modules(prefix="transformer.h")
     linears = {name: module for name, module in blocks if is_linear(module)}
     if not linears:

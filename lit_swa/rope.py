@@ -129,6 +129,13 @@ def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
+def position_temperature(q_pos: Tensor, config: Config) -> Tensor:
+    """A factor for the scores, (1 or B, 1, T, 1), that grows by steps of temperature_length tokens (Llama 4, 2025; the
+    idea is in Nakanishi 2025, arXiv 2501.19399)."""
+    steps = (q_pos + config.temperature_offset).clamp(min=0) // config.temperature_length
+    return (1 + config.temperature_slope * (1 + steps).log())[:, None, :, None]
+
+
 def turns_of(frequencies: Tensor) -> Tensor:
     """Angles per position as parts of a turn, int64, in units of 2^-64; what is more than half a turn is negative."""
     turns = frequencies.double() / (2 * math.pi)
@@ -136,16 +143,16 @@ def turns_of(frequencies: Tensor) -> Tensor:
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled; the local base's, if there is one;
-    and LongRoPE's for long texts."""
+    """Angles per position, float32 (bases, rope_n_elem / 2): rope_base's, scaled; those of config.more_bases; and
+    LongRoPE's for long texts."""
     exponents = torch.arange(0, config.rope_n_elem, 2, device="cpu", dtype=torch.float32) / max(1, config.rope_n_elem)
     plain, scaling = 1.0 / config.rope_base**exponents, config.rope_scaling or {"type": None}
-    local = [] if config.rope_local_base_freq is None else [1.0 / config.rope_local_base_freq**exponents]
+    more = [1.0 / base**exponents for base in config.more_bases]
     if scaling["type"] == "longrope":
         short, long = (plain / torch.tensor(scaling[key], device="cpu", dtype=torch.float32) for key in LONGROPE_LISTS)
-        return torch.stack([short, *local, long])
+        return torch.stack([short, *more, long])
     scale = ROPE_SCALINGS.get(scaling["type"], keep)
-    return torch.stack([scale(plain, scaling, config), *local])
+    return torch.stack([scale(plain, scaling, config), *more])
 
 
 # Scalings of a model's frequencies f. A factor of 1 is the identity for each of them.

@@ -431,7 +431,9 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
             "use --draft lookup or --draft self-int4."
         )
     for attn in layers:
-        attn.mixer = with_injected(SoftmaxAttention(config, "streaming", attn.mixer.layer), attn.mixer)
+        own = SoftmaxAttention(config, "streaming", attn.mixer.layer)
+        own.sink_logits = attn.mixer.sink_logits
+        attn.mixer = with_injected(own, attn.mixer)
         attn.mixer.kind, attn.mixer.row = f"{attn.mixer.kind}, a draft", STREAMING_DRAFT
     return model
 

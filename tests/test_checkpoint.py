@@ -314,7 +314,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, change, message: str)
     [
         {"attention": "streaming", "sliding_window_size": 8},
         {"attention": "dual_chunk"},
-        {"rotary_percentage": 0.5},
+        {"rotary_percentage": 0.5, "norm_qk": True},
         {"parallel_residual": True},
     ],
 )

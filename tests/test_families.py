@@ -16,19 +16,74 @@ SHAPE = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+NO_GROUPS = {"num_key_value_heads": 6}
+GRANITE = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+SCALED = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0],
+    "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+LONG = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+FALCON = {"num_key_value_heads": None, "intermediate_size": None, "ffn_hidden_size": 64}
+GROUPS = {"new_decoder_architecture": True, "num_kv_heads": 2}
+EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LLAMA4 = EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 40, "attention_chunk_size": S, "floor_scale": 4}
 CASES = {  # name: the class of transformers, the fields that are not SHAPE's
     "smollm3": ("SmolLM3", {}),
     "smollm3, windows": (
         "SmolLM3",
         {"no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": S, "tie_word_embeddings": False},
     ),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "command r": ("Cohere", {"logit_scale": 0.5}),
+    "command r+": ("Cohere", {"use_qk_norm": True, "attention_bias": True}),
+    "command r 7b": ("Cohere2", {"sliding_window": S}),
+    "exaone 4": ("Exaone4", {"sliding_window": S}),
+    "exaone 4, no positions": ("Exaone4", {"layer_types": ["full_attention"] * 4}),
+    "exaone 4 1.2b": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "olmo": ("Olmo", {"clip_qkv": 0.4}),
+    "olmo 2": ("Olmo2", {}),
+    "olmo 3": ("Olmo3", {"sliding_window": S}),
+    "olmo 3, scaled": ("Olmo3", {"sliding_window": S, "rope_parameters": SCALED}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm 2 12b": (
+        "StableLm",
+        {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
+    "phi": ("Phi", {}),
+    "phi, normed": ("Phi", {"qk_layernorm": True, **NO_GROUPS}),
+    "phi 3": ("Phi3", {"sliding_window": S, **NO_GROUPS}),
+    "phi 4 mini": ("Phi3", {"rope_parameters": LONGROPE, **LONG}),
+    "falcon 7b": ("Falcon", FALCON),
+    "falcon 40b": ("Falcon", FALCON | GROUPS),
+    "falcon 11b": ("Falcon", FALCON | GROUPS | {"num_ln_in_parallel_attn": 1}),
+    "falcon, serial": ("Falcon", FALCON | {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "granite": ("Granite", GRANITE | {"attention_bias": True, "mlp_bias": True}),
+    "granite swa": ("GraniteSWA", GRANITE | {"sliding_window": S, "layer_rope_theta": [10000.0, 0, 500.0, 10000.0]}),
+    "ministral": (
+        "Ministral",
+        {"sliding_window": S, "layer_types": ["full_attention", *["sliding_attention"] * 3], "head_dim": 16},
+    ),
+    "ministral 3": ("Ministral3", {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}}),
+    "mixtral": ("Mixtral", EXPERTS | {"sliding_window": S}),
+    "qwen 2 moe": ("Qwen2Moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "qwen 3 moe": ("Qwen3Moe", QWEN_EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "gpt-oss": ("GptOss", EXPERTS | {"head_dim": 16, "sliding_window": S}),
+    "llama 4": ("Llama4", LLAMA4),
+    "llama 4, every other": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False}),
 }
 
 
 def build_reference(case: str) -> torch.nn.Module:
     family, fields = CASES[case]
     torch.manual_seed(3)
-    config = getattr(transformers, f"{family}Config")(**SHAPE | fields)
+    kind = f"{family}{'Text' * (family == 'Llama4')}Config"
+    values = {k: v for k, v in (SHAPE | fields).items() if v is not None or k == "sliding_window"}
+    config = getattr(transformers, kind)(**values)
     config._attn_implementation = "eager"
     reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     randomize(reference)
@@ -54,4 +109,17 @@ def test_a_family_equals_transformers_in_cached_and_out(case: str, tmp_path: Pat
     export_hf_checkpoint(tmp_path / "a", tmp_path / "b")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", attn_implementation="eager").eval()
     assert largest_error(back(idx).logits, expected) < 1e-5
-    assert Config.from_hf(reference.config.to_dict() | {"architectures": None}).attention == model.config.attention
+
+
+CLASSES = sorted({family for family, _ in CASES.values()})
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_key_that_is_left_out_has_the_default_of_transformers(family: str):
+    """Catches: a base, window, norm or pattern that changes when config.json leaves it to the class."""
+    kind = getattr(transformers, f"{family}{'Text' * (family == 'Llama4')}Config")
+    named = {"architectures": [f"{family}ForCausalLM"]}
+    for given in ({}, {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}):
+        theirs = kind(**given).to_dict()
+        told = {key: value for key, value in theirs.items() if key not in ("architectures", "quantization_config")}
+        assert Config.from_hf(named | given) == Config.from_hf(named | told)

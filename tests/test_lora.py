@@ -353,7 +353,10 @@ def test_only_what_is_asked_for_is_trained(tiny_model, fields):
 
 def test_in_gpt_neox_the_output_embedding_trains(tiny_model):
     """Catches: a rule that knows Llama's names only: there the output layer is called embed_out."""
-    model = tiny_model(mlp_class_name="PlainMLP", norm_class_name="LayerNorm", n_query_groups=6)
+    model = tiny_model(
+        mlp_class_name="PlainMLP", norm_class_name="LayerNorm", n_query_groups=6, parallel_residual=True,
+        attn_bias=True, attn_proj_bias=True, mlp_bias=True, activation="gelu",
+    )  # fmt: skip
     add_lora(model, LoRAConfig(extra_trainable=("embed",)))
     assert {n for n in trainable_names(model) if ".lora." not in n} == {"transformer.wte.weight", "lm_head.weight"}
 

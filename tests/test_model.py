@@ -15,6 +15,7 @@ WHO_SEES_WHOM = {
     "sliding": lambda i, j, S: i - S < j <= i,
     "streaming": lambda i, j, S: j <= i and (i - S < j or j < 4),
     "dual_chunk": lambda i, j, S: j <= i,
+    "chunked": lambda i, j, S: j <= i and i // S == j // S,
 }
 WINDOWED = ("sliding", "streaming")
 MASKED = [name for name, row in VARIANTS.items() if row.parts]  # linear attention has no mask: see test_linear.py
@@ -23,6 +24,7 @@ MASKED = [name for name, row in VARIANTS.items() if row.parts]  # linear attenti
 def config_of(variant, S, **fields):
     """A config of the variant; only a variant with a window takes one. The trained length makes chunks of 20."""
     window = {"sliding_window_size": S} if variant in WINDOWED else {}
+    window = {"attention_chunk_size": S} if variant == "chunked" else window
     return tiny_config(attention=variant, dual_chunk_pretraining_length=32, **window, **fields)
 
 
@@ -72,6 +74,8 @@ def test_a_changed_token_changes_nothing_before_it_nor_beyond_the_reach_of_the_w
     reach = p + n_layer * (S - 1)
     if variant in WINDOWED:
         assert moved[reach] and not moved[reach + 1 :].any()
+    elif variant == "chunked":
+        assert not moved[(p // S + 1) * S :].any()
     else:
         assert moved[reach + 1 :].any()
 

@@ -10,7 +10,7 @@ from tiny import randomize
 
 from lit_swa import Config
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model
-from lit_swa.families import ACTIVATION_NAMES
+from lit_swa.formats.hf_fields import ACTIVATION_NAMES
 from lit_swa.generate import generate
 from lit_swa.model import PlainMLP
 

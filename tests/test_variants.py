@@ -40,6 +40,14 @@ CASES = {
         brute_force.meet_dual_chunk(7, 2),
     ),
     "chunks by default": (DUAL, brute_force.meet_dual_chunk(10, 2)),
+    "chunked": (
+        {"attention": "chunked", "attention_chunk_size": 7},
+        lambda i, j, head: (i, j) if j <= i and i // 7 == j // 7 else None,
+    ),
+    "chunked rolling": (
+        {"attention": "chunked", "attention_chunk_size": 7, "rolling_kv_cache": True},
+        lambda i, j, head: (i, j) if j <= i and i // 7 == j // 7 else None,
+    ),
     "no positions behind a window": (
         {"attention": "sliding,full", "sliding_window_size": 7, "positions": "rope,none"},
         [brute_force.meet_sliding(7), lambda i, j, head: (0, 0)],
@@ -235,7 +243,7 @@ def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first
         blocks = merge_blocks(pairs, [is_band(pairs, part) for part in row.parts], corners=True)
         assert T == 1 or all(strip.mask is None for block in blocks for strip in block.strips)
         most_folds = max(most_folds, *(block.folds for block in blocks))
-        cut = MergedAttention.apply("cpu", blocks, scale, k, v, *queries)
+        cut = MergedAttention.apply("cpu", blocks, scale, None, k, v, *queries)
         masked = torch.cat([attend_block(queries, k, v, block, config) for block in cut_queries(pairs)], dim=2)
         inputs, options = [*queries, k, v], {"allow_unused": True, "materialize_grads": True}
         grads = [torch.autograd.grad(y.square().sum(), inputs, **options) for y in (cut, masked)]

@@ -42,6 +42,7 @@ from lit_swa.formats.files import (
     write_text,
     write_weights,
 )
+from lit_swa.formats.hf_config import find_architecture, language_model
 from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
 from lit_swa.formats.quantized import dense_tensors
 from lit_swa.formats.reading import is_listed
@@ -61,10 +62,10 @@ def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX
     require_directory(directory)
     with directory_lock(directory):
         remove_leftovers(directory)
-        config, source, extra_files = open_source(directory)
-        if config.tie_embeddings and have_two_embeddings(source, config, directory):
+        config, source, extra_files, architecture = open_source(directory)
+        if config.tie_embeddings and have_two_embeddings(source, config, directory, architecture):
             config = replace(config, tie_embeddings=False)
-        tensors = to_lit(source, config, directory)
+        tensors = to_lit(source, config, directory, architecture)
         for name, text in extra_files.items():
             if not (directory / name).exists():
                 write_text(directory / name, text)
@@ -80,23 +81,25 @@ def _warn_of_tokenizer(directory: Path) -> None:
         print(f"warning: {error}", file=sys.stderr)
 
 
-def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[str, str]]:
-    """Config, weights by Hugging Face name, and files to add, of an unconverted checkpoint."""
+def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[str, str], str | None]:
+    """Config, weights by Hugging Face name, files to add, and the architecture of an unconverted checkpoint."""
     kind, names, index = find_source(directory)
     if kind == "gguf":
         file = gguf.read_parts([find_inside(directory, name) for name in names])
         has_config = is_listed(directory / "config.json")
         hf = read_json(find_inside(directory, "config.json")) if has_config else gguf.hf_config(file)
         extra_files = gguf_tokenizer.tokenizer_files(file, vocabulary=not is_listed(directory / "tokenizer.json"))
-        return build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files
+        return build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files, None
     path = find_inside(directory, "config.json")
-    config = build_config(Config.from_hf, read_json(path), path)
+    hf = read_json(path)
+    config = build_config(Config.from_hf, hf, path)
+    architecture = find_architecture(language_model(hf))
     if index and kind == "safetensors":
-        return config, open_shards(directory, index), {}
+        return config, open_shards(directory, index), {}, architecture
     source: dict[str, LazyTensor] = {}
     for name in names:
         source |= (open_safetensors if kind == "safetensors" else open_pickle)(find_inside(directory, name))
-    return config, source, {}
+    return config, source, {}, architecture
 
 
 def find_source(directory: Path) -> tuple[str, list[str], str | None]:
@@ -246,5 +249,6 @@ def export_hf_checkpoint(
             hf |= {
                 key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation
             }
-        write_weights(directory, "model", _with_progress(to_hf(tensors, config), "exporting"), max_shard_bytes)
+        tensors = to_hf(tensors, config, hf["architectures"][0])
+        write_weights(directory, "model", _with_progress(tensors, "exporting"), max_shard_bytes)
         write_json(directory / "config.json", hf)

@@ -16,7 +16,6 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_swa.families import ARCHITECTURES
 from lit_swa.formats.checkpoint import check_checkpoint_dir, is_complete
 from lit_swa.formats.convert import convert_hf_checkpoint
 from lit_swa.formats.directory import COPIED_FILES
@@ -28,6 +27,7 @@ from lit_swa.formats.files import (
     remove_leftovers,
     require_space,
 )
+from lit_swa.formats.hf_config import ARCHITECTURES
 from lit_swa.formats.hub import ask_hub, fetch_file, missing_bytes, remove_partials, require_sha256
 from lit_swa.formats.places import REPO_ID, copy_from_hub_cache, locate, roots, script
 

@@ -1,85 +1,63 @@
-"""The Hugging Face form of a checkpoint: what its weights are called, and what its config.json says. Both directions.
+"""The weights of a checkpoint in Hugging Face's form, in both directions. What they are called is in hf_names.py.
 
-Which names and which architecture apply follows from the config's fields alone.
+Where no architecture is named, it is the one that an export of the config's fields has.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lit_swa.config import TRAINED_LENGTH, Config
+from lit_swa.config import Config
 from lit_swa.formats.files import LazyTensor
+from lit_swa.formats.hf_export import architecture_of
+from lit_swa.formats.hf_export import config_to_hf as config_to_hf
+from lit_swa.formats.hf_names import Names, names_of
 from lit_swa.linear_formats import group_rows
 from lit_swa.model import GPT
 
 # -------------------------------------------------------------------------------------------------------------- weights
 
-# lit name of a module -> Hugging Face name; three names are stacked into one weight, see join_qkv.
-LAYER = "model.layers.{i}."
-LLAMA_NAMES: dict[str, tuple[str, ...]] = {
-    "transformer.wte": ("model.embed_tokens",),
-    "transformer.h.{i}.norm_1": (LAYER + "input_layernorm",),
-    "transformer.h.{i}.attn.qkv": (LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj", LAYER + "self_attn.v_proj"),
-    "transformer.h.{i}.attn.norm_q": (LAYER + "self_attn.q_norm",),
-    "transformer.h.{i}.attn.norm_k": (LAYER + "self_attn.k_norm",),
-    "transformer.h.{i}.attn.proj": (LAYER + "self_attn.o_proj",),
-    "transformer.h.{i}.norm_2": (LAYER + "post_attention_layernorm",),
-    "transformer.h.{i}.mlp.fc_1": (LAYER + "mlp.gate_proj",),
-    "transformer.h.{i}.mlp.fc_2": (LAYER + "mlp.up_proj",),
-    "transformer.h.{i}.mlp.proj": (LAYER + "mlp.down_proj",),
-    "transformer.ln_f": ("model.norm",),
-    "lm_head": ("lm_head",),
-}
-POST_NORM_NAMES = {  # Gemma 2 and 3, which have a norm on both sides of the attention and of the MLP
-    "transformer.h.{i}.post_attention_norm": (LAYER + "post_attention_layernorm",),
-    "transformer.h.{i}.norm_2": (LAYER + "pre_feedforward_layernorm",),
-    "transformer.h.{i}.post_mlp_norm": (LAYER + "post_feedforward_layernorm",),
-}
-NEOX_LAYER = "gpt_neox.layers.{i}."
-NEOX_NAMES: dict[str, tuple[str, ...]] = {
-    "transformer.wte": ("gpt_neox.embed_in",),
-    "transformer.h.{i}.norm_1": (NEOX_LAYER + "input_layernorm",),
-    "transformer.h.{i}.attn.qkv": (NEOX_LAYER + "attention.query_key_value",),
-    "transformer.h.{i}.attn.proj": (NEOX_LAYER + "attention.dense",),
-    "transformer.h.{i}.norm_2": (NEOX_LAYER + "post_attention_layernorm",),
-    "transformer.h.{i}.mlp.fc": (NEOX_LAYER + "mlp.dense_h_to_4h",),
-    "transformer.h.{i}.mlp.proj": (NEOX_LAYER + "mlp.dense_4h_to_h",),
-    "transformer.ln_f": ("gpt_neox.final_layer_norm",),
-    "lm_head": ("embed_out",),
-}
 # What else may stand before or within the names: a model for images and text holds its language model under a prefix,
 # which differs between versions of transformers, and torch's wrappers add their own.
 PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 WRAPPERS = re.compile(
     r"(^|(?<=\.))(module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-ANCHOR = "layers.0.input_layernorm.weight"  # which every architecture has: what stands before it is the prefix
+FIRST_LAYER = re.compile(r"(?<![^.])(layers|h)\.0\.")  # what stands before it is the prefix
+PACKED = re.compile(r"experts\.(gate_up_proj|down_proj)(_bias)?$")  # of all experts in one
+EACH_HEAD = re.compile(r"\.attn\.norm_[qk]\.")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(?=[^.]+$)")  # GPT-NeoX's has either name
 NOT_NEEDED = re.compile(  # buffers that old checkpoints carry, and the parts of a model that see images
-    r"rotary_emb\w*\.[^.]+$|(attention|attn)\.(masked_)?bias$|(^|\.)(causal_mask|position_ids)$|"
+    r"rotary_emb\w*\.[^.]+$|(?<![^.])(self_)?(attention|attn)\.(masked_)?bias$|(^|\.)(causal_mask|position_ids)$|"
     r"(^|\.)(vision_tower|multi_modal_projector)\."
 )
 
 
 def hf_module_names(config: Config) -> dict[str, tuple[str, ...]]:
-    """The table for a model with these fields."""
-    if config.mlp_class_name == "PlainMLP":
-        return NEOX_NAMES
-    return LLAMA_NAMES | (POST_NORM_NAMES if config.post_attention_norm and config.post_mlp_norm else {})
+    """The table of names for a model with these fields."""
+    return names_of(architecture_of(config), config).table
 
 
-def hf_names_of(lit_name: str, config: Config) -> tuple[str, ...]:
+def hf_names_of(lit_name: str, config: Config, names: Names) -> tuple[str, ...]:
     """The Hugging Face weights that one lit weight is made of; () if it has no counterpart."""
-    module, _, suffix = lit_name.rpartition(".")
     layer = re.search(r"\.h\.(\d+)\.", lit_name)
-    pattern = re.sub(r"\.h\.\d+\.", ".h.{i}.", module)
-    names = hf_module_names(config).get(pattern, ())
-    return tuple(f"{name.format(i=layer and layer[1])}.{suffix}" for name in names)
+    module, _, suffix = lit_name.rpartition(".")
+    for key, end in ((module, f".{suffix}"), (lit_name, "")):
+        found = names.table.get(key) or names.table.get(re.sub(r"\.h\.\d+\.", ".h.{i}.", key), ())
+        found = tuple(name.replace("{i}", layer[1]) if layer else name for name in found)
+        if len(found) == 1 and "{" in found[0]:
+            [name] = found
+            heads = config.n_head if ".norm_q" in lit_name else config.n_query_groups
+            count, mark = (config.n_expert or 0, "{e}") if "{e}" in name else (heads, "{h}")
+            found = tuple(name.replace(mark, str(n)) for n in range(count))
+        if found:
+            return tuple(name + end for name in found)
+    return ()
 
 
 class _NoInit(TorchFunctionMode):
@@ -108,13 +86,14 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def join_qkv(parts: tuple[Tensor, ...], config: Config) -> Tensor:
     """Hugging Face's query, key and value weights (or biases) -> attn.qkv: H query heads, then G keys, then G values.
 
-    Three parts are stacked. NeoX stores one, whose rows are q, k, v of the first head, then of the next.
+    Three parts are stacked. NeoX and Falcon store one: the rows of the queries of the first key/value head, its key and
+    its value, then those of the next.
     """
     if len(parts) == 3:
         return torch.cat(parts)
-    rest = parts[0].shape[1:]
-    by_head = parts[0].view(config.n_head, 3, config.head_size, *rest)  # (H * 3 * D, ...) -> (H, 3, D, ...)
-    return by_head.transpose(0, 1).reshape(-1, *rest)  # (3, H, D, ...) -> (3 * H * D, ...)
+    R, rest = config.n_head // config.n_query_groups, parts[0].shape[1:]
+    by_group = parts[0].view(config.n_query_groups, R + 2, config.head_size, *rest)  # (G, R + 2, D, ...)
+    return torch.cat([x.reshape(-1, *rest) for x in by_group.split((R, 1, 1), dim=1)])
 
 
 def split_qkv(qkv: Tensor, n_parts: int, config: Config) -> tuple[Tensor, ...]:
@@ -122,26 +101,43 @@ def split_qkv(qkv: Tensor, n_parts: int, config: Config) -> tuple[Tensor, ...]:
     H, G, D = config.n_head, config.n_query_groups, config.head_size
     if n_parts == 3:
         return qkv.split((H * D, G * D, G * D))
-    by_kind = qkv.view(3, H, D, *qkv.shape[1:])  # (3 * H * D, ...) -> (3, H, D, ...)
-    return (by_kind.transpose(0, 1).reshape(qkv.shape),)
+    kinds = qkv.split((H * D, G * D, G * D))
+    by_group = [x.reshape(G, -1, D, *qkv.shape[1:]) for x in kinds]  # (G, R or 1, D, ...) each
+    return (torch.cat(by_group, dim=1).reshape(qkv.shape),)
 
 
-def to_lit(source: Mapping[str, LazyTensor], config: Config, where: object) -> dict[str, LazyTensor]:
+def from_neighbours(x: Tensor, size: int) -> Tensor:
+    """Heads of `size` elements, in dimension 0, whose RoPE turns pairs of neighbours, as ours turns halves."""
+    return x.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_neighbours(x: Tensor, size: int) -> Tensor:
+    """The inverse of from_neighbours."""
+    return x.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_lit(
+    source: Mapping[str, LazyTensor], config: Config, where: object, architecture: str | None = None
+) -> dict[str, LazyTensor]:
     """Hugging Face's weights under lit names, still lazy. `where` is what an error message calls the checkpoint.
 
+    architecture: whose names they have; None: the one that an export of this config has.
     Raises ValueError when a weight is missing, left over, or of another shape than the config asks for.
     """
     require_layers(config, source, where)
-    found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where)
+    names = names_of(architecture or architecture_of(config), config)
+    found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where, names)
+    found = unpacked(found, config, names)
     result, used = {}, set()
     for lit_name, shape in expected_shapes(config).items():
-        names = hf_names_of(lit_name, config)
-        missing = [name for name in names if name not in found] or ([] if names else [lit_name])
+        wanted = hf_names_of(lit_name, config, names)
+        missing = [name for name in wanted if name not in found] or ([] if wanted else [lit_name])
         if missing:
             raise ValueError(f"{where} lacks the weight {missing[0]}: download it again, or correct config.json.")
-        used.update(names)
-        result[lit_name] = _joined(lit_name, tuple(found[name] for name in names), shape, config, where)
-    tied = hf_names_of("lm_head.weight", config) if config.tie_embeddings else ()
+        used.update(wanted)
+        parts = tuple(found[name] for name in wanted)
+        result[lit_name] = _joined(lit_name, wanted[0], parts, shape, config, where, names)
+    tied = hf_names_of("lm_head.weight", config, names) if config.tie_embeddings else ()
     left_over = [name for name in found if name not in used and name not in tied]
     if left_over:
         raise ValueError(
@@ -151,15 +147,15 @@ def to_lit(source: Mapping[str, LazyTensor], config: Config, where: object) -> d
     return result
 
 
-def plain_names(source: Mapping[str, LazyTensor], config: Config, where: object) -> dict[str, LazyTensor]:
+def plain_names(source: Mapping[str, LazyTensor], config: Config, where: object, names: Names) -> dict[str, LazyTensor]:
     """The weights under the names of the table, without prefixes; of tied ones, the embedding under its own name.
 
     Raises ValueError where two weights would have the same name.
     """
-    [embedding], [head] = (hf_names_of(f"{name}.weight", config) for name in ("transformer.wte", "lm_head"))
+    [embedding], [head] = (hf_names_of(f"{name}.weight", config, names) for name in ("transformer.wte", "lm_head"))
     body = embedding.split(".")[0] + "."
     unwrapped = {name: WRAPPERS.sub("", name) for name in source}
-    before = {name.removesuffix(ANCHOR) for name in unwrapped.values() if f".{name}".endswith(f".{ANCHOR}")}
+    before = {name[: found.start()] for name in unwrapped.values() if (found := FIRST_LAYER.search(name))}
     prefix = before.pop() if len(before) == 1 else body
     found: dict[str, LazyTensor] = {}
     for name, plain in unwrapped.items():
@@ -175,11 +171,14 @@ def plain_names(source: Mapping[str, LazyTensor], config: Config, where: object)
     return found
 
 
-def have_two_embeddings(source: Mapping[str, LazyTensor], config: Config, where: object) -> bool:
+def have_two_embeddings(
+    source: Mapping[str, LazyTensor], config: Config, where: object, architecture: str | None = None
+) -> bool:
     """True where an input and an output embedding are stored and differ: transformers then does not tie them, whatever
     config.json says."""
-    found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where)
-    both = [found.get(hf_names_of(f"{name}.weight", config)[0]) for name in ("transformer.wte", "lm_head")]
+    names = names_of(architecture or architecture_of(config), config)
+    found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where, names)
+    both = [found.get(hf_names_of(f"{name}.weight", config, names)[0]) for name in ("transformer.wte", "lm_head")]
     if None in both or both[0].shape != both[1].shape:
         return None not in both
     one, other = (tensor.load() for tensor in both)
@@ -195,184 +194,172 @@ def require_layers(config: Config, tensors: Mapping[str, LazyTensor], where: obj
         )
 
 
+def unpacked(source: Mapping[str, LazyTensor], config: Config, names: Names) -> dict[str, LazyTensor]:
+    """The weights under the names of the table, where the architecture stores several of them as one."""
+    result = {}
+    for name, tensor in source.items():
+        fused = next((key for key in names.fused if f".{key}." in name), None)
+        if fused is not None:
+            sizes = fused_rows(config, names.fused[fused], tensor.shape[0])
+            starts = [0, *itertools.accumulate(sizes)]
+            for part, start, stop in zip(names.fused[fused], starts, starts[1:], strict=False):
+                result[name.replace(fused, part)] = tensor.rows(min(start, stop), stop)
+        elif names.packed and (match := PACKED.search(name)):
+            before, which, bias = name[: match.start()], match[1], bool(match[2])
+            for part in ("gate_proj", "up_proj") if which == "gate_up_proj" else (which,):
+                plain = f"{before}experts.{part}.{'bias' if bias else 'weight'}"
+                result[plain] = _expert_part(tensor, part, names.packed, transposed=not bias)
+        else:
+            result[name] = tensor
+    return result
+
+
+def fused_rows(config: Config, parts: tuple[str, ...], rows: int) -> list[int]:
+    """How many rows of a fused weight each of its parts has."""
+    if len(parts) == 3:
+        heads = config.n_head, config.n_query_groups, config.n_query_groups
+        return [n * config.head_size for n in heads]
+    return [rows // len(parts)] * len(parts)
+
+
+def _expert_part(tensor: LazyTensor, part: str, packed: str, transposed: bool) -> LazyTensor:
+    """The gate, up or down projection of experts, (E, out, in), of weights (E, in, out) or (E, in, 2 * out)."""
+    shape = list(tensor.shape)
+    if part != "down_proj":
+        shape[-1] //= 2
+    if transposed:
+        shape[1:] = shape[:0:-1]
+
+    def load() -> Tensor:
+        x = tensor.load()
+        if part != "down_proj":
+            n = x.size(-1) // 2
+            up = part == "up_proj"
+            x = x[..., int(up) :: 2] if packed == "interleaved" else x[..., n * up : n * (up + 1)]
+        return (x.mT if transposed else x).contiguous()
+
+    return LazyTensor(tuple(shape), tensor.dtype, load)
+
+
+def packed_again(tensors: Mapping[str, LazyTensor], config: Config, names: Names) -> dict[str, LazyTensor]:
+    """The inverse of unpacked."""
+    result, groups = {}, {}
+    for name, tensor in tensors.items():
+        fused = next(((key, p) for key, parts in names.fused.items() for p in parts if f".{p}." in name), None)
+        expert = re.search(r"experts\.(gate|up|down)_proj\.(weight|bias)$", name) if names.packed else None
+        if fused is not None:
+            groups.setdefault(name.replace(fused[1], fused[0]), []).append(tensor)
+        elif expert:
+            which = "down_proj" if expert[1] == "down" else "gate_up_proj"
+            end = "_bias" if expert[2] == "bias" else ""
+            groups.setdefault(f"{name[: expert.start()]}experts.{which}{end}", []).append(tensor)
+        else:
+            result[name] = tensor
+    for name, parts in groups.items():
+        result[name] = _packed(name, parts, names)
+    return result
+
+
+def _packed(name: str, parts: list[LazyTensor], names: Names) -> LazyTensor:
+    transposed, first = "experts." in name and not name.endswith("_bias"), parts[0]
+    if not (names.packed and "experts." in name):
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        return LazyTensor(shape, first.dtype, lambda: torch.cat([part.load() for part in parts]))
+    shape = (first.shape[0], *first.shape[:0:-1]) if transposed else first.shape
+
+    def load() -> Tensor:
+        loaded = [part.load().mT if transposed else part.load() for part in parts]
+        joined = torch.stack(loaded, -1).flatten(-2) if names.packed == "interleaved" else torch.cat(loaded, -1)
+        return joined.contiguous()
+
+    return LazyTensor((*shape[:-1], shape[-1] * len(parts)), first.dtype, load)
+
+
 def _joined(
-    name: str, parts: tuple[LazyTensor, ...], shape: tuple[int, ...], config: Config, where: object
+    name: str,
+    hf_name: str,
+    parts: tuple[LazyTensor, ...],
+    shape: tuple[int, ...],
+    config: Config,
+    where: object,
+    names: Names,
 ) -> LazyTensor:
-    rows = sum(part.shape[0] if part.shape else 0 for part in parts)
+    """One lit weight of the parts that it is made of. Raises ValueError for a shape that does not fit."""
+    H, G, D = config.n_head, config.n_query_groups, config.head_size
+    qkv, stacked = ".qkv." in name, ".qkv." not in name and len(parts) > 1
+    rows = len(parts) if stacked else sum(part.shape[0] if part.shape else 0 for part in parts)
+    asked = (shape[0], shape[2]) if EACH_HEAD.search(name) and len(shape) == 3 else shape
     dtype = parts[0].dtype
     for part in parts:
-        if (rows, *part.shape[1:]) != shape or not part.dtype.is_floating_point:
+        if (rows, *part.shape[0 if stacked else 1 :]) != asked or not part.dtype.is_floating_point:
             raise ValueError(
-                f"{where} holds {hf_names_of(name, config)[0]} as {list(part.shape)} {part.dtype}, which does not "
-                f"fit the {list(shape)} that its config.json asks for."
+                f"{where} holds {hf_name} as {list(part.shape)} {part.dtype}, which does not fit the {list(asked)} "
+                "that its config.json asks for."
             )
         dtype = torch.promote_types(dtype, part.dtype) if dtype != part.dtype else dtype
-    if ".qkv." not in name:
+    if len(parts) == 3 and qkv and [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
+        raise ValueError(f"{where} has other numbers of heads in layer weights such as {name} than in its config.json.")
+    if len(parts) == 1 and not qkv and asked == shape:
         return parts[0]
-    if len(parts) == 3:
-        H, G, D = config.n_head, config.n_query_groups, config.head_size
-        if [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
-            raise ValueError(
-                f"{where} has other numbers of heads in layer weights such as {name} than in its config.json."
-            )
-    return LazyTensor(shape, dtype, lambda: join_qkv(tuple(part.load().to(dtype) for part in parts), config))
+
+    def load() -> Tensor:
+        loaded = [part.load().to(dtype) for part in parts]
+        if stacked:
+            return torch.stack(loaded).view(shape)
+        if not qkv:  # a norm of each head
+            return in_our_order(loaded[0].flatten(), D, names).view(shape)
+        if names.neighbours:
+            loaded[:2] = [from_neighbours(x, D) for x in loaded[:2]]
+        return join_qkv(tuple(loaded), config)
+
+    return LazyTensor(shape, dtype, load)
 
 
-def to_hf(tensors: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
+def in_our_order(x: Tensor, size: int, names: Names) -> Tensor:
+    return from_neighbours(x, size) if names.neighbours else x
+
+
+def to_hf(tensors: Mapping[str, LazyTensor], config: Config, architecture: str | None = None) -> dict[str, LazyTensor]:
     """Lit weights under Hugging Face names, still lazy. Raises ValueError for a weight that has no counterpart."""
-    result = {}
+    result, names = {}, names_of(architecture or architecture_of(config), config)
     for lit_name, tensor in tensors.items():
-        names = hf_names_of(lit_name, config)
-        if not names:
+        wanted = hf_names_of(lit_name, config, names)
+        if not wanted:
             raise ValueError(
                 f"The weight {lit_name} has no counterpart in Hugging Face's models: it cannot be exported."
             )
-        if ".qkv." not in lit_name:
-            result[names[0]] = tensor
-            continue
-        if len(names) == 1:
-            result[names[0]] = tensor._replace(load=_in_their_order(tensor, config))
-            continue
-        for group, name in zip("qkv", names, strict=True):
-            result[name] = tensor.rows(*group_rows(group, tensor.shape[0], config.n_head, config.n_query_groups))
-    return result
+        result |= _parts_of(lit_name, tensor, wanted, config, names)
+    return packed_again(result, config, names)
+
+
+def _parts_of(
+    lit_name: str, tensor: LazyTensor, wanted: tuple[str, ...], config: Config, names: Names
+) -> dict[str, LazyTensor]:
+    """The weights of Hugging Face's that a lit weight holds, by name."""
+    D = config.head_size
+    if ".qkv." not in lit_name:
+        if len(wanted) > 1:  # a stack
+            shape = tensor.shape[2:] if EACH_HEAD.search(lit_name) else tensor.shape[1:]
+            parts = [tensor.rows(n, n + 1) for n in range(len(wanted))]
+            return {n: LazyTensor(shape, p.dtype, lambda p=p: p.load().view(shape)) for n, p in zip(wanted, parts)}  # noqa: B905
+        if EACH_HEAD.search(lit_name) and len(tensor.shape) == 3:
+            flat = (tensor.shape[0], D)
+            tensor = LazyTensor(flat, tensor.dtype, lambda load=tensor.load: _heads_out(load(), D, names).view(flat))
+        return {wanted[0]: tensor}
+    if len(wanted) == 1:
+        return {wanted[0]: tensor._replace(load=_in_their_order(tensor, config))}
+    parts = {}
+    for group, name in zip("qkv", wanted, strict=True):
+        part = tensor.rows(*group_rows(group, tensor.shape[0], config.n_head, config.n_query_groups))
+        if names.neighbours and group != "v":
+            part = part._replace(load=lambda load=part.load: to_neighbours(load(), D))
+        parts[name] = part
+    return parts
+
+
+def _heads_out(x: Tensor, size: int, names: Names) -> Tensor:
+    return to_neighbours(x.flatten(), size) if names.neighbours else x
 
 
 def _in_their_order(qkv: LazyTensor, config: Config) -> Callable[[], Tensor]:
     return lambda: split_qkv(qkv.load(), 1, config)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------- config.json
-
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
-ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
-STRETCHED = ("dynamic", "yarn")  # their block_size is at least the trained length times the factor
-LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
-
-
-def _common(c: Config) -> dict[str, Any]:
-    scaling, context = c.rope_scaling and {"rope_type": c.rope_scaling["type"], **c.rope_scaling}, c.block_size
-    if scaling and scaling["type"] == "dynamic":
-        context = scaling.pop(TRAINED_LENGTH)
-    return {
-        "num_hidden_layers": c.n_layer, "hidden_size": c.n_embd, "intermediate_size": c.intermediate_size,
-        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_query_groups, "head_dim": c.head_size,
-        "max_position_embeddings": context, "vocab_size": c.padded_vocab_size,
-        "tie_word_embeddings": c.tie_embeddings, "rms_norm_eps": c.norm_eps, "hidden_act": ACTIVATIONS[c.activation],
-        "rope_theta": c.rope_base, "rope_scaling": scaling,
-    }  # fmt: skip
-
-
-def _windows(c: Config) -> dict[str, Any]:
-    types = [LAYER_TYPES.get(variant, variant) for variant in c.layer_variants]
-    window = c.sliding_window_size if "sliding_attention" in types else None
-    return {
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-        "layer_types": types,
-        "max_window_layers": 0,
-    }
-
-
-def _gemma2(c: Config) -> dict[str, Any]:
-    scalar = c.head_size if c.attention_scores_scalar is None else c.attention_scores_scalar
-    return _windows(c) | {
-        "hidden_activation": ACTIVATIONS[c.activation], "attention_bias": c.attn_bias, "query_pre_attn_scalar": scalar,
-        "attn_logit_softcapping": c.attention_logit_softcapping, "final_logit_softcapping": c.final_logit_softcapping,
-    }  # fmt: skip
-
-
-def _neox(c: Config) -> dict[str, Any]:
-    return {
-        "layer_norm_eps": c.norm_eps,
-        "rotary_pct": c.rotary_percentage,
-        "attention_bias": c.attn_bias,
-        "use_parallel_residual": c.parallel_residual,
-        "rotary_emb_base": c.rope_base,
-    }
-
-
-def _smollm3(c: Config) -> dict[str, Any]:
-    rotated = [int(kind == "rope") for kind in c.layer_positions]
-    return _windows(c) | {"attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias, "no_rope_layers": rotated}
-
-
-# Architecture, model_type, and the fields that it adds. An export takes the first that reads back as the same Config.
-EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
-    ("LlamaForCausalLM", "llama", lambda c: {"attention_bias": c.attn_bias, "mlp_bias": c.mlp_bias}),
-    ("MistralForCausalLM", "mistral", lambda c: {"sliding_window": c.sliding_window_size}),
-    ("Qwen2ForCausalLM", "qwen2", _windows),
-    ("Qwen3ForCausalLM", "qwen3", lambda c: _windows(c) | {"attention_bias": c.attn_bias}),
-    ("Gemma2ForCausalLM", "gemma2", _gemma2),
-    (
-        "Gemma3ForCausalLM",
-        "gemma3_text",
-        lambda c: (
-            _gemma2(c)
-            | {"rope_local_base_freq": c.rope_base if c.rope_local_base_freq is None else c.rope_local_base_freq}
-        ),
-    ),
-    ("GPTNeoXForCausalLM", "gpt_neox", _neox),
-    ("SmolLM3ForCausalLM", "smollm3", _smollm3),
-]
-# Fields that say how the model is run, not what it computes.
-NOT_EXPORTED = (
-    "name",
-    "attention_backend",
-    "rolling_kv_cache",
-    "vocab_size",
-    "padded_vocab_size",
-    "s2_attention",
-    "s2_group_ratio",
-    "s2_group_size",
-    "s2_shift",
-    "n_sink_tokens",
-)
-
-
-def config_to_hf(config: Config) -> dict[str, Any]:
-    """The config.json of the Hugging Face architecture that computes the same.
-
-    Each candidate is read back by Config.from_hf, so a field that it cannot express is noticed. Raises ValueError,
-    naming such a field, when no architecture fits.
-    """
-    unlike = []
-    for architecture, model_type, fields_of in EXPORTS:
-        hf = {"architectures": [architecture], "model_type": model_type} | _common(config) | fields_of(config)
-        try:
-            unlike.append((_differences(config, Config.from_hf(hf)), architecture))
-        except ValueError as error:
-            unlike.append(([str(error)] * 99, architecture))
-            continue
-        if not unlike[-1][0]:
-            return hf
-    fields, architecture = min(unlike, key=lambda item: len(item[0]))
-    raise ValueError(
-        f"No Hugging Face architecture computes what this config asks for; {architecture} comes nearest and "
-        f"differs in {', '.join(fields[:4])}."
-    )
-
-
-def _differences(config: Config, other: Config) -> list[str]:
-    a, b = (asdict(_canonical(c)) for c in (config, other))
-    changed = [name for name in a if a[name] != b[name] and name not in NOT_EXPORTED]
-    if config.rope_scaling and config.rope_scaling["type"] not in ROPE_TYPES:
-        changed.append("rope_scaling")
-    return changed
-
-
-def _canonical(c: Config) -> Config:
-    """The same model with its defaults spelled out, so that equal models have equal fields."""
-    variants = c.layer_variants
-    windowed = "full" != min(variants) or "full" != max(variants)
-    scaling = c.rope_scaling or {}
-    reach = int(scaling.get(TRAINED_LENGTH, 0) * scaling.get("factor", 0)) if scaling.get("type") in STRETCHED else 0
-    return replace(
-        c,
-        block_size=max(c.block_size, reach),
-        attention=",".join(variants),
-        positions=",".join(c.layer_positions),
-        sliding_window_size=c.sliding_window_size if windowed else None,
-        rope_local_base_freq=None if c.rope_local_base_freq == c.rope_base or not windowed else c.rope_local_base_freq,
-        attention_scores_scalar=c.head_size if c.attention_scores_scalar is None else c.attention_scores_scalar,
-    )

@@ -105,8 +105,10 @@ class Block:
         """The config of a model that is this block alone, with layers of these variants. It is given what comes out of
         an embedding."""
         positions = ",".join(self.config.layer_positions[i] for i in self.layers)
+        mlps = ",".join(self.config.layer_mlps[i] for i in self.layers)
         fitting = {"n_layer": len(self.layers), "attention": ",".join(variants), "positions": positions}
-        return self.config.override(**fitting, scale_embeddings=False, tie_embeddings=False)
+        fitting["mlp_class_name"] = mlps
+        return self.config.override(**fitting, scale_embeddings=False, embedding_multiplier=1.0, tie_embeddings=False)
 
     def local(self, name: str) -> str:
         """The name that a weight of the checkpoint has in the block alone."""

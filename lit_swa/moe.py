@@ -1,0 +1,130 @@
+"""A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) in the place of a block's MLP: mlp_class_name="MoE".
+
+A router scores E experts for each token, and the k best of them compute: y = sum of w_e expert_e(x). Config says how
+the weights w are made of the scores (expert_weights):
+
+    chosen     softmax over the scores of the chosen: Mixtral, Qwen3, gpt-oss
+    all        softmax over all scores: Qwen2
+    sigmoid    of each score; it multiplies what the expert reads, not what it gives: Llama 4
+
+Experts are rows of stacked weights. Few tokens gather the weights that they need, in one fixed shape, so a decode step
+has no graph break; many tokens are sorted by expert. In training a balancing loss (Fedus et al. 2021, arXiv 2101.03961)
+keeps the router from sending all tokens to the same experts. Notation: N tokens, C n_embd, I elements within an expert.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+if __package__:
+    from .config import Config
+    from .model import ACTIVATIONS, GatedMLP
+else:  # copied beside a script of another project
+    from config import Config
+    from model import ACTIVATIONS, GatedMLP
+
+GATHERED = 4  # gather the experts' weights for up to so many times E pairs of a token and an expert ...
+MOST_GATHERED = 2**28  # ... and so many elements
+
+
+class Experts(nn.Module):
+    """E linear layers of one shape."""
+
+    def __init__(self, n_expert: int, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(n_expert, out_features)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As nn.Linear's."""
+        bound = 1 / math.sqrt(self.weight.size(-1))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """One expert's output for tokens (n, in): (n, out)."""
+        return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
+
+    def gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Outputs (N, k, out) of the chosen experts (N, k) for their inputs (N, k, in)."""
+        y = (self.weight[chosen] @ x.unsqueeze(-1)).squeeze(-1)
+        return y if self.bias is None else y + self.bias[chosen]
+
+
+class MoE(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        C, E, inner, bias = config.n_embd, config.n_expert, config.expert_size, config.mlp_bias
+        self.router = nn.Linear(C, E, bias=bias)
+        self.fc_1, self.fc_2 = (Experts(E, C, inner, bias) for _ in range(2))
+        self.proj = Experts(E, inner, C, bias)
+        self.shared = GatedMLP(config, config.shared_expert_size) if config.shared_expert_size else None
+        self.shared_gate = nn.Linear(C, 1, bias=False) if config.shared_expert_gate else None
+
+    def forward(self, x: Tensor, losses: list[Tensor]) -> Tensor:
+        """(B, T, C) -> (B, T, C). losses: in training, the balancing loss is added to them."""
+        tokens = x.flatten(0, -2)  # (N, C)
+        scores = self.router(tokens)  # (N, E)
+        best, chosen = scores.topk(self.config.n_expert_per_token, dim=-1)  # (N, k) each
+        if self.training and self.config.balancing_loss:
+            losses.append(self.config.balancing_loss * balancing_loss(scores, chosen) * len(tokens))
+        y = self.mix(tokens, self.weights(scores, best, chosen).to(x.dtype), chosen)
+        if self.shared is not None:
+            beside = self.shared(tokens)
+            y = y + (beside if self.shared_gate is None else torch.sigmoid(self.shared_gate(tokens)) * beside)
+        return y.view(x.shape)
+
+    def weights(self, scores: Tensor, best: Tensor, chosen: Tensor) -> Tensor:
+        """w (N, k), in float32."""
+        if self.config.expert_weights == "sigmoid":
+            return torch.sigmoid(best.float())
+        if self.config.expert_weights == "all":
+            return F.softmax(scores.float(), dim=-1).gather(1, chosen)
+        return F.softmax(best.float(), dim=-1)
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Sum over the chosen experts (N, k) of the tokens x (N, C): (N, C)."""
+        pairs, size = chosen.numel(), self.fc_1.weight[0].numel()
+        static = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if static or (pairs <= GATHERED * self.config.n_expert and pairs * size <= MOST_GATHERED):
+            before = self.config.expert_weights == "sigmoid"
+            inputs = x[:, None] * weights[..., None] if before else x[:, None].expand(-1, chosen.size(1), -1)
+            y = self.proj.gathered(self.act(*(fc.gathered(inputs, chosen) for fc in (self.fc_1, self.fc_2))), chosen)
+            return (y if before else y * weights[..., None]).sum(dim=1)
+        return self.mix_sorted(x, weights, chosen)
+
+    def mix_sorted(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """mix() expert by expert."""
+        order = chosen.flatten().argsort(stable=True)  # pairs by expert
+        rows, w = order // chosen.size(1), weights.flatten()[order].unsqueeze(-1)
+        counts = chosen.flatten().bincount(minlength=self.config.n_expert).tolist()
+        y, before = torch.zeros_like(x), self.config.expert_weights == "sigmoid"
+        for expert, (row, weight) in enumerate(zip(rows.split(counts), w.split(counts), strict=True)):
+            if not len(row):
+                continue
+            inputs = x[row] * weight if before else x[row]
+            out = self.proj(self.act(self.fc_1(inputs, expert), self.fc_2(inputs, expert)), expert)
+            y = y.index_add(0, row, (out if before else out * weight).to(y.dtype))
+        return y
+
+    def act(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The activation between an expert's layers; with expert_limit gpt-oss's, which is clamped."""
+        limit = self.config.expert_limit
+        if limit is None:
+            return ACTIVATIONS[self.config.activation](gate) * up
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(gate * self.config.expert_slope) * (up + 1)
+
+
+def balancing_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+    """E times the sum over experts of their share of the tokens times their mean probability; k where all is even."""
+    E = scores.size(-1)
+    share = F.one_hot(chosen, E).float().sum(dim=1).mean(dim=0)  # (E,)
+    return E * (share * F.softmax(scores.float(), dim=-1).mean(dim=0)).sum()
