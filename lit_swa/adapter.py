@@ -26,6 +26,7 @@ from lit_swa.checks import check_range
 from lit_swa.formats.adapter_files import adapter_kind, describe_base, load_finite, write_adapter
 from lit_swa.formats.directory import ADAPTER_FILE, CONFIG_FILE
 from lit_swa.formats.files import as_lazy, find_inside, open_safetensors, read_json
+from lit_swa.head_norms import EachHeadNorm, WholeNorm
 from lit_swa.linear_formats import (
     INJECTED,
     can_train_beside,
@@ -151,6 +152,8 @@ def add_adapter(model: GPT, config: AdapterConfig) -> list[str]:
 
 def adapter_targets(model: GPT, config: AdapterConfig) -> dict[str, nn.Module]:
     """The attention layers that get a prompt; for version 2 also the blocks' linear layers and all norms. By name."""
+    if config.version == 2 and model.config.n_expert is not None:
+        raise ValueError("The model's experts have no biases and scales beside them here: use version 1.")
     if any(isinstance(getattr(module, name, None), nn.Module) for module in model.modules() for name in INJECTED):
         raise ValueError("The model has an adapter or a LoRA already: load it anew, or merge the LoRA first.")
     n_layer = len(model.transformer.h)
@@ -168,7 +171,7 @@ def adapter_targets(model: GPT, config: AdapterConfig) -> dict[str, nn.Module]:
     return targets | ({"transformer.ln_f": model.transformer.ln_f} if config.version == 2 else {})
 
 
-NORMS = (RMSNorm, nn.LayerNorm)
+NORMS = (RMSNorm, nn.LayerNorm, EachHeadNorm, WholeNorm)
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -183,6 +183,8 @@ def require_own_embedding(model: GPT, remedy: str) -> None:
 
 def matching_linears(model: GPT, target: str) -> list[str]:
     """The names of the linear layers that a target means. Raises ValueError when there is none."""
+    if target == "mlp" and model.config.n_expert is not None:
+        raise ValueError("The model's experts have no LoRA here: leave mlp out of the targets.")
     linears = [name for name, module in model.named_modules() if can_train_beside(module)]
     found = [name for name in linears if TARGETS[target][0].search(name)]
     if not found:

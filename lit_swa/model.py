@@ -43,11 +43,11 @@ from torch.utils.checkpoint import checkpoint
 if __package__:
     from . import config as checks
     from .config import IGNORED, VARIANTS, Config, Part, Variant
-    from .rope import RoPE, Span, apply_rope, find_span, join_angles, position_temperature, unrotated
+    from .rope import RoPE, Span, apply_rope, chunk_temperature, find_span, join_angles, position_temperature, unrotated
 else:  # copied beside a script of another project
     import config as checks
     from config import IGNORED, VARIANTS, Config, Part, Variant
-    from rope import RoPE, Span, apply_rope, find_span, join_angles, position_temperature, unrotated
+    from rope import RoPE, Span, apply_rope, chunk_temperature, find_span, join_angles, position_temperature, unrotated
 
 # ---------------------------------------------------------------------------------------------------------------- GPT
 
@@ -368,10 +368,9 @@ class CausalSelfAttention(nn.Module):
 
 # -------------------------------------------------------------------------------------- the variants, and who sees whom
 #
-# A mask is a function of positions: tensors that broadcast against each other, and the config. It says which query may
-# see which key; visible() adds causality, empty slots and padding once, for all. To add a variant: its functions, and a
-# row in VARIANTS. The mask alone decides who sees whom. What a row says beside it only saves work, may be left out, and
-# is compared with the mask when a call is planned.
+# A mask is a function of positions: tensors that broadcast against each other, and the config. It alone says which query
+# may see which key; visible() adds causality, empty slots and padding once, for all. To add a variant: its functions, and
+# a row in VARIANTS. What a row says beside the mask only saves work, and is compared with it when a call is planned.
 
 
 def full(q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
@@ -425,15 +424,6 @@ def in_next_chunk(q_pos: Tensor, config: Config) -> Tensor:
 
 def farthest(q_pos: Tensor, config: Config) -> Tensor:
     return torch.full_like(q_pos, config.chunk_size + config.chunk_local)
-
-
-def chunk_temperature(q_pos: Tensor, config: Config) -> Tensor | float | None:
-    """A factor for the scores, (1 or B, 1, T, 1), static or by the query's position. The paper's code takes the text's
-    length instead, and would read a token differently in a prompt and in a step."""
-    if config.dual_chunk_temperature_slope is not None:
-        length = (q_pos + 1).clamp(min=1) / config.chunk_trained
-        return (1 + config.dual_chunk_temperature_slope * length.log()).clamp(min=1)[:, None, :, None]
-    return None if config.dual_chunk_temperature == 1.0 else config.dual_chunk_temperature
 
 
 VARIANTS.update(
@@ -507,8 +497,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.variant, self.layer = config, variant, layer
         self.positions = config.layer_positions[layer]
+        # Layers of one kind share a call's plan.
         self.kind = variant if self.positions == "rope" else f"{variant}, positions {self.positions}"
-        # ... layers of one kind share a call's plan
 
     @property
     def rope_base(self) -> int | None:
@@ -695,8 +685,7 @@ def fast_attention() -> Callable[[Pairs], Any] | None:
 
 # ------------------------------------------------------------------------------------------- plain attention, in blocks
 #
-# The queries of a call are cut into blocks, and each block reads the keys within the reach of its parts: T * S pairs
-# under a window. Which of these a query sees is the mask's word.
+# The queries of a call are cut into blocks, each of which reads the keys within its reach: T * S pairs under a window.
 
 QUERY_BLOCK = {"cpu": 128, "cuda": 512}  # queries in a block; on 2 CPU cores 64 to 256 take the same time
 SCORE_ELEMENTS = 2**27  # bound on sequences * heads * queries * keys of one block: what it may put into memory

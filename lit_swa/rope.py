@@ -129,6 +129,15 @@ def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
+def chunk_temperature(q_pos: Tensor, config: Config) -> Tensor | float | None:
+    """A factor for the scores, (1 or B, 1, T, 1), static or by the query's position. The paper's code takes the text's
+    length instead, and would read a token differently in a prompt and in a step."""
+    if config.dual_chunk_temperature_slope is not None:
+        length = (q_pos + 1).clamp(min=1) / config.chunk_trained
+        return (1 + config.dual_chunk_temperature_slope * length.log()).clamp(min=1)[:, None, :, None]
+    return None if config.dual_chunk_temperature == 1.0 else config.dual_chunk_temperature
+
+
 def position_temperature(q_pos: Tensor, config: Config) -> Tensor:
     """A factor for the scores, (1 or B, 1, T, 1), that grows by steps of temperature_length tokens (Llama 4, 2025; the
     idea is in Nakanishi 2025, arXiv 2501.19399)."""

@@ -43,6 +43,11 @@ def hf_module_names(config: Config) -> dict[str, tuple[str, ...]]:
     return names_of(architecture_of(config), config).table
 
 
+def has_neighbours(config: Config) -> bool:
+    """True where Hugging Face's RoPE turns pairs of neighbours."""
+    return names_of(architecture_of(config), config).neighbours
+
+
 def hf_names_of(lit_name: str, config: Config, names: Names) -> tuple[str, ...]:
     """The Hugging Face weights that one lit weight is made of; () if it has no counterpart."""
     layer = re.search(r"\.h\.(\d+)\.", lit_name)

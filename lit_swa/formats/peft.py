@@ -5,8 +5,8 @@ directories hold (adapter_files.py). Reading is in peft_load.py.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lit_swa.config import Config
 from lit_swa.formats.adapter_files import describe_base, write_adapter
 from lit_swa.formats.directory import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG, STEM
 from lit_swa.formats.files import as_lazy
-from lit_swa.formats.hugging_face import hf_module_names, split_qkv
+from lit_swa.formats.hugging_face import has_neighbours, hf_module_names, split_qkv, to_neighbours
 from lit_swa.linear_formats import ALL, dense_weight, is_linear
 from lit_swa.lora import LoRAConfig, extra_modules, lora_linears
 from lit_swa.model import GPT
@@ -41,8 +41,10 @@ def hf_modules(model: GPT) -> dict[str, tuple[str, int, int]]:
     table, result = hf_module_names(model.config), {}
     for name, module in model.named_modules():
         layer = re.search(r"\.h\.(\d+)\.", name)
-        hf_names = table.get(re.sub(r"\.h\.\d+\.", ".h.{i}.", name), ())
-        if not (is_linear(module) or hasattr(module, "weight")):
+        hf_names = table.get(name) or table.get(re.sub(r"\.h\.\d+\.", ".h.{i}.", name), ())
+        if not (is_linear(module) or hasattr(module, "weight")) or any("{e}" in n or "{h}" in n for n in hf_names):
+            continue
+        if not is_linear(module) and module.weight.dim() > 2:  # experts, and norms of each head: PEFT knows none
             continue
         for n, hf_name in enumerate(hf_names):
             hf_name = "lm_head" if hf_name == "embed_out" else hf_name.format(i=layer and layer[1])
@@ -90,7 +92,7 @@ def lora_entries(model: GPT) -> dict[str, Weights]:
     names: dict[str, list[str]] = {}
     for hf_name, (name, _, _) in hf_modules(model).items():
         names.setdefault(name, []).append(hf_name)
-    result = {}
+    result, neighbours = {}, has_neighbours(model.config)
     for name, linear in lora_linears(model):
         parts = linear.lora.parts
         if name not in names:
@@ -98,13 +100,21 @@ def lora_entries(model: GPT) -> dict[str, Weights]:
         if len(names[name]) == 3:
             for part, hf_name in zip("qkv", names[name], strict=True):
                 if part in parts:
-                    result[hf_name] = Weights(parts[part].A, parts[part].B, parts[part].scaling, parts[part].magnitude)
+                    found = Weights(parts[part].A, parts[part].B, parts[part].scaling, parts[part].magnitude)
+                    turned = neighbours and part != "v"
+                    result[hf_name] = reordered(found, model.config.head_size, to_neighbours) if turned else found
         elif name.endswith(".attn.qkv"):
             result[names[name][0]] = joined_parts(linear, model.config)
         else:
             part = parts[ALL]
             result[names[name][0]] = Weights(part.A, part.B, part.scaling, part.magnitude)
     return result
+
+
+def reordered(weights: Weights, head_size: int, order: Callable[[Tensor, int], Tensor]) -> Weights:
+    """The rows of queries or keys as Hugging Face's architecture has them, or as ours, where RoPE pairs other ones."""
+    m = None if weights.magnitude is None else order(weights.magnitude, head_size)
+    return replace(weights, B=order(weights.B, head_size), magnitude=m)
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from lit_swa.config import Config
 from lit_swa.formats.adapter_files import load_finite
 from lit_swa.formats.directory import ADAPTER_FILE, PEFT_CONFIG
 from lit_swa.formats.files import LazyTensor, find_inside, open_pickle, open_safetensors, read_json
-from lit_swa.formats.hugging_face import PREFIXES, WRAPPERS, join_qkv
-from lit_swa.formats.peft import PEFT_STEM, Weights, hf_modules
+from lit_swa.formats.hugging_face import PREFIXES, WRAPPERS, from_neighbours, has_neighbours, join_qkv
+from lit_swa.formats.peft import PEFT_STEM, Weights, hf_modules, reordered
 from lit_swa.linear_formats import ALL, group_rows, is_plain
 from lit_swa.lora import TARGETS, LoRAConfig, add_part, extra_modules, lora_linears, require_own_embedding, rows_of_part
 from lit_swa.model import GPT
@@ -145,9 +145,12 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
     if "transformer.wte.weight" in adapter.trained and "lm_head" in extra_modules(model, ("embed",)):
         adapter.trained |= {"lm_head.weight"} & set(adapter.saved)  # also where it is a LoRA's base
     adapter.untie = unties(adapter, model, has_own_embedding(peft, modules) and not also_saved)
+    neighbours = has_neighbours(model.config)
     for hf_name, found in lora.items():
         name, n, n_parts = modules[hf_name]
         weights = read_weights(hf_name, found, peft, config, file)
+        if neighbours and n_parts == 3 and n < 2 and len(weights.B) % model.config.head_size == 0:
+            weights = reordered(weights, model.config.head_size, from_neighbours)
         part = ALL if not name.endswith(".attn.qkv") else "qkv"[n] if n_parts == 3 else FUSED
         check_part(hf_name, name, part, weights, adapter, model, file)
         adapter.parts += [(name, part, weights)] if part != FUSED else split_fused(name, weights, directory, model)

@@ -1,0 +1,148 @@
+"""Experts and learned sink logits: any way to compute them, their training, a compiled step, and what refuses them."""
+
+import pytest
+import torch
+
+from lit_swa import GPT, Config, cpu_decode, moe
+from lit_swa.adapter import AdapterConfig, add_adapter
+from lit_swa.lora import LoRAConfig, add_lora
+from lit_swa.parallel import Rank, split_model
+from lit_swa.quantize import quantize_linears
+
+FIELDS = {
+    "mlp_class_name": "GatedMLP,MoE", "n_expert": 5, "n_expert_per_token": 2, "expert_size": 24,
+    "shared_expert_size": 16, "shared_expert_gate": True, "expert_weights": "all",
+}  # fmt: skip
+CLAMPED = {"mlp_class_name": "MoE", "n_expert": 4, "n_expert_per_token": 3, "expert_limit": 0.5, "mlp_bias": True}
+KINDS = {
+    "qwen": FIELDS, "gpt-oss": CLAMPED | {"sink_logits": True},
+    "llama 4": {"mlp_class_name": "MoE", "n_expert": 4, "n_expert_per_token": 1, "expert_weights": "sigmoid"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expert_by_expert_is_what_gathered_weights_give(tiny_model, kind, monkeypatch):
+    """Catches: a token that is sent to another expert, added twice, or weighted by another's weight, in either way."""
+    model, idx = tiny_model(**KINDS[kind]).double().train(), torch.randint(0, 97, (2, 11))
+    found = []
+    for gathered in (0, 100):
+        monkeypatch.setattr(moe, "GATHERED", gathered)
+        model.zero_grad()
+        logits = model(idx)
+        logits.square().mean().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_the_balancing_loss_is_that_of_transformers(tiny_model):
+    """Catches: a loss that counts layers or tokens twice, one that eval adds too, or that moves no router."""
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    model = tiny_model(mlp_class_name="MoE", n_layer=1, n_expert=5, n_expert_per_token=2, balancing_loss=0.3).train()
+    idx, scores = torch.randint(0, 97, (2, 9)), []
+    model.transformer.h[0].mlp.router.register_forward_hook(lambda module, inputs, output: scores.append(output))
+    targets = torch.randint(0, 97, (2, 9))
+    with_loss = model(idx, targets=targets)
+    without = model.eval()(idx, targets=targets)
+    expected = modeling.load_balancing_loss_func((scores[0],), 5, 2)
+    torch.testing.assert_close(with_loss - without, 0.3 * 18 * expected, rtol=1e-4, atol=1e-4)
+    (with_loss - without).backward()
+    assert model.transformer.h[0].mlp.router.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_step_has_no_graph_break_and_no_new_graph(tiny_model):
+    """Catches: an .item() in the router, or a shape that depends on which experts are chosen."""
+    torch._dynamo.reset()
+    model, graphs = tiny_model(**FIELDS, sink_logits=True, attention="sliding,full", sliding_window_size=4), []
+    idx = torch.randint(0, 97, (1, 9))
+    expected = model(idx)
+    model.set_kv_cache(1, 9)
+    step = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    logits = torch.cat([step(idx[:, t : t + 1], torch.tensor([t])) for t in range(9)], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+
+
+def test_what_knows_no_experts_says_so(tiny_model):
+    """Catches: experts that stay dense, whole or untrained without a word."""
+    model = tiny_model(**FIELDS)
+    for act, words in (
+        (lambda: quantize_linears(model, "int8"), "experts have no quantised form"),
+        (lambda: split_model(model, Rank(0, 2)), "a mixture of experts, which is not split"),
+        (lambda: add_lora(model, LoRAConfig(targets=("mlp",))), "experts have no LoRA"),
+        (lambda: add_adapter(model, AdapterConfig(version=2)), "use version 1"),
+        (lambda: cpu_decode.Description(model), "a MoE"),
+        (lambda: Config(mlp_class_name="MoE"), "need n_expert"),
+        (lambda: Config(n_expert=4, n_expert_per_token=2), "Layers of MoE"),
+        (lambda: Config(mlp_class_name="MoE", n_expert=2, n_expert_per_token=3), "is more than n_expert=2"),
+        (lambda: Config(mlp_class_name="Mixture"), "none of GatedMLP, PlainMLP, MoE"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            act()
+
+
+BLOCKS = {  # one field each that neither the compiled step on a CPU nor, in some cases, tensor parallelism knows
+    "sinks": {"sink_logits": True},
+    "no norm before": {"pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True},
+    "shared norm": {"parallel_residual": True, "shared_norm": True},
+    "multipliers": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "embedding_multiplier": 3.0},
+    "a norm over all heads": {"norm_qk": True, "norm_qk_type": "whole"},
+    "a norm for each head": {"norm_qk": True, "norm_qk_type": "each"},
+    "clipped": {"clip_qkv": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_step_on_a_cpu_that_is_not_compiled_falls_back_to_the_plain_one(tiny_model, name, monkeypatch):
+    """Catches: a compiled step that leaves the field out."""
+    model, idx = tiny_model(**BLOCKS[name]), torch.randint(0, 97, (1, 6))
+    expected = model(idx)
+    monkeypatch.setattr(cpu_decode, "compile_blocks", lambda model: None)  # seconds of Inductor
+    step = cpu_decode.compile_for_cpu(model)
+    model.set_kv_cache(1, 6)
+    logits = torch.cat([step(idx[:, t : t + 1], torch.tensor([t])) for t in range(6)], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+ATTENTION = [
+    {"attention": "sliding,full", "sliding_window_size": 5},
+    {"attention": "streaming", "sliding_window_size": 5, "n_sink_tokens": 2},
+    {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12},
+]
+
+
+@pytest.mark.parametrize("fields", ATTENTION, ids=[fields["attention"] for fields in ATTENTION])
+def test_sink_logits_train_the_same_by_kernels_and_in_plain_steps(tiny_model, fields, monkeypatch):
+    """Catches: a sink's gradient that is left out or counted for another head, and one that the merged kernels lose."""
+    torch.manual_seed(0)
+    fast = tiny_model(**fields, sink_logits=True).double()
+    monkeypatch.setattr("lit_swa.model.fast_attention", lambda: None)
+    plain = GPT(fast.config).double()
+    plain.load_state_dict(fast.state_dict())
+    idx, grads = torch.randint(0, 97, (2, 31)), []
+    for model in (fast, plain):
+        model(idx).square().mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert any("sink_logits" in name and g.abs().max() > 1e-9 for name, g in grads[0].items())
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-8, atol=1e-10)
+
+
+def test_what_knows_no_sink_logits_or_temperature_says_so(tiny_model):
+    """Catches: a path that computes attention without them."""
+    for fields, words in (
+        ({"sink_logits": True, "s2_attention": True}, "no learned sink logits"),
+        ({"sink_logits": True, "attention": "linear"}, "Linear attention has no learned sink logits"),
+        ({"temperature_slope": 0.1, "temperature_length": 4, "attention": "linear"}, "no temperature by position"),
+        ({"temperature_slope": 0.1}, "need each other"),
+        ({"positions": "rope,alibi"}, "neither rope nor none"),
+        ({"shared_norm": True}, "needs parallel_residual"),
+        ({"norm_weight": False}, "is a LayerNorm's"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Config(**fields)
+    for fields in ({"sink_logits": True}, {"lm_head_bias": True}, BLOCKS["a norm over all heads"]):
+        with pytest.raises(ValueError, match="is not split over processes"):
+            split_model(tiny_model(**fields), Rank(0, 2))
