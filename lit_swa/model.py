@@ -368,9 +368,9 @@ class CausalSelfAttention(nn.Module):
 
 # -------------------------------------------------------------------------------------- the variants, and who sees whom
 #
-# A mask is a function of positions: tensors that broadcast against each other, and the config. It alone says which query
-# may see which key; visible() adds causality, empty slots and padding once, for all. To add a variant: its functions, and
-# a row in VARIANTS. What a row says beside the mask only saves work, and is compared with it when a call is planned.
+# A mask is a function of positions, which broadcast against each other, and the config. It alone says which query sees
+# which key; visible() adds causality, empty slots and padding once, for all. To add a variant: its functions, and a row
+# in VARIANTS. What a row says beside the mask only saves work, and is compared with it when a call is planned.
 
 
 def full(q_pos: Tensor, k_pos: Tensor, config: Config) -> Tensor:
