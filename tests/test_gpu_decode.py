@@ -24,6 +24,21 @@ FIELDS = {
         "norm_unit_offset": True, "post_attention_norm": True, "post_mlp_norm": True, "scale_embeddings": True,
         "norm_qk": True, "final_logit_softcapping": 10.0,
     },
+    "Cohere": {
+        "norm_class_name": "LayerNorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True,
+        "logit_multiplier": 0.25, "positions": "rope,none", "norm_qk": True, "norm_qk_type": "each", "clip_qkv": 0.4,
+    },
+    "OLMo 2": {
+        "pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True, "norm_qk": True, "norm_qk_type": "whole",
+    },
+    "Granite": {
+        "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logit_multiplier": 0.5, "sink_logits": True,
+        "positions": "rope,500", "lm_head_bias": True, "temperature_slope": 0.3, "temperature_length": 4,
+    },
+    "gpt-oss": {
+        "mlp_class_name": "MoE,GatedMLP", "n_expert": 4, "n_expert_per_token": 2, "sink_logits": True,
+        "attention": "sliding,full", "sliding_window_size": 9,
+    },
 }  # fmt: skip
 
 

@@ -38,6 +38,20 @@ STEPS = {  # what the kernels of a step must know of a model
         "attention_logit_softcapping": 20.0,
     },
     "linear off": {"attention": "linear", "linear_window": 5, "linear_sinks": 1, "linear_off": True},
+    "no positions": {"attention": "sliding,full", "sliding_window_size": 9, "positions": "rope,none"},
+    "Cohere": {
+        "norm_class_name": "LayerNorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True,
+        "logit_multiplier": 0.25, "positions": "rope,none", "norm_qk": True, "norm_qk_type": "each", "clip_qkv": 0.4,
+    },
+    "OLMo 2": {
+        "pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True, "norm_qk": True, "norm_qk_type": "whole",
+    },
+    "gpt-oss": {
+        "mlp_class_name": "MoE,GatedMLP", "n_expert": 4, "n_expert_per_token": 2, "sink_logits": True,
+        "attention": "sliding,full", "sliding_window_size": 9,
+    },
+    "Granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "temperature_slope": 0.3,
+                "temperature_length": 4},
     "YaRN": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
 }  # fmt: skip
 
