@@ -519,8 +519,8 @@ def check_rope_scaling(config: Config) -> None:
 
 def check_scaling_fits(kind: str, scaling: dict, config: Config) -> None:
     """The scaling's values fit each other and the other fields."""
-    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise ValueError("rope_scaling high_freq_factor must be greater than low_freq_factor.")
+    if kind == "llama3" and scaling["high_freq_factor"] < scaling["low_freq_factor"]:
+        raise ValueError("rope_scaling high_freq_factor must not be less than low_freq_factor.")
     if kind in ("ntk", "dynamic") and config.rope_n_elem < 4:
         raise ValueError(f"rope_scaling of type {kind!r} needs at least 4 elements of a head that RoPE rotates.")
     if kind == "yarn" and config.rope_base <= 1 or kind == "longrope" and scaling[TRAINED_LENGTH] <= 1:

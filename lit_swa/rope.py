@@ -207,7 +207,7 @@ def scale_llama3(f: Tensor, scaling: dict, config: Config) -> Tensor:
     """Llama 3.1: long waves are stretched by the factor, short ones kept, those between blended."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     rotations = scaling[TRAINED_LENGTH] * f / (2 * math.pi)  # within the trained length
-    kept = ((rotations - low) / (high - low)).clamp(0, 1)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1) if low < high else (rotations >= low).to(f.dtype)
     return kept * f + (1 - kept) * f / factor
 
 

@@ -15,6 +15,7 @@ from lit_swa import GPT, Config
 from lit_swa.checkpoint import load_config
 from lit_swa.config import CHOICES, RANGES
 from lit_swa.families import CONFIGS
+from lit_swa.formats.hugging_face import empty_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,32 +23,88 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_named_shape_builds(name):
     """Catches: a table row with a typo. On the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        model = GPT(Config.from_name(name))
+    model = empty_model(Config.from_name(name, n_layer=2))
     assert model.config.name == name
 
 
-PARAMETERS = {
-    "SmolLM2-135M": 134_515_008,
-    "Mistral-7B-v0.1": 7_241_732_096,
-    "Llama-2-7b": 6_738_415_616,
-    "Llama-3.1-8B": 8_030_261_248,
-    "Llama-3.2-1B": 1_235_814_400,
-    "Qwen2.5-0.5B": 494_032_768,
-    "gemma-2-2b": 2_614_341_888,
-    "gemma-3-270m": 268_098_176,
-    "gemma-3-1b": 999_885_952,
-    "pythia-14m": 14_067_712,
-    "Qwen3-0.6B": 596_049_920,
-}
+def count_parameters(config: Config) -> int:
+    """Of the whole model, from one layer of each kind."""
+    total = 0
+    for kind in dict.fromkeys(config.layer_mlps):
+        no_experts = dict.fromkeys(("n_expert", "n_expert_per_token", "expert_size", "shared_expert_size"))
+        fields = {} if kind == "MoE" else no_experts | {"shared_expert_gate": False}
+        model = empty_model(config.override(n_layer=1, mlp_class_name=kind, **fields))
+        block = sum(p.numel() for p in model.transformer.h.parameters())
+        total += config.layer_mlps.count(kind) * block
+        outside = sum(p.numel() for p in model.parameters()) - block
+    return total + outside
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+PARAMETERS = {  # as the released checkpoints hold them, tied weights once, and without what sees images
+    "SmolLM2-135M": 134_515_008, "SmolLM2-360M": 361_821_120, "SmolLM2-1.7B": 1_711_376_384,
+    "SmolLM3-3B": 3_075_098_624, "TinyLlama-1.1B": 1_100_048_384, "Llama-2-7b": 6_738_415_616,
+    "Llama-2-13b": 13_015_864_320, "Llama-2-70b": 68_976_648_192, "CodeLlama-7b": 6_738_546_688,
+    "CodeLlama-13b": 13_016_028_160, "CodeLlama-34b": 33_743_970_304, "Meta-Llama-3-8B": 8_030_261_248,
+    "Meta-Llama-3-70B": 70_553_706_496, "Llama-3.1-8B": 8_030_261_248, "Llama-3.1-405B": 405_853_388_800,
+    "Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824, "Llama-4-Scout-17B-16E": 107_769_861_120,
+    "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672, "Mistral-7B-v0.1": 7_241_732_096,
+    "Mistral-7B-v0.3": 7_248_023_552, "Mistral-Nemo-12B": 12_247_782_400, "Mistral-Small-24B": 23_572_403_200,
+    "Mixtral-8x7B-v0.1": 46_702_792_704, "Mixtral-8x22B-v0.1": 140_620_634_112, "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304, "Qwen2.5-3B": 3_085_938_688, "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-14B": 14_770_033_664, "Qwen2.5-32B": 32_763_876_352, "Qwen2.5-72B": 72_706_203_648,
+    "Qwen1.5-MoE-A2.7B": 14_315_784_192, "Qwen3-0.6B": 596_049_920, "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360, "Qwen3-14B": 14_768_307_200, "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624, "Qwen3-235B-A22B": 235_093_634_560, "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896, "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320, "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
+    "pythia-14m": 14_067_712, "pythia-70m": 70_426_624, "pythia-160m": 162_322_944, "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632, "pythia-1.4b": 1_414_647_808, "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016, "pythia-12b": 11_846_072_320, "stablelm-3b-4e1t": 2_795_443_200,
+    "stable-code-3b": 2_795_443_200, "stablelm-2-1_6b": 1_644_515_328, "falcon-7b": 6_921_720_704,
+    "phi-1_5": 1_418_270_720, "phi-2": 2_779_683_840, "Phi-3-mini-4k": 3_821_079_552,
+    "Phi-3-medium-4k": 13_960_238_080, "phi-4": 14_659_507_200, "OLMo-1B": 1_176_764_416, "OLMo-7B": 6_888_095_744,
+    "OLMo-2-1B": 1_484_916_736, "OLMo-2-7B": 7_298_617_344, "OLMo-2-13B": 13_716_198_400,
+    "OLMo-2-32B": 32_234_279_936, "c4ai-command-r-v01": 34_980_831_232, "c4ai-command-r-plus": 103_810_674_688,
+    "EXAONE-4.0-32B": 32_003_216_384, "granite-3.1-2b": 2_533_531_648, "granite-3.1-8b": 8_170_848_256,
+}  # fmt: skip
+SIZES = {  # in billions, as papers and model cards round them, of shapes without a count here that is exact
+    "open_llama_3b": 3.43, "open_llama_7b": 6.7, "open_llama_13b": 13.0, "Platypus-30B": 32.5, "CodeLlama-70b": 69,
+    "Llama-4-Maverick-17B-128E": 400, "Ministral-3-3B": 3.4, "Ministral-3-8B": 8.4, "Ministral-3-14B": 13.5,
+    "Qwen2-57B-A14B": 57.4, "gemma-3-4b": 3.88, "gemma-3-12b": 11.77, "gemma-3-27b": 27.0, "dolly-v2-12b": 12,
+    "RedPajama-INCITE-3B": 2.8, "RedPajama-INCITE-7B": 6.9, "stablelm-base-alpha-3b": 3.64,
+    "stablelm-base-alpha-7b": 7.87, "stablelm-2-12b": 12.1, "falcon-40b": 41, "falcon-180B": 180, "Olmo-3-7B": 7.3,
+    "Olmo-3-32B": 32, "c4ai-command-r7b-12-2024": 8, "c4ai-command-a-03-2025": 111, "EXAONE-4.0-1.2B": 1.28,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*PARAMETERS, *SIZES])
 def test_named_shapes_have_the_published_number_of_parameters(name):
-    """Catches: a wrong width, head count, bias or tied embedding. The counts are those of the released checkpoints."""
-    with torch.device("meta"):
-        model = GPT(Config.from_name(name))
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    """Catches: a wrong width, head count, bias or tied embedding."""
+    count = count_parameters(Config.from_name(name))
+    if name in PARAMETERS:
+        assert count == PARAMETERS[name]
+    else:
+        assert count == pytest.approx(SIZES[name] * 1e9, rel=0.015)
+
+
+def test_a_named_shape_is_what_its_config_json_says():
+    """Catches: a shape whose base, window or pattern is not that of the family's config.json."""
+    files = {
+        "Mixtral-8x7B-v0.1": {"model_type": "mixtral", "max_position_embeddings": 32768},
+        "gpt-oss-120b": {"model_type": "gpt_oss"},
+        "c4ai-command-r-v01": {"model_type": "cohere", "rope_theta": 8e6},
+        "falcon-7b": {"model_type": "falcon"},
+        "phi-1_5": {"model_type": "phi"},
+        "Ministral-3-8B": {"model_type": "ministral3"},
+        "stablelm-3b-4e1t": {"model_type": "stablelm"},
+        "OLMo-7B": {"model_type": "olmo"},
+        "Qwen1.5-MoE-A2.7B": {"model_type": "qwen2_moe", "max_position_embeddings": 8192, "rope_theta": 1e6},
+    }
+    for name, hf in files.items():
+        theirs, ours = (dataclasses.asdict(config) for config in (Config.from_hf(hf), Config.from_name(name)))
+        differs = {key: (theirs[key], value) for key, value in ours.items() if theirs[key] != value and key != "name"}
+        differs.pop("balancing_loss", None)
+        assert not differs, (name, differs)
 
 
 @pytest.mark.parametrize("field", RANGES)
