@@ -246,11 +246,17 @@ def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, dtype
     batch = Batch(idx, idx, [300, 180], [0, 1])
     state = torch.get_rng_state()
     estimate = estimate_step(model, batch, False, contextlib.nullcontext)
+    one, part = (estimate_step(model, batch, True, contextlib.nullcontext, shards) for shards in (1, 4))
     assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())
     recompute_blocks(model, recomputed)
     assert estimate.activations[recomputed] == pytest.approx(measured_peak(model, batch), rel=0.1)
     trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     assert (estimate.gradients, estimate.moments) == (trained, 2 * trained)
+    whole = estimate.weights
+    block = sum(p.nbytes for p in model.transformer.h.parameters()) // 4
+    assert (part.gradients, part.moments) == (trained // 4, 2 * (trained // 4))
+    assert part.weights == pytest.approx(whole / 4 + (whole - 4 * block) + 2 * block, abs=8)
+    assert one.activations[recomputed] - part.activations[recomputed] == trained - trained // 4
 
 
 def test_on_a_cpu_as_many_layers_recompute_as_the_memory_demands(tiny_model, monkeypatch, capsys):

@@ -97,6 +97,17 @@ def is_sharded(fabric: "Fabric") -> bool:
     return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
+def loading_device(fabric: "Fabric") -> torch.device:
+    """Where a model is loaded. One that is sharded may be larger than a device: it stays in its file's pages, in the
+    CPU's memory, until each block is moved to the device and sharded there."""
+    return torch.device("cpu") if is_sharded(fabric) else fabric.device
+
+
+def count_shards(fabric: "Fabric", args: Any) -> int:
+    """Over how many devices each weight is sharded; 1: a device holds all weights."""
+    return (args.shard_size or fabric.world_size) if is_sharded(fabric) else 1
+
+
 def unwrapped(model: nn.Module) -> GPT:
     """The GPT inside the modules that hold it as their `module`: Fabric's, DDP's, and those of a loss of its own."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):

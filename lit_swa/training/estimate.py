@@ -52,10 +52,14 @@ class Estimate(NamedTuple):
         return self.moments + max(self.activations[recomputed], self.gradients + self.update)
 
 
-def estimate_step(model: GPT, batch: Batch, accumulates: bool, precision: Callable[[], Any]) -> Estimate:
+def estimate_step(
+    model: GPT, batch: Batch, accumulates: bool, precision: Callable[[], Any], shards: int = 1
+) -> Estimate:
     """The memory of a step that reads this micro-batch, alone or (accumulates) after others.
 
-    precision: gives the context that the model runs in. Raises RuntimeError when a part of the model looks at numbers.
+    precision: gives the context that the model runs in. shards: over how many devices FSDP shards weights, gradients
+    and moments. Beside its part a device then holds the embedding and the last projection whole while a step runs, and
+    two blocks, since FSDP gathers one ahead. Raises RuntimeError when a part of the model looks at numbers.
     """
     weights = {id(p): p for p in (*model.parameters(), *model.buffers())}.values()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -66,10 +70,22 @@ def estimate_step(model: GPT, batch: Batch, accumulates: bool, precision: Callab
     with Tracker() as tracker, precision():
         parts = measure_parts(tracker, model, call, batch, where)
     torch.set_rng_state(state)
-    held = sum(sizes) if accumulates else 0
+    gradients, total = sum(sizes) // shards, sum(p.nbytes for p in weights)
+    embedding, *layers, loss = (
+        c._replace(gradients=c.gradients // shards) for c in (parts.embedding, *parts.layers, parts.loss)
+    )
+    parts = Parts(embedding, layers, loss)
+    if shards > 1:
+        total = total // shards + gathered_bytes(model, total)
+    held = gradients if accumulates else 0
     activations = tuple(course(parts, n, held) for n in range(len(parts.layers) + 1))
-    total = sum(p.nbytes for p in weights)
-    return Estimate(total, sum(sizes), 2 * sum(sizes), 2 * max(sizes, default=0), activations)
+    return Estimate(total, gradients, 2 * gradients, 2 * max(sizes, default=0) // shards, activations)
+
+
+def gathered_bytes(model: GPT, total: int) -> int:
+    """The most that FSDP gathers at a time, of weights that are so many bytes in all."""
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in model.transformer.h]
+    return total - sum(blocks) + 2 * max(blocks)
 
 
 class Tracker(TorchDispatchMode):

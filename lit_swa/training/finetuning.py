@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_swa import nf4
 from lit_swa.arguments import Training
 from lit_swa.config import IGNORED, Config
 from lit_swa.data import (
@@ -34,7 +35,7 @@ from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate
 from lit_swa.model import GPT
 from lit_swa.training.compiling import compile_blocks
-from lit_swa.training.distribution import is_sharded, start_fabric, unwrapped
+from lit_swa.training.distribution import is_sharded, loading_device, start_fabric, unwrapped
 from lit_swa.training.feed import ExampleFeed, ExampleValidation
 from lit_swa.training.flops import count_weights
 from lit_swa.training.loop import Progress, Run, validate, warmup_steps
@@ -188,7 +189,9 @@ def load_base(run: Finetuning, quantize: str | None = None) -> GPT:
     quantize: a mode of lit_swa.quantize for the linear layers of the blocks.
     """
     fields = run.args.model or {}
-    return load_model(run.checkpoint_dir, run.dtype, run.fabric.device, quantize=quantize, **fields).train()
+    on_device = quantize in nf4.MODES  # which hold more than their tensors, on the device that they were made on
+    device = run.fabric.device if on_device else loading_device(run.fabric)
+    return load_model(run.checkpoint_dir, run.dtype, device, quantize=quantize, **fields).train()
 
 
 def place(run: Run, model: GPT, holder: nn.Module | None = None) -> nn.Module:

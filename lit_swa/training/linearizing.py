@@ -32,7 +32,7 @@ from lit_swa.linearize import (
 )
 from lit_swa.model import GPT
 from lit_swa.plots import save_picture, shades
-from lit_swa.training.distribution import unwrapped
+from lit_swa.training.distribution import loading_device, unwrapped
 from lit_swa.training.finetuning import Finetuning, prepare
 from lit_swa.training.log import Table, read_lines
 from lit_swa.training.loop import Progress, Run, Validation, validate
@@ -109,7 +109,7 @@ def load_student(run: Finetuning) -> GPT:
     fields = run.args.model or {}
     if LINEAR not in load_config(run.checkpoint_dir).layer_variants:
         fields = {n: value for n, value in fields.items() if n != "attention" and not n.startswith("linear_")}
-    model = load_model(run.checkpoint_dir, run.dtype, run.fabric.device, **fields)
+    model = load_model(run.checkpoint_dir, run.dtype, loading_device(run.fabric), **fields)
     require_dense(quantization_of(model), run.checkpoint_dir, "linearise the checkpoint that it was made of")
     make_linear(model, run.config)
     return model.train()

@@ -16,6 +16,7 @@ from lit_swa.arguments import Loop
 from lit_swa.exact_chunks import kept_bytes
 from lit_swa.memory import format_bytes, free_memory, ran_out_of_memory, require_memory
 from lit_swa.model import GPT
+from lit_swa.training.distribution import count_shards, is_sharded
 from lit_swa.training.estimate import estimate_step
 from lit_swa.training.loop import Batch, Run
 
@@ -33,7 +34,12 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     wanted = wanted if wanted == "auto" else min(int(wanted), n)
     if device.type == "cuda":
         limit = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - kept_between_chunks(run, model)
-        wanted = fitting_recompute(model, read_at_once(run).to(device), limit) if wanted == "auto" else wanted
+        if wanted == "auto" and is_sharded(run.fabric):  # the model may be larger than the device: nothing is tried
+            shards = count_shards(run.fabric, run.args)
+            step = estimate_step(model, read_at_once(run), accumulates, run.fabric.autocast, shards)
+            wanted = next((i for i in range(n) if step.weights + step.beside_weights(i) < limit), n)
+        elif wanted == "auto":
+            wanted = fitting_recompute(model, read_at_once(run).to(device), limit)
     else:
         wanted = fitting_on_cpu(run, model, wanted, accumulates)
     recompute_blocks(model, wanted)

@@ -32,7 +32,7 @@ from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate_text
 from lit_swa.model import GPT
 from lit_swa.token_files import INDEX, JOB, MIXTURE, TokenBatch, TokenData, TokenDirectory
-from lit_swa.training.distribution import start_fabric
+from lit_swa.training.distribution import loading_device, start_fabric
 from lit_swa.training.feed import MICRO_BATCH_TOKENS
 from lit_swa.training.finetuning import deciding_fields, describe_choices
 from lit_swa.training.flops import count_weights, peak_flops, token_flops
@@ -386,7 +386,7 @@ def describe_run(run: PretrainingRun) -> str:
 def new_model(run: PretrainingRun) -> GPT:
     """The checkpoint to go on from, or random weights that depend on the seed alone; with z-loss if it is asked for."""
     if run.base_dir is not None:
-        gpt = load_model(run.base_dir, run.dtype, run.fabric.device, **run.args.model or {})
+        gpt = load_model(run.base_dir, run.dtype, loading_device(run.fabric), **run.args.model or {})
     else:
         with run.fabric.device:
             gpt = GPT(run.config)
