@@ -148,7 +148,7 @@ LEAVE_OUT = "leave --quantize out, or quantise the checkpoint that it was made o
 
 def load_model(
     checkpoint_dir: str | Path,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = torch.float32,
     device: torch.device | str = "cpu",
     *,
     merge: bool = True,
@@ -158,7 +158,7 @@ def load_model(
     rank: Rank = ALONE,
     **config_overrides: Any,
 ) -> GPT:
-    """The model of a checkpoint directory, in eval mode, its weights in `dtype` on `device`.
+    """The model of a checkpoint directory, in eval mode, its weights in `dtype` on `device`; None: in their own.
 
     A directory with an adapter gives the base model with the adapter in it.
 
@@ -176,7 +176,8 @@ def load_model(
     an override does not fit the weights.
     """
     directory = Path(checkpoint_dir)
-    dtype, device = check_dtype(dtype, device)
+    kind, device = check_dtype(dtype or torch.float32, device)
+    dtype = dtype and kind
     check_checkpoint_dir(directory, tokenizer=False, base_dir=base_dir)
     if is_adapter_dir(directory):
         if rank.size > 1:
@@ -192,6 +193,7 @@ def load_model(
     check_tensors(config, tensors, directory, stored)
     if quantize is not None:
         require_dense(stored, directory, LEAVE_OUT)
+    dtype = dtype or tensors["transformer.wte.weight"].dtype
     return build_model(config, tensors, dtype, device, quantize, group_size, stored, rank)
 
 

@@ -34,13 +34,13 @@ class Compiled:
         return (self.compiled if self.module.training else self.plain)(*args)
 
 
-def compile_blocks(model: GPT) -> None:
+def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
     """Compile what is around attention in every block, and the loss of a piece of a text.
 
-    Call it when it is decided which blocks compute their activations again, and before the model is sharded. Raises
-    ValueError where there is nothing to compile with.
+    Call it when it is decided which blocks compute their activations again, and before the model is sharded.
+    device: where it will run; None: where it is. Raises ValueError where there is nothing to compile with.
     """
-    check_compiler(model.transformer.wte.weight.device)
+    check_compiler(device or model.transformer.wte.weight.device)
     for block in model.transformer.h:
         block.attn.forward = torch.compiler.disable(block.attn.forward)
         forward, recomputed = Compiled(block, type(block).forward.__get__(block)), block.__dict__.get("forward")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -209,7 +208,7 @@ def place(run: Run, model: GPT, holder: nn.Module | None = None) -> nn.Module:
     train_in_float32(model, run.dtype)
     choose_recompute(run, model, accumulates=len(run.feed.batches(0)) > run.fabric.world_size)
     if run.args.compile:
-        compile_blocks(model)
+        compile_blocks(model, run.fabric.device)
     return run.fabric.setup_module(holder or model)
 
 
@@ -221,7 +220,7 @@ def full_weights(run: Run, model: GPT) -> dict[str, Tensor]:
 def try_loading(directory: Path) -> None:
     """Load a trained directory as the next command would; what can be merged into the weights is merged."""
     check_checkpoint_dir(directory)
-    load_model(directory, torch.float32)
+    load_model(directory, None)  # so what an adapter does not change stays in the file's pages
 
 
 def resume_and_rehearse(
