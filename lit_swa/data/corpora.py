@@ -57,7 +57,7 @@ CORPORA = {
     ),
     "fineweb-edu": Corpus(
         "HuggingFaceFW/fineweb-edu",
-        {"train": "data/*/*.parquet", "sample-10BT": "sample/10BT/*.parquet", "sample-100BT": "sample/100BT/*.parquet"},
+        {"train": "data/*/*.parquet", **{f"sample-{n}BT": f"sample/{n}BT/*.parquet" for n in (10, 100, 350)}},
         "text", None, "1.3 trillion tokens of educational pages; --split sample-10BT for a part",
     ),
 }  # fmt: skip
