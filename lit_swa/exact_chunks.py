@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_swa.config import IGNORED, LENGTH_DEPENDENT, Config
+from lit_swa.config import IGNORED, LENGTH_DEPENDENT, VARIANTS, Config
 from lit_swa.linear import LinearAttention, Moves, State, empty_state
 from lit_swa.model import GPT, Call, Exchange, Layout, SoftmaxAttention
 from lit_swa.rope import Span
@@ -145,6 +145,9 @@ class KeyStore:
 # ------------------------------------------------------------------------------------------- states of linear attention
 
 
+IN_PLACE = Moves(None, None, None, ())  # a chunk's tokens are in order, and its border is a leaf that is not written to
+
+
 class StateBorder:
     """In the place of a StateCache: the state, the nearest keys and the sinks before a chunk, and those behind it."""
 
@@ -155,9 +158,9 @@ class StateBorder:
         n, lag = self.store.sinks, self.store.lag
         entries = torch.cat([torch.arange(self.first - lag, self.first, device=pos.device), pos[0]])[None]
         numbers = torch.arange(n, device=pos.device)[None]
-        return entries >= n, numbers.where(numbers <= pos[:, -1:], -1), None
+        return entries >= n, numbers.where(numbers <= pos[:, -1:], -1), IN_PLACE
 
-    def exchange(self, kv: Tensor, moves: None) -> tuple[Tensor, Tensor, State]:
+    def exchange(self, kv: Tensor, moves: Moves) -> tuple[Tensor, Tensor, State]:
         B, G, T, _ = kv.shape
         held, sinks, *state = self.leaves or [kv.new_zeros(B, G, self.store.lag, kv.size(-1)), kv[:, :, :0]]
         entries, missing = torch.cat([held, kv], dim=2), self.store.sinks - sinks.size(2)
@@ -223,13 +226,19 @@ def check_chunks(config: Config) -> None:
     scaling = (config.rope_scaling or {}).get("type")
     if scaling in LENGTH_DEPENDENT:
         raise ValueError(
-            f"RoPE of type {scaling!r} reads a token differently in a longer text, so a text is not cut into chunks: "
-            "leave --chunk_size out."
+            f"RoPE of type {scaling!r} reads a token differently in a longer text, in all {config.n_layer} layers, so "
+            "a text is not cut into chunks: leave --chunk_size out."
         )
     if config.s2_attention:
         raise ValueError(
             f"S2-Attn groups the tokens of a whole text in all {config.n_layer} layers, so a text is not cut into "
             "chunks: leave --chunk_size out, or --model.s2_attention false."
+        )
+    own = [n for n, name in enumerate(config.layer_variants) if VARIANTS[name].mixer not in (None, LinearAttention)]
+    if own:
+        raise ValueError(
+            f"{config.layer_variants[own[0]]!r} attends in a way of its own in the layers {', '.join(map(str, own))}, "
+            "of which nothing is known that a chunk could hand on: leave --chunk_size out."
         )
 
 

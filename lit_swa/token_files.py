@@ -106,16 +106,16 @@ class TokenDirectory:
         self.n_documents, self.n_text_bytes = (sum(s[key] for s in self.shards) for key in ("documents", "text_bytes"))
         self.digest = hashlib.sha256(json.dumps(self.shards).encode()).hexdigest()
         for shard in self.shards:
-            self.check_length(shard["file"], shard["tokens"] * self.dtype.itemsize)
-            self.check_length(docs_name(shard["file"]), shard["documents"] * STARTS.itemsize)
+            self.check_length(shard["file"], shard["tokens"] * self.dtype.itemsize, shard["sha256"])
+            self.check_length(docs_name(shard["file"]), shard["documents"] * STARTS.itemsize, shard["docs_sha256"])
 
-    def check_length(self, name: str, expected: int) -> None:
+    def check_length(self, name: str, expected: int, sha256: str) -> None:
         n_bytes = self.size(name)
         if n_bytes != expected:
             what = "truncated" if n_bytes < expected else "too long"
             raise ValueError(
-                f"{self.directory / name} is {what}: it has {n_bytes} bytes and {INDEX} says {expected}; copy it "
-                f"again, or delete {INDEX} and prepare the text again."
+                f"{self.directory / name} is {what}: it has {n_bytes} bytes and {INDEX} says {expected} (SHA-256 "
+                f"{sha256[:16]}...); copy it again, or delete {INDEX} and prepare the text again."
             )
 
     def size(self, name: str) -> int:

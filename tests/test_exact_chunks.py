@@ -5,7 +5,8 @@ import torch
 from tiny import randomize, tiny_config
 
 from lit_swa import GPT, exact_chunks
-from lit_swa.exact_chunks import ExactChunks, KeyStore, cut_documents, kept_bytes
+from lit_swa.config import VARIANTS
+from lit_swa.exact_chunks import ExactChunks, KeyStore, check_chunks, cut_documents, kept_bytes
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.training.distribution import reader, unwrapped
 
@@ -14,6 +15,10 @@ CASES = {
     "sinks": {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 3},
     "pattern": {
         "attention": "sliding,full", "sliding_window_size": 5, "n_layer": 4, "attention_logit_softcapping": 5.0,
+    },
+    "chunks of its own": {
+        "attention": "chunked,full", "attention_chunk_size": 7, "sink_logits": True, "positions": "rope,none",
+        "temperature_slope": 0.5, "temperature_length": 9, "temperature_layers": "none",
     },
     "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 24},
     "linear": {"attention": "linear", "linear_window": 5, "linear_sinks": 2, "linear_gate": True},
@@ -144,11 +149,16 @@ def test_short_texts_share_a_chunk():
     [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' reads a token differently"),
         ({"s2_attention": True, "s2_group_size": 8}, "S2-Attn groups the tokens of a whole text in all 2 layers"),
+        ({"attention": "full,own,own", "n_layer": 3}, "'own' attends in a way of its own in the layers 1, 2, of which"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(fields, words):
+def test_what_cannot_be_cut_is_refused(fields, words, monkeypatch):
+    """Catches: another text trained than was meant, and a mixer that nobody knows met in the middle of a step."""
+    monkeypatch.setitem(
+        VARIANTS, "own", VARIANTS["full"]._replace(mixer=lambda config, kind, layer: torch.nn.Identity())
+    )
     with pytest.raises(ValueError, match=words):
-        ExactChunks(GPT(tiny_config(**fields)), 16)
+        check_chunks(tiny_config(**fields))
 
 
 def test_a_validation_reads_in_chunks():

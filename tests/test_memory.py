@@ -20,7 +20,7 @@ from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.memory import free_memory, memory_sentence, ran_out_of_memory, require_memory
 from lit_swa.training.estimate import Tracker, estimate_step
 from lit_swa.training.loop import Batch
-from lit_swa.training.memory import choose_recompute, mapped_bytes, recompute_blocks
+from lit_swa.training.memory import choose_recompute, kept_between_chunks, mapped_bytes, recompute_blocks
 from lit_swa.training.precision import train_in_float32
 from lit_swa.utils import check_devices
 
@@ -287,6 +287,28 @@ def test_on_a_cpu_as_many_layers_recompute_as_the_memory_demands(tiny_model, mon
     args.recompute, free = "auto", needed[4] // 2
     with pytest.raises(ValueError, match="would take .* are free: use a smaller --max_seq_length"):
         choose_recompute(run, model)
+
+
+@pytest.mark.parametrize(
+    "device, offload, words",
+    [
+        ("cpu", False, "A chunk of the longest micro-batch .8 tokens., .* and 197 kB that chunks keep for each other"),
+        ("cuda", True, "What chunks of 8 tokens keep of a text of 200 would take .* use a larger --chunk_size"),
+        ("cuda", False, "What chunks of 8 tokens keep of a text of 200 would .* use --chunk_offload true, a larger"),
+    ],
+)
+def test_no_room_between_chunks_is_told_with_how_much(device, offload, words, monkeypatch):
+    """Catches: hours until a long text's borders fill the memory, and a sentence that speaks of activations only."""
+    model, idx = GPT(tiny_config(n_layer=4)).train(), torch.randint(0, 97, (1, 200))
+    args = Training(data="", chunk_size=8, chunk_offload=offload)
+    fabric = SimpleNamespace(device=torch.device(device), world_size=1, autocast=contextlib.nullcontext)
+    feed = SimpleNamespace(longest=lambda: Batch(idx, idx, [200], [0]))
+    run = SimpleNamespace(args=args, fabric=fabric, feed=feed, dtype=torch.float32)
+    for module in ("lit_swa.memory", "lit_swa.training.memory"):
+        monkeypatch.setattr(f"{module}.free_memory", lambda device, swap=False: 1000)
+    monkeypatch.setattr(memory, "SLACK", (1.05, 0))
+    with pytest.raises(ValueError, match=words):
+        choose_recompute(run, model) if device == "cpu" else kept_between_chunks(run, model)
 
 
 def test_weights_that_are_a_files_pages_are_told_apart(tiny_checkpoint):

@@ -56,20 +56,21 @@ def read_at_once(run: Run) -> Batch:
 
 
 def kept_between_chunks(run: Run, model: GPT) -> int:
-    """Bytes on the device of what the chunks of the longest text leave for each other. Raises ValueError where it is to
-    wait in the CPU's memory and does not fit there."""
+    """Bytes on the device of what the chunks of the longest text leave for each other. Raises ValueError where it waits
+    in the CPU's memory, or on a GPU, and does not fit there."""
     if run.args.chunk_size is None:
         return 0
     rows, length = (batch := run.feed.longest()).idx.shape
-    longest = max(batch.documents or [length])
+    longest, device = max(batch.documents or [length]), run.fabric.device
     needed = rows * kept_bytes(model, longest, run.args.chunk_size, run.dtype.itemsize)
-    if not run.args.chunk_offload or run.fabric.device.type == "cpu":
+    if device.type == "cpu":
         return needed
+    waits = run.args.chunk_offload
     what = f"What chunks of {run.args.chunk_size} tokens keep of a text of {longest:,}"
-    require_memory(
-        needed, torch.device("cpu"), what, f"use a larger --chunk_size, or a smaller window or {run.args.LENGTH}"
-    )
-    return 0
+    remedy = "use " + "--chunk_offload true, " * (not waits)
+    remedy += f"a larger --chunk_size, or a smaller window or {run.args.LENGTH}"
+    require_memory(needed, torch.device("cpu") if waits else device, what, remedy)
+    return 0 if waits else needed
 
 
 def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -> int:
@@ -85,15 +86,15 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
     here = fabric.world_size // run.args.num_nodes  # processes that share this machine's memory
     shared = step.gradients if fabric.world_size > 1 else 0  # DDP's copies of the gradients
     extra = shared + mapped_bytes(p for p in model.parameters() if p.requires_grad)  # what a step writes to is copied
-    extra += kept_between_chunks(run, model)
+    extra += (kept := kept_between_chunks(run, model))
     needed = [here * (step.beside_weights(i) + extra) for i in range(n + 1)]
     free = free_memory(fabric.device)
     if wanted == "auto":
         wanted = next((i for i in range(n + 1) if needed[i] < 0.75 * free), n)
     weights = format_bytes(here * step.weights)
-    what = (
-        f"The longest micro-batch ({batch.idx.numel()} tokens), with gradients and moments beside weights of {weights},"
-    )
+    name = "A chunk of the longest micro-batch" if kept else "The longest micro-batch"
+    between = f" and {format_bytes(here * kept)} that chunks keep for each other" if kept else ""
+    what = f"{name} ({batch.idx.numel()} tokens), with gradients and moments beside weights of {weights}{between},"
     require_memory(needed[wanted], fabric.device, what, training_remedy(run.args, needed, wanted, free))
     if 4 * needed[wanted] > free or run.args.dry_run:
         return_what_is_freed()
