@@ -1,5 +1,6 @@
 """Each family equals transformers on a tiny random model: whole, step by step, and back through an export."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,97 @@ def test_a_key_that_is_left_out_has_the_default_of_transformers(family: str):
         theirs = kind(**given).to_dict()
         told = {key: value for key, value in theirs.items() if key not in ("architectures", "quantization_config")}
         assert Config.from_hf(named | given) == Config.from_hf(named | told)
+
+
+@torch.no_grad()
+def test_gpt_oss_in_four_bits_is_what_transformers_makes_of_it(tmp_path: Path):
+    """Catches: nibbles in another order, a scale of another block, gate and up mixed up: the form of the release."""
+    from safetensors.torch import load_file, save_file
+
+    family, fields = CASES["gpt-oss"]
+    CASES["4 bits"] = family, fields | {"hidden_size": 64, "intermediate_size": 32}
+    reference = build_reference("4 bits")
+    del CASES["4 bits"]
+    reference.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, inputs, outputs = state.pop(name).shape
+        state[f"{name}_blocks"] = torch.randint(0, 256, (E, outputs, inputs // 32, 16), dtype=torch.uint8)
+        state[f"{name}_scales"] = torch.randint(122, 126, (E, outputs, inputs // 32), dtype=torch.uint8)
+        blocks, scales = state[f"{name}_blocks"], state[f"{name}_scales"]
+        dense = transformers.integrations.mxfp4.convert_moe_packed_tensors(blocks, scales)
+        reference.get_parameter(name).copy_(dense)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    convert_hf_checkpoint(tmp_path)
+    idx = torch.randint(1, 97, (2, T))
+    assert largest_error(load_model(tmp_path)(idx), reference(idx).logits) < 1e-5
+
+
+NESTED = {
+    "llama4": ("Llama4ForConditionalGeneration", "llama 4", "language_model."),
+    "mistral3": ("Mistral3ForConditionalGeneration", "ministral 3", "model.language_model."),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@torch.no_grad()
+def test_the_text_model_within_one_for_images_is_read(kind: str, tmp_path: Path):
+    """Catches: the released form of Llama 4 and Ministral 3, whose text model has a prefix and a config of its own."""
+    from safetensors.torch import load_file, save_file
+
+    architecture, case, prefix = NESTED[kind]
+    reference = build_reference(case)
+    reference.save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    outer = {"architectures": [architecture], "model_type": kind, "text_config": text, "vision_config": {"depth": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    state = load_file(tmp_path / "model.safetensors")
+    inner = prefix.replace("model.language_model.", "language_model.")
+    named = {(inner if n.startswith("lm_head") else prefix.removesuffix("model.")) + n: t for n, t in state.items()}
+    named["vision_tower.layers.0.weight"] = torch.ones(3)
+    save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    convert_hf_checkpoint(tmp_path)
+    idx = torch.randint(1, 97, (2, T))
+    assert largest_error(load_model(tmp_path)(idx), reference(idx).logits) < 1e-5
+
+
+UNREAD = [
+    ("cohere2", {"attention_multiplier": 2.0}), ("cohere", {"sliding_window": 8}),
+    ("exaone4", {"attention_bias": True}),
+    ("olmo", {"attention_sink_size": 4}), ("olmo2", {"clip_qkv": 8.0}), ("stablelm", {"alibi": True}),
+    ("phi", {"sliding_window": 64}), ("phi3", {"attention_bias": True}), ("falcon", {"alibi": True}),
+    ("granite", {"num_local_experts": 4}), ("granite_swa", {"clip_qkv": 4.0}), ("ministral", {"attention_bias": True}),
+    ("ministral3", {"rope_interleaved": True}), ("mixtral", {"shared_experts": 2}), ("qwen2_moe", {"clip_qkv": 1.0}),
+    ("qwen3_moe", {"n_shared_experts": 2}), ("gpt_oss", {"attn_logit_softcapping": 30.0}),
+    ("gpt_oss", {"quantization_config": {"quant_method": "gptq"}}), ("llama4_text", {"sliding_window": 128}),
+    ("gemma", {"use_bidirectional_attention": True}), ("smollm3", {"logit_scale": 2.0}),
+    ("exaone4", {"layer_types": ["chunked_attention"] * 4}), ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}),
+    ("phi3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, fields", UNREAD, ids=[f"{kind} {next(iter(fields))}" for kind, fields in UNREAD])
+def test_a_key_that_is_not_read_is_refused_by_name(kind: str, fields: dict):
+    """Catches: a checkpoint that is converted to another model than it is, without a word."""
+    name = next(iter(fields))
+    words = "llama_4_scaling_beta" if "llama_4_scaling_beta" in str(fields) else name
+    with pytest.raises(ValueError, match=words):
+        Config.from_hf(SHAPE | {"model_type": kind} | fields)
+
+
+NEAREST = {
+    "Gemma3nForConditionalGeneration": "Gemma3ForConditionalGeneration",
+    "Gemma4ForCausalLM": r"Gemma\w*ForCausalLM",
+    "Phi4ForCausalLM": r"Phi\d?ForCausalLM",
+}
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_an_architecture_that_we_lack_is_named_beside_the_nearest(name: str):
+    """Catches: a long list of all that there is, and no hint which of them is meant."""
+    with pytest.raises(ValueError, match=f"{name}' is not supported: the nearest that is here is {NEAREST[name]},"):
+        Config.from_hf(SHAPE | {"architectures": [name], "model_type": "x"})

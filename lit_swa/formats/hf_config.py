@@ -3,6 +3,7 @@
 What the files of its weights are called is in hf_names.py, and what an export writes in hugging_face.py.
 """
 
+import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -69,15 +70,18 @@ def language_model(hf: dict[str, Any]) -> dict[str, Any]:
 
 def find_architecture(hf: dict[str, Any]) -> str:
     named = hf.get("architectures") or []
-    architecture = named[0] if isinstance(named, list) and named else MODEL_TYPES.get(str(hf.get("model_type")))
-    if architecture not in ARCHITECTURES and str(architecture).endswith("ForConditionalGeneration"):
+    given = named[0] if isinstance(named, list) and named else None
+    architecture = MODEL_TYPES.get(str(hf.get("model_type"))) if given is None else given
+    if architecture not in ARCHITECTURES and str(given).endswith("ForConditionalGeneration"):
         architecture = MODEL_TYPES.get(str(hf.get("model_type")))  # that of the text model within
     if isinstance(architecture, str):  # saved without its head: it is there if it is tied to the embedding
         architecture = re.sub(r"(Text)?Model$", "ForCausalLM", architecture)
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        asked = str(given or hf.get("model_type"))[:80]
+        near = difflib.get_close_matches(asked, ARCHITECTURES, n=1, cutoff=0.0)
         raise ValueError(
-            f"The architecture {architecture or hf.get('model_type')!r} is not supported: "
-            f"choose a checkpoint of {', '.join(sorted(ARCHITECTURES))}."
+            f"The architecture {asked!r} is not supported: the nearest that is here is {near[0]}, and there are "
+            f"{', '.join(sorted(ARCHITECTURES.keys() - set(near)))}."
         )
     return architecture
 
@@ -412,6 +416,9 @@ def qwen3_moe(hf: dict[str, Any]) -> dict[str, Any]:
 
 def gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
     """Learned sink logits, every other layer with a window, and experts with biases and a clamped activation."""
+    method = (hf["quantization_config"] or {}).get("quant_method")
+    if method not in (None, "mxfp4"):
+        raise ValueError(f"quantization_config has the method {str(method)[:40]!r}: only mxfp4 is read of gpt-oss.")
     types = [("sliding_attention", "full_attention")[i % 2] for i in range(hf["num_hidden_layers"])]
     moe = experts(hf, hf["num_local_experts"])
     clamped = {"expert_limit": float(hf["swiglu_limit"]), "expert_slope": float(hf["swiglu_alpha"])}
@@ -786,6 +793,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         swiglu_limit=7.0,
         rope_parameters=GPT_OSS_ROPE,
         attention_bias=True,
+        quantization_config=None,
+        reads="experts_per_token",
         **MOE | {"num_experts_per_tok": 4},
     ),
     "Llama4ForCausalLM": LLAMA4_TEXT,

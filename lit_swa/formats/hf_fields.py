@@ -18,6 +18,7 @@ NO_EFFECT = re.compile(  # on the logits, or none without a key that is read or 
     r"softmax_in_fp32|initializer|num_experts_per_tok|_fused|fused_|ffn_dim_multiplier|^use_sliding_window$|^max_window_layers$"
 )
 NEUTRAL = {"partial_rotary_factor": 1, "rotary_pct": 1, "rotary_emb_base": 10000, "scale_attn_weights": True}
+NEUTRAL |= {"full_attn_mod": 1, "position_embedding_type": "rope_gptj"}  # Phi 4 mini; Command R7B, whose RoPE it is
 NEUTRAL |= dict.fromkeys(("causal", "is_causal", "use_rope", "use_rotary", "use_rotary_embeddings", "rotary"), True)
 ALWAYS_READ = {"num_attention_heads", "rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
 
@@ -41,7 +42,14 @@ def is_neutral(key: str, value: Any) -> bool:
         return True
     if key == "no_rope_layers":  # 1 means that the layer has RoPE
         return isinstance(value, list) and all(v == 1 for v in value)
-    return type(value) is float and value == 1 or type(value) is int and value == 1 and "multipl" in key
+    return (
+        type(value) is float
+        and value == 1
+        and "clip" not in key
+        or type(value) is int
+        and value == 1
+        and "multipl" in key
+    )
 
 
 def common_fields(hf: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Where no architecture is named, it is the one that an export of the config's fields has.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping
@@ -30,6 +31,8 @@ WRAPPERS = re.compile(
 )
 FIRST_LAYER = re.compile(r"(?<![^.])(layers|h)\.0\.")  # what stands before it is the prefix
 PACKED = re.compile(r"experts\.(gate_up_proj|down_proj)(_bias)?$")  # of all experts in one
+BLOCKS, SCALES = "_blocks", "_scales"  # of weights in 4 bits (MXFP4), as gpt-oss stores its experts
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 EACH_HEAD = re.compile(r"\.attn\.norm_[qk]\.")
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(?=[^.]+$)")  # GPT-NeoX's has either name
 NOT_NEEDED = re.compile(  # buffers that old checkpoints carry, and the parts of a model that see images
@@ -202,7 +205,7 @@ def require_layers(config: Config, tensors: Mapping[str, LazyTensor], where: obj
 def unpacked(source: Mapping[str, LazyTensor], config: Config, names: Names) -> dict[str, LazyTensor]:
     """The weights under the names of the table, where the architecture stores several of them as one."""
     result = {}
-    for name, tensor in source.items():
+    for name, tensor in (from_mxfp4(source) if names.packed else source).items():
         fused = next((key for key in names.fused if f".{key}." in name), None)
         if fused is not None:
             sizes = fused_rows(config, names.fused[fused], tensor.shape[0])
@@ -217,6 +220,32 @@ def unpacked(source: Mapping[str, LazyTensor], config: Config, names: Names) -> 
         else:
             result[name] = tensor
     return result
+
+
+def from_mxfp4(source: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The same, with weights that are stored as blocks and scales as (E, in, out) in bfloat16.
+
+    A block (E, out, n, 16) holds 32 numbers of 4 bits in a row, two in a byte, the lower half first; its scale is a
+    power of two, the exponent plus 127 (Rouhani et al. 2023, arXiv 2310.10537).
+    """
+    result = {}
+    for name, tensor in source.items():
+        scales = source.get(name.removesuffix(BLOCKS) + SCALES) if name.endswith(BLOCKS) else None
+        if scales is not None and len(tensor.shape) == 4 and tensor.shape[:3] == scales.shape:
+            E, out, n, half = tensor.shape
+            shape = (E, n * half * 2, out)
+            load = functools.partial(_load_mxfp4, tensor, scales)
+            result[name.removesuffix(BLOCKS)] = LazyTensor(shape, torch.bfloat16, load)
+        elif not (name.endswith(SCALES) and name.removesuffix(SCALES) + BLOCKS in source):
+            result[name] = tensor
+    return result
+
+
+def _load_mxfp4(blocks: LazyTensor, scales: LazyTensor) -> Tensor:
+    codes, exponents = blocks.load().to(torch.uint8), scales.load().to(torch.int32) - 127
+    table = torch.tensor(FP4, dtype=torch.bfloat16)
+    numbers = torch.stack([table[(codes & 15).int()], table[(codes >> 4).int()]], dim=-1).flatten(-2)  # (E, out, n, 32)
+    return torch.ldexp(numbers, exponents[..., None]).flatten(2).mT
 
 
 def fused_rows(config: Config, parts: tuple[str, ...], rows: int) -> list[int]:
