@@ -394,7 +394,12 @@ class HandedOn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upper: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grad if grad is None else grad * upper.to(grad.dtype) for grad in ctx.grads)
+        return None, None, *(grad if grad is None else scaled(grad, upper) for grad in ctx.grads)
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Their product, rounded once: a factor such as 1/tokens would lose three digits in bfloat16."""
+    return (grad.to(torch.promote_types(grad.dtype, factor.dtype)) * factor).to(grad.dtype)
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

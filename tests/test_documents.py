@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from lit_swa import model as model_file
+from lit_swa.exact_chunks import HandedOn
 from lit_swa.model import IGNORED
+from lit_swa.training.loss import differentiate_pieces_at_once
 
 FIELDS = {
     "full": {},
@@ -62,27 +64,44 @@ def test_texts_together_may_be_longer_than_the_context(tiny_model):
 
 @pytest.mark.parametrize("elements", [97 * 3, 97 * 1000, 1])
 @pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True, "final_logit_softcapping": 5.0}])
-def test_the_loss_equals_cross_entropy_of_all_logits(tiny_model, monkeypatch, fields, elements):
+@pytest.mark.parametrize("at_once", ["", "all", "without head"])
+def test_the_loss_equals_cross_entropy_of_all_logits(tiny_model, monkeypatch, fields, elements, at_once):
     """Catches: a piece counted twice or left out, ignored targets that count, a gradient that stops at a piece."""
     monkeypatch.setattr(model_file, "LOSS_ELEMENTS", (elements, elements))
     model, idx = tiny_model(**fields), torch.randint(0, 97, (2, 11))
+    if at_once:
+        differentiate_pieces_at_once(model)
+    for p in [*model.lm_head.parameters(), *model.transformer.ln_f.parameters()] * (at_once == "without head"):
+        p.requires_grad_(False)
     targets = torch.randint(0, 97, (2, 11)).masked_fill(torch.rand(2, 11) < 0.4, IGNORED)
     loss = model(idx, targets=targets)
     expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    names, params = zip(*model.named_parameters(), strict=True)
+    names, params = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad], strict=True)
+    loss, expected = loss * 3, expected * 3
     for name, a, b in zip(names, torch.autograd.grad(loss, params), torch.autograd.grad(expected, params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=name)
 
 
-def test_the_loss_never_makes_all_logits(tiny_model, monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_loss_never_makes_all_logits(tiny_model, monkeypatch, at_once):
     """Catches: a projection of the whole text, forward or backward. Each projection is watched."""
     monkeypatch.setattr(model_file, "LOSS_ELEMENTS", (97 * 4, 97 * 4))
     model, seen = tiny_model(), []
+    if at_once:
+        differentiate_pieces_at_once(model)
     model.lm_head.register_forward_hook(lambda module, args, y: seen.append(y.shape[0]))
     idx = torch.randint(0, 97, (1, 30))
     model(idx, targets=idx).backward()
-    assert max(seen) <= 4 and sum(seen) == 60  # once forward, once again in the backward
+    assert max(seen) <= 4 and sum(seen) == 30 * (1 if at_once else 2)  # once forward, once again in the backward
+
+
+def test_gradients_that_wait_are_scaled_in_float32():
+    """Catches: a factor such as 1/tokens that is rounded to bfloat16, and all gradients with it by up to 0.4%."""
+    x = torch.ones(9, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.arange(1.0, 10.0).bfloat16()
+    (HandedOn.apply(torch.zeros(()), [grad], x) / 1023).backward()
+    assert torch.equal(x.grad, (grad.float() / 1023).bfloat16())
 
 
 def test_rows_of_padding_are_no_tokens(tiny_model):

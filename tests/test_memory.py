@@ -20,6 +20,7 @@ from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.memory import free_memory, memory_sentence, ran_out_of_memory, require_memory
 from lit_swa.training.estimate import Tracker, estimate_step
 from lit_swa.training.loop import Batch
+from lit_swa.training.loss import differentiate_pieces_at_once
 from lit_swa.training.memory import choose_recompute, kept_between_chunks, mapped_bytes, recompute_blocks
 from lit_swa.training.precision import train_in_float32
 from lit_swa.utils import check_devices
@@ -239,6 +240,7 @@ def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, dtype
     shape = {"n_layer": 4, "n_embd": 96, "intermediate_size": 256, "block_size": 1024, "vocab_size": 500}
     monkeypatch.setattr("lit_swa.model.LOSS_ELEMENTS", (2**18, 2**18))
     model = GPT(tiny_config(**shape | fields)).train()
+    differentiate_pieces_at_once(model)
     if lora:
         add_lora(model, LoRAConfig(dropout=0.1))
     train_in_float32(model.to(dtype), dtype)

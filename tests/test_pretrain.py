@@ -30,6 +30,7 @@ from lit_swa.tokenizer import Tokenizer
 from lit_swa.training import compiling, pretraining
 from lit_swa.training.flops import token_flops
 from lit_swa.training.loop import learning_rate
+from lit_swa.training.loss import differentiate_pieces_at_once
 from lit_swa.training.pretraining import TokenFeed, add_z_loss, token_bytes
 from lit_swa.training.windows import Windows, changed_window
 
@@ -175,13 +176,15 @@ def test_the_bytes_of_tokens_are_those_of_their_text(kind, tokens):
     assert token_bytes(tokenizer)[ids].sum() == len(text.encode())
 
 
-@pytest.mark.parametrize("elements", [97 * 3, 97 * 1000])
-def test_z_loss_is_its_formula(tiny_model, monkeypatch, elements):
+@pytest.mark.parametrize("elements, at_once", [(97 * 3, True), (97 * 3, False), (97 * 1000, True)])
+def test_z_loss_is_its_formula(tiny_model, monkeypatch, elements, at_once):
     """Catches: the padding's logits in Z, a missing square, a piece left out, z-loss in evaluation."""
     monkeypatch.setattr(model_file, "LOSS_ELEMENTS", (elements, elements))
     model, idx = tiny_model(vocab_size=90, padded_vocab_size=97), torch.randint(0, 90, (2, 11))
     targets = torch.randint(0, 90, (2, 11))
     add_z_loss(model, 0.01)
+    if at_once:
+        differentiate_pieces_at_once(model)
     logits = model.train()(idx).flatten(0, 1)[:, :90]
     nll = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     expected = nll + 0.01 * logits.exp().sum(-1).log().pow(2).sum()

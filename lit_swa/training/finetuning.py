@@ -38,6 +38,7 @@ from lit_swa.training.distribution import is_sharded, loading_device, start_fabr
 from lit_swa.training.feed import ExampleFeed, ExampleValidation
 from lit_swa.training.flops import count_weights
 from lit_swa.training.loop import Progress, Run, validate, warmup_steps
+from lit_swa.training.loss import differentiate_pieces_at_once
 from lit_swa.training.memory import choose_recompute
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
@@ -206,6 +207,7 @@ def place(run: Run, model: GPT, holder: nn.Module | None = None) -> nn.Module:
             raise ValueError("What is learned here needs whole texts: leave --chunk_size out.")
         holder = ExactChunks(model, run.args.chunk_size, run.args.chunk_offload)
     train_in_float32(model, run.dtype)
+    differentiate_pieces_at_once(model)
     choose_recompute(run, model, accumulates=len(run.feed.batches(0)) > run.fabric.world_size)
     if run.args.compile:
         compile_blocks(model, run.fabric.device)
