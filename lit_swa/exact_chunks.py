@@ -234,6 +234,11 @@ def check_chunks(config: Config) -> None:
             f"S2-Attn groups the tokens of a whole text in all {config.n_layer} layers, so a text is not cut into "
             "chunks: leave --chunk_size out, or --model.s2_attention false."
         )
+    if config.n_expert is not None and config.balancing_loss:
+        raise ValueError(
+            f"balancing_loss={config.balancing_loss:g} compares the experts over a whole text, which is not cut into "
+            "chunks then: --model.balancing_loss 0, or leave --chunk_size out."
+        )
     own = [n for n, name in enumerate(config.layer_variants) if VARIANTS[name].mixer not in (None, LinearAttention)]
     if own:
         raise ValueError(

@@ -218,3 +218,19 @@ def test_an_architecture_that_we_lack_is_named_beside_the_nearest(name: str):
     """Catches: a long list of all that there is, and no hint which of them is meant."""
     with pytest.raises(ValueError, match=f"{name}' is not supported: the nearest that is here is {NEAREST[name]},"):
         Config.from_hf(SHAPE | {"architectures": [name], "model_type": "x"})
+
+
+@torch.no_grad()
+def test_the_family_that_the_tutorial_adds_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches: a page whose code does not run, or computes another model."""
+    from lit_swa.formats import hf_config, hf_export, hf_names
+
+    page = (Path(__file__).resolve().parents[1] / "tutorials" / "add_a_model.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) < 40
+    for module, table in ((hf_config, "ARCHITECTURES"), (hf_config, "MODEL_TYPES"), (hf_names, "NAMES")):
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
+    monkeypatch.setattr(hf_export, "EXPORTS", list(hf_export.EXPORTS))
+    exec(compile(code, "add_a_model.md", "exec"), {})
+    monkeypatch.setitem(CASES, "starcoder 2", ("Starcoder2", {"sliding_window": S}))
+    test_a_family_equals_transformers_in_cached_and_out("starcoder 2", tmp_path)

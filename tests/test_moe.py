@@ -1,13 +1,17 @@
 """Experts and learned sink logits: any way to compute them, their training, a compiled step, and what refuses them."""
 
+import copy
+
 import pytest
 import torch
 
 from lit_swa import GPT, Config, cpu_decode, moe
 from lit_swa.adapter import AdapterConfig, add_adapter
+from lit_swa.exact_chunks import ExactChunks
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, split_model
 from lit_swa.quantize import quantize_linears
+from lit_swa.sequential import place_blocks, spread
 
 FIELDS = {
     "mlp_class_name": "GatedMLP,MoE", "n_expert": 5, "n_expert_per_token": 2, "expert_size": 24,
@@ -82,28 +86,41 @@ def test_what_knows_no_experts_says_so(tiny_model):
             act()
 
 
-BLOCKS = {  # one field each that neither the compiled step on a CPU nor, in some cases, tensor parallelism knows
-    "sinks": {"sink_logits": True},
-    "no norm before": {"pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True},
-    "shared norm": {"parallel_residual": True, "shared_norm": True},
-    "multipliers": {"residual_multiplier": 0.5, "logit_multiplier": 0.25, "embedding_multiplier": 3.0},
-    "a norm over all heads": {"norm_qk": True, "norm_qk_type": "whole"},
-    "a norm for each head": {"norm_qk": True, "norm_qk_type": "each"},
-    "clipped": {"clip_qkv": 0.3},
-}
+FEATURES = {  # as few models as hold every field that a family brought
+    "experts": FIELDS,
+    "sinks": {"sink_logits": True, "attention": "sliding,full", "sliding_window_size": 5, "lm_head_bias": True},
+    "OLMo 2": {"norm_qk": True, "norm_qk_type": "whole", "pre_norm": False, "post_attention_norm": True,
+               "post_mlp_norm": True, "clip_qkv": 0.4},
+    "Cohere": {"norm_qk": True, "norm_qk_type": "each", "parallel_residual": True, "shared_norm": True,
+               "logit_multiplier": 0.25},
+    "Granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "positions": "rope,500,none", "n_layer": 3},
+    "Llama 4": {"temperature_slope": 0.3, "temperature_length": 4, "temperature_layers": "none", "norm_qk": True,
+                "temperature_offset": 1, "positions": "rope,none", "attention": "chunked,full", "norm_qk_type": "plain",
+                "attention_chunk_size": 6, "rolling_kv_cache": True},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-@torch.no_grad()
-def test_a_step_on_a_cpu_that_is_not_compiled_falls_back_to_the_plain_one(tiny_model, name, monkeypatch):
-    """Catches: a compiled step that leaves the field out."""
-    model, idx = tiny_model(**BLOCKS[name]), torch.randint(0, 97, (1, 6))
-    expected = model(idx)
-    monkeypatch.setattr(cpu_decode, "compile_blocks", lambda model: None)  # seconds of Inductor
-    step = cpu_decode.compile_for_cpu(model)
-    model.set_kv_cache(1, 6)
-    logits = torch.cat([step(idx[:, t : t + 1], torch.tensor([t])) for t in range(6)], dim=1)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_path_computes_the_new_fields(tiny_model, name, monkeypatch):
+    """Catches: a compiled step, a run over devices or a training by chunks that leaves a field out."""
+    monkeypatch.setattr(cpu_decode, "compile_blocks", lambda model: None)  # seconds of Inductor: the plain step
+    T, cpu = 24, torch.device("cpu")
+    model, idx, targets = tiny_model(**FEATURES[name]), torch.randint(0, 97, (2, T)), torch.randint(0, 97, (2, T))
+    trained = copy.deepcopy(model).double().train()
+    with torch.no_grad():
+        expected, step = model(idx), cpu_decode.compile_for_cpu(model)
+        model.set_kv_cache(2, T)
+        logits = torch.cat([step(idx[:, t : t + 1], torch.tensor([t])) for t in range(T)], dim=1)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        placed = spread(model, place_blocks(model, [cpu, cpu], 1))
+        torch.testing.assert_close(placed(idx), expected, rtol=1e-5, atol=1e-5)
+    grads = []
+    for loss in (lambda: trained(idx, targets=targets), lambda: ExactChunks(trained, 7)(idx, targets)):
+        trained.zero_grad()
+        loss().backward()
+        grads.append([p.grad.clone() for p in trained.parameters()])
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * one.abs().max()  # the logits are float32
 
 
 ATTENTION = [
@@ -143,6 +160,8 @@ def test_what_knows_no_sink_logits_or_temperature_says_so(tiny_model):
     ):
         with pytest.raises(ValueError, match=words):
             Config(**fields)
-    for fields in ({"sink_logits": True}, {"lm_head_bias": True}, BLOCKS["a norm over all heads"]):
+    with pytest.raises(ValueError, match="compares the experts over a whole text"):
+        ExactChunks(tiny_model(**FIELDS, balancing_loss=0.1), 7)
+    for fields in ({"sink_logits": True}, {"lm_head_bias": True}, FEATURES["OLMo 2"]):
         with pytest.raises(ValueError, match="is not split over processes"):
             split_model(tiny_model(**fields), Rank(0, 2))
