@@ -86,7 +86,7 @@ class GPT(nn.Module):
         sqrt(2 * n_layer), biases 0, norms the identity. The same seed gives the same weights on the same device."""
         generator = None if seed is None else torch.Generator(self.transformer.wte.weight.device).manual_seed(seed)
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (nn.Linear, nn.Embedding)) or hasattr(module, "gathered"):  # the last: experts
                 std = 0.02 / math.sqrt(2 * self.config.n_layer if name.endswith(("attn.proj", "mlp.proj")) else 1)
                 module.weight.normal_(0.0, std, generator=generator)
                 if getattr(module, "bias", None) is not None:

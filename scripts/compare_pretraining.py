@@ -22,7 +22,7 @@ ROWS = {
     "SSSL": Row("a window in three of four layers", PATTERN),
     "SSSL, NoPE": Row("the same, no positions in the full layers", NOPE),
     "schedule": Row("SSSL, NoPE with short windows first", NOPE | {"window_schedule": "{S/4}:0,{S/2}:0.3,{S}:0.6"}),
-    "random": Row("SSSL, NoPE with a window that each step draws", NOPE | {"random_window": "{S/8}"}),
+    "random": Row("SSSL, NoPE with a window that each step draws", NOPE | {"random_window": "{S/4}"}),
     "Muon": Row("SSSL, NoPE trained with Muon", NOPE | {"optimizer": "muon"}),
 }
 SHAPE = {"n_layer": 12, "n_head": 8, "n_query_groups": 4, "n_embd": 512, "intermediate_size": 1408,
@@ -147,7 +147,7 @@ def prepare_data(data: Path, vocab_size: int, out_dir: Path) -> tuple[Any, Path,
 
 def flags_of(name: str, window: int) -> dict[str, Any]:
     """The arguments of pretrain/base.py that make this model different from the others."""
-    parts = {"{S}": window, "{S/2}": window // 2, "{S/4}": window // 4, "{S/8}": window // 8}
+    parts = {"{S}": window, "{S/2}": window // 2, "{S/4}": window // 4}
     flags = dict(ROWS[name].flags)
     for key, value in flags.items():
         for part, size in parts.items():

@@ -83,7 +83,7 @@ def test_each_model_differs_by_its_flags():
     script = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts/compare_pretraining.py"))
     flags = {name: script["flags_of"](name, 256) for name in script["ROWS"]}
     assert len(flags) == 6 and len({json.dumps(f) for f in flags.values()}) == 6 and flags["full"] == {}
-    assert flags["random"]["random_window"] == "32" and flags["Muon"]["optimizer"] == "muon"
+    assert flags["random"]["random_window"] == "64" and flags["Muon"]["optimizer"] == "muon"
     assert all("{" not in v for f in flags.values() for v in f.values())
 
 

@@ -143,14 +143,22 @@ def test_bits_per_byte_are_those_of_a_computation_by_hand(pretrain, tokens, monk
     assert f"MFU {used:.1%}" in err
 
 
-@pytest.mark.parametrize("fields", [{}, {"attention": "sliding,full"}, {"attention": "streaming", "n_sink_tokens": 2}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention": "sliding,full"},
+        {"attention": "streaming", "n_sink_tokens": 2, "n_expert": 4, "n_expert_per_token": 1, "mlp_class_name": "MoE"},
+        {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12, "sliding_window_size": None},
+    ],
+)
 def test_the_operations_of_a_token_are_6_a_weight_and_12_a_pair(tiny_model, fields):
-    """Catches: pairs that no query sees, a window or sinks left out, weights counted twice."""
-    model, T = tiny_model(sliding_window_size=9, tie_embeddings=True, **fields), 30
+    """Catches: pairs that no query sees, a window or sinks left out, weights counted twice, experts that do nothing."""
+    model, T = tiny_model(**{"sliding_window_size": 9, "tie_embeddings": True} | fields), 30
     row = [VARIANTS[name] for name in model.config.layer_variants]
     p = torch.arange(T)[None]
     seen = sum(visible(part, p, p, model.config).sum().item() for r in row for part in r.parts)
-    weights = sum(p.numel() for p in model.parameters())
+    experts = [p.numel() for p in model.parameters() if p.dim() == 3]
+    weights = sum(p.numel() for p in model.parameters()) - 3 * sum(experts) / 4
     assert token_flops(model.config, T) == pytest.approx(6 * weights + 12 * 6 * 8 * seen / T)
 
 
@@ -273,13 +281,14 @@ def test_compiled_blocks_make_the_steps_of_eager_ones(pretrain, monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     torch._dynamo.reset()
     counters.clear()
-    arguments = {"documents": "true", "random_window": 2, "recompute": 1, "max_steps": 3, "z_loss": 1e-3} | WINDOW
+    arguments = {"documents": "true", "random_window": 2, "recompute": 1, "max_steps": 3, "z_loss": 1e-3}
+    arguments |= {"model.n_expert": 4, "model.n_expert_per_token": 2, "model.mlp_class_name": "GatedMLP,MoE"} | WINDOW
     found, graphs = [], []
     for compiles in ("false", "true"):
         directory, _ = pretrain(compiles, compile=compiles, **arguments)
         found.append(train.read_metrics(directory))
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs == [0, 3]  # what comes before attention, what comes behind it, and the loss
+    assert graphs == [0, 5]  # before attention, behind it with an MLP, before and behind experts, the loss
     for name in ("loss", "grad_norm", "val_loss"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-5, nan_ok=True)
 

@@ -3,7 +3,8 @@ an eager block, become parts of few kernels.
 
 A block is cut at its attention, which stays eager: its plan differs from call to call (windows, documents, chunks), and
 its kernels are chosen, and compiled, for each plan. So another plan compiles nothing anew, and all layers share what is
-compiled for the first: a start takes seconds, where a whole model would take minutes.
+compiled for the first: a start takes seconds, where a whole model would take minutes. Experts stay eager too: how many
+tokens each of them has is known only when they are chosen.
 """
 
 import shutil
@@ -42,7 +43,8 @@ def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
     """
     check_compiler(device or model.transformer.wte.weight.device)
     for block in model.transformer.h:
-        block.attn.forward = torch.compiler.disable(block.attn.forward)
+        for part in (block.attn, *[block.mlp] * block.moe):
+            part.forward = torch.compiler.disable(part.forward)
         forward, recomputed = Compiled(block, type(block).forward.__get__(block)), block.__dict__.get("forward")
         if isinstance(recomputed, RecomputedForward):
             recomputed.forward = forward

@@ -1,14 +1,15 @@
 """What a training step computes, beside what the device could: model FLOP utilisation, MFU.
 
-Counted as Chowdhery et al. 2022 (arXiv 2204.02311, appendix B) do: 6 operations for each weight and token, and
-12 * head_size for each query head, token and key that it sees. What is computed again in the backward does not count.
+Counted as Chowdhery et al. 2022 (arXiv 2204.02311, appendix B) do: 6 operations for each token and weight that computes
+for it, and 12 * head_size for each query head, token and key that it sees. What is computed again in the backward does
+not count.
 """
 
 import math
 
 import torch
 
-from lit_swa.config import VARIANTS, Config
+from lit_swa.config import VARIANTS, Config, Variant
 from lit_swa.formats.hugging_face import expected_shapes
 
 PEAKS = {  # operations per second with dense bfloat16 matrices, as the maker says; the first name that fits counts
@@ -24,6 +25,8 @@ PEAKS = {  # operations per second with dense bfloat16 matrices, as the maker sa
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+MOST_ASKED = 4096
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -41,12 +44,27 @@ def count_weights(config: Config) -> int:
 def token_flops(config: Config, length: int) -> float | None:
     """Operations for a token of a text of so many, in a training step that trains every weight; None for models whose
     layers do not compute scores of pairs alone."""
-    rows = [VARIANTS[name] for name in config.layer_variants]
-    if config.s2_attention or any(row.mixer is not None for row in rows):
+    seen = {name: keys_seen(VARIANTS[name], config, length) for name in dict.fromkeys(config.layer_variants)}
+    if config.s2_attention or None in seen.values():
         return None
-    pairs = 0.0
-    for row in rows:
-        most = length if row.window is None else row.window(config) + (row.sinks(config) if row.sinks else 0)
-        most = min(most, length)
-        pairs += (most * (most + 1) / 2 + (length - most) * most) / length
-    return 6 * count_weights(config) + 12 * config.n_head * config.head_size * pairs
+    pairs = sum(seen[name] for name in config.layer_variants)
+    return 6 * active_weights(config) + 12 * config.n_head * config.head_size * pairs
+
+
+def active_weights(config: Config) -> float:
+    """Weights that compute for a token: of the experts, as many as are chosen."""
+    share = 1.0 if config.n_expert is None else config.n_expert_per_token / config.n_expert
+    shapes = expected_shapes(config).values()
+    return sum(math.prod(shape) * (share if len(shape) == 3 else 1.0) for shape in shapes)
+
+
+def keys_seen(row: Variant, config: Config, length: int) -> float | None:
+    """Keys that a query of a text sees in the mean, or of MOST_ASKED queries of a long one; None where the row does not
+    say which these are."""
+    if row.mixer is not None or any(part.reach is None or not part.run for part in row.parts):
+        return None
+    queries, total = range(0, length, -(-length // MOST_ASKED)), 0
+    for q in queries:
+        reaches = (part.reach(q, q + 1, config) for part in row.parts)
+        total += sum(max(0, min(hi, q + 1) - max(lo, 0)) for lo, hi in reaches)
+    return total / len(queries)
