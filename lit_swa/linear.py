@@ -250,13 +250,13 @@ def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
 def fading(rates: Tensor, C: int, behind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the gates leave, given a_t of the entries that are older to some query of a chunk, (B, H, N, old): of a key
     for a query, (B, H, N, C, old); of the state before the chunk for a query, (B, H, N, C, 1); of a key, (B, H, N, old,
-    1), and of that state, (B, H, N, 1), behind the chunk."""
+    1), and, as a logarithm, of that state, (B, H, N, 1), behind the chunk."""
     passed = rates.cumsum(-1)  # up to and with each entry
     newest = (torch.arange(C, device=rates.device) + behind + 1).clamp(min=0)
     gone = F.pad(passed, (1, 0))[..., newest, None]  # (B, H, N, C, 1): over all that is older to a query
     end = passed[..., C - 1, None]  # (B, H, N, 1)
     between = (passed[..., None, :] - gone).clamp(max=0)  # where a key is not older, what this says is not used
-    return between.exp(), (-gone).exp(), (passed - end).clamp(max=0).exp()[..., None], (-end).exp()
+    return between.exp(), (-gone).exp(), (passed - end).clamp(max=0).exp()[..., None], -end
 
 
 def strips(x: Tensor, size: int, step: int) -> Tensor:
@@ -287,18 +287,23 @@ def empty_state(q: Tensor, size: int | None = None) -> State:
 def run_states(phi: Tensor, v: Tensor, left: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
     """The states before each of N chunks, (B, H, N, F, D) and (B, H, N, F), and that behind the last.
 
-    phi, v: of the keys that each chunk adds, (B, H, N, C, ...). left: of the state before it, (B, H, N, 1); None: all.
+    phi, v: of the keys that each chunk adds, (B, H, N, C, ...). left: the logarithm of what a chunk leaves of the state
+    before it, (B, H, N, 1); None: all is left.
     """
-    (total, norm), new, before = state, (phi.mT @ v, phi.sum(-2)), []
-    for n in range(phi.size(2)):
-        before.append((total, norm))
+    (total, norm), (new, new_norm), N = state, (phi.mT @ v, phi.sum(-2)), phi.size(2)
+    before = total[:, :, None], norm[:, :, None]
+    if N == 1:  # a step
         if left is not None:
-            total, norm = total * left[:, :, n, :, None], norm * left[:, :, n]
-        total, norm = total + new[0][:, :, n], norm + new[1][:, :, n]
-    if len(before) == 1:
-        return *(x.unsqueeze(2) for x in before[0]), (total, norm)
-    totals, norms = (torch.stack(each, dim=2) for each in zip(*before, strict=True))
-    return totals, norms, (total, norm)
+            total, norm = total * left.exp(), norm * left.exp()[..., 0]
+        return *before, (total + new[:, :, 0], norm + new_norm[:, :, 0])
+    states, norms = torch.cat([before[0], new], dim=2), torch.cat([before[1], new_norm], dim=2)
+    if left is None:
+        states, norms = states.cumsum(dim=2), norms.cumsum(dim=2)
+    else:  # float64: differences of sums over a long text count
+        passed = F.pad(left[..., 0].double().cumsum(-1), (1, 0))  # (B, H, N + 1)
+        decay = (passed[..., :, None] - passed[..., None, :]).clamp(max=0).exp().tril().to(new.dtype)
+        states, norms = (decay @ states.flatten(-2)).view_as(states), decay @ norms
+    return states[:, :, :N], norms[:, :, :N], (states[:, :, N], norms[:, :, N])
 
 
 # --------------------------------------------------------------------------------------------------------------- caches
