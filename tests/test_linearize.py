@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import randomize, tiny_config
+from torch._dynamo.utils import counters
 
 from lit_swa import GPT
 from lit_swa import model as model_file
@@ -27,7 +28,8 @@ from lit_swa.linearize import (
 from lit_swa.lora import LoRAConfig, add_lora, merged_state
 from lit_swa.model import IGNORED
 from lit_swa.train import Progress, dropout_of
-from lit_swa.training import linearizing, memory
+from lit_swa.training import compiling, linearizing, memory
+from lit_swa.training.compiling import compile_linear_attention
 
 pytest.importorskip("lightning")
 FULL = ["full"] * 3
@@ -109,6 +111,24 @@ def test_the_gradients_are_those_of_one_loss_over_all_layers(weights_ce, attenti
         p = model.get_parameter(name)
         (wanted,) = torch.autograd.grad(expected / 7, p, retain_graph=True)
         torch.testing.assert_close(p.grad, wanted, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_compiled_linear_attention_learns_the_same(monkeypatch):
+    """Catches: a piece that is compiled for each layer, or not at all, or that has other gradients."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    torch._dynamo.reset()
+    counters.clear()
+    model = softmax_model()
+    student = linear_model(model, linear_sinks=1, linear_gate=True).train()
+    transfer, idx, found = AttentionTransfer(student, FULL), torch.randint(0, 97, (2, 150)), []
+    for compiles in (False, True):
+        if compiles:
+            compile_linear_attention(student)
+        student.zero_grad()
+        transfer(idx).backward()
+        found.append([p.grad.clone() for p in student.parameters() if p.requires_grad])
+        assert counters["stats"]["unique_graphs"] == 2 * compiles  # two chunks, and what remains of the text
+    torch.testing.assert_close(*found)
 
 
 def test_the_softmax_model_is_untouched_and_nothing_is_kept():

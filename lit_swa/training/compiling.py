@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from lit_swa.cpu_decode import COMPILERS
 from lit_swa.fast_attention import has_triton
+from lit_swa.linear import LinearAttention
 from lit_swa.model import GPT
 from lit_swa.training.memory import RecomputedForward
 
@@ -27,16 +27,16 @@ class Compiled:
     """A function of a module, compiled where the module is in training. It generates and validates as it is written:
     the lengths that it meets there would compile it again and again."""
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+    def __init__(self, module: nn.Module, function: Callable[..., Any], dynamic: bool | None = None) -> None:
         self.module, self.plain = module, function
-        self.compiled = torch.compile(function, backend=BACKEND)
+        self.compiled = torch.compile(function, backend=BACKEND, dynamic=dynamic)
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         return (self.compiled if self.module.training else self.plain)(*args)
 
 
 def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
-    """Compile what is around attention in every block, and the loss of a piece of a text.
+    """Compile what is around attention in every block, linear attention, and the loss of a piece of a text.
 
     Call it when it is decided which blocks compute their activations again, and before the model is sharded.
     device: where it will run; None: where it is. Raises ValueError where there is nothing to compile with.
@@ -50,7 +50,15 @@ def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
             recomputed.forward = forward
         else:
             block.forward = forward
+    compile_linear_attention(model)
     model.token_losses = Compiled(model, model.token_losses)
+
+
+def compile_linear_attention(model: GPT) -> None:
+    """Compile how linear layers read a piece of a text, for each length of a piece: texts of one length have two."""
+    for attn in model.layers:
+        if isinstance(mixer := attn.mixer, LinearAttention):
+            mixer.attend_chunks = Compiled(mixer, mixer.attend_chunks, dynamic=False)
 
 
 def check_compiler(device: torch.device) -> None:

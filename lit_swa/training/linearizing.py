@@ -32,6 +32,7 @@ from lit_swa.linearize import (
 )
 from lit_swa.model import GPT
 from lit_swa.plots import save_picture, shades
+from lit_swa.training.compiling import check_compiler, compile_linear_attention
 from lit_swa.training.distribution import loading_device, unwrapped
 from lit_swa.training.finetuning import Finetuning, prepare
 from lit_swa.training.log import Table, read_lines
@@ -136,8 +137,11 @@ def save_unchanged(run: Finetuning, saver: Saver) -> Path:
 
 
 def place_transfer(run: Run, transfer: AttentionTransfer) -> nn.Module:
-    """Put the model on its devices, with what is trained in float32. Nothing is kept for a backward, so no layer has
-    anything to compute again."""
+    """Put the model on its devices, with what is trained in float32, and compile linear attention if that is asked for.
+    Nothing is kept for a backward, so no layer has anything to compute again."""
+    if run.args.compile:
+        check_compiler(run.fabric.device)
+        compile_linear_attention(transfer.module)
     for p in transfer.parameters():
         if p.requires_grad:
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
