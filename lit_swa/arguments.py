@@ -35,7 +35,8 @@ class Loop:
             whole model. By default all devices are one group.
         recompute: How many layers compute their activations again in the backward to save memory: auto (as few as the
             memory allows), all, none or a number.
-        compile: Compile what is around attention in each layer, and linear attention. It takes a while at the start, and makes steps faster.
+        compile: Compile what is around attention in each layer, and linear attention. It takes a while at the start,
+            and makes steps faster.
         eval_interval: Steps between validations. By default a tenth of the run.
         early_stop: Stop after so many validations without a better loss, and keep the weights of the best one in
             final/; 0 for never.
