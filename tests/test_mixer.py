@@ -50,8 +50,8 @@ class DecayingSum(Mixer):
 
     rolls = any_length = True
 
-    def __init__(self, config: Any, kind: str) -> None:
-        super().__init__(config, kind)
+    def __init__(self, config: Any, variant: str, layer: int) -> None:
+        super().__init__(config, variant, layer)
         self.decay = nn.Parameter(torch.full((config.n_head,), 2.0))
 
     def cache_length(self, tokens: int) -> int:
