@@ -2,11 +2,14 @@
 
 import gc
 import json
+import os
+import queue
 import shlex
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +26,40 @@ def typed(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def execute(command: list[str], log: Path | None = None) -> None:
+class Places:
+    """GPUs for scripts that run at the same time: each job has one, and they share them where there are fewer."""
+
+    def __init__(self, device: str, jobs: int) -> None:
+        """device: cuda for all GPUs that this process sees; of another one there is nothing to choose."""
+        import torch
+
+        n = torch.cuda.device_count() if device == "cuda" else 0
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n)))
+        names = seen.split(",")[:n]
+        self.free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for job in range(jobs):
+            self.free.put(names[job % n] if n > 1 else None)
+
+    @contextmanager
+    def one(self) -> Iterator[dict[str, str]]:
+        """The environment of a script that has a GPU to itself, until it has ended."""
+        name = self.free.get()
+        try:
+            yield {} if name is None else {"CUDA_VISIBLE_DEVICES": name}
+        finally:
+            self.free.put(name)
+
+
+def execute(command: list[str], log: Path | None = None, environment: dict[str, str] | None = None) -> None:
     """Run one of the project's scripts, and print its command; what it prints goes to `log`, or to stderr.
 
-    Ctrl-C reaches the script too, which saves its step. Raises KeyboardInterrupt if it was interrupted, ValueError if
-    it failed.
+    environment: what differs from this process's. Ctrl-C reaches the script too, which saves its step. Raises
+    KeyboardInterrupt if it was interrupted, ValueError if it failed.
     """
     print(shlex.join(["python", *command]), file=sys.stderr, flush=True)
     words = [sys.executable, str(ROOT / command[0]), *command[1:]]
     with interruptible([signal.SIGINT]), open(log, "ab") if log else nullcontext(2) as stream:  # 2 is stderr
-        code = subprocess.run(words, stdout=stream, stderr=stream).returncode
+        code = subprocess.run(words, stdout=stream, stderr=stream, env=os.environ | (environment or {})).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:

@@ -90,8 +90,8 @@ def main(
         new_tokens: How many tokens it writes to each.
         items: Questions of each task, at most; 0 for none.
         trials: Pass keys that are asked for at each of two lengths and four depths; 0 for none.
-        jobs: Runs that train at the same time, on the same device. With more than one, each writes its lines to
-            OUT_DIR/NAME.log.
+        jobs: Runs that train at the same time, on a GPU each as far as there are as many. With more than one, each
+            writes its lines to OUT_DIR/NAME.log.
         out_dir: Holds a directory for each run. For SmolLM2-135M all take some 25 GB.
         device: auto, cpu or cuda.
         seed: Decides the order of the rows, new weights, and what is asked.
@@ -218,12 +218,13 @@ class Runs:
         import signal
         from concurrent.futures import ThreadPoolExecutor, as_completed
 
+        from lit_swa.runs import Places
         from lit_swa.utils import interruptible
 
         order: list[str] = []
         for name in sorted(self.chosen, key=lambda name: len(ancestors(name))):
             order += [n for n in [*ancestors(name), name] if n not in order]
-        pool = ThreadPoolExecutor(self.jobs)
+        pool, self.places = ThreadPoolExecutor(self.jobs), Places(self.training["device"], self.jobs)
         futures: dict[str, Any] = {}
         with interruptible([signal.SIGINT]) as self.interrupted:  # Ctrl-C reaches the runs too: they save their steps
             try:
@@ -243,13 +244,15 @@ class Runs:
         same for every way behind one that did."""
         from lit_swa.runs import execute
 
+        log = self.out_dir / f"{name.replace(' ', '-')}.log" if self.jobs > 1 else None
         try:
             if before is not None:
                 before.result()
-            for command in self.commands(name):
-                if self.error is not None or self.interrupted():
-                    raise self.error or KeyboardInterrupt
-                execute(command, self.out_dir / f"{name.replace(' ', '-')}.log" if self.jobs > 1 else None)
+            with self.places.one() as environment:
+                for command in self.commands(name):
+                    if self.error is not None or self.interrupted():
+                        raise self.error or KeyboardInterrupt
+                    execute(command, log, environment)
         except BaseException as error:
             self.error = self.error or error
             raise

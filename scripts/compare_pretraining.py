@@ -69,8 +69,8 @@ def main(
         batch_size: Rows of an optimiser step.
         vocab_size: Tokens of the tokenizer, at most.
         targets: How many pieces of half a context are predicted, spread over eval_data.
-        jobs: Runs that train at the same time, on the same device. With more than one, each writes its lines to
-            OUT_DIR/NAME.log.
+        jobs: Runs that train at the same time, on a GPU each as far as there are as many. With more than one, each
+            writes its lines to OUT_DIR/NAME.log.
         compile: Compile blocks. By default on a GPU.
         out_dir: Holds tokenizer, tokens and a directory for each run.
         device: auto, cpu or cuda.
@@ -165,10 +165,11 @@ def train_all(names: list[str], training: dict[str, Any], window: int, out_dir: 
     import signal
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    from lit_swa.runs import execute, typed
+    from lit_swa.runs import Places, execute, typed
     from lit_swa.utils import interruptible
 
     failed: list[BaseException] = []
+    places = Places(training["device"], jobs)
 
     def make(name: str) -> None:
         run = out_dir / directory_name(name)
@@ -176,7 +177,8 @@ def train_all(names: list[str], training: dict[str, Any], window: int, out_dir: 
         if failed or interrupted():
             raise failed[0] if failed else KeyboardInterrupt
         try:
-            execute(command, out_dir / f"{run.name}.log" if jobs > 1 else None)
+            with places.one() as environment:
+                execute(command, out_dir / f"{run.name}.log" if jobs > 1 else None, environment)
         except BaseException as error:
             failed.append(error)
             raise

@@ -2,14 +2,17 @@
 
 import json
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from forked import in_this_process
 
 from lit_swa.checkpoint import load_config, load_model
+from lit_swa.runs import Places
 from lit_swa.training import memory
 
 pytest.importorskip("lightning")
@@ -132,3 +135,22 @@ def test_bad_arguments_are_told_in_a_sentence(compare, arguments, words):
     """Catches: a traceback, a run that begins before it."""
     code, _, err = compare(*arguments)
     assert code == 2 and words in err and "Traceback" not in err and not compare.ran
+
+
+@pytest.mark.parametrize(
+    "device, gpus, seen, given",
+    [("cuda", 3, None, ["0", "1", "2", "0"]), ("cuda", 2, "5,7,9", ["5", "7", "5", "7"]), ("cuda:1", 2, None, [None]),
+     ("cuda", 1, "4", [None]), ("cpu", 0, None, [None, None])],
+)  # fmt: skip
+def test_runs_at_the_same_time_have_a_gpu_each(device, gpus, seen, given, monkeypatch):
+    """Catches: all runs on the first GPU, or on one that this process was not given."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    places = Places(device, len(given))
+    with ExitStack() as stack:
+        taken = [stack.enter_context(places.one()) for _ in given]
+        assert [place.get("CUDA_VISIBLE_DEVICES") for place in taken] == given
+    with places.one() as place:
+        assert place.get("CUDA_VISIBLE_DEVICES") in given
