@@ -21,6 +21,7 @@ def main(
     steps: int = 32,
     repeats: int = 5,
     dtype: str = "auto",
+    quantize: str | None = None,
     device: str = "auto",
     compile: bool = False,
     output: Path = Path("out/benchmark_speculative.json"),
@@ -45,6 +46,7 @@ def main(
         steps: How many plain steps are timed together; of rounds, as many as give about so many tokens.
         repeats: How often each is timed; the median counts.
         dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        quantize: int8 or int4 holds the weights of linear layers so; by default as they are.
         device: auto, cpu or cuda.
         compile: Use the compiled steps.
         output: Where the JSON goes.
@@ -55,6 +57,7 @@ def main(
 
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
+    from lit_swa.quantize import quantize_linears
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     arguments = {key: value for key, value in locals().items() if isinstance(value, (int, float, str, list, dict))}
@@ -66,6 +69,8 @@ def main(
     room = context + (steps + 2) * (max(ks) + 1)
     with torch.inference_mode():
         target = load(checkpoint_dir, name, dtype, device, {"block_size": room} | (model or {}))
+        if quantize is not None:
+            quantize_linears(target, quantize, getattr(torch, dtype))
         session = open_session(target, batch_size, context, room, max(ks), compile)
         proposer = open_draft(draft, session, draft_window, context, room, compile)
         for k in ks:
