@@ -176,44 +176,16 @@ def load(source: Source):
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.quantize import quantize_linears
+    from lit_swa.random_model import random_model
 
     mode = MODES[source.mode]
     if source.name is not None:
-        return random_model(Config.from_name(source.name, **source.overrides), mode, source.device)
+        config, dtype = Config.from_name(source.name, **source.overrides), getattr(torch, mode.dtype)
+        return random_model(config, dtype, source.device, mode.quantize, mode.group_size)
     found = find_checkpoint(source.checkpoint_dir)
     model = load_model(found, dtype=mode.dtype, device=source.device, **source.overrides)
     if mode.quantize is not None:
         quantize_linears(model, mode.quantize, getattr(torch, mode.dtype), group_size=mode.group_size)
-    return model
-
-
-def random_model(config, mode: Mode, device: str):
-    """A model of random weights. Only one of its layers is dense at a time, so that a large one fits."""
-    import torch
-
-    from lit_swa import GPT
-    from lit_swa.quantize import layer_mode, pick_group, quantizable_linears, quantize_linear, replace_linear
-
-    dtype, linears = getattr(torch, mode.dtype), {}
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model = GPT(config).eval()
-        if mode.quantize is not None:
-            linears = quantizable_linears(model, mode.quantize, dtype, device, mode.group_size)
-            group_size = pick_group(linears, mode.quantize, mode.group_size)
-        for name in [name for name, _ in model.named_modules()]:
-            module, replaced = model.get_submodule(name), linears.pop(name, None) is not None
-            if hasattr(module, "reset_parameters"):
-                module.to_empty(device=device, recurse=False)
-                module.reset_parameters()
-            if replaced:
-                how = layer_mode(name, mode.quantize)
-                replace_linear(model, name, quantize_linear(module, how, dtype, group_size=group_size))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model.tie_weights()
-    model.rope.to(device)
     return model
 
 

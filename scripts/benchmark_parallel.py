@@ -22,6 +22,7 @@ def main(
     repeats: int = 3,
     device: str = "auto",
     compile: bool = True,
+    alone: bool = True,
     output: Path = Path("tutorials/results/benchmark_parallel.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
@@ -37,6 +38,7 @@ def main(
         repeats: How often; the median counts.
         device: auto, cpu or cuda.
         compile: Measure the compiled step, as --compile true of the generating scripts makes it.
+        alone: Measure one device too. Leave it out for a model that it cannot hold.
         output: Where the JSON goes.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
@@ -58,14 +60,15 @@ def main(
         for mode in modes or ["bfloat16", "int8"]:
             for position in positions:
                 timing = {"position": position, "steps": steps, "repeats": repeats, "compiled": compile}
-                one = measure(config, mode, ALONE, device, **timing) if rank.index == 0 else None
+                one = measure(config, mode, ALONE, device, **timing) if rank.index == 0 and alone else None
                 ranks.forget_graphs()
                 ranks.from_first(None, rank)  # the others wait until the first has measured alone
                 split = measure(config, mode, rank, device, **timing)
                 ranks.forget_graphs()
                 if rank.index == 0:
                     rows.append({"mode": mode, "position": position, "one": one, "split": split})
-                    rows[-1]["ratio"] = split["tokens_per_second"] / one["tokens_per_second"]
+                    if one is not None:
+                        rows[-1]["ratio"] = split["tokens_per_second"] / one["tokens_per_second"]
                     report(rows[-1], rank.size)
         if rank.index == 0:
             arguments = {"name": name, "steps": steps, "repeats": repeats, "compile": compile, "model": model}
@@ -76,31 +79,6 @@ def main(
             print(f"written to {output}", file=sys.stderr)
 
 
-def random_part(config, mode: str, rank: "Rank", device: str):
-    """A rank's part of a model with random weights: no more than that is ever there."""
-    from dataclasses import replace
-
-    import torch
-
-    from lit_swa.formats.hugging_face import empty_model
-    from lit_swa.parallel import connect, shrink
-    from lit_swa.quantize import quantize_linears
-
-    quantized = mode in ("int8", "int4")
-    gpt, dtype = empty_model(replace(config)).eval(), torch.bfloat16 if quantized else getattr(torch, mode)
-    if rank.size > 1:
-        shrink(gpt, rank)
-    gpt.to(dtype).to_empty(device=device)
-    for p in gpt.parameters():
-        p.data.normal_(0, 0.02)
-    gpt.tie_weights()
-    if quantized:
-        quantize_linears(gpt, mode, dtype)
-    if rank.size > 1:
-        connect(gpt, rank)
-    return gpt
-
-
 def measure(
     config, mode: str, rank: "Rank", device: str, *, position: int, steps: int, repeats: int, compiled: bool
 ) -> dict[str, float]:
@@ -109,10 +87,12 @@ def measure(
 
     from lit_swa.fast_decode import compile_decode, warm_up
     from lit_swa.generate import Session
+    from lit_swa.random_model import random_model
     from lit_swa.speed import weights_read
     from lit_swa.utils import wait_for
 
-    gpt = random_part(config, mode, rank, device)
+    quantize, dtype = (mode, torch.bfloat16) if mode in ("int8", "int4") else (None, getattr(torch, mode))
+    gpt = random_model(config, dtype, device, quantize, rank=rank)
     place, seconds = gpt.transformer.wte.weight.device, []
     with torch.inference_mode():
         session = Session(gpt, decode=compile_decode(gpt) if compiled else None, chunk_size=512, lookahead=steps)
@@ -180,13 +160,12 @@ def time_repeated(way, count: int, repeats: int, device) -> float:
 
 
 def report(row: dict[str, Any], size: int) -> None:
-    one, split = row["one"], row["split"]
-    print(
-        f"{row['mode']:9} at {row['position']}: one {one['tokens_per_second']:.1f} tok/s ({one['weight_GB']:.2f} GB of "
-        f"weights), {size} devices {split['tokens_per_second']:.1f} tok/s ({split['weight_GB']:.2f} GB each): "
-        f"{row['ratio']:.2f}x",
-        flush=True,
-    )
+    one, split, ratio = row["one"], row["split"], ""
+    parts = f"{size} devices {split['tokens_per_second']:.1f} tok/s ({split['weight_GB']:.2f} GB each)"
+    if one is not None:
+        parts = f"one {one['tokens_per_second']:.1f} tok/s ({one['weight_GB']:.2f} GB of weights), {parts}"
+        ratio = f": {row['ratio']:.2f}x"
+    print(f"{row['mode']:9} at {row['position']}: {parts}{ratio}", flush=True)
 
 
 if __name__ == "__main__":

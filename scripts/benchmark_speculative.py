@@ -57,7 +57,6 @@ def main(
 
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
-    from lit_swa.quantize import quantize_linears
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     arguments = {key: value for key, value in locals().items() if isinstance(value, (int, float, str, list, dict))}
@@ -68,9 +67,7 @@ def main(
     ks, rows = speculative_k or [4], []
     room = context + (steps + 2) * (max(ks) + 1)
     with torch.inference_mode():
-        target = load(checkpoint_dir, name, dtype, device, {"block_size": room} | (model or {}))
-        if quantize is not None:
-            quantize_linears(target, quantize, getattr(torch, dtype))
+        target = load(checkpoint_dir, name, dtype, device, quantize, {"block_size": room} | (model or {}))
         session = open_session(target, batch_size, context, room, max(ks), compile)
         proposer = open_draft(draft, session, draft_window, context, room, compile)
         for k in ks:
@@ -85,27 +82,28 @@ def main(
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def load(checkpoint_dir: Path | None, name: str | None, dtype: str, device: str, overrides: dict[str, Any]):
+def load(
+    checkpoint_dir: Path | None,
+    name: str | None,
+    dtype: str,
+    device: str,
+    quantize: str | None,
+    overrides: dict[str, Any],
+):
+    import torch
+
     from lit_swa import Config
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.download import find_checkpoint
+    from lit_swa.quantize import quantize_linears
+    from lit_swa.random_model import random_model
 
-    if name is None:
-        return load_model(find_checkpoint(checkpoint_dir), dtype=dtype, device=device, **overrides)
-    return random_model(Config.from_name(name, **overrides), dtype, device)
-
-
-def random_model(config, dtype: str, device: str):
-    import torch
-
-    from lit_swa import GPT
-
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with torch.device(device):
-            return GPT(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    if name is not None:
+        return random_model(Config.from_name(name, **overrides), getattr(torch, dtype), device, quantize)
+    model = load_model(find_checkpoint(checkpoint_dir), dtype=dtype, device=device, **overrides)
+    if quantize is not None:
+        quantize_linears(model, quantize, getattr(torch, dtype))
+    return model
 
 
 def open_session(target, batch_size: int, context: int, room: int, k: int, compile: bool):
@@ -127,6 +125,7 @@ def open_draft(draft: str, session, window: int, context: int, room: int, compil
     import torch
 
     from lit_swa import Config
+    from lit_swa.random_model import random_model
     from lit_swa.speculative import SELF_DRAFTS, Lookup, ModelDraft, make_draft
 
     class Always(Lookup):
@@ -144,7 +143,7 @@ def open_draft(draft: str, session, window: int, context: int, room: int, compil
     else:
         weight, config = session.model.transformer.wte.weight, session.model.config
         config = Config.from_name(draft, block_size=room, vocab_size=config.vocab_size, padded_vocab_size=None)
-        other = random_model(config, str(weight.dtype).removeprefix("torch."), str(weight.device))
+        other = random_model(config, weight.dtype, weight.device)
         proposer = ModelDraft(open_session(other, session.batch_size, context, room, session.lookahead, compile))
         proposer.check(session.model, context)
     return proposer
