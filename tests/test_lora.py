@@ -52,6 +52,10 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
     "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}),
     "gpt-neox": ("GPTNeoX", {}),
+    "command r": ("Cohere", {"tie_word_embeddings": True, "pad_token_id": 0}),
+    "falcon": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 80}),
+    "phi": ("Phi", {}),
+    "gemma": ("Gemma", {"num_key_value_heads": 2, "head_dim": 16}),
 }
 QKVO = ("q", "k", "v", "o")
 OURS = {
@@ -184,7 +188,7 @@ def test_what_peft_saves_gives_us_the_same_logits(families, family, case, tmp_pa
     """Catches: a pattern, a saved module or PEFT's own copy of a tied embedding that is not honoured."""
     reference, base = families[family]
     llama, neox, fields = PEFTS[case]
-    theirs = peft_model(reference, neox if family == "gpt-neox" else llama, **fields)
+    theirs = peft_model(reference, neox if family in ("gpt-neox", "falcon") else llama, **fields)
     theirs.save_pretrained(tmp_path)
     model, idx = load_model(base), tokens()
     load_adapter(model, tmp_path)
