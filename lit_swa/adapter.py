@@ -152,8 +152,8 @@ def add_adapter(model: GPT, config: AdapterConfig) -> list[str]:
 
 def adapter_targets(model: GPT, config: AdapterConfig) -> dict[str, nn.Module]:
     """The attention layers that get a prompt; for version 2 also the blocks' linear layers and all norms. By name."""
-    if config.version == 2 and model.config.n_expert is not None:
-        raise ValueError("The model's experts have no biases and scales beside them here: use version 1.")
+    if config.version == 2 and (model.config.n_expert is not None or model.config.attention_gate):
+        raise ValueError("Experts and gates of the attention have no biases and scales beside them: use version 1.")
     if any(isinstance(getattr(module, name, None), nn.Module) for module in model.modules() for name in INJECTED):
         raise ValueError("The model has an adapter or a LoRA already: load it anew, or merge the LoRA first.")
     n_layer = len(model.transformer.h)

@@ -80,9 +80,8 @@ class Config:
     n_expert: int | None = None  # experts of a layer of MoE; see moe.py
     n_expert_per_token: int | None = None  # ... and how many of them compute for a token
     expert_size: int | None = None  # elements within an expert; None: intermediate_size
-    expert_weights: str = (
-        "chosen"  # what the experts' outputs are weighted by: softmax over the chosen, "all", "sigmoid"
-    )
+    expert_weights: str = "chosen"  # what the experts' outputs are weighted by: softmax over the chosen; see moe.py
+    expert_scale: float = 1.0  # ... times this
     expert_limit: float | None = None  # gpt-oss: an expert's inner outputs are clamped to it ...
     expert_slope: float = 1.702  # ... and its activation is x * sigmoid(slope * x)
     shared_expert_size: int | None = None  # elements within an MLP beside the experts, which computes for every token
@@ -124,6 +123,7 @@ class Config:
     temperature_offset: int = 0  # ... counted from 0 (Ministral 3) or 1 (Llama 4)
     temperature_layers: str = "all"  # ... in all layers, or in those of "none" of the positions
     sink_logits: bool = False  # gpt-oss: each head has a learned logit in its softmax that no key stands behind
+    attention_gate: bool = False  # AFMoE: each head's output times sigmoid(a projection of what the layer reads)
     attention_scores_scalar: float | None = None  # scores are divided by its square root; None: head_size
     attention_logit_softcapping: float | None = None  # c: scores become c * tanh(scores / c)
     attention_backend: str = "auto"  # what may take the place of the plain steps: see fast_attention.py
@@ -259,14 +259,15 @@ OF_THE_WEIGHTS = {  # their shapes, and the computation that they were trained f
     "attention_scores_scalar", "attention_logit_softcapping", "positions", "lm_head_bias", "norm_weight", "norm_bias",
     "norm_qk_type", "pre_norm", "shared_norm", "residual_multiplier", "clip_qkv", "embedding_multiplier",
     "logit_multiplier", "temperature_slope", "temperature_length", "temperature_offset", "temperature_layers",
-    "sink_logits", "n_expert", "n_expert_per_token", "expert_size", "expert_weights", "expert_limit", "expert_slope",
+    "sink_logits", "attention_gate", "n_expert", "n_expert_per_token", "expert_size", "expert_weights",
+    "expert_scale", "expert_limit", "expert_slope",
     "shared_expert_size", "shared_expert_gate",
 }  # fmt: skip
 MLPS = "GatedMLP", "PlainMLP", "MoE"
 CHOICES = {
     "norm_class_name": ("RMSNorm", "LayerNorm"),
     "norm_qk_type": ("head", "each", "whole", "plain"),
-    "expert_weights": ("chosen", "all", "sigmoid"),
+    "expert_weights": ("chosen", "all", "sigmoid", "biased"),
     "temperature_layers": ("all", "none"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
     "linear_feature_map": ("hedgehog", "relu"),
@@ -289,6 +290,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
     "n_expert": (1, 2**16),
     "n_expert_per_token": (1, 2**16),
     "expert_size": (1, 2**20),
+    "expert_scale": (1e-3, 1e3),
     "expert_limit": (1e-3, 1e6),
     "expert_slope": (1e-3, 1e3),
     "shared_expert_size": (1, 2**20),

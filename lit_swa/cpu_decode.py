@@ -189,8 +189,8 @@ class Description:
                 raise Unknown(f"a {type(module).__name__}, or what was put into it")
         if nn.Identity in (type(block.norm_1), type(block.norm_2)) or block.multiplier != 1.0:
             raise Unknown("a block without norms of its own, or with a multiplier")
-        if attn.mixer.sink_logits is not None or attn.config.clip_qkv is not None:
-            raise Unknown("learned sink logits, or values that are clipped")
+        if attn.mixer.sink_logits is not None or attn.config.clip_qkv is not None or attn.gate is not None:
+            raise Unknown("learned sink logits, values that are clipped, or a gate")
         norms = block.norm_1, attn.norm_q, attn.norm_k, block.post_attention_norm, block.norm_2, block.post_mlp_norm
         into = (mlp.fc_1, mlp.fc_2) if isinstance(mlp, GatedMLP) else (mlp.fc, None)
         linears = attn.qkv, attn.proj, *into, mlp.proj

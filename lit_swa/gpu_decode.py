@@ -206,6 +206,8 @@ def live_blocks(seen: Tensor) -> Tensor:
 def run_block(block: Block, x: Tensor, call: Call) -> Tensor:
     """Block.forward, (B, T, C) -> (B, T, C)."""
     y = attend(block.attn, block.attn.clip(fused(x, block.attn.qkv, norm=block.norm_1)), call)
+    if block.attn.gate is not None:
+        y = y * torch.sigmoid(fused(x, block.attn.gate, norm=block.norm_1))
     attended = add(block, x, block.attn.proj, y, block.post_attention_norm)
     into, norm = (x, block.norm_1) if block.shared_norm else (attended, block.norm_2)
     into, mlp = x if block.parallel_residual else into, block.mlp

@@ -344,6 +344,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_query_groups = H, G  # of this layer: a rank of several may hold some of them
         self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.attn_bias)  # rows: H queries, G keys, G values
         self.proj = nn.Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
+        self.gate = nn.Linear(config.n_embd, H * D, bias=False) if config.attention_gate else None
         self.norm_q, self.norm_k = build_head_norm(config, layer, H), build_head_norm(config, layer, G)
         variant = config.layer_variants[layer]
         softmax = checks.module_beside("s2").ShiftedSparseAttention if config.s2_attention else SoftmaxAttention
@@ -358,8 +359,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.split((H, G, G), dim=1)
         q, k = self.norm_q(q), self.norm_k(k)
         cache = self.kv_cache if call.cached else None
-        y = self.mixer(q, k, v, call.plans[self.mixer.kind], cache)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
+        y = self.mixer(q, k, v, call.plans[self.mixer.kind], cache).transpose(1, 2).flatten(2)  # (B, T, H * D)
+        return self.proj(y if self.gate is None else y * torch.sigmoid(self.gate(x)))  # (B, T, C)
 
     def clip(self, qkv: Tensor) -> Tensor:
         most = self.config.clip_qkv

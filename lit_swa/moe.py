@@ -6,6 +6,7 @@ the weights w are made of the scores (expert_weights):
     chosen     softmax over the scores of the chosen: Mixtral, Qwen3, gpt-oss
     all        softmax over all scores: Qwen2
     sigmoid    of each score; it multiplies what the expert reads, not what it gives: Llama 4
+    biased     sigmoid of each score over their sum; a bias decides who is chosen, and no more: AFMoE
 
 Experts are rows of stacked weights. Few tokens gather the weights that they need, in one fixed shape, so a decode step
 has no graph break; many tokens are sorted by expert. In training a balancing loss (Fedus et al. 2021, arXiv 2101.03961)
@@ -65,14 +66,21 @@ class MoE(nn.Module):
         self.router = nn.Linear(C, E, bias=bias)
         self.fc_1, self.fc_2 = (Experts(E, C, inner, bias) for _ in range(2))
         self.proj = Experts(E, inner, C, bias)
+        self.choice = nn.Parameter(torch.zeros(E), requires_grad=False) if config.expert_weights == "biased" else None
         self.shared = GatedMLP(config, config.shared_expert_size) if config.shared_expert_size else None
         self.shared_gate = nn.Linear(C, 1, bias=False) if config.shared_expert_gate else None
+
+    def reset_parameters(self) -> None:
+        if self.choice is not None:
+            nn.init.zeros_(self.choice)
 
     def forward(self, x: Tensor, losses: list[Tensor]) -> Tensor:
         """(B, T, C) -> (B, T, C). losses: in training, the balancing loss is added to them."""
         tokens = x.flatten(0, -2)  # (N, C)
         scores = self.router(tokens)  # (N, E)
-        best, chosen = scores.topk(self.config.n_expert_per_token, dim=-1)  # (N, k) each
+        ranked = scores if self.choice is None else torch.sigmoid(scores.float()) + self.choice
+        chosen = ranked.topk(self.config.n_expert_per_token, dim=-1).indices  # (N, k)
+        best = scores.gather(1, chosen)
         if self.training and self.config.balancing_loss:
             losses.append(self.config.balancing_loss * balancing_loss(scores, chosen) * len(tokens))
         y = self.mix(tokens, self.weights(scores, best, chosen).to(x.dtype), chosen)
@@ -83,11 +91,16 @@ class MoE(nn.Module):
 
     def weights(self, scores: Tensor, best: Tensor, chosen: Tensor) -> Tensor:
         """w (N, k), in float32."""
+        if self.choice is not None:
+            best = torch.sigmoid(best.float())
+            return best / (best.sum(dim=-1, keepdim=True) + 1e-20) * self.config.expert_scale
         if self.config.expert_weights == "sigmoid":
-            return torch.sigmoid(best.float())
-        if self.config.expert_weights == "all":
-            return F.softmax(scores.float(), dim=-1).gather(1, chosen)
-        return F.softmax(best.float(), dim=-1)
+            w = torch.sigmoid(best.float())
+        elif self.config.expert_weights == "all":
+            w = F.softmax(scores.float(), dim=-1).gather(1, chosen)
+        else:
+            w = F.softmax(best.float(), dim=-1)
+        return w if self.config.expert_scale == 1.0 else w * self.config.expert_scale
 
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Sum over the chosen experts (N, k) of the tokens x (N, C): (N, C)."""

@@ -180,6 +180,7 @@ def check_split(config: Config, rank: Rank) -> None:
         raise ValueError("Layers of linear attention are not split over processes: run the model in one.")
     whole = {
         "learned sink logits": config.sink_logits,
+        "a gate behind its attention": config.attention_gate,
         "a mixture of experts": config.n_expert is not None,
         "a bias of lm_head": config.lm_head_bias,
         "a norm over several heads": config.norm_qk and config.norm_qk_type in ("each", "whole"),

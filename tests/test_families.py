@@ -73,6 +73,18 @@ CASES = {  # name: the class of transformers, the fields that are not SHAPE's
     "mixtral": ("Mixtral", EXPERTS | {"sliding_window": S}),
     "qwen 2 moe": ("Qwen2Moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "qwen 3 moe": ("Qwen3Moe", QWEN_EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "afmoe": (
+        "Afmoe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "sliding_window": S,
+            "route_scale": 1.5,
+            "mup_enabled": True,
+        },
+    ),
     "gpt-oss": ("GptOss", EXPERTS | {"head_dim": 16, "sliding_window": S}),
     "llama 4": ("Llama4", LLAMA4),
     "llama 4, every other": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False}),

@@ -35,6 +35,8 @@ FIELDS = {
         "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logit_multiplier": 0.5, "sink_logits": True,
         "positions": "rope,500", "lm_head_bias": True, "temperature_slope": 0.3, "temperature_length": 4,
     },
+    "AFMoE": {"attention_gate": True, "mlp_class_name": "MoE", "n_expert": 4, "n_expert_per_token": 2,
+              "expert_weights": "biased"},
     "gpt-oss": {
         "mlp_class_name": "MoE,GatedMLP", "n_expert": 4, "n_expert_per_token": 2, "sink_logits": True,
         "attention": "sliding,full", "sliding_window_size": 9,

@@ -414,6 +414,20 @@ def qwen3_moe(hf: dict[str, Any]) -> dict[str, Any]:
     return qwen3(hf) | qwen_moe(hf)
 
 
+def afmoe(hf: dict[str, Any]) -> dict[str, Any]:
+    """Arcee's Trinity: norms on both sides, a gate behind the attention, and RoPE in the layers with a window only."""
+    n, dense = hf["num_hidden_layers"], hf["num_dense_layers"] or 0
+    fields = {"norm_qk": True, "post_attention_norm": True, "post_mlp_norm": True, "attention_gate": True}
+    fields |= {"scale_embeddings": bool(hf["mup_enabled"])} | biases(hf)
+    moe = experts(hf | {"router_aux_loss_coef": 0.0}, hf["num_experts"], [i >= dense for i in range(n)])
+    if moe:
+        size = hf["moe_intermediate_size"]
+        shared = size * hf["num_shared_experts"] if hf["num_shared_experts"] else None
+        moe |= {"expert_size": size, "expert_weights": "biased", "shared_expert_size": shared}
+        moe |= {"expert_scale": float(hf["route_scale"])}
+    return fields | moe | windows_with_rope(hf, hf["global_attn_every_n_layers"])
+
+
 def gpt_oss(hf: dict[str, Any]) -> dict[str, Any]:
     """Learned sink logits, every other layer with a window, and experts with biases and a clamped activation."""
     method = (hf["quantization_config"] or {}).get("quant_method")
@@ -797,6 +811,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         reads="experts_per_token",
         **MOE | {"num_experts_per_tok": 4},
     ),
+    "AfmoeForCausalLM": family(
+        afmoe,
+        200192,
+        16384,
+        32,
+        2048,
+        16,
+        None,
+        6144,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        sliding_window=1024,
+        num_dense_layers=1,
+        num_experts=64,
+        num_experts_per_tok=6,
+        num_shared_experts=2,
+        route_scale=1.0,
+        moe_intermediate_size=1408,
+        mup_enabled=False,
+        global_attn_every_n_layers=4,
+        reads="attention_bias",
+    ),
     "Llama4ForCausalLM": LLAMA4_TEXT,
     "Llama4ForConditionalGeneration": LLAMA4_TEXT,
 }
@@ -811,5 +847,6 @@ MODEL_TYPES = {  # for a config.json that names no architecture
     "granite_swa": "GraniteSWAForCausalLM", "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM", "gpt_oss": "GptOssForCausalLM", "llama4_text": "Llama4ForCausalLM",
+    "afmoe": "AfmoeForCausalLM",
     "llama4": "Llama4ForConditionalGeneration",
 }  # fmt: skip

@@ -196,6 +196,21 @@ def _gpt_oss(c: Config) -> dict[str, Any]:
     return _layers(c) | experts | {"intermediate_size": c.expert_size, "attention_bias": c.attn_bias}
 
 
+def _afmoe(c: Config) -> dict[str, Any]:
+    """Its layers without experts come first."""
+    mlps = c.layer_mlps
+    dense = mlps.index("MoE") if "MoE" in mlps else c.n_layer
+    shared, rest = divmod(c.shared_expert_size or 0, c.expert_size or 1)
+    if "GatedMLP" in mlps[dense:] or rest:
+        raise ValueError("its layers without experts come first")
+    return _layers(c) | {
+        "sliding_window": c.sliding_window_size, "num_dense_layers": dense, "num_experts": c.n_expert,
+        "num_experts_per_tok": c.n_expert_per_token, "num_shared_experts": shared,
+        "moe_intermediate_size": c.expert_size, "route_scale": c.expert_scale, "mup_enabled": c.scale_embeddings,
+        "attention_bias": c.attn_bias,
+    }  # fmt: skip
+
+
 def _llama4(c: Config) -> dict[str, Any]:
     rotated = [int(where == "rope") for where in c.layer_positions]
     moe = [i for i, mlp in enumerate(c.layer_mlps) if mlp == "MoE"]
@@ -238,6 +253,7 @@ EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
     ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen2_moe),
     ("Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe),
     ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
+    ("AfmoeForCausalLM", "afmoe", _afmoe),
     ("Llama4ForCausalLM", "llama4_text", _llama4),
 ]
 # Fields that say how the model is run, not what it computes.

@@ -113,6 +113,19 @@ def by_layer(config: Config, experts: Table) -> Table:
     }
 
 
+def afmoe(config: Config) -> Names:
+    own = layer(
+        attn__gate="self_attn.gate_proj", post_attention_norm="post_attention_layernorm", norm_2="pre_mlp_layernorm",
+        post_mlp_norm="post_mlp_layernorm",
+    )  # fmt: skip
+    experts = layer(
+        mlp__router="mlp.router.gate", mlp__fc_1="mlp.experts.{e}.gate_proj", mlp__fc_2="mlp.experts.{e}.up_proj",
+        mlp__proj="mlp.experts.{e}.down_proj", mlp__choice="mlp.expert_bias",
+        **{name: f"mlp.shared_experts.{other}" for name, other in SHARED.items()},
+    )  # fmt: skip
+    return Names(LLAMA | own | by_layer(config, experts))
+
+
 GPT_OSS = LLAMA | SINKS | layer(
     mlp__router="mlp.router", mlp__fc_1="mlp.experts.gate_proj", mlp__fc_2="mlp.experts.up_proj",
     mlp__proj="mlp.experts.down_proj",
@@ -135,6 +148,7 @@ NAMES: dict[str, Names | Callable[[Config], Names]] = {  # others are called as 
     "MixtralForCausalLM": Names(MIXTRAL),
     "Qwen2MoeForCausalLM": qwen_moe,
     "Qwen3MoeForCausalLM": qwen_moe,
+    "AfmoeForCausalLM": afmoe,
     "GptOssForCausalLM": Names(GPT_OSS, packed="interleaved"),
     "Llama4ForCausalLM": llama4,
     "Llama4ForConditionalGeneration": llama4,
