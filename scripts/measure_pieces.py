@@ -24,6 +24,7 @@ def main(
     micro_batch_tokens: int = 16384,
     strategies: list[str] | None = None,
     megabytes: list[float] | None = None,
+    lora_r: int | None = None,
     compile: bool = False,
     devices: int = 1,
     device: str = "auto",
@@ -42,7 +43,9 @@ def main(
         name: A named shape.
         lengths: Tokens of a row. By default 2048 and 8192 on a GPU and 256 on a CPU.
         micro_batch_tokens: Tokens of a micro-batch.
-        strategies: Of the step on all devices: ddp, fsdp. By default both.
+        strategies: Of the step on all devices: ddp, fsdp, and hybrid, in which each half of the devices shards a model.
+            By default ddp and fsdp.
+        lora_r: The rank of a LoRA, which is trained in place of the weights; these are held in `dtype`.
         megabytes: Sizes of the tensors that are exchanged, whole. By default 1, 16, 64 and 256, on a CPU 1 and 4.
         compile: Compile the blocks, as pretrain/base.py --compile true does.
         devices: Devices of this machine that take part, with a process each.
@@ -68,15 +71,17 @@ def main(
     megabytes = megabytes or ([1, 16, 64, 256] if on_gpu else [1, 4])
     check_range("repeats", repeats, 1)
     check_range("micro_batch_tokens", micro_batch_tokens, max(lengths))
-    if unknown := [s for s in strategies if s not in ("ddp", "fsdp")]:
-        raise ValueError(f"There is no strategy {unknown[0]!r} to measure: choose from ddp, fsdp.")
+    if unknown := [s for s in strategies if s not in ("ddp", "fsdp", "hybrid")]:
+        raise ValueError(f"There is no strategy {unknown[0]!r} to measure: choose from ddp, fsdp, hybrid.")
+    if "hybrid" in strategies and (devices < 4 or devices % 2):
+        raise ValueError(f"hybrid needs an even number of devices, 4 or more, and there are {devices}.")
     ranks = launch_ranks(device, devices)
     rows: list[dict[str, Any]] = []
     for length in lengths:
         config = Config.from_name(name, **{"block_size": length} | (model or {}))
         for strategy in ["one", *(strategies if ranks.count > 1 else ())]:
             row = {"name": name, "model": model or {}, "length": length, "rows": micro_batch_tokens // length}
-            row |= {"strategy": strategy, "processes": 1 if strategy == "one" else ranks.count}
+            row |= {"strategy": strategy, "processes": 1 if strategy == "one" else ranks.count, "lora_r": lora_r}
             row |= time_step(config, row, ranks, dtype, compile, repeats)
             rows.append(row)
             if ranks.rank == 0:
@@ -140,6 +145,7 @@ def build(
 
     from lit_swa import GPT
     from lit_swa.arguments import Pretraining
+    from lit_swa.lora import LoRAConfig, add_lora
     from lit_swa.train import build_optimizer, clip_gradients, recompute_blocks, train_in_float32
     from lit_swa.training.compiling import compile_blocks
 
@@ -147,6 +153,9 @@ def build(
         gpt = GPT(config)
         ids = torch.randint(0, config.vocab_size, (row["rows"], row["length"] + 1))
     gpt.init_weights(0)
+    if row["lora_r"] is not None:
+        gpt.to(dtype)
+        add_lora(gpt, LoRAConfig(r=row["lora_r"]))
     train_in_float32(gpt.train(), dtype)
     recompute_blocks(gpt, 0)
     if compiled:
@@ -171,11 +180,12 @@ def spread(gpt: Any, strategy: str, ranks: "Ranks") -> Any:
         from torch.nn.parallel import DistributedDataParallel
 
         return DistributedDataParallel(gpt, broadcast_buffers=False)
-    if strategy == "fsdp":
+    if strategy in ("fsdp", "hybrid"):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(ranks.device.split(":")[0], (ranks.count,))
+        sizes = (ranks.count,) if strategy == "fsdp" else (2, ranks.count // 2)  # (copies, devices that share one)
+        mesh = init_device_mesh(ranks.device.split(":")[0], sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
         for block in gpt.transformer.h:
             fully_shard(block, mesh=mesh)
         return fully_shard(gpt, mesh=mesh)
