@@ -4,6 +4,7 @@ Behaviour follows from the fields alone; `name` is for people. The attention var
 model.py fills: a row says which fields it reads and needs, and the checks here go by what it says.
 """
 
+import copy
 import difflib
 import importlib
 import math
@@ -101,6 +102,7 @@ class Config:
     # attention
     attention: str = "full"  # a variant, or a comma list that tiles over the layers: "sliding,full"
     sliding_window_size: int | None = None  # S: a query at p sees the S keys p - S + 1 .. p
+    layer_windows: str | None = None  # S of each layer, where they differ: "128,1024" tiles over all layers
     rolling_kv_cache: bool = False  # layers with a window keep 2S slots instead of one for every position
     attention_chunk_size: int | None = None  # chunked: a query sees the keys of its own chunk of so many tokens
     n_sink_tokens: int = 4  # streaming: the first tokens, which every query sees beside its window S
@@ -137,6 +139,8 @@ class Config:
             self.head_size = max(1, self.n_embd // max(1, self.n_head))
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.n_embd
+        if self.layer_windows is not None and self.sliding_window_size is None:
+            self.sliding_window_size = max(window_list(self.layer_windows))
         if self.expert_size is None:
             self.expert_size = self.intermediate_size if self.n_expert is not None else None
         if self.padded_vocab_size is None:
@@ -158,6 +162,21 @@ class Config:
     def layer_mlps(self) -> list[str]:
         """The class of every layer's MLP."""
         return tiled(self.mlp_class_name, self.n_layer)
+
+    def of_layer(self, layer: int) -> "Config":
+        """What the attention of a layer reads: the same, with the layer's own window where it has one."""
+        if self.layer_windows is None:
+            return self
+        own, windows = copy.copy(self), window_list(self.layer_windows)
+        own.sliding_window_size = windows[layer % len(windows)]
+        return own
+
+    def kind_of(self, variant: str, layer: int) -> str:
+        """Layers of one kind see the same keys at the same places."""
+        positions, kind = self.layer_positions[layer], variant
+        kind += "" if positions == "rope" else f", positions {positions}"
+        windowed = self.layer_windows is not None and "sliding_window_size" in VARIANTS[variant].needs
+        return kind + (f", window {self.of_layer(layer).sliding_window_size}" if windowed else "")
 
     @property
     def more_bases(self) -> list[float]:
@@ -251,6 +270,15 @@ def tiled(pattern: str, n: int) -> list[str]:
     return [names[i % len(names)] for i in range(n)]
 
 
+def window_list(text: str) -> list[int]:
+    """The windows of a comma list. Raises ValueError for what is none."""
+    least, most = RANGES["sliding_window_size"]
+    windows = [int(n) if re.fullmatch(r" *[0-9]{1,10} *", n) else -1 for n in text.split(",")]
+    if not all(least <= n <= most for n in windows):
+        raise ValueError(f"layer_windows={short(text)} does not fit: give numbers of tokens, such as '128,1024'.")
+    return windows
+
+
 OF_THE_WEIGHTS = {  # their shapes, and the computation that they were trained for; the rest is how a model is run
     "n_layer", "n_head", "n_query_groups", "n_embd", "head_size", "intermediate_size", "block_size", "vocab_size",
     "padded_vocab_size", "tie_embeddings", "norm_class_name", "norm_eps", "norm_unit_offset", "norm_qk",
@@ -320,7 +348,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
 }
 
 
-WINDOW_FIELDS = ("rolling_kv_cache", "rope_local_base_freq")  # every variant with a window reads them
+WINDOW_FIELDS = ("rolling_kv_cache", "rope_local_base_freq", "layer_windows")  # every variant with a window reads them
 S2_FIELDS = ("s2_group_ratio", "s2_group_size", "s2_shift")
 
 
@@ -399,7 +427,9 @@ def check_values(config: Config) -> None:
 
 
 def check_positions(config: Config) -> None:
-    """Every layer has RoPE, none, or RoPE at a base of its own; a temperature has its length."""
+    """Every layer has RoPE, none, or RoPE at a base of its own, and a window; a temperature has its length."""
+    if config.layer_windows is not None:
+        window_list(config.layer_windows)
     least, most = RANGES["rope_base"]
     for name in dict.fromkeys(v.strip() for v in config.positions.split(",")):
         base = float(name) if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e\+?[0-9]+)?", name) else None

@@ -109,7 +109,9 @@ def set_config(model: GPT, config: Config) -> None:
 def softmax_mixers(model: GPT, variants: Sequence[str]) -> list[Mixer]:
     """The model's mixers, with softmax attention of these variants in place of linear attention."""
     return [
-        SoftmaxAttention(attn.config, variant, i).eval() if isinstance(attn.mixer, LinearAttention) else attn.mixer
+        SoftmaxAttention(attn.config.of_layer(i), variant, i).eval()
+        if isinstance(attn.mixer, LinearAttention)
+        else attn.mixer
         for i, (attn, variant) in enumerate(zip(model.layers, variants, strict=True))
     ]
 

@@ -348,7 +348,7 @@ class CausalSelfAttention(nn.Module):
         self.norm_q, self.norm_k = build_head_norm(config, layer, H), build_head_norm(config, layer, G)
         variant = config.layer_variants[layer]
         softmax = checks.module_beside("s2").ShiftedSparseAttention if config.s2_attention else SoftmaxAttention
-        self.mixer = (VARIANTS[variant].mixer or softmax)(config, variant, layer)
+        self.mixer = (VARIANTS[variant].mixer or softmax)(config.of_layer(layer), variant, layer)
         self.kv_cache: nn.Module | None = None
         self.config = config
 
@@ -498,8 +498,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.variant, self.layer = config, variant, layer
         self.positions = config.layer_positions[layer]
-        # Layers of one kind share a call's plan.
-        self.kind = variant if self.positions == "rope" else f"{variant}, positions {self.positions}"
+        self.kind = config.kind_of(variant, layer)  # layers of one kind share a call's plan
 
     @property
     def rope_base(self) -> int | None:

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa import nf4
+from lit_swa.config import Config
 from lit_swa.hqq import hqq
 from lit_swa.linear_formats import dense_weight, is_injected, is_linear, is_plain
 from lit_swa.model import GPT
@@ -86,12 +87,17 @@ def quantizable_linears(
     return linears
 
 
-def block_linears(model: GPT) -> dict[str, nn.Module]:
-    """The linear layers of the blocks, by name. Raises ValueError if there are none, or experts beside them."""
-    if model.config.n_expert is not None:
+def refuse_experts(config: Config) -> None:
+    """Raises ValueError for a mixture of experts, most of whose weights would stay as they are."""
+    if config.n_expert is not None:
         raise ValueError(
             "The model's experts have no quantised form here: use --dtype bfloat16, and leave --quantize out."
         )
+
+
+def block_linears(model: GPT) -> dict[str, nn.Module]:
+    """The linear layers of the blocks, by name. Raises ValueError if there are none, or experts beside them."""
+    refuse_experts(model.config)
     blocks = model.transformer.h.named_modules(prefix="transformer.h")
     linears = {name: module for name, module in blocks if is_linear(module)}
     if not linears:

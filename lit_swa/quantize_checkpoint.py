@@ -31,7 +31,7 @@ from lit_swa.gptq import gptq
 from lit_swa.linear_formats import is_plain
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
-from lit_swa.quantize import HEAD, pick_group, quantize_linear, require_finite
+from lit_swa.quantize import HEAD, pick_group, quantize_linear, refuse_experts, require_finite
 from lit_swa.rope import RoPE
 from lit_swa.weight_only import GROUP_SIZES, Int4Linear, WeightOnlyLinear
 
@@ -76,6 +76,7 @@ def plan_quantization(directory: Path, output_dir: Path, mode: str, group_size: 
     if directory.resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} is the checkpoint itself: choose another --output_dir.")
     config, tensors = load_config(directory), open_weights(directory)
+    refuse_experts(config)
     check_tensors(config, tensors, directory)
     stored = Quantization(mode, choose_group(config, mode, group_size))
     needed = expected_bytes(config, stored, tensors["transformer.wte.weight"].dtype)

@@ -421,7 +421,7 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
             "The streaming draft reads keys as the target caches them, and a RoPE scaling that depends on the text's "
             "length rotates them later: use --draft lookup or --draft self-int4."
         )
-    plain = {"rolling_kv_cache": False, "rope_local_base_freq": None, "s2_attention": False}
+    plain = {"layer_windows": None, "rolling_kv_cache": False, "rope_local_base_freq": None, "s2_attention": False}
     config = replace(target.config, attention="streaming", sliding_window_size=window, n_sink_tokens=n_sinks, **plain)
     model = share_weights(target)
     layers = [attn for attn in model.layers if attn.mixer.variant == "full"]

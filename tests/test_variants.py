@@ -48,6 +48,10 @@ CASES = {
         {"attention": "chunked", "attention_chunk_size": 7, "rolling_kv_cache": True},
         lambda i, j, head: (i, j) if j <= i and i // 7 == j // 7 else None,
     ),
+    "windows of two sizes": (
+        {"attention": "sliding", "layer_windows": "4,9", "rolling_kv_cache": True},
+        [brute_force.meet_sliding(4), brute_force.meet_sliding(9)],
+    ),
     "no positions behind a window": (
         {"attention": "sliding,full", "sliding_window_size": 7, "positions": "rope,none"},
         [brute_force.meet_sliding(7), lambda i, j, head: (0, 0)],
@@ -433,6 +437,8 @@ def test_an_override_keeps_the_trained_length():
         ({"n_sink_tokens": 8}, "also set attention to 'streaming'"),
         ({"n_sink_tokens": 0}, "also set attention to 'streaming'"),
         ({"dual_chunk_size": 512}, "also set attention to 'dual_chunk'"),
+        ({"layer_windows": "4,9"}, "also set attention to 'sliding'"),
+        ({"attention": "sliding", "layer_windows": "4,x"}, "give numbers of tokens"),
         ({"s2_group_size": 64}, "also set s2_attention to true"),
         ({"s2_shift": False}, "also set s2_attention to true"),
         ({"s2_attention": True, "s2_group_size": 64, "s2_group_ratio": 0.5}, "set one"),

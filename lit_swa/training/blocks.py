@@ -108,6 +108,9 @@ class Block:
         mlps = ",".join(self.config.layer_mlps[i] for i in self.layers)
         fitting = {"n_layer": len(self.layers), "attention": ",".join(variants), "positions": positions}
         fitting["mlp_class_name"] = mlps
+        if self.config.layer_windows is not None:
+            windows = [self.config.of_layer(i).sliding_window_size for i in self.layers]
+            fitting["layer_windows"] = ",".join(map(str, windows))
         return self.config.override(**fitting, scale_embeddings=False, embedding_multiplier=1.0, tie_embeddings=False)
 
     def local(self, name: str) -> str:
