@@ -72,7 +72,7 @@ def main(
     measured = Measured(read_json(pieces), config, length, Network(per_host, network * 1e9, network_start))
     plan = Plan(config, strategy, length, micro_batch_size, accumulate, recompute)
     print(f"{name}, {plan.weights:,} weights, {strategy}, {accumulate} x {micro_batch_size} rows of {length} a GPU.")
-    print("\n".join(measured.notes(plan)))
+    print("\n".join([*measured.notes(plan), *measured.checks()]))
     print()
     heads = ["GPUs", "tokens of a step", "memory, GB", "GB moved a step", "computing, ms", "exchanging, ms", "step, ms"]
     heads += ["tok/s", "of one GPU's"]
@@ -287,21 +287,56 @@ class Measured:
         """Seconds of computing beside which something can be exchanged: DDP has the last backward."""
         return micro * 2 / 3 if plan.strategy == "ddp" else micro * plan.accumulate
 
-    def overlap(self, strategy: str) -> float:
-        """The share of what can overlap that did so where it was measured; hybrid's is FSDP's. 0 where it was not."""
+    def overlap(self, strategy: str, but: dict[str, Any] | None = None) -> float:
+        """The share of what can overlap that did so where it was measured; hybrid's is FSDP's. 0 where it was not.
+
+        but: a step that does not count.
+        """
+        found = []
+        for row in self.spread_steps():
+            if row["strategy"] == ("ddp" if strategy == "ddp" else "fsdp") and row is not but:
+                computing, exchanging, room = self.parts_of(row)
+                hidden = computing + exchanging - row["step_s"]
+                found.append(min(1.0, max(0.0, hidden / min(exchanging, room))))
+        return sum(found) / len(found) if found else 0.0
+
+    def spread_steps(self) -> list[dict[str, Any]]:
+        """The steps that were measured on several devices and on one."""
+        return [row for row in self.content["steps"] if row["strategy"] != "one" and self.alone(row) is not None]
+
+    def alone(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The same step on one device."""
+        keys = ("name", "model", "length", "rows")
+        like = [r for r in self.content["steps"] if r["strategy"] == "one" and all(r[k] == row[k] for k in keys)]
+        return like[0] if like else None
+
+    def plan_of(self, row: dict[str, Any]) -> Plan:
+        """The plan of a step that was measured."""
         from lit_swa.config import Config
 
-        kind = "ddp" if strategy == "ddp" else "fsdp"
-        rows = [row for row in self.content["steps"] if row["strategy"] == kind and row["length"] == self.one["length"]]
-        if not rows:
-            return 0.0
-        row, n = rows[0], rows[0]["processes"]
         config = Config.from_name(row["name"], **{"block_size": row["length"]} | row["model"])
-        plan = Plan(config, kind, row["length"], row["rows"], 1)
+        return Plan(config, "fsdp" if row["strategy"] == "fsdp" else "ddp", row["length"], row["rows"], 1)
+
+    def parts_of(self, row: dict[str, Any]) -> tuple[float, float, float]:
+        """(seconds of computing, of exchanging, that the latter can hide behind) of a step on several devices."""
+        one, plan, n = self.alone(row), self.plan_of(row), row["processes"]
         exchanging = sum(map(self.seconds, plan.exchanges(n, max(n, self.network.per_host))))
-        computing = self.one["micro_s"] + self.one["update_s"] / plan.shards(n, n)
-        hidden = computing + exchanging - row["step_s"]
-        return min(1.0, max(0.0, hidden / min(exchanging, self.room(plan, self.one["micro_s"]))))
+        computing = one["micro_s"] + one["update_s"] / plan.shards(n, n)
+        return computing, exchanging, self.room(plan, one["micro_s"])
+
+    def checks(self) -> list[str]:
+        """What is computed for the steps that were measured on several devices, each by what the others say."""
+        lines = []
+        for row in self.spread_steps():
+            computing, exchanging, room = self.parts_of(row)
+            step = computing + exchanging - self.overlap(row["strategy"], but=row) * min(exchanging, room)
+            what = f"{row['strategy']} on {row['processes']} devices, {row['rows']} x {row['length']}"
+            lines.append(f"check: {what}: computed {1e3 * step:,.1f} ms, measured {1e3 * row['step_s']:,.1f} ms")
+        for row in [row for row in self.content["steps"] if "memory_GB" in row]:
+            n, what = row["processes"], f"{row['strategy']}, {row['rows']} x {row['length']}"
+            needed = self.plan_of(row).memory(n, max(n, self.network.per_host)) / 1e9
+            lines.append(f"check: memory of {what}: computed {needed:.1f} GB, measured {row['memory_GB']:.1f} GB")
+        return lines
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def pieces(tmp_path: Path) -> Path:
     """What a machine might have measured whose rates are round numbers."""
     config = script("plan_training").Plan(tiny(), "ddp", 16, 1, 1)
     one = {"name": "pythia-14m", "model": {}, "length": 16, "rows": 4, "strategy": "one", "processes": 1,
-           "weights": config.weights, "micro_s": 0.1, "update_s": 0.01}  # fmt: skip
+           "weights": config.weights, "memory_GB": 0.5, "micro_s": 0.1, "update_s": 0.01}  # fmt: skip
     one |= {"flops_per_token": token_flops(tiny(), 16)}
     fsdp = one | {"strategy": "fsdp", "processes": 2, "step_s": 0.105}
     exchanges = [
@@ -145,6 +145,8 @@ def test_the_table_is_printed_and_errors_are_told(run_script, tmp_path):
     path = pieces(tmp_path)
     code, out, err = run_script(*plan, "--pieces", path, "--devices", "[1,8,32]", "--strategy", "hybrid")
     assert code == 0, err
+    assert "check: fsdp on 2 devices, 4 x 16: computed" in out and "measured 105.0 ms" in out
+    assert out.count("GB, measured 0.5 GB") == 2
     assert "given, not measured" in out and out.count("\n| ") == 5 and "| 32 | 512 |" in out
     empty = tmp_path / "empty.json"
     empty.write_text("{}")
