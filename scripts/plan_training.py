@@ -48,7 +48,7 @@ def main(
         network: GB that one GPU's network card takes in per second, and sends as well: 50 for 400 Gb/s.
         network_start: Seconds that an exchange takes longer for each further host.
         memory: GB of a GPU.
-        pieces: What was measured.
+        pieces: What was measured. Without the file the table says nothing of time.
         model: Any field of the model's config, as --model.FIELD VALUE.
     """
     from lit_swa.checks import check_range
@@ -66,24 +66,34 @@ def main(
         raise ValueError(
             f"devices={uneven[0]} does not fit hosts of {per_host}: give a multiple, or another --per_host."
         )
-    if not pieces.is_file():
-        raise FileNotFoundError(f"There is no file {pieces}: scripts/measure_pieces.py --devices 2 writes it.")
     config = Config.from_name(name, **{"block_size": length} | (model or {}))
-    measured = Measured(read_json(pieces), config, length, Network(per_host, network * 1e9, network_start))
     plan = Plan(config, strategy, length, micro_batch_size, accumulate, recompute)
     print(f"{name}, {plan.weights:,} weights, {strategy}, {accumulate} x {micro_batch_size} rows of {length} a GPU.")
-    print("\n".join([*measured.notes(plan), *measured.checks()]))
-    print()
-    heads = ["GPUs", "tokens of a step", "memory, GB", "GB moved a step", "computing, ms", "exchanging, ms", "step, ms"]
-    heads += ["tok/s", "of one GPU's"]
-    print("| " + " | ".join(heads) + " |\n|" + " ---: |" * len(heads))
+    if pieces.is_file():
+        measured = Measured(read_json(pieces), config, length, Network(per_host, network * 1e9, network_start))
+        print("\n".join([*measured.notes(plan), *measured.checks()]))
+    else:
+        measured = None
+        print(f"No time is computed without {pieces}: scripts/measure_pieces.py --devices 2 writes it.")
+    heads = ["GPUs", "tokens of a step", "memory, GB", "GB moved a step"]
+    heads += ["computing, ms", "exchanging, ms", "step, ms", "tok/s", "of one GPU's"] if measured else []
+    print("\n| " + " | ".join(heads) + " |\n|" + " ---: |" * len(heads))
     for n in devices:
-        needed, time = plan.memory(n, per_host), measured.times(plan, n)
-        cells = [f"{n}", f"{n * plan.tokens:,}", f"{needed / 1e9:.1f}" + " (too much)" * (needed > memory * 1e9)]
-        cells += [f"{sum(e.moved for e in plan.exchanges(n, per_host)) / 1e9:.1f}"]
-        cells += [f"{1e3 * seconds:,.0f}" for seconds in (time.computing, time.exchanging, time.step)]
-        cells += [f"{n * plan.tokens / time.step:,.0f}", f"{time.alone / time.step:.0%}"]
+        cells = row_of(plan, n, per_host, memory) + (speed_of(plan, n, measured) if measured else [])
         print("| " + " | ".join(cells) + " |")
+
+
+def row_of(plan: "Plan", n: int, per_host: int, memory: float) -> list[str]:
+    """What needs no measurement."""
+    needed, moved = plan.memory(n, per_host) / 1e9, sum(e.moved for e in plan.exchanges(n, per_host)) / 1e9
+    return [f"{n}", f"{n * plan.tokens:,}", f"{needed:.1f}" + " (too much)" * (needed > memory), f"{moved:.1f}"]
+
+
+def speed_of(plan: "Plan", n: int, measured: "Measured") -> list[str]:
+    """What follows from measurements."""
+    time = measured.times(plan, n)
+    cells = [f"{1e3 * seconds:,.0f}" for seconds in (time.computing, time.exchanging, time.step)]
+    return [*cells, f"{n * plan.tokens / time.step:,.0f}", f"{time.alone / time.step:.0%}"]
 
 
 # ------------------------------------------------------------------------------------------- what is held and exchanged

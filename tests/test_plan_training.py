@@ -148,10 +148,11 @@ def test_the_table_is_printed_and_errors_are_told(run_script, tmp_path):
     assert "check: fsdp on 2 devices, 4 x 16: computed" in out and "measured 105.0 ms" in out
     assert out.count("GB, measured 0.5 GB") == 2
     assert "given, not measured" in out and out.count("\n| ") == 5 and "| 32 | 512 |" in out
+    code, out, _ = run_script(*plan, "--pieces", tmp_path / "none", "--devices", "[8]")
+    assert code == 0 and "No time is computed without" in out and "tok/s" not in out and "| 8 | 128 |" in out
     empty = tmp_path / "empty.json"
     empty.write_text("{}")
     for arguments, words in (
-        (["--pieces", tmp_path / "none"], "scripts/measure_pieces.py --devices 2 writes it"),
         (["--pieces", empty], "no step of one device"),
         (["--pieces", path, "--devices", "[12]"], "devices=12 does not fit hosts of 8"),
         (["--pieces", path, "--model.s2_attention", "true"], "are not counted"),
