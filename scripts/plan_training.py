@@ -229,10 +229,12 @@ class Measured:
         from lit_swa.training.flops import token_flops
 
         self.content, self.network = content, network
+        known = [row for row in content.get("steps", ()) if row["strategy"] != "hybrid" and row.get("lora_r") is None]
+        self.steps = known  # those that train every weight in a way that is planned here
         self.flops = token_flops(config, length)
         if self.flops is None:
             raise ValueError(f"The operations of attention={config.attention!r} are not counted: plan another shape.")
-        steps = [row for row in content.get("steps", ()) if row["strategy"] == "one" and row["flops_per_token"]]
+        steps = [row for row in known if row["strategy"] == "one" and row["flops_per_token"]]
         if not steps:
             raise ValueError("The pieces hold no step of one device: run scripts/measure_pieces.py again.")
 
@@ -312,12 +314,12 @@ class Measured:
 
     def spread_steps(self) -> list[dict[str, Any]]:
         """The steps that were measured on several devices and on one."""
-        return [row for row in self.content["steps"] if row["strategy"] != "one" and self.alone(row) is not None]
+        return [row for row in self.steps if row["strategy"] != "one" and self.alone(row) is not None]
 
     def alone(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """The same step on one device."""
         keys = ("name", "model", "length", "rows")
-        like = [r for r in self.content["steps"] if r["strategy"] == "one" and all(r[k] == row[k] for k in keys)]
+        like = [r for r in self.steps if r["strategy"] == "one" and all(r[k] == row[k] for k in keys)]
         return like[0] if like else None
 
     def plan_of(self, row: dict[str, Any]) -> Plan:
@@ -342,7 +344,7 @@ class Measured:
             step = computing + exchanging - self.overlap(row["strategy"], but=row) * min(exchanging, room)
             what = f"{row['strategy']} on {row['processes']} devices, {row['rows']} x {row['length']}"
             lines.append(f"check: {what}: computed {1e3 * step:,.1f} ms, measured {1e3 * row['step_s']:,.1f} ms")
-        for row in [row for row in self.content["steps"] if "memory_GB" in row]:
+        for row in [row for row in self.steps if "memory_GB" in row]:
             n, what = row["processes"], f"{row['strategy']}, {row['rows']} x {row['length']}"
             needed = self.plan_of(row).memory(n, max(n, self.network.per_host)) / 1e9
             lines.append(f"check: memory of {what}: computed {needed:.1f} GB, measured {row['memory_GB']:.1f} GB")

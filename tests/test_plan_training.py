@@ -107,13 +107,16 @@ def pieces(tmp_path: Path) -> Path:
            "weights": config.weights, "memory_GB": 0.5, "micro_s": 0.1, "update_s": 0.01}  # fmt: skip
     one |= {"flops_per_token": token_flops(tiny(), 16)}
     fsdp = one | {"strategy": "fsdp", "processes": 2, "step_s": 0.105}
+    lora = one | {"lora_r": 8, "micro_s": 1e-6}  # another kind of step, which says nothing here
     exchanges = [
         {"operation": name, "bytes": size, "seconds": 1e-4 + size * (2 if name == "all_reduce" else 1) / 2 / 1e9}
         for name in ("all_gather", "reduce_scatter", "all_reduce")
         for size in (10**3, 10**8)
     ]
     path = tmp_path / "pieces.json"
-    path.write_text(json.dumps({"machine": "a machine", "processes": 2, "steps": [one, fsdp], "exchanges": exchanges}))
+    path.write_text(
+        json.dumps({"machine": "a machine", "processes": 2, "steps": [lora, one, fsdp], "exchanges": exchanges})
+    )
     return path
 
 
