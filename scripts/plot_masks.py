@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 UNSEEN = "#F0F0F0"
 TITLES = {  # of what the fields of a config make
     "sliding": "sliding, S = {sliding_window_size}",
+    "chunked": "chunked, s = {attention_chunk_size}",
     "streaming": "streaming, {n_sink_tokens} sinks, S = {sliding_window_size}",
     "dual_chunk": "dual_chunk, s = {dual_chunk_size}, w = {dual_chunk_local}",
 }
@@ -62,6 +63,7 @@ def main(
     fields = {
         "sliding_window_size": window,
         "n_sink_tokens": sinks,
+        "attention_chunk_size": chunk,
         "dual_chunk_pretraining_length": chunk + local + 1,
         "dual_chunk_size": chunk,
         "dual_chunk_local": local,
