@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -360,6 +362,17 @@ def test_what_does_not_fit_is_said_in_a_sentence(pretrain, tiny_checkpoint, argu
 def test_other_data_is_no_run_to_go_on_with(pretrain, text):
     """Catches: a resumed run that silently reads something else."""
     pretrain(max_steps=2)
-    for changed in ({"block_length": 16}, {"seed": 3}, {"z_loss": 0.5}, {"validation_fraction": 0.2}):
+    words = {"block_length": "block_length", "seed": "seed", "z_loss": "method", "validation_fraction": "held_out"}
+    words |= {"model.n_layer": "model (n_layer"}
+    changes = ({"block_length": 16}, {"seed": 3}, {"z_loss": 0.5}, {"validation_fraction": 0.2}, {"model.n_layer": 1})
+    for changed in changes:
         _, err = pretrain(code=2, max_steps=2, resume="auto", **changed)
-        assert "differs in its" in err
+        assert f"differs in its {words[next(iter(changed))]}" in err
+
+
+def test_processes_that_do_not_share_a_step_evenly_are_refused(pretrain, monkeypatch):
+    """Catches: devices that read more rows than others, whose gradients would count as much."""
+    fabric = SimpleNamespace(device=torch.device("cpu"), world_size=3, rank_zero_first=nullcontext)
+    monkeypatch.setattr("lit_swa.training.pretraining.start_fabric", lambda args: (fabric, torch.float32))
+    _, err = pretrain(code=2, batch_size=4, micro_batch_size=1)
+    assert "batch_size=4 does not fit 3 processes with micro-batches of 1 rows: make it a multiple" in err
