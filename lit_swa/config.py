@@ -64,9 +64,7 @@ class Config:
     norm_eps: float = 1e-5  # added to the mean square that a norm divides by
     norm_unit_offset: bool = False  # Gemma: the norm multiplies by (1 + weight)
     norm_qk: bool = False  # Qwen3, Gemma 3: a norm over the head size of queries and keys, before RoPE
-    norm_qk_type: str = (
-        "head"  # or "each" (StableLM 2: a weight for each head), "whole" (OLMo 2: over all heads), "plain"
-    )
+    norm_qk_type: str = "head"  # or "each" (StableLM 2: weights of each head), "whole" (OLMo 2: over all), "plain"
     pre_norm: bool = True  # False, OLMo 2 and EXAONE 4: no norm before the attention and the MLP
     post_attention_norm: bool = False  # Gemma 2 and 3: a norm also behind the attention ...
     post_mlp_norm: bool = False  # ... and behind the MLP

@@ -71,12 +71,12 @@ def language_model(hf: dict[str, Any]) -> dict[str, Any]:
 def find_architecture(hf: dict[str, Any]) -> str:
     named = hf.get("architectures") or []
     given = named[0] if isinstance(named, list) and named else None
-    architecture = MODEL_TYPES.get(str(hf.get("model_type"))) if given is None else given
+    architecture = MODEL_TYPES.get(str(hf.get("model_type"))) if given is None else str(given)
     if architecture not in ARCHITECTURES and str(given).endswith("ForConditionalGeneration"):
         architecture = MODEL_TYPES.get(str(hf.get("model_type")))  # that of the text model within
-    if isinstance(architecture, str):  # saved without its head: it is there if it is tied to the embedding
+    if architecture is not None:  # saved without its head: it is there if it is tied to the embedding
         architecture = re.sub(r"(Text)?Model$", "ForCausalLM", architecture)
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    if architecture not in ARCHITECTURES:
         asked = str(given or hf.get("model_type"))[:80]
         near = difflib.get_close_matches(asked, ARCHITECTURES, n=1, cutoff=0.0)
         raise ValueError(
