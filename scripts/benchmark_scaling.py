@@ -1,0 +1,360 @@
+"""Measure what several GPUs of a machine do together: python scripts/benchmark_scaling.py --devices '[1,2,4,8]'."""
+
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+PARTS = ("decode", "pretrain", "lora", "resume", "blocks")
+MOST_BYTES = 72e9  # of weights on a device
+STEPS = 8  # of the run that is resumed, which saves the fourth
+Row = dict[str, Any]
+
+
+class Settings(NamedTuple):
+    """What the parts read."""
+
+    devices: list[int]
+    device: str
+    decode_names: list[str]
+    decode_modes: list[str]
+    pretrain_name: str
+    lora_name: str
+    length: int
+    micro_batch_tokens: int
+    compile: bool
+    data: Path
+    checkpoint_dir: Path
+    block_steps: int
+    repeats: int
+    out_dir: Path
+
+
+def main(
+    devices: list[int] | None = None,
+    parts: list[str] | None = None,
+    decode_names: list[str] | None = None,
+    decode_modes: list[str] | None = None,
+    pretrain_name: str = "TinyLlama-1.1B",
+    lora_name: str = "Llama-2-7b",
+    length: int = 2048,
+    micro_batch_tokens: int = 16384,
+    compile: bool = True,
+    data: Path = Path("data/books/train"),
+    checkpoint_dir: Path = Path("HuggingFaceTB/SmolLM2-135M-Instruct"),
+    block_steps: int = 100,
+    repeats: int = 5,
+    device: str = "auto",
+    out_dir: Path = Path("out/scaling"),
+    output: Path = Path("tutorials/results/scaling.json"),
+) -> None:
+    """Print tables of decode in tensor parallelism, of training steps beside what scripts/plan_training.py predicts, of
+    a run resumed on fewer devices, and of blocks that are linearised at the same time.
+
+    Each measurement is a script of the project, whose command is printed, and is kept in out_dir: the same command goes
+    on. Decode and training steps use random weights and tokens.
+
+    Args:
+        devices: Numbers of devices, 1 among them. By default 1, 2, 4 and 8, as many as there are.
+        parts: Of decode, pretrain, lora, resume, blocks. By default all.
+        decode_names: Named shapes. By default Llama-2-7b and Llama-2-70b.
+        decode_modes: bfloat16, int8, int4. By default bfloat16 and int4. A shape of more than 72 GB a device is not
+            measured.
+        pretrain_name: The shape whose weights are trained, by DDP, FSDP and hybrid sharding.
+        lora_name: The shape whose LoRA of rank 8 is trained, in the same ways.
+        length: Tokens of a row of a training step.
+        micro_batch_tokens: Tokens that a device reads at once.
+        compile: Compile decode steps, and the blocks in training.
+        data: Text for the part resume, which trains a small model from scratch, and for the part blocks.
+        checkpoint_dir: The model that is linearised in as many blocks as there are devices at most.
+        block_steps: Optimiser steps of each block.
+        repeats: How often each training step is timed.
+        device: auto, cpu or cuda.
+        out_dir: What the measurements write.
+        output: The JSON file; the picture goes next to it, as .png.
+    """
+    from lit_swa.formats.files import write_json
+    from lit_swa.plots import check_output, draw_results
+    from lit_swa.utils import describe_machine, pick_device
+
+    chosen = list(PARTS) if parts is None else parts
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise ValueError(f"There is no part {unknown[0]!r}: choose from {', '.join(PARTS)}.")
+    device = pick_device(device)
+    check_output(output)
+    settings = Settings(
+        counts(devices, device), device, decode_names or ["Llama-2-7b", "Llama-2-70b"],
+        decode_modes or ["bfloat16", "int4"], pretrain_name, lora_name, length, micro_batch_tokens, compile, data,
+        checkpoint_dir, block_steps, repeats, out_dir,
+    )  # fmt: skip
+    out_dir.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"command": "python " + shlex.join(sys.argv).partition(" --output")[0]}
+    result |= {"machine": describe_machine(device), "rows": []}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for part in chosen:
+        result["rows"] += list(MEASURES[part](settings))
+        write_json(output, result)
+    print("\n".join(tables(result["rows"])))
+    draw_results(output, lambda plt: draw(plt, result))
+
+
+def counts(devices: list[int] | None, device: str) -> list[int]:
+    """The numbers of devices, in order. Raises ValueError for one that is not there, or where 1 is missing."""
+    import torch
+
+    from lit_swa.utils import check_devices
+
+    there = torch.cuda.device_count() if device == "cuda" else 2
+    chosen = sorted({n for n in (1, 2, 4, 8) if n <= there} if devices is None else set(devices))
+    if chosen[:1] != [1]:
+        raise ValueError("devices needs 1, which the others are compared with.")
+    check_devices(device, chosen[-1])
+    return chosen
+
+
+def measured(command: list[str], output: Path) -> dict[str, Any]:
+    """What a script writes to `output`, if it is not there yet."""
+    from lit_swa.formats.files import read_json
+    from lit_swa.runs import execute
+
+    if not output.is_file():
+        execute([*command, "--output", str(output)])
+    return read_json(output)
+
+
+# -------------------------------------------------------------------------------------------------------------- decode
+
+
+def decode(settings: Settings) -> Iterator[Row]:
+    from lit_swa.runs import typed
+
+    for name in settings.decode_names:
+        for n in settings.devices:
+            for mode in settings.decode_modes:
+                if weight_bytes(name, mode) / n > MOST_BYTES:
+                    continue
+                options = {"name": name, "devices": n, "modes": f"[{mode}]", "device": settings.device,
+                           "compile": settings.compile, "alone": False}  # fmt: skip
+                found = measured(
+                    ["scripts/benchmark_parallel.py", *typed(options)],
+                    settings.out_dir / f"decode-{name}-{mode}-{n}.json",
+                )
+                split = found["rows"][0]["split"]
+                rate = {"tok_s": split["tokens_per_second"], "GB_s": split["tokens_per_second"] * split["weight_GB"]}
+                yield {"part": "decode", "name": name, "mode": mode, "devices": n} | rate
+
+
+def weight_bytes(name: str, mode: str) -> float:
+    from lit_swa import Config
+    from lit_swa.training.flops import count_weights
+
+    return count_weights(Config.from_name(name)) * {"int4": 0.56, "int8": 1, "float32": 4}.get(mode, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def pretrain(settings: Settings) -> Iterator[Row]:
+    return train("pretrain", settings.pretrain_name, {}, settings)
+
+
+def lora(settings: Settings) -> Iterator[Row]:
+    return train("lora", settings.lora_name, {"lora_r": 8}, settings)
+
+
+def train(part: str, name: str, own: dict[str, Any], settings: Settings) -> Iterator[Row]:
+    """Steps on one device and on more; those of all weights beside the plan's, which was computed from the pieces of
+    the fewest devices."""
+    from lit_swa.runs import typed
+
+    pieces: dict[str, Any] | None = None
+    for n in settings.devices:
+        strategies = ["ddp", "fsdp"] + ["hybrid"] * (n >= 4 and n % 2 == 0)
+        options = {"name": name, "devices": n, "lengths": f"[{settings.length}]", "device": settings.device,
+                   "micro_batch_tokens": settings.micro_batch_tokens, "strategies": f"[{','.join(strategies)}]",
+                   "compile": settings.compile, "repeats": settings.repeats} | own  # fmt: skip
+        found = measured(["scripts/measure_pieces.py", *typed(options)], settings.out_dir / f"{part}-{n}.json")
+        pieces = pieces or (found if n > 1 and not own else None)
+        alone = next(row for row in found["steps"] if row["strategy"] == "one")
+        for row in found["steps"]:
+            if (row["strategy"] == "one") != (n == 1):
+                continue
+            made = {"part": part, "name": name, "strategy": row["strategy"], "devices": n, "tok_s": n * row["tok_s"]}
+            made |= {key: row[key] for key in ("mfu", "memory_GB") if key in row}
+            made["share"] = row["tok_s"] / alone["tok_s"]
+            if pieces is not None and n > 1:
+                made |= predicted(pieces, row, n)
+            yield made
+
+
+def predicted(pieces: dict[str, Any], row: Row, n: int) -> Row:
+    """The tokens per second and share of the ideal that plan_training.py computes for all devices."""
+    from plan_training import Measured, Network, Plan
+
+    from lit_swa import Config
+
+    per_host = n // 2 if row["strategy"] == "hybrid" else n  # its halves exchange within the machine too
+    config = Config.from_name(row["name"], **{"block_size": row["length"]} | row["model"])
+    plan = Plan(config, row["strategy"], row["length"], row["rows"], 1)
+    time = Measured(pieces, config, row["length"], Network(per_host, 1e15, 0.0)).times(plan, n)
+    return {"predicted_tok_s": n * plan.tokens / time.step, "predicted_share": time.alone / time.step}
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def resume(settings: Settings) -> Iterator[Row]:
+    """A run of all devices, which saves shards; the same from its fourth step on with fewer."""
+    from lit_swa.runs import execute, typed
+    from lit_swa.train import read_metrics
+
+    most = settings.devices[-1]
+    whole = settings.out_dir / f"resume-{most}"
+    options = {"data": settings.data, "strategy": "fsdp", "max_steps": STEPS, "batch_size": 2 * most,
+               "micro_batch_size": 1, "save_interval": STEPS // 2, "keep_last": 2, "sample": False, "resume": "auto",
+               "device": settings.device}  # fmt: skip
+
+    def run(directory: Path, n: int) -> dict[str, list[float]]:
+        if not (directory / "final").exists():
+            execute(["pretrain/base.py", *typed(options | {"out_dir": directory, "devices": n})])
+        return read_metrics(directory)
+
+    expected = run(whole, most)
+    for n in settings.devices[-2::-1]:
+        directory = settings.out_dir / f"resume-{most}-{n}"
+        if not directory.exists():
+            shutil.copytree(whole, directory)
+            shutil.rmtree(directory / "final")
+            shutil.rmtree(max(directory.glob("step-*")))
+        got = run(directory, n)
+        pairs = [(a, b) for name in ("loss", "grad_norm") for a, b in zip(expected[name], got[name], strict=True)]
+        off = max(abs(a - b) / abs(a) for a, b in pairs if a == a)  # not of a row that has only one of the two
+        same = all(a == b or a != a for a, b in zip(expected["tokens"], got["tokens"], strict=True))
+        yield {"part": "resume", "saved_on": most, "devices": n, "steps": STEPS // 2, "same_tokens": same, "off": off}
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+def blocks(settings: Settings) -> Iterator[Row]:
+    """As many blocks as there are devices at most, trained one after the other and as many at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from lit_swa.checkpoint import load_config
+    from lit_swa.formats.download import find_checkpoint
+    from lit_swa.formats.files import read_json, write_json
+    from lit_swa.runs import Places, execute, typed
+
+    most, out_dir = settings.devices[-1], settings.out_dir / "blocks"
+    base = find_checkpoint(settings.checkpoint_dir)
+    size = -(-load_config(base).n_layer // most)
+    numbers = range(-(-load_config(base).n_layer // size))
+
+    def step(name: str, options: dict[str, Any], **how: Any) -> None:
+        words = typed({"step": name, "out_dir": out_dir} | options)
+        execute(["finetune/linearize_blockwise.py", *words], **how)
+
+    for n in settings.devices:
+        kept = settings.out_dir / f"blocks-{n}.json"
+        if not kept.is_file():
+            if not out_dir.exists():
+                step("shard", {"checkpoint_dir": base, "layers_per_block": size})
+            texts = {"checkpoint_dir": base, "data": settings.data, "max_seq_length": settings.length}
+            step("inputs", texts | {"device": settings.device, "limit": 8 * settings.block_steps})
+            places, started = Places(settings.device, n), time.perf_counter()
+
+            def train_block(number: int, places: Places = places, n: int = n) -> None:
+                options = {"block": number, "max_steps": settings.block_steps, "device": settings.device}
+                with places.one() as environment:
+                    log = settings.out_dir / f"blocks-{n}-{number}.log"
+                    step("train", options | {"resume": "restart"}, log=log, environment=environment)
+
+            with ThreadPoolExecutor(n) as pool:
+                list(pool.map(train_block, numbers))
+            write_json(kept, {"seconds": time.perf_counter() - started})
+        yield {"part": "blocks", "devices": n, "blocks": len(numbers), "seconds": read_json(kept)["seconds"]}
+
+
+MEASURES: dict[str, Callable[[Settings], Iterator[Row]]] = {
+    "decode": decode, "pretrain": pretrain, "lora": lora, "resume": resume, "blocks": blocks,
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------- the results
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """The results in words, a table for each part that was measured."""
+    heads = {
+        "decode": ["decode", "weights", "GPUs", "tok/s", "of one", "GB/s a GPU"],
+        "pretrain": ["step", "strategy", "GPUs", "tok/s", "of ideal", "predicted", "MFU", "GB a GPU"],
+        "resume": ["saved on", "resumed on", "steps", "same tokens", "largest difference"],
+        "blocks": ["blocks", "GPUs", "seconds", "of one"],
+    }
+    lines: list[str] = []
+    for part, head in heads.items():
+        own = [row for row in rows if row["part"] in ((part, "lora") if part == "pretrain" else (part,))]
+        if own:
+            lines += ["", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+            lines += ["| " + " | ".join(cells(row, own)) + " |" for row in own]
+    return lines[1:]
+
+
+def cells(row: Row, rows: list[Row]) -> list[str]:
+    if row["part"] == "decode":
+        alike = [r for r in rows if (r["name"], r["mode"]) == (row["name"], row["mode"])]
+        one = next((r["tok_s"] for r in alike if r["devices"] == 1), None)
+        ratio = f"{row['tok_s'] / one:.2f}x" if one else "does not fit one"
+        return [row["name"], row["mode"], f"{row['devices']}", f"{row['tok_s']:.1f}", ratio, f"{row['GB_s']:,.0f}"]
+    if row["part"] == "resume":
+        same = "yes" if row["same_tokens"] else "no"
+        return [f"{row['saved_on']}", f"{row['devices']}", f"{row['steps']}", same, f"{row['off']:.1e}"]
+    if row["part"] == "blocks":
+        one = next(r["seconds"] for r in rows if r["devices"] == 1)
+        return [f"{row['blocks']}", f"{row['devices']}", f"{row['seconds']:.0f}", f"{one / row['seconds']:.2f}x"]
+    name = f"{row['name']}, LoRA" if row["part"] == "lora" else row["name"]
+    said = [f"{row[key]:.0%}" if key in row else "" for key in ("share", "predicted_share", "mfu")]
+    memory = f"{row['memory_GB']:.1f}" if "memory_GB" in row else ""
+    return [name, row["strategy"], f"{row['devices']}", f"{row['tok_s']:,.0f}", *said, memory]
+
+
+def draw(plt: Any, result: dict[str, Any]) -> Any:
+    """Decode, and the share of the ideal in training, over the number of devices; predictions are hollow."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    rows = result["rows"]
+    for name, mode in dict.fromkeys((r["name"], r["mode"]) for r in rows if r["part"] == "decode"):
+        own = [r for r in rows if r["part"] == "decode" and (r["name"], r["mode"]) == (name, mode)]
+        axes[0].plot([r["devices"] for r in own], [r["tok_s"] for r in own], marker="o", label=f"{name}, {mode}")
+    for part, strategy in dict.fromkeys(
+        (r["part"], r["strategy"]) for r in rows if r.get("share") and r["devices"] > 1
+    ):
+        own = [r for r in rows if r["part"] == part and r["strategy"] in (strategy, "one")]
+        (line,) = axes[1].plot(
+            [r["devices"] for r in own], [r["share"] for r in own], marker="o", label=f"{part}, {strategy}"
+        )
+        guessed = [r for r in own if "predicted_share" in r]
+        axes[1].plot([r["devices"] for r in guessed], [r["predicted_share"] for r in guessed], linestyle="none",
+                     marker="o", markersize=11, markerfacecolor="none", color=line.get_color())  # fmt: skip
+    for axis, label in zip(axes, ("decode (tok/s)", "training, share of the ideal"), strict=True):
+        axis.set_xlabel("devices")
+        axis.set_ylabel(label)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({r["devices"] for r in rows})
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(0, 1.1)
+    figure.suptitle(f"{result['machine']}; hollow: what plan_training.py predicts", fontsize=10)
+    return figure
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
