@@ -108,7 +108,8 @@ class Config:
     dual_chunk_size: int | None = None  # s, the tokens of a chunk; None: 5/8 of c
     dual_chunk_local: int | None = None  # w, the nearest tokens, always at their true distance; None: 1/8 of c
     dual_chunk_temperature: float = 1.0  # multiplies the scores; or, by the query's position p (counted from 1),
-    dual_chunk_temperature_slope: float | None = None  # ... by max(1, slope * ln(p / c) + 1)
+    dual_chunk_temperature_slope: float | None = None  # ... by max(1, slope * ln(p / c) + 1) ** power
+    dual_chunk_temperature_power: float = 1.0  # Qwen2.5-1M: 2, since YaRN's factor reaches queries and keys
     linear_feature_map: str = "hedgehog"  # linear attention: the features of its queries and keys; or relu
     linear_window: int = 64  # the nearest keys, the query's own included, that a query meets by softmax; 0: none
     linear_sinks: int = 0  # ... and so many first ones
@@ -336,6 +337,7 @@ RANGES: dict[str, tuple[float, float]] = {  # least and greatest value, both all
     "dual_chunk_local": (0, 2**31),
     "dual_chunk_temperature": (1e-3, 1e3),
     "dual_chunk_temperature_slope": (0.0, 1e3),
+    "dual_chunk_temperature_power": (0.0, 8.0),
     "linear_window": (0, 2**31),
     "linear_sinks": (0, 2**20),
     "s2_group_ratio": (1e-6, 1.0),

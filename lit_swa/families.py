@@ -317,6 +317,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"attention_scores_scalar": 16384.0, "logit_multiplier": 0.0625}
     | shape(40, 4096, 32, 8, 12800),
 }
+QWEN_1M = {
+    "block_size": 1010000, "rope_base": 1e7, "attention": "dual_chunk", "dual_chunk_pretraining_length": 262144,
+    "dual_chunk_size": 253952, "dual_chunk_local": 8192, "dual_chunk_temperature_slope": 0.1,
+    "dual_chunk_temperature_power": 2.0,
+}  # fmt: skip
 # Other names of the same shapes: finetuned models, and the names of lit-gpt. A field that differs stands behind.
 SAME: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"Llama-2-{size}-{kind}": (f"Llama-2-{size}", {})
@@ -369,13 +374,7 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-llama-1.1b": ("TinyLlama-1.1B", {}),
     "tiny-llama-1.1b-chat": ("TinyLlama-1.1B", {}),
     "Llama-3.3-70B": ("Llama-3.1-70B", {}),
-    "Qwen2.5-7B-Instruct-1M": ("Qwen2.5-7B", {
-        "block_size": 1010000, "rope_base": 1e7, "attention": "dual_chunk", "dual_chunk_pretraining_length": 262144,
-        "dual_chunk_size": 253952, "dual_chunk_local": 8192, "norm_eps": 1e-5,
-    }),
-    "Qwen2.5-14B-Instruct-1M": ("Qwen2.5-14B", {
-        "block_size": 1010000, "rope_base": 1e7, "attention": "dual_chunk", "dual_chunk_pretraining_length": 262144,
-        "dual_chunk_size": 253952, "dual_chunk_local": 8192,
-    }),
+    "Qwen2.5-7B-Instruct-1M": ("Qwen2.5-7B", QWEN_1M | {"norm_eps": 1e-5}),
+    "Qwen2.5-14B-Instruct-1M": ("Qwen2.5-14B", QWEN_1M),
 }  # fmt: skip
 CONFIGS |= {name: CONFIGS[base] | fields for name, (base, fields) in SAME.items()}

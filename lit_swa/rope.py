@@ -134,7 +134,8 @@ def chunk_temperature(q_pos: Tensor, config: Config) -> Tensor | float | None:
     length instead, and would read a token differently in a prompt and in a step."""
     if config.dual_chunk_temperature_slope is not None:
         length = (q_pos + 1).clamp(min=1) / config.chunk_trained
-        return (1 + config.dual_chunk_temperature_slope * length.log()).clamp(min=1)[:, None, :, None]
+        factor = (1 + config.dual_chunk_temperature_slope * length.log()).clamp(min=1)
+        return (factor**config.dual_chunk_temperature_power)[:, None, :, None]
     return None if config.dual_chunk_temperature == 1.0 else config.dual_chunk_temperature
 
 

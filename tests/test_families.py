@@ -1,6 +1,7 @@
 """Each family equals transformers on a tiny random model: whole, step by step, and back through an export."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import randomize
 
 from lit_swa import Config
 from lit_swa.checkpoint import convert_hf_checkpoint, export_hf_checkpoint, load_model
+from lit_swa.rope import chunk_temperature
 
 transformers = pytest.importorskip("transformers")
 S, T = 6, 21  # a window, and a text that is longer
@@ -252,3 +254,11 @@ def test_the_family_that_the_tutorial_adds_equals_transformers(tmp_path: Path, m
     exec(compile(code, "add_a_model.md", "exec"), {})
     monkeypatch.setitem(CASES, "starcoder 2", ("Starcoder2", {"sliding_window": S}))
     test_a_family_equals_transformers_in_cached_and_out("starcoder 2", tmp_path)
+
+
+def test_qwen_1m_has_the_temperature_of_its_report():
+    """Catches: a text beyond the trained length that is read at another temperature than the model was trained for."""
+    chunks = {"chunk_size": 12, "local_size": 4, "original_max_position_embeddings": 16}
+    config = Config.from_hf(SHAPE | {"model_type": "qwen2", "dual_chunk_attention_config": chunks})
+    factor = chunk_temperature(torch.tensor([[3, 15, 63]]), config).flatten()
+    assert factor.tolist() == pytest.approx([1.0, 1.0, (1 + 0.1 * math.log(4)) ** 2])

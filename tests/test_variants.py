@@ -155,6 +155,10 @@ def test_variants_compose_with_scalings(case, scaling):
     [
         ({"dual_chunk_temperature": 1.3}, lambda i: 1.3),
         ({"dual_chunk_temperature_slope": 0.4}, lambda i: max(1.0, 0.4 * math.log((i + 1) / 16) + 1)),
+        (
+            {"dual_chunk_temperature_slope": 0.4, "dual_chunk_temperature_power": 2.0},
+            lambda i: max(1.0, 0.4 * math.log((i + 1) / 16) + 1) ** 2,
+        ),
     ],
 )
 @torch.no_grad()

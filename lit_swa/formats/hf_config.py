@@ -126,7 +126,9 @@ def qwen_attention(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def dual_chunk_fields(chunks: dict[str, Any]) -> dict[str, Any]:
-    """Qwen2.5-1M's chunk_size is the greatest distance, s + w, and its local_size is w."""
+    """Qwen2.5-1M's chunk_size is the greatest distance s + w, its local_size is w. Beyond its trained length YaRN's
+    temperature multiplies queries and keys (arXiv 2501.15383): here by the query's position, not the text's length.
+    """
     known = ("chunk_size", "local_size", TRAINED_LENGTH)
     if missing := [key for key in known if type(chunks.get(key)) is not int]:
         raise ValueError(f"dual_chunk_attention_config has no {missing[0]}, a number of tokens.")
@@ -141,6 +143,8 @@ def dual_chunk_fields(chunks: dict[str, Any]) -> dict[str, Any]:
         "dual_chunk_size": size - local,
         "dual_chunk_local": local,
         "dual_chunk_pretraining_length": trained,
+        "dual_chunk_temperature_slope": 0.1,
+        "dual_chunk_temperature_power": 2.0,
     }
 
 
