@@ -358,6 +358,9 @@ def compile_for_cpu(model: GPT, tokens: int = 1) -> Callable[[Tensor, Tensor], T
     try:
         return build_step(model, tokens)
     except Unknown:
+        if model.config.n_expert is not None:  # compiled, it would copy the experts' weights
+            pack_for_cpu(model)
+            return plain_step(model, tokens)
         compile_blocks(model)
         return plain_step(model, tokens)
 

@@ -8,9 +8,10 @@ the weights w are made of the scores (expert_weights):
     sigmoid    of each score; it multiplies what the expert reads, not what it gives: Llama 4
     biased     sigmoid of each score over their sum; a bias decides who is chosen, and no more: AFMoE
 
-Experts are rows of stacked weights. Few tokens gather the weights that they need, in one fixed shape, so a decode step
-has no graph break; many tokens are sorted by expert. In training a balancing loss (Fedus et al. 2021, arXiv 2101.03961)
-keeps the router from sending all tokens to the same experts. Notation: N tokens, C n_embd, I elements within an expert.
+Experts are rows of stacked weights. On a GPU and in compiled code, few tokens gather the weights that they need, in one
+fixed shape, so a decode step has no graph break and waits for nothing; else tokens are sorted by expert. In training a
+balancing loss (Fedus et al. 2021, arXiv 2101.03961) keeps the router from sending all tokens to the same experts.
+Notation: N tokens, C n_embd, I elements within an expert.
 """
 
 import math
@@ -27,6 +28,7 @@ else:  # copied beside a script of another project
     from config import Config
     from model import ACTIVATIONS, GatedMLP
 
+GATHERING = ("cuda",)  # devices that would wait for the host to know who is chosen; a CPU would only copy weights
 GATHERED = 4  # gather the experts' weights for up to so many times E pairs of a token and an expert ...
 MOST_GATHERED = 2**28  # ... and so many elements
 
@@ -106,7 +108,8 @@ class MoE(nn.Module):
         """Sum over the chosen experts (N, k) of the tokens x (N, C): (N, C)."""
         pairs, size = chosen.numel(), self.fc_1.weight[0].numel()
         static = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        if static or (pairs <= GATHERED * self.config.n_expert and pairs * size <= MOST_GATHERED):
+        few = pairs <= GATHERED * self.config.n_expert and pairs * size <= MOST_GATHERED
+        if static or (few and x.device.type in GATHERING):
             before = self.config.expert_weights == "sigmoid"
             inputs = x[:, None] * weights[..., None] if before else x[:, None].expand(-1, chosen.size(1), -1)
             y = self.proj.gathered(self.act(*(fc.gathered(inputs, chosen) for fc in (self.fc_1, self.fc_2))), chosen)

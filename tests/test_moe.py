@@ -29,8 +29,8 @@ def test_expert_by_expert_is_what_gathered_weights_give(tiny_model, kind, monkey
     """Catches: a token that is sent to another expert, added twice, or weighted by another's weight, in either way."""
     model, idx = tiny_model(**KINDS[kind]).double().train(), torch.randint(0, 97, (2, 11))
     found = []
-    for gathered in (0, 100):
-        monkeypatch.setattr(moe, "GATHERED", gathered)
+    for devices in (("cuda",), ("cpu",)):
+        monkeypatch.setattr(moe, "GATHERING", devices)
         model.zero_grad()
         logits = model(idx)
         logits.square().mean().backward()
