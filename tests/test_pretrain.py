@@ -342,6 +342,7 @@ def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
         ({"z_loss": -1}, "z_loss=-1"),
         ({"optimizer": "muon", "strategy": "fsdp"}, "whole matrices"),
         ({"random_window": 2}, "no layer has one"),
+        ({"random_window": 2, "model.layer_windows": "4,6"} | WINDOW, "gives each its own"),
         ({"random_window": 6} | WINDOW, "nothing to draw from"),
         ({"window_schedule": "4:0,2:0.5,6:0.7"} | WINDOW, "not in order"),
         ({"window_schedule": "4:0,6:1"} | WINDOW, "not in order"),

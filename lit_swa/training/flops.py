@@ -44,10 +44,11 @@ def count_weights(config: Config) -> int:
 def token_flops(config: Config, length: int) -> float | None:
     """Operations for a token of a text of so many, in a training step that trains every weight; None for models whose
     layers do not compute scores of pairs alone."""
-    seen = {name: keys_seen(VARIANTS[name], config, length) for name in dict.fromkeys(config.layer_variants)}
+    kinds = {config.kind_of(name, i): (name, i) for i, name in enumerate(config.layer_variants)}
+    seen = {kind: keys_seen(VARIANTS[name], config.of_layer(i), length) for kind, (name, i) in kinds.items()}
     if config.s2_attention or None in seen.values():
         return None
-    pairs = sum(seen[name] for name in config.layer_variants)
+    pairs = sum(seen[config.kind_of(name, i)] for i, name in enumerate(config.layer_variants))
     return 6 * active_weights(config) + 12 * config.n_head * config.head_size * pairs
 
 

@@ -50,6 +50,10 @@ def plan_windows(args: Pretraining, config: Config, block_length: int) -> Window
     if getattr(args, name) is None:
         return None
     last = config.sliding_window_size
+    if config.layer_windows is not None:
+        raise ValueError(
+            f"{name} changes the window of all layers, and layer_windows gives each its own: leave one out."
+        )
     if not any(WINDOW in VARIANTS[variant].needs for variant in config.layer_variants):
         raise ValueError(
             f"{name} changes windows, and no layer has one with attention={config.attention!r}: leave it out, or set "
