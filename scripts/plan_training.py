@@ -154,20 +154,18 @@ class Plan:
 
     def memory(self, n: int, per_host: int) -> int:
         """Bytes on one GPU: weights, gradients and two moments, what is gathered, and activations."""
-        shards, parts = self.shards(n, per_host), self.parts()
         from lit_swa.training.estimate import course
 
-        whole = FLOAT32 * self.weights
+        shards, parts, whole = self.shards(n, per_host), self.parts(), FLOAT32 * self.weights
+        waiting = whole if self.accumulate > 1 else 0  # gradients; else they come with the backward
+        update = (whole + 2 * FLOAT32 * self.largest) // shards
         if shards == 1:
-            held = whole if self.accumulate > 1 else 0  # else gradients come with the backward
-            copies = whole if n > 1 else 0  # DDP's buckets
-            peak = max(course(parts, self.recompute, held), whole + 2 * FLOAT32 * self.largest)
-            return 3 * whole + copies + peak
-        inflow = [cost._replace(gradients=0) for cost in parts.layers]  # a block's are scattered as they come
-        parts = parts._replace(layers=inflow, loss=parts.loss._replace(gradients=0))
-        unscattered = whole if self.accumulate > 1 else 0  # until the last micro-batch
-        gathered = FLOAT32 * (self.root + 3 * max(self.blocks))  # the next block is gathered, the last scattered
-        return 4 * whole // shards + unscattered + gathered + course(parts, self.recompute, 0)
+            buckets = whole if n > 1 else 0  # DDP's copies of the gradients
+            return 3 * whole + buckets + max(course(parts, self.recompute, waiting), update)
+        scattered = [cost._replace(gradients=cost.gradients // shards) for cost in (*parts.layers, parts.loss)]
+        parts = parts._replace(layers=scattered[:-1], loss=scattered[-1])
+        gathered = FLOAT32 * (self.root + 2 * max(self.blocks))  # the layer at work, and the next one
+        return 3 * whole // shards + waiting + gathered + max(course(parts, self.recompute, 0), update)
 
     @property
     def largest(self) -> int:

@@ -66,6 +66,31 @@ def count_bytes(rank: int, strategy: str, accumulate: int) -> dict[str, int]:
     return counted.bytes
 
 
+WIDE = {"padded_vocab_size": 512, "vocab_size": 512, "n_layer": 6, "n_embd": 96, "intermediate_size": 256}
+
+
+def peak_of_a_step(rank: int, strategy: str, accumulate: int) -> int:
+    """The most bytes that torch's allocator hands out in the second step of one of two processes."""
+    gpt = GPT(tiny_config(**WIDE)).to(torch.bfloat16).train()
+    train_in_float32(gpt, torch.bfloat16)
+    model = script("measure_pieces").spread(gpt, strategy, SimpleNamespace(device="cpu", count=2))
+    idx = torch.zeros(8, 64, dtype=torch.long)
+    for step in range(3):
+        profiling = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        with profiling if step == 2 else nullcontext() as record:
+            for n in range(accumulate):
+                if strategy == "fsdp":
+                    model.set_requires_gradient_sync(n == accumulate - 1)
+                model(idx, targets=idx).backward()
+        model.zero_grad(set_to_none=True)
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 @pytest.fixture(scope="module")
 def two():
     ranks = Ranks(2)
@@ -84,6 +109,17 @@ def test_two_processes_exchange_what_the_plan_says(two, strategy, accumulate):
     names = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
     for counted in two(count_bytes, strategy, accumulate):
         assert {names[name]: n for name, n in counted.items() if n} == expected
+
+
+@pytest.mark.parametrize("strategy, accumulate", [("fsdp", 1), ("fsdp", 2), ("ddp", 1)])
+def test_two_processes_take_what_the_plan_says(two, strategy, accumulate):
+    """Catches: gradients that are sharded in the plan and whole in a step, or the other way round; layers that are
+    gathered and not counted. torch's allocator is the oracle."""
+    plan = script("plan_training").Plan(tiny_config(**WIDE), strategy, 64, 8, accumulate)
+    held = 12 * plan.weights // plan.shards(2, 8)  # weights and moments
+    held += 4 * plan.weights * (strategy == "ddp")  # buckets, which are there from the first step on
+    for measured in two(peak_of_a_step, strategy, accumulate):
+        assert plan.memory(2, 8) - held == pytest.approx(measured, rel=0.08)
 
 
 @pytest.mark.parametrize("recompute", [0, 2])
