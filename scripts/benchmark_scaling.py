@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 PARTS = ("decode", "pretrain", "lora", "resume", "blocks")
 MOST_BYTES = 72e9  # of weights on a device
@@ -195,9 +194,8 @@ def train(part: str, name: str, own: dict[str, Any], settings: Settings) -> Iter
 
 def predicted(pieces: dict[str, Any], row: Row, n: int) -> Row:
     """The tokens per second and share of the ideal that plan_training.py computes for all devices."""
-    from plan_training import Measured, Network, Plan
-
     from lit_swa import Config
+    from lit_swa.training.plan import Measured, Network, Plan
 
     per_host = n // 2 if row["strategy"] == "hybrid" else n  # its halves exchange within the machine too
     config = Config.from_name(row["name"], **{"block_size": row["length"]} | row["model"])

@@ -19,6 +19,7 @@ from lit_swa.training.estimate import estimate_step
 from lit_swa.training.flops import token_flops
 from lit_swa.training.loop import Batch
 from lit_swa.training.memory import recompute_blocks
+from lit_swa.training.plan import Exchange, Measured, Network, Plan
 from lit_swa.training.precision import train_in_float32
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,7 @@ def two():
 def test_two_processes_exchange_what_the_plan_says(two, strategy, accumulate):
     """Catches: weights that are gathered once more or less, gradients counted for each micro-batch, half-wide numbers
     in the plan where FSDP sends whole ones."""
-    plan = script("plan_training").Plan(tiny_config(**FIELDS), strategy, 8, 1, accumulate)
+    plan = Plan(tiny_config(**FIELDS), strategy, 8, 1, accumulate)
     expected: dict[str, int] = {}
     for e in plan.exchanges(2, 8):
         expected[e.operation] = expected.get(e.operation, 0) + e.count * e.bytes
@@ -115,7 +116,7 @@ def test_two_processes_exchange_what_the_plan_says(two, strategy, accumulate):
 def test_two_processes_take_what_the_plan_says(two, strategy, accumulate):
     """Catches: gradients that are sharded in the plan and whole in a step, or the other way round; layers that are
     gathered and not counted. torch's allocator is the oracle."""
-    plan = script("plan_training").Plan(tiny_config(**WIDE), strategy, 64, 8, accumulate)
+    plan = Plan(tiny_config(**WIDE), strategy, 64, 8, accumulate)
     held = 12 * plan.weights // plan.shards(2, 8)  # weights and moments
     held += 4 * plan.weights * (strategy == "ddp")  # buckets, which are there from the first step on
     for measured in two(peak_of_a_step, strategy, accumulate):
@@ -126,7 +127,7 @@ def test_two_processes_take_what_the_plan_says(two, strategy, accumulate):
 def test_memory_of_one_device_is_that_of_a_dry_run(recompute):
     """Catches: layers that repeat counted once, and what is held twice."""
     config = tiny_config(**FIELDS | {"attention": "sliding,full,full", "sliding_window_size": 4})
-    plan = script("plan_training").Plan(config, "ddp", 32, 2, 1, recompute)
+    plan = Plan(config, "ddp", 32, 2, 1, recompute)
     gpt = GPT(config).to(torch.bfloat16).train()
     train_in_float32(gpt, torch.bfloat16)
     recompute_blocks(gpt, 0)
@@ -138,7 +139,7 @@ def test_memory_of_one_device_is_that_of_a_dry_run(recompute):
 
 def pieces(tmp_path: Path) -> Path:
     """What a machine might have measured whose rates are round numbers."""
-    config = script("plan_training").Plan(tiny(), "ddp", 16, 1, 1)
+    config = Plan(tiny(), "ddp", 16, 1, 1)
     one = {"name": "pythia-14m", "model": {}, "length": 16, "rows": 4, "strategy": "one", "processes": 1,
            "weights": config.weights, "memory_GB": 0.5, "micro_s": 0.1, "update_s": 0.01}  # fmt: skip
     one |= {"flops_per_token": token_flops(tiny(), 16)}
@@ -162,15 +163,15 @@ def tiny() -> Config:
 
 def test_time_follows_from_the_pieces(tmp_path):
     """Catches: exchanges over the wrong link, a start that is lost, an overlap that hides more than there is."""
-    module, path = script("plan_training"), pieces(tmp_path)
-    measured = module.Measured(json.loads(path.read_text()), tiny(), 16, module.Network(8, 1e8, 1e-3))
-    gather = module.Exchange("all_gather", 10**8, 3, 8, False)
+    path = pieces(tmp_path)
+    measured = Measured(json.loads(path.read_text()), tiny(), 16, Network(8, 1e8, 1e-3))
+    gather = Exchange("all_gather", 10**8, 3, 8, False)
     assert measured.seconds(gather) == pytest.approx(3 * 1e-4 + 3 * 1e8 * 7 / 8 / 1e9, rel=1e-2)
-    far = module.Exchange("all_reduce", 10**8, 1, 4, True)  # one card of each of 4 hosts
+    far = Exchange("all_reduce", 10**8, 1, 4, True)  # one card of each of 4 hosts
     assert measured.seconds(far) == pytest.approx(1e-4 + 3e-3 + 2 * 1e8 * 3 / 4 / 1e8, rel=1e-2)
-    wide = module.Exchange("all_gather", 10**8, 1, 32, False)  # 4 hosts, by 8 cards each
+    wide = Exchange("all_gather", 10**8, 1, 32, False)  # 4 hosts, by 8 cards each
     assert measured.seconds(wide) == pytest.approx(1e-4 + 3e-3 + 1e8 * 31 / 32 / 8e8, rel=1e-2)
-    plan = module.Plan(tiny(), "fsdp", 16, 4, 2)
+    plan = Plan(tiny(), "fsdp", 16, 4, 2)
     assert measured.overlap("ddp") == 0 and measured.overlap("fsdp") == pytest.approx(1.0)
     alone, many = measured.times(plan, 1), measured.times(plan, 8)
     assert alone.step == pytest.approx(0.21) and alone.exchanging == 0
@@ -210,4 +211,4 @@ def test_pieces_are_measured(run_script, tmp_path):
     (row,) = json.loads((tmp_path / "p.json").read_text())["steps"]
     assert row["step_s"] >= row["micro_s"] > 0
     config = Config.from_name("pythia-14m", block_size=16, **shape)
-    assert row["weights"] == script("plan_training").Plan(config, "ddp", 16, 1, 1).weights
+    assert row["weights"] == Plan(config, "ddp", 16, 1, 1).weights
