@@ -63,7 +63,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.join = config, None  # join: what sums the outputs of several ranks; see parallel.py
         C, E, inner, bias = config.n_embd, config.n_expert, config.expert_size, config.mlp_bias
         self.router = nn.Linear(C, E, bias=bias)
         self.fc_1, self.fc_2 = (Experts(E, C, inner, bias) for _ in range(2))
@@ -89,7 +89,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             beside = self.shared(tokens)
             y = y + (beside if self.shared_gate is None else torch.sigmoid(self.shared_gate(tokens)) * beside)
-        return y.view(x.shape)
+        return (y if self.join is None else self.join(y)).view(x.shape)
 
     def weights(self, scores: Tensor, best: Tensor, chosen: Tensor) -> Tensor:
         """w (N, k), in float32."""

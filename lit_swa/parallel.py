@@ -5,6 +5,8 @@ arXiv 1909.08053), and all of them compute every token together.
     attn.proj            columns: those of the rank's query heads; the ranks' products are summed, then comes the bias
     mlp.fc_1, fc_2, fc   rows
     mlp.proj             columns, summed in the same way
+    experts              each one's rows and columns so; their weighted sum is summed over the ranks
+    attn.gate, sinks     those of the rank's query heads; norms of each head, too
     lm_head              rows of the vocabulary; each rank gets the logits of all
     wte, norms, RoPE     whole on each rank
 
@@ -16,6 +18,7 @@ For inference: no gradient flows through the sums. Shapes: V padded_vocab_size, 
 """
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -159,37 +162,64 @@ def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
     (q0, q1), (k0, k1) = head_shares(config, rank)
     rows = [(q0, q1), (H + k0, H + k1), (H + G + k0, H + G + k1)]
     inner, V, n = config.intermediate_size, config.padded_vocab_size, vocabulary_rows(config, rank)
+    heads = ((q0 * D, q1 * D),)
+    parts = {"attn.qkv": Part(0, tuple((a * D, b * D) for a, b in rows)), "attn.proj": Part(1, heads)}
+    parts |= {"attn.gate": Part(0, heads)} if config.attention_gate else {}
+    kinds = {
+        "GatedMLP": mlp_parts("mlp", ("fc_1", "fc_2"), inner, rank),
+        "PlainMLP": mlp_parts("mlp", ("fc",), inner, rank),
+        "MoE": mlp_parts("mlp.shared", ("fc_1", "fc_2"), config.shared_expert_size, rank),
+    }
+    named = {}
+    for i, mlp in enumerate(config.layer_mlps):
+        named |= {f"transformer.h.{i}.{name}": part for name, part in (parts | kinds[mlp]).items()}
+    return named | {"lm_head": Part(0, ((min(V, n * rank.index), min(V, n * (rank.index + 1))),))}
+
+
+def mlp_parts(prefix: str, names: tuple[str, ...], inner: int | None, rank: Rank) -> dict[str, Part]:
+    """What a rank holds of an MLP with so many inner outputs; None: there is no MLP."""
+    if inner is None:
+        return {}
+    inside = (inner_share(inner, rank),)
+    return {f"{prefix}.{name}": Part(0, inside) for name in names} | {f"{prefix}.proj": Part(1, inside)}
+
+
+def inner_share(inner: int, rank: Rank) -> tuple[int, int]:
+    """First and last + 1 of the inner outputs that a rank has: whole groups of int4 weights where there are enough."""
     unit = next(u for u in UNITS if inner % u == 0 and inner // u >= rank.size)
     first, last = share(inner // unit, *rank[:2])
-    inside = ((first * unit, last * unit),)
-    names = {"GatedMLP": ("fc_1", "fc_2"), "PlainMLP": ("fc",)}
-    parts = {
-        "attn.qkv": Part(0, tuple((a * D, b * D) for a, b in rows)),
-        "attn.proj": Part(1, ((q0 * D, q1 * D),)),
-        "mlp.proj": Part(1, inside),
-    }
-    named = {f"transformer.h.{i}.{name}": part for i in range(config.n_layer) for name, part in parts.items()}
+    return first * unit, last * unit
+
+
+def other_parts(config: Config, rank: Rank) -> dict[str, tuple[int, tuple[int, int]]]:
+    """Name of a parameter that is no linear layer's -> the dimension that is cut, and the rank's part of it: experts,
+    norms of each head, learned sink logits."""
+    queries, keys = head_shares(config, rank)
+    parts = {"attn.mixer.sink_logits": (0, queries)} if config.sink_logits else {}
+    if config.norm_qk and config.norm_qk_type == "each":
+        parts |= {"attn.norm_q.weight": (0, queries), "attn.norm_k.weight": (0, keys)}
+    experts = {}
+    if config.n_expert is not None:
+        inside = inner_share(config.expert_size, rank)
+        experts = {f"mlp.{name}.weight": (1, inside) for name in ("fc_1", "fc_2")} | {"mlp.proj.weight": (2, inside)}
+        experts |= {f"mlp.{name}.bias": (1, inside) for name in ("fc_1", "fc_2")} if config.mlp_bias else {}
+    named = {}
     for i, mlp in enumerate(config.layer_mlps):
-        named |= {f"transformer.h.{i}.mlp.{name}": Part(0, inside) for name in names[mlp]}
-    return named | {"lm_head": Part(0, ((min(V, n * rank.index), min(V, n * (rank.index + 1))),))}
+        own = parts | (experts if mlp == "MoE" else {})
+        named |= {f"transformer.h.{i}.{name}": part for name, part in own.items()}
+    return named
 
 
 def check_split(config: Config, rank: Rank) -> None:
     """Raises ValueError for more ranks than there are parts, and for what is not split."""
     if rank.size > 1 and "linear" in config.layer_variants:
         raise ValueError("Layers of linear attention are not split over processes: run the model in one.")
-    whole = {
-        "learned sink logits": config.sink_logits,
-        "a gate behind its attention": config.attention_gate,
-        "a mixture of experts": config.n_expert is not None,
-        "a bias of lm_head": config.lm_head_bias,
-        "a norm over several heads": config.norm_qk and config.norm_qk_type in ("each", "whole"),
-    }
-    for what, there in whole.items():
-        if rank.size > 1 and there:
-            raise ValueError(f"The model has {what}, which is not split over processes: run it in one.")
-    for count, what in ((config.n_head, "query heads"), (config.intermediate_size, "inner outputs of its MLP")):
-        if rank.size > count:
+    if rank.size > 1 and config.norm_qk and config.norm_qk_type == "whole":
+        raise ValueError("The model has a norm over all heads, which is not split over processes: run it in one.")
+    counts = {"query heads": config.n_head, "inner outputs of its MLP": config.intermediate_size}
+    counts |= {"inner outputs of an expert": config.expert_size, "of the shared expert": config.shared_expert_size}
+    for what, count in counts.items():
+        if count is not None and rank.size > count:
             raise ValueError(
                 f"The model has {count} {what} and there are {rank.size} processes to hold them: use at most {count}."
             )
@@ -277,15 +307,31 @@ def shrink(model: GPT, rank: Rank, tensors: Mapping[str, LazyTensor] | None = No
         for key in [key for key in tensors if key.rpartition(".")[0] == name]:
             tensors[key] = cut(tensors[key], part, (linear.out_features, linear.in_features), name)
         model.set_submodule(name, cut_linear(linear, part, name))
+    for name, (dim, (start, stop)) in other_parts(model.config, rank).items():
+        module, _, key = name.rpartition(".")
+        held = getattr(model.get_submodule(module), key).detach().narrow(dim, start, stop - start)
+        setattr(model.get_submodule(module), key, nn.Parameter(held.clone(), requires_grad=False))
+        if name in tensors:
+            tensors[name] = tensors[name].part(dim, start, stop)
     return tensors
+
+
+def connect_experts(moe: nn.Module, rank: Rank) -> None:
+    """Let the ranks sum what their parts of the experts give, once for a block; the first rank adds the biases."""
+    moe.join = functools.partial(sum_over_ranks, group=rank.group)
+    for linear in (moe.proj, *(() if moe.shared is None else (moe.shared.proj,))):
+        if rank.index > 0:
+            linear.bias = None
 
 
 def connect(model: GPT, rank: Rank) -> None:
     """Let the layers of a model that was shrunk exchange what they make with the other ranks'."""
     config = model.config
     for block in model.transformer.h:
-        for module in (block.attn, block.mlp):
+        for module in (block.attn, *(() if block.moe else (block.mlp,))):
             module.proj = RowParallelLinear(module.proj, rank)
+        if block.moe:
+            connect_experts(block.mlp, rank)
     part = named_parts(config, rank)["lm_head"]
     if config.tie_embeddings:  # the rows are those of wte, which is whole
         ((start, stop),) = part.ranges

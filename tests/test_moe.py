@@ -73,7 +73,6 @@ def test_what_knows_no_experts_says_so(tiny_model):
     model = tiny_model(**FIELDS)
     for act, words in (
         (lambda: quantize_linears(model, "int8"), "experts have no quantised form"),
-        (lambda: split_model(model, Rank(0, 2)), "a mixture of experts, which is not split"),
         (lambda: add_lora(model, LoRAConfig(targets=("mlp",))), "experts have no LoRA"),
         (lambda: add_adapter(model, AdapterConfig(version=2)), "use version 1"),
         (lambda: cpu_decode.Description(model), "a MoE"),
@@ -164,6 +163,5 @@ def test_what_knows_no_sink_logits_or_temperature_says_so(tiny_model):
             Config(**fields)
     with pytest.raises(ValueError, match="compares the experts over a whole text"):
         ExactChunks(tiny_model(**FIELDS, balancing_loss=0.1), 7)
-    for fields in ({"sink_logits": True}, {"lm_head_bias": True}, FEATURES["OLMo 2"], {"attention_gate": True}):
-        with pytest.raises(ValueError, match="is not split over processes"):
-            split_model(tiny_model(**fields), Rank(0, 2))
+    with pytest.raises(ValueError, match="is not split over processes"):
+        split_model(tiny_model(**FEATURES["OLMo 2"]), Rank(0, 2))

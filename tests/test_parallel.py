@@ -29,6 +29,7 @@ from lit_swa.weight_only import Int4Linear, Int8Linear, round_groups
 BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
 NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True}
 LINEAR = {"attention": "linear,full", "linear_window": 4, "linear_sinks": 2, "linear_gate": True}
+EXPERTS = {"mlp_class_name": "MoE", "n_expert": 4, "n_expert_per_token": 2, "expert_size": 24}
 SHAPES = {
     "two groups, each rank one": {},
     "one group on both ranks": {"n_query_groups": 1},
@@ -54,7 +55,12 @@ SHAPES = {
     "rolling": {"attention": "sliding", "sliding_window_size": 7, "rolling_kv_cache": True, "norm_qk": True},
     "streaming": {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 2},
     "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12},
-}
+    "gpt-oss: experts, sinks, biases": {"sink_logits": True, "lm_head_bias": True} | BIASES | EXPERTS,
+    "AFMoE: a gate, norms of each head, a shared expert": {
+        "attention_gate": True, "norm_qk": True, "norm_qk_type": "each", "shared_expert_size": 32,
+        "mlp_class_name": "GatedMLP,MoE", "expert_weights": "biased",
+    } | {k: v for k, v in EXPERTS.items() if k != "mlp_class_name"},
+}  # fmt: skip
 IDS = (torch.arange(80).view(2, 40) * 7 + 3) % 97
 
 
@@ -288,7 +294,10 @@ class Blob(torch.nn.Linear):
         self.weight = torch.nn.Parameter(self.weight.detach().view(-1, 1))
 
 
-@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": True, "attn_bias": True, "attn_proj_bias": True}])
+PARTS = [{}, {"tie_embeddings": True, "attn_bias": True, "attn_proj_bias": True}, *list(SHAPES.values())[-2:]]
+
+
+@pytest.mark.parametrize("fields", PARTS)
 def test_a_rank_loads_its_part_alone(tmp_path, fields):
     """Catches: a rank that holds the whole model, at the end or as what its parts are views of; another part than that
     of a model in memory."""

@@ -237,13 +237,14 @@ class LazyTensor(NamedTuple):
 
         Raises ValueError when the tensor does not have these rows.
         """
-        return self._part(0, start, stop)
+        return self.part(0, start, stop)
 
     def columns(self, start: int, stop: int) -> "LazyTensor":
         """The columns start .. stop of a tensor (rows, columns, ...), as rows() gives rows; a copy."""
-        return self._part(1, start, stop)
+        return self.part(1, start, stop)
 
-    def _part(self, dim: int, start: int, stop: int) -> "LazyTensor":
+    def part(self, dim: int, start: int, stop: int) -> "LazyTensor":
+        """The places start .. stop of a dimension, as rows() gives those of the first."""
         if dim >= len(self.shape) or not 0 <= start <= stop <= self.shape[dim]:
             raise ValueError(f"A tensor of shape {list(self.shape)} has no part {start} to {stop} of dimension {dim}.")
         index = (slice(None),) * dim + (slice(start, stop),)
