@@ -16,6 +16,7 @@ CASES = {
     "pattern": {
         "attention": "sliding,full", "sliding_window_size": 5, "n_layer": 4, "attention_logit_softcapping": 5.0,
     },
+    "windows of their own": {"attention": "sliding", "layer_windows": "3,9"},
     "chunks of its own": {
         "attention": "chunked,full", "attention_chunk_size": 7, "sink_logits": True, "positions": "rope,none",
         "temperature_slope": 0.5, "temperature_length": 9, "temperature_layers": "none",

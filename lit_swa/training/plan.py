@@ -2,7 +2,6 @@
 measured of its pieces (scripts/measure_pieces.py)."""
 
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -92,19 +91,16 @@ class Plan:
         return max(math.prod(shape) for shape in expected_shapes(self.config).values())
 
     def parts(self) -> Parts:
-        """What the parts of the model take, as in a dry run; layers that repeat are measured once."""
-        period = len(self.config.attention.split(","))
-        period = period if self.config.n_layer > period else self.config.n_layer
-        gpt = empty_model(self.config.override(n_layer=period)).train()
+        """What the parts of the model take, as in a dry run."""
+        gpt = empty_model(self.config).train()
         train_in_float32(gpt, torch.bfloat16)
         gpt.to_empty(device="cpu")  # no number is written, so that no memory is taken
         gpt.rope = RoPE(gpt.config)
         recompute_blocks(gpt, 0)
         idx = torch.zeros(self.rows, self.length, dtype=torch.long)
         call, where = gpt.plan_call(idx, None, documents=None), torch.arange(idx.numel())
-        with Tracker() as tracker, nullcontext():
-            parts = measure_parts(tracker, gpt, call, Batch(idx, idx, None, [0]), where)
-        return parts._replace(layers=[parts.layers[i % period] for i in range(self.config.n_layer)])
+        with Tracker() as tracker:
+            return measure_parts(tracker, gpt, call, Batch(idx, idx, None, [0]), where)
 
 
 # ------------------------------------------------------------------------------------------------------------- the time
