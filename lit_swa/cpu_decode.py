@@ -62,7 +62,7 @@ LayerStruct = struct("LayerStruct", **numbers(NORMS, NormStruct), **numbers(LINE
 ModelStruct = struct(
     "ModelStruct",
     **numbers("layers heads groups head_size embd rotated activation parallel"),
-    **numbers("scale score_cap logit_cap", c_double),
+    **numbers("scale score_cap logit_cap residual logit_scale", c_double),
     layer=POINTER(LayerStruct),
     ln_f=NormStruct,
     head=LinearStruct,
@@ -164,16 +164,15 @@ class Description:
     def __init__(self, model: GPT) -> None:
         config, attn = model.config, model.layers[0]
         self.kept: list[Tensor] = []
-        if config.logit_multiplier != 1.0:
-            raise Unknown("logits that are multiplied")
         self.kinds = list(dict.fromkeys(attn.mixer.kind for attn in model.layers))
         self.layers = (LayerStruct * config.n_layer)(*map(self.layer, model.transformer.h))
         sizes = (config.n_layer, attn.n_head, attn.n_query_groups, config.head_size, config.n_embd, config.rope_n_elem)
         how = ACTIVATIONS.index(config.activation), config.parallel_residual
         scale = (config.attention_scores_scalar or config.head_size) ** -0.5
-        caps = config.attention_logit_softcapping or 0.0, config.final_logit_softcapping or 0.0
+        factors = config.attention_logit_softcapping or 0.0, config.final_logit_softcapping or 0.0
+        factors += config.residual_multiplier, config.logit_multiplier
         last = self.norm(model.transformer.ln_f), self.linear(model.lm_head)
-        self.struct = ModelStruct(*sizes, *how, scale, *caps, self.layers, *last)
+        self.struct = ModelStruct(*sizes, *how, scale, *factors, self.layers, *last)
 
     def keep(self, tensor: Tensor) -> int:
         """Its address; it stays in memory as long as this object."""
@@ -187,11 +186,10 @@ class Description:
                               (attn.mixer, (SoftmaxAttention, ShiftedSparseAttention))):  # fmt: skip
             if type(module) not in known or is_injected(module):
                 raise Unknown(f"a {type(module).__name__}, or what was put into it")
-        if nn.Identity in (type(block.norm_1), type(block.norm_2)) or block.multiplier != 1.0:
-            raise Unknown("a block without norms of its own, or with a multiplier")
         if attn.mixer.sink_logits is not None or attn.config.clip_qkv is not None or attn.gate is not None:
             raise Unknown("learned sink logits, values that are clipped, or a gate")
-        norms = block.norm_1, attn.norm_q, attn.norm_k, block.post_attention_norm, block.norm_2, block.post_mlp_norm
+        norm_2 = block.norm_1 if block.shared_norm else block.norm_2
+        norms = block.norm_1, attn.norm_q, attn.norm_k, block.post_attention_norm, norm_2, block.post_mlp_norm
         into = (mlp.fc_1, mlp.fc_2) if isinstance(mlp, GatedMLP) else (mlp.fc, None)
         linears = attn.qkv, attn.proj, *into, mlp.proj
         return LayerStruct(*map(self.norm, norms), *map(self.linear, linears), self.kinds.index(attn.mixer.kind))
@@ -201,9 +199,11 @@ class Description:
             return NormStruct()
         if type(norm) not in (RMSNorm, nn.LayerNorm):
             raise Unknown(f"a {type(norm).__name__}")
-        weight, bias = norm.weight.float() + getattr(norm, "unit_offset", 0), getattr(norm, "bias", None)
+        weight, bias = norm.weight, getattr(norm, "bias", None)
+        size = norm.normalized_shape[0] if weight is None else weight.numel()
+        weight = None if weight is None else self.keep(weight.float() + getattr(norm, "unit_offset", 0))
         bias = None if bias is None else self.keep(bias.float())
-        return NormStruct(self.keep(weight), bias, norm.eps, weight.numel(), 1 if type(norm) is RMSNorm else 2)
+        return NormStruct(weight, bias, norm.eps, size, 1 if type(norm) is RMSNorm else 2)
 
     def linear(self, linear: nn.Module | None) -> Structure:
         if linear is None:

@@ -29,7 +29,7 @@ struct Linear {  // format: 0 float32, 1 bfloat16, 2 int8 with a scale for each 
   int64_t out, in, format, group;
 };
 struct Norm {  // kind: 0 none, 1 RMSNorm, 2 LayerNorm
-  const float *weight, *bias;
+  const float *weight, *bias;  // null: none
   double eps;
   int64_t size, kind;
 };
@@ -40,7 +40,7 @@ struct Layer {
 };
 struct Model {
   int64_t layers, heads, groups, head_size, embd, rotated, activation, parallel;
-  double scale, score_cap, logit_cap;  // a cap of 0: none
+  double scale, score_cap, logit_cap, residual, logit_scale;  // a cap of 0: none; residual: of what a block adds
   const Layer* layer;
   Norm ln_f;
   Linear head;
@@ -298,7 +298,10 @@ void normalize(const Norm& norm, const float* x, float* y) {
   for (; i + W <= n; i += W) s += (load(x + i) - mean) * (load(x + i) - mean);
   for (squares = sum(s); i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
   float factor = 1.0f / std::sqrt(squares / n + float(norm.eps));
-  for (i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * norm.weight[i];
+  if (!norm.weight)
+    for (i = 0; i < n; i++) y[i] = (x[i] - mean) * factor;
+  else
+    for (i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * norm.weight[i];
   if (norm.bias)
     for (i = 0; i < n; i++) y[i] += norm.bias[i];
 }
@@ -435,6 +438,8 @@ struct Step {
 
   void make_logits(int64_t lo, int64_t hi) {
     multiply(m.head, normed, N, lo, hi, call->logits);
+    for (int64_t n = 0; m.logit_scale != 1 && n < N; n++)
+      for (int64_t i = n * m.head.out + lo; i < n * m.head.out + hi; i++) call->logits[i] *= float(m.logit_scale);
     for (int64_t n = 0; m.logit_cap && n < N; n++)
       for (int64_t i = n * m.head.out + lo; i < n * m.head.out + hi; i++)
         call->logits[i] = soften(call->logits[i], m.logit_cap);
@@ -462,7 +467,11 @@ struct Step {
   }
 
   void normalize_x(const Norm& norm, const Linear& next, int64_t format = 0) {
-    for (int64_t n = 0; n < N; n++) normalize(norm, call->x + n * m.embd, normed.plain.data() + n * m.embd);
+    for (int64_t n = 0; n < N; n++) {
+      float *x = call->x + n * m.embd, *y = normed.plain.data() + n * m.embd;
+      if (norm.kind) normalize(norm, x, y);
+      else std::copy(x, x + m.embd, y);
+    }
     if (next.format == 3 || format == 3) normed.order(N, m.embd);
   }
 
@@ -470,7 +479,7 @@ struct Step {
     for (int64_t n = 0; n < N; n++) {
       float *y = t.data() + n * m.embd, *x = call->x + n * m.embd;
       if (norm.kind) normalize(norm, y, y);
-      for (int64_t i = 0; i < m.embd; i++) x[i] += y[i];
+      for (int64_t i = 0; i < m.embd; i++) x[i] += float(m.residual) * y[i];
     }
   }
 

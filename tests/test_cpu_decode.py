@@ -28,6 +28,16 @@ BLOCKS = {  # what a block can be made of, in as few models as it takes
         "attn_bias": True, "attn_proj_bias": True, "mlp_bias": True, "rotary_percentage": 0.5,
     },
     "relu": {"activation": "relu", "n_query_groups": 1, "tie_embeddings": True, "attention_scores_scalar": 3},
+    "command r": {
+        "norm_class_name": "LayerNorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True,
+        "logit_multiplier": 0.25, "lm_head_bias": True, "positions": "rope,none",
+    },
+    "granite": {
+        "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logit_multiplier": 2.0, "positions": "rope,500",
+        "final_logit_softcapping": 3.0, "temperature_slope": 0.3, "temperature_length": 4,
+    },
+    "exaone": {"pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True, "norm_qk": True},
+    "olmo": {"norm_class_name": "LayerNorm", "norm_weight": False, "norm_bias": False},
     "longrope": {
         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0,
                          "original_max_position_embeddings": 16},
