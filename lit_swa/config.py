@@ -422,6 +422,7 @@ def check_values(config: Config) -> None:
         )
     check_positions(config)
     check_block(config)
+    check_experts(config)
     check_attention(config)
     check_rope_scaling(config)
 
@@ -450,6 +451,14 @@ def check_block(config: Config) -> None:
                 f"mlp_class_name={short(config.mlp_class_name)} does not fit: {short(name)} is none of "
                 f"{', '.join(MLPS)}."
             )
+    if config.shared_norm and not (config.parallel_residual and config.pre_norm):
+        raise ValueError("shared_norm needs parallel_residual and pre_norm: set them, or shared_norm to false.")
+    if not config.norm_weight and config.norm_class_name == "RMSNorm":
+        raise ValueError("norm_weight=False is a LayerNorm's: set norm_class_name to LayerNorm.")
+
+
+def check_experts(config: Config) -> None:
+    """A mixture of experts has its numbers, and nothing else has."""
     experts = config.n_expert, config.n_expert_per_token
     if ("MoE" in config.layer_mlps) != (None not in experts) or (None in experts and experts != (None, None)):
         raise ValueError(
@@ -459,10 +468,6 @@ def check_block(config: Config) -> None:
         raise ValueError(f"n_expert_per_token={config.n_expert_per_token} is more than n_expert={config.n_expert}.")
     if config.shared_expert_gate and config.shared_expert_size is None:
         raise ValueError("shared_expert_gate needs shared_expert_size: set it.")
-    if config.shared_norm and not (config.parallel_residual and config.pre_norm):
-        raise ValueError("shared_norm needs parallel_residual and pre_norm: set them, or shared_norm to false.")
-    if not config.norm_weight and config.norm_class_name == "RMSNorm":
-        raise ValueError("norm_weight=False is a LayerNorm's: set norm_class_name to LayerNorm.")
 
 
 def check_attention(config: Config) -> None:

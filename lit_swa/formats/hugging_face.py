@@ -319,10 +319,33 @@ def _joined(
     names: Names,
 ) -> LazyTensor:
     """One lit weight of the parts that it is made of. Raises ValueError for a shape that does not fit."""
+    qkv, of_heads = ".qkv." in name, bool(EACH_HEAD.search(name)) and len(shape) == 3
+    stacked = not qkv and len(parts) > 1
+    dtype = _checked(hf_name, parts, (shape[0], shape[2]) if of_heads else shape, stacked, where)
     H, G, D = config.n_head, config.n_query_groups, config.head_size
-    qkv, stacked = ".qkv." in name, ".qkv." not in name and len(parts) > 1
+    if qkv and len(parts) == 3 and [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
+        raise ValueError(f"{where} has other numbers of heads in layer weights such as {name} than in its config.json.")
+    if len(parts) == 1 and not qkv and not of_heads:
+        return parts[0]
+
+    def load() -> Tensor:
+        loaded = [part.load().to(dtype) for part in parts]
+        if stacked:
+            return torch.stack(loaded).view(shape)
+        if of_heads:
+            return in_our_order(loaded[0].flatten(), D, names).view(shape)
+        if len(loaded) == 3:
+            loaded[:2] = [in_our_order(x, D, names) for x in loaded[:2]]
+        return join_qkv(tuple(loaded), config)
+
+    return LazyTensor(shape, dtype, load)
+
+
+def _checked(
+    hf_name: str, parts: tuple[LazyTensor, ...], asked: tuple[int, ...], stacked: bool, where: object
+) -> torch.dtype:
+    """The widest dtype of the parts, whose shapes make the one that is asked for. Raises ValueError if they do not."""
     rows = len(parts) if stacked else sum(part.shape[0] if part.shape else 0 for part in parts)
-    asked = (shape[0], shape[2]) if EACH_HEAD.search(name) and len(shape) == 3 else shape
     dtype = parts[0].dtype
     for part in parts:
         if (rows, *part.shape[0 if stacked else 1 :]) != asked or not part.dtype.is_floating_point:
@@ -331,22 +354,7 @@ def _joined(
                 "that its config.json asks for."
             )
         dtype = torch.promote_types(dtype, part.dtype) if dtype != part.dtype else dtype
-    if len(parts) == 3 and qkv and [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
-        raise ValueError(f"{where} has other numbers of heads in layer weights such as {name} than in its config.json.")
-    if len(parts) == 1 and not qkv and asked == shape:
-        return parts[0]
-
-    def load() -> Tensor:
-        loaded = [part.load().to(dtype) for part in parts]
-        if stacked:
-            return torch.stack(loaded).view(shape)
-        if not qkv:  # a norm of each head
-            return in_our_order(loaded[0].flatten(), D, names).view(shape)
-        if names.neighbours:
-            loaded[:2] = [from_neighbours(x, D) for x in loaded[:2]]
-        return join_qkv(tuple(loaded), config)
-
-    return LazyTensor(shape, dtype, load)
+    return dtype
 
 
 def in_our_order(x: Tensor, size: int, names: Names) -> Tensor:
