@@ -35,11 +35,17 @@ class WholeNorm(nn.Module):
     def __init__(self, config: Config, heads: int) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(heads * config.head_size)), config.norm_eps
+        self.size, self.join = heads * config.head_size, None  # join: what sums over several ranks; see parallel.py
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.join is not None:  # x and the weight are those of a rank's heads
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            squares = self.join(wide.square().sum(dim=(-3, -1), keepdim=True))  # (..., 1, T, 1)
+            normed = wide * torch.rsqrt(squares / self.size + self.eps)
+            return (normed * self.weight.view(-1, 1, x.size(-1))).to(x.dtype)
         rows = x.transpose(-3, -2)  # (..., T, heads, D)
         normed = F.rms_norm(rows.flatten(-2), self.weight.shape, self.weight, self.eps)
         return normed.view(rows.shape).transpose(-3, -2)

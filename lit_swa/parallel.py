@@ -7,6 +7,7 @@ arXiv 1909.08053), and all of them compute every token together.
     mlp.proj             columns, summed in the same way
     experts              each one's rows and columns so; their weighted sum is summed over the ranks
     attn.gate, sinks     those of the rank's query heads; norms of each head, too
+    norms over heads     weights of the rank's heads; the ranks' squares are summed
     lm_head              rows of the vocabulary; each rank gets the logits of all
     wte, norms, RoPE     whole on each rank
 
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from lit_swa.config import Config
 from lit_swa.formats.files import LazyTensor, as_lazy
+from lit_swa.head_norms import WholeNorm
 from lit_swa.linear_formats import INJECTED
 from lit_swa.model import GPT
 from lit_swa.peer_memory import peer_exchange
@@ -198,6 +200,10 @@ def other_parts(config: Config, rank: Rank) -> dict[str, tuple[int, tuple[int, i
     parts = {"attn.mixer.sink_logits": (0, queries)} if config.sink_logits else {}
     if config.norm_qk and config.norm_qk_type == "each":
         parts |= {"attn.norm_q.weight": (0, queries), "attn.norm_k.weight": (0, keys)}
+    if config.norm_qk and config.norm_qk_type == "whole":
+        D = config.head_size
+        cut = {"q": (queries[0] * D, queries[1] * D), "k": (keys[0] * D, keys[1] * D)}
+        parts |= {f"attn.norm_{x}.weight": (0, rows) for x, rows in cut.items()}
     experts = {}
     if config.n_expert is not None:
         inside = inner_share(config.expert_size, rank)
@@ -214,8 +220,11 @@ def check_split(config: Config, rank: Rank) -> None:
     """Raises ValueError for more ranks than there are parts, and for what is not split."""
     if rank.size > 1 and "linear" in config.layer_variants:
         raise ValueError("Layers of linear attention are not split over processes: run the model in one.")
-    if rank.size > 1 and config.norm_qk and config.norm_qk_type == "whole":
-        raise ValueError("The model has a norm over all heads, which is not split over processes: run it in one.")
+    if rank.size > config.n_query_groups and config.norm_qk and config.norm_qk_type == "whole":
+        raise ValueError(
+            f"The model norms all of its {config.n_query_groups} key heads at once, and {rank.size} processes would "
+            f"have some of them twice: use at most {config.n_query_groups}."
+        )
     counts = {"query heads": config.n_head, "inner outputs of its MLP": config.intermediate_size}
     counts |= {"inner outputs of an expert": config.expert_size, "of the shared expert": config.shared_expert_size}
     for what, count in counts.items():
@@ -332,6 +341,9 @@ def connect(model: GPT, rank: Rank) -> None:
             module.proj = RowParallelLinear(module.proj, rank)
         if block.moe:
             connect_experts(block.mlp, rank)
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            if isinstance(norm, WholeNorm):
+                norm.join = functools.partial(sum_over_ranks, group=rank.group)
     part = named_parts(config, rank)["lm_head"]
     if config.tie_embeddings:  # the rows are those of wte, which is whole
         ((start, stop),) = part.ranges

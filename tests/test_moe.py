@@ -163,5 +163,5 @@ def test_what_knows_no_sink_logits_or_temperature_says_so(tiny_model):
             Config(**fields)
     with pytest.raises(ValueError, match="compares the experts over a whole text"):
         ExactChunks(tiny_model(**FIELDS, balancing_loss=0.1), 7)
-    with pytest.raises(ValueError, match="is not split over processes"):
-        split_model(tiny_model(**FEATURES["OLMo 2"]), Rank(0, 2))
+    with pytest.raises(ValueError, match="norms all of its 2 key heads at once"):
+        split_model(tiny_model(**FEATURES["OLMo 2"]), Rank(0, 3))

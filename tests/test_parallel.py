@@ -55,6 +55,9 @@ SHAPES = {
     "rolling": {"attention": "sliding", "sliding_window_size": 7, "rolling_kv_cache": True, "norm_qk": True},
     "streaming": {"attention": "streaming", "sliding_window_size": 7, "n_sink_tokens": 2},
     "dual chunk": {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12},
+    "OLMo 2: norms over all heads": {
+        "norm_qk": True, "norm_qk_type": "whole", "pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True,
+    },
     "gpt-oss: experts, sinks, biases": {"sink_logits": True, "lm_head_bias": True} | BIASES | EXPERTS,
     "AFMoE: a gate, norms of each head, a shared expert": {
         "attention_gate": True, "norm_qk": True, "norm_qk_type": "each", "shared_expert_size": 32,
