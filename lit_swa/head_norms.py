@@ -43,7 +43,7 @@ class WholeNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.join is not None:  # x and the weight are those of a rank's heads
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            squares = self.join(wide.square().sum(dim=(-3, -1), keepdim=True))  # (..., 1, T, 1)
+            squares = self.join(wide.square().sum(dim=-3, keepdim=True)).sum(dim=-1, keepdim=True)  # (..., 1, T, 1)
             normed = wide * torch.rsqrt(squares / self.size + self.eps)
             return (normed * self.weight.view(-1, 1, x.size(-1))).to(x.dtype)
         rows = x.transpose(-3, -2)  # (..., T, heads, D)
