@@ -115,6 +115,7 @@ def main(
             content["machine"] = describe_machine(device)
             for name in train_all(missing, training, window, out_dir, jobs):
                 row = {"method": name, "about": ROWS[name].about, "arguments": flags_of(name, window)}
+                row["command"] = shlex.join(["python", *command_of(name, training, window, out_dir)])
                 row |= measured(out_dir / directory_name(name))
                 row["bits_per_byte"] = measure(out_dir / directory_name(name), device, held_out, tokenizer, pieces)
                 done[name] = row
@@ -156,6 +157,13 @@ def flags_of(name: str, window: int) -> dict[str, Any]:
     return flags
 
 
+def command_of(name: str, training: dict[str, Any], window: int, out_dir: Path) -> list[str]:
+    """The script that makes this model, with its arguments."""
+    from lit_swa.runs import typed
+
+    return ["pretrain/base.py", *typed(training | {"out_dir": out_dir / directory_name(name)} | flags_of(name, window))]
+
+
 def directory_name(name: str) -> str:
     return name.replace(", ", "-").lower()
 
@@ -165,7 +173,7 @@ def train_all(names: list[str], training: dict[str, Any], window: int, out_dir: 
     import signal
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    from lit_swa.runs import Places, execute, typed
+    from lit_swa.runs import Places, execute
     from lit_swa.utils import interruptible
 
     failed: list[BaseException] = []
@@ -173,7 +181,7 @@ def train_all(names: list[str], training: dict[str, Any], window: int, out_dir: 
 
     def make(name: str) -> None:
         run = out_dir / directory_name(name)
-        command = ["pretrain/base.py", *typed(training | {"out_dir": run} | flags_of(name, window))]
+        command = command_of(name, training, window, out_dir)
         if failed or interrupted():
             raise failed[0] if failed else KeyboardInterrupt
         try:
@@ -197,14 +205,13 @@ def train_all(names: list[str], training: dict[str, Any], window: int, out_dir: 
 def measured(run: Path) -> dict[str, Any]:
     """What a run tells of itself."""
     from lit_swa.training.log import read_metrics
-    from lit_swa.training.saving import read_record
 
-    metrics, record = read_metrics(run), read_record(run)
+    metrics = read_metrics(run)
     seconds = [s for s in metrics["seconds"] if s == s]
     later = sorted(seconds[len(seconds) // 2 :])
     per_step = metrics["tokens"][-1] / len(seconds)
     return {
-        "command": record["command"], "tokens": int(metrics["tokens"][-1]), "seconds": sum(seconds),
+        "tokens": int(metrics["tokens"][-1]), "seconds": sum(seconds),
         "tok_s": per_step / later[len(later) // 2],
         "curve": [[int(step), bits] for step, bits in zip(metrics["step"], metrics["bits_per_byte"], strict=True)
                   if bits == bits],
