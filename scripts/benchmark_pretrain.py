@@ -50,7 +50,8 @@ def main(
     AdamW in float32, products in bfloat16. window is compiled with a sliding window in every layer. transformers is the
     same shape there, compiled as a whole, with SDPA, under autocast. The pure ones hold weights, gradients and moments
     in bfloat16 too, which is faster and learns worse. All use fused AdamW and clip gradients. The methods of one
-    precision alternate, and the median of `repeats` counts.
+    precision alternate, and the median of `repeats` counts. The loss is that of a method's first step; those of ours in
+    one precision train one model.
 
     Args:
         name: A named shape of the Llama family.
