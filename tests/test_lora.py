@@ -780,3 +780,21 @@ def test_damaged_and_missing_files_are_refused(trained, tmp_path, run_script):
     merge_fails("are not those that")
     edit(trained / "lit_adapter.json", base_checkpoint_dir=".", base_identity=None)
     merge_fails("is an adapter itself")
+
+
+@torch.no_grad()
+def test_peft_refuses_an_adapter_whose_layers_transformers_joins(tmp_path):
+    """Catches: half of an adapter in PEFT: o_proj has its name in Phi 3, and q, k and v are rows of one layer."""
+    torch.manual_seed(3)
+    reference = transformers.Phi3ForCausalLM(transformers.Phi3Config(**SHAPE, num_key_value_heads=2, pad_token_id=0))
+    randomize(reference.eval())
+    reference.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")  # not read here
+    convert_hf_checkpoint(tmp_path / "base")
+    model, config = with_lora(tmp_path / "base", targets=("q", "o", "mlp"))
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base", config)
+    again = load_model(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(tokens()), model(tokens()))
+    with pytest.raises(ValueError, match="joined in transformers: merge the adapter"):
+        peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")

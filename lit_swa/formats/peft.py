@@ -6,6 +6,7 @@ directories hold (adapter_files.py). Reading is in peft_load.py.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,20 @@ from torch import Tensor
 from lit_swa.config import Config
 from lit_swa.formats.adapter_files import describe_base, write_adapter
 from lit_swa.formats.directory import ADAPTER_FILE, CONFIG_FILE, PEFT_CONFIG, STEM
-from lit_swa.formats.files import as_lazy
+from lit_swa.formats.files import as_lazy, find_inside
+from lit_swa.formats.hf_config import find_architecture, language_model
+from lit_swa.formats.hf_names import names_of
 from lit_swa.formats.hugging_face import has_neighbours, hf_module_names, split_qkv, to_neighbours
+from lit_swa.formats.json_files import read_json
+from lit_swa.formats.reading import is_listed
 from lit_swa.linear_formats import ALL, dense_weight, is_linear
 from lit_swa.lora import LoRAConfig, extra_modules, lora_linears
 from lit_swa.model import GPT
 
 PEFT_STEM = "adapter_model"
+# What PEFT is told to adapt where transformers joins the layers: an expression that fits no name, so that PEFT refuses
+# the directory, and quotes it, instead of leaving these layers out.
+FOR_US = "(?!)This model's layers are joined in transformers: merge the adapter with scripts/merge_lora.py, and export."
 
 
 @dataclass
@@ -78,13 +86,26 @@ def save_adapter(model: GPT, directory: str | Path, base_dir: str | Path, lora: 
         for key, tensor in model.get_submodule(modules[name][0]).named_parameters(recurse=False):
             tensors[f"{stored}.{key}"] = tensor
     fields = asdict(lora) | {"targets": list(lora.targets), "extra_trainable": list(lora.extra_trainable)}
+    peft = peft_config_of(entries, modules, targets, lora, base_dir)
+    if joins_layers(base_dir, model.config):
+        peft["target_modules"] = FOR_US
     descriptions = {
         CONFIG_FILE: model.config.to_dict(),
-        PEFT_CONFIG: peft_config_of(entries, modules, targets, lora, base_dir),
+        PEFT_CONFIG: peft,
         ADAPTER_FILE: {"kind": "lora"} | describe_base(base_dir, directory) | {"lora": fields},
     }
     lazy = {f"base_model.model.{name}": as_lazy(tensor) for name, tensor in tensors.items()}
     write_adapter(directory, f"{PEFT_STEM}.safetensors", lazy, descriptions, base_dir)
+
+
+def joins_layers(base_dir: Path, config: Config) -> bool:
+    """True if transformers, which may load the base as it was downloaded, holds several of our layers there as one."""
+    if not is_listed(base_dir / "config.json"):
+        return False
+    with suppress(ValueError, OSError):
+        hf = read_json(find_inside(base_dir, "config.json"))
+        return bool(names_of(find_architecture(language_model(hf)), config).fused)
+    return False
 
 
 def lora_entries(model: GPT) -> dict[str, Weights]:
