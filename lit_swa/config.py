@@ -443,6 +443,12 @@ def check_positions(config: Config) -> None:
         raise ValueError("temperature_slope and temperature_length need each other: set both, or neither.")
 
 
+def require_beside(name: str, field: str) -> None:
+    """Raises ValueError where the file that a field needs was not copied with this one."""
+    if not Path(__file__).with_name(f"{name}.py").exists():
+        raise ValueError(f"{field} needs {name}.py beside config.py: copy it there, or leave the field as it was.")
+
+
 def check_block(config: Config) -> None:
     """What norms and MLPs there are fits together."""
     for name in dict.fromkeys(v.strip() for v in config.mlp_class_name.split(",")):
@@ -453,6 +459,8 @@ def check_block(config: Config) -> None:
             )
     if config.shared_norm and not (config.parallel_residual and config.pre_norm):
         raise ValueError("shared_norm needs parallel_residual and pre_norm: set them, or shared_norm to false.")
+    if config.norm_qk and config.norm_qk_type != "head":
+        require_beside("head_norms", f"norm_qk_type={config.norm_qk_type!r}")
     if not config.norm_weight and config.norm_class_name == "RMSNorm":
         raise ValueError("norm_weight=False is a LayerNorm's: set norm_class_name to LayerNorm.")
 
@@ -464,6 +472,8 @@ def check_experts(config: Config) -> None:
         raise ValueError(
             "Layers of MoE need n_expert and n_expert_per_token, and others have none: set both, or neither."
         )
+    if config.n_expert is not None:
+        require_beside("moe", "n_expert")
     if config.n_expert is not None and config.n_expert_per_token > config.n_expert:
         raise ValueError(f"n_expert_per_token={config.n_expert_per_token} is more than n_expert={config.n_expert}.")
     if config.shared_expert_gate and config.shared_expert_size is None:
@@ -484,8 +494,8 @@ def check_attention(config: Config) -> None:
                 raise ValueError(f"attention={config.attention!r} needs {name}: set it.")
         if row.check is not None:
             row.check(config)
-    if config.s2_attention and not Path(__file__).with_name("s2.py").exists():
-        raise ValueError("s2_attention needs s2.py beside config.py: copy it there, or set s2_attention to false.")
+    if config.s2_attention:
+        require_beside("s2", "s2_attention")
     if config.sink_logits and config.s2_attention:
         raise ValueError("s2_attention groups know no learned sink logits: set s2_attention to false.")
     if config.s2_attention and not all(row.groups for row in rows):

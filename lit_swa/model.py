@@ -1,8 +1,9 @@
-"""A GPT with every attention variant of the project in one file: read it from the top, change it in place.
+"""A GPT with its attention variants and caches in one file: read it from the top, change it in place.
 
 GPT -> Block -> CausalSelfAttention -> VARIANTS (who sees whom) -> mixers -> plain attention -> KV caches -> MLP, norms.
 Beside it, config.py holds the fields and their checks, rope.py the rotary embedding: copied into another project, these
-three files work. linear.py adds a variant. fast_attention.py only saves time, and what is computed never needs it.
+three files work. linear.py, chunked.py, s2.py, moe.py and head_norms.py add what fewer models need. fast_attention.py
+only saves time, and what is computed never needs it.
 
 Notation, used in every shape comment:
     B  batch                    C  n_embd            S  sliding_window_size

@@ -7,6 +7,7 @@ import torch
 
 from lit_swa import GPT, Config, cpu_decode, moe
 from lit_swa.adapter import AdapterConfig, add_adapter
+from lit_swa.config import require_beside
 from lit_swa.exact_chunks import ExactChunks
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, split_model
@@ -165,3 +166,9 @@ def test_what_knows_no_sink_logits_or_temperature_says_so(tiny_model):
         ExactChunks(tiny_model(**FIELDS, balancing_loss=0.1), 7)
     with pytest.raises(ValueError, match="norms all of its 2 key heads at once"):
         split_model(tiny_model(**FEATURES["OLMo 2"]), Rank(0, 3))
+
+
+def test_a_field_whose_file_was_not_copied_is_refused():
+    """Catches: an AttributeError of None, where someone took model.py, config.py and rope.py alone."""
+    with pytest.raises(ValueError, match="n_expert needs nothing.py beside config.py"):
+        require_beside("nothing", "n_expert")
