@@ -360,6 +360,7 @@ class ExactChunks(nn.Module):
         span = span._replace(dtype=model.transformer.wte.weight.dtype)
         pos, plans = torch.arange(first, first + T, device=idx.device)[None], {}
         for attn, border in zip(model.layers, borders, strict=True):
+            attn._modules.pop("kv_cache", None)  # the place of a cache that there was: a border is no module
             attn.kv_cache = border
             if attn.mixer.kind not in plans:
                 plans[attn.mixer.kind] = attn.mixer.plan(pos, span, border, model.rope)

@@ -81,6 +81,17 @@ def test_what_waits_on_the_cpu_and_what_accumulates():
     assert loss.item() > 0
 
 
+def test_a_model_that_has_generated_goes_on_to_train():
+    """Catches: a cache's place that takes modules only, once a sample was written between two steps."""
+    model, (idx, targets) = build(**CASES["window"]), text()
+    expected = ExactChunks(model, 16)(idx, targets)
+    model.set_kv_cache(2, T)
+    model.clear_kv_cache()
+    assert torch.equal(ExactChunks(model, 16)(idx, targets), expected)
+    model.set_kv_cache(2, T)
+    assert len(model.caches) == len(model.layers)
+
+
 def test_dropout_draws_the_same_numbers_again(monkeypatch):
     """Catches: keys of one mask in the forward and of another in the backward."""
     model = build(**CASES["window"])
