@@ -1,0 +1,289 @@
+"""RULER's tasks, for several ways to read long texts: python scripts/evaluate_ruler.py --data book.txt."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+from lit_swa.methods import Method, Setup, choose_methods
+
+
+def main(
+    data: list[Path] | Path,
+    checkpoint_dir: Path | None = None,
+    methods: list[str] | None = None,
+    custom: dict[str, dict[str, Any]] | None = None,
+    lengths: list[int] | None = None,
+    tasks: list[str] | None = None,
+    samples: int = 10,
+    qa: Path | None = None,
+    trained_length: int | None = None,
+    window: int | None = None,
+    n_sink_tokens: int = 4,
+    dual_chunk_size: int | None = None,
+    dual_chunk_local: int | None = None,
+    use_chat_template: bool = False,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 1234,
+    output: Path = Path("out/evaluate_ruler.json"),
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Ask RULER's questions with several methods and lengths; print tables, write a JSON and a heat map.
+
+    Every method is asked the same questions, which are made of the texts given; nothing is fetched. A method that
+    cannot read a length says why, and so does a task that a length has no room for. An interrupted run goes on where
+    it stopped when it is started again with the same arguments.
+
+    Args:
+        data: A .txt file (UTF-8), a list or a directory of such files: books to hide needles in and take words from.
+        checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
+        methods: Some of rope, linear, ntk, dynamic, yarn, sliding, streaming and dual_chunk. By default rope, yarn,
+            sliding, streaming and dual_chunk.
+        custom: More methods, as names and fields of the config, such as '{"base 1e6": {"rope_base": 1e6}}'.
+        lengths: Tokens of a prompt and the room for its answer. By default a half, one and two times the trained
+            length.
+        tasks: Some of niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe and
+            qa. By default all, qa only with --qa.
+        samples: Questions of each task at each length.
+        qa: A JSONL file of questions with their documents: {"question": ..., "answer": ..., "context": ...}.
+        trained_length: The length that the model was trained for. By default the block_size of the checkpoint.
+        window: The sliding_window_size of sliding and streaming. By default half of the trained length.
+        n_sink_tokens: How many first tokens streaming keeps.
+        dual_chunk_size: Tokens in a chunk of dual_chunk. By default what the model derives from the trained length.
+        dual_chunk_local: The distance up to which dual_chunk keeps distances exact. By default what the model
+            derives from the trained length.
+        use_chat_template: Ask within the model's chat template, which instruct models expect.
+        batch_size: Questions that are answered at once. By default as many as the memory holds and as are of use.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        seed: The same seed gives the same questions.
+        output: The JSON file for the results; the picture goes next to it, as .png.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), for all methods.
+    """
+    import hashlib
+
+    from lit_swa import evaluate
+    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.formats.download import find_checkpoint
+    from lit_swa.plots import check_output, draw_results
+    from lit_swa.utils import pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    check_dtype(dtype, device)
+    books, tasks = find_books(data), choose_tasks(tasks, qa)
+    evaluate.check_at_least(samples=(samples, 1), batch_size=(batch_size or 1, 1))
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
+    check_checkpoint_dir(checkpoint_dir)
+    config = load_config(checkpoint_dir).override(**model or {})
+    trained = config.block_size if trained_length is None else trained_length
+    lengths = sorted(set([trained // 2, trained, 2 * trained] if lengths is None else lengths))
+    window = max(1, trained // 2) if window is None else window
+    evaluate.check_at_least(trained_length=(trained, 1), window=(window, 1), lengths=(min(lengths, default=0), 1))
+    check_output(output)
+    setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
+    chosen = choose_methods(list(USUAL) if methods is None else methods, custom or {})
+    arguments = {
+        "checkpoint_dir": checkpoint_dir, "data": data, "methods": list(chosen), "custom": custom, "lengths": lengths,
+        "tasks": tasks, "samples": samples, "use_chat_template": use_chat_template, "batch_size": batch_size,
+        "device": device, "dtype": dtype, "seed": seed, "model": model, **setup._asdict(),
+        "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in [*books, *([qa] if qa else [])]},
+        "weights": evaluate.weights_identity(checkpoint_dir),
+    }  # fmt: skip
+    with evaluate.Results(output, arguments) as results:
+        finished = results.finished
+        if finished is None:
+            finished = run(results, chosen, setup, books, qa)
+        else:
+            print(f"{output} holds the results of these arguments already", file=sys.stderr)
+        report(finished)
+        draw_results(output, lambda plt: draw(plt, finished))
+
+
+USUAL = ("rope", "yarn", "sliding", "streaming", "dual_chunk")
+
+
+def find_books(data: list[Path] | Path) -> list[Path]:
+    from lit_swa.evaluate import find_data
+
+    books = find_data(data)
+    if books[0].suffix == ".bin":
+        raise ValueError(f"{books[0]} holds token ids, and needles are hidden in texts: give .txt files.")
+    return books
+
+
+def choose_tasks(names: list[str] | None, qa: Path | None) -> list[str]:
+    from lit_swa.ruler import TASKS
+
+    names = [name for name in TASKS if name != "qa" or qa] if names is None else list(dict.fromkeys(names))
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"There is no task {unknown[0]!r}: choose from {', '.join(TASKS)}.")
+    if ("qa" in names) != (qa is not None):
+        raise ValueError("The task qa and a file of its questions go together: give both --tasks '[qa]' and --qa FILE.")
+    if not names:
+        raise ValueError("tasks is empty: give at least one.")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------- the answers
+
+
+def run(results, methods: dict[str, Method], setup: Setup, books: list[Path], qa: Path | None) -> dict[str, Any]:
+    """Every method at every length, the short ones first; writes the results."""
+    import shlex
+
+    from lit_swa.checkpoint import load_model
+    from lit_swa.command_line import shorten
+    from lit_swa.formats.checkpoint import tokenizer_dir
+    from lit_swa.formats.tokenizer import Tokenizer
+    from lit_swa.ruler import read_material
+    from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
+
+    a, material = results.arguments, read_material(books, qa)
+    results.save()  # a disk that is full or read-only shows now and not after hours
+    tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
+    if a["use_chat_template"] and not tokenizer.has_chat_template:
+        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
+    gpt = load_model(a["checkpoint_dir"], a["dtype"], a["device"], **a["model"] or {})
+    line = ProgressLine(len(methods) * len(a["lengths"]) * len(a["tasks"]) * a["samples"], "questions",
+                        done=len(results.parts))  # fmt: skip
+    rows, errors = [], {}
+    with interruptible() as interrupted:
+        for length in a["lengths"]:
+            asked, failed = make_all(length, tokenizer, material, a)
+            for name, method in methods.items():
+                fields = method(length, setup)
+                try:
+                    answer_all(results, f"{name} {length}", gpt, fields, asked, tokenizer, line, interrupted)
+                except ValueError as error:
+                    errors[f"{name} at {length}"] = shorten(str(error))
+                rows += [row_of(results.parts, name, length, task, a["samples"], fields) for task in a["tasks"]]
+            errors |= failed
+    if not results.parts:
+        raise ValueError(f"No question can be asked. {' '.join(errors.values())}")
+    result = {
+        "command": "python " + shlex.join(sys.argv), "machine": describe_machine(a["device"]),
+        "peak_memory": memory_in_use(), "rows": rows, "errors": errors, "samples": results.parts,
+    }  # fmt: skip
+    results.finish(result)
+    return {"arguments": a} | result
+
+
+def make_all(length: int, tokenizer, material, a: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(task and number -> the sample, task and length -> why there is none)"""
+    from lit_swa.ruler import make_sample
+
+    asked, failed = {}, {}
+    for task in a["tasks"]:
+        try:
+            for number in range(a["samples"]):
+                sample = make_sample(task, length, number, tokenizer, material, a["seed"], a["use_chat_template"])
+                asked[f"{task} {number}"] = sample
+        except ValueError as error:
+            failed[f"{task} at {length}"] = str(error)
+    return asked, failed
+
+
+def answer_all(results, prefix: str, gpt, fields: dict[str, Any], asked, tokenizer, line, interrupted) -> None:
+    """Ask what results.parts has no answer to yet. Raises ValueError where the model cannot read it."""
+    from lit_swa.batches import Batch, Request
+    from lit_swa.evaluate import with_fields
+    from lit_swa.linear_formats import pack_for_cpu
+    from lit_swa.ruler import TASKS
+
+    keys = [key for key in asked if f"{prefix} {key}" not in results.parts]
+    if not keys:
+        return
+    changed = with_fields(gpt, **fields)
+    pack_for_cpu(changed)
+    requests = [Request(asked[key].ids, TASKS[key.split()[0]].room) for key in keys]
+    batch = Batch(changed, requests, batch_size=results.arguments["batch_size"], tokenizer=tokenizer,
+                  stop_tokens=tokenizer.eos_ids)  # fmt: skip
+    for i, answer in batch.run(interrupted):
+        sample, task = asked[keys[i]], TASKS[keys[i].split()[0]]
+        part = {"score": task.score(answer.text, sample.answers), "text": answer.text, "answers": sample.answers}
+        results.add(f"{prefix} {keys[i]}", part | {"prompt_tokens": len(sample.ids)})
+        line.show(len(results.parts), prefix, tokens=0)
+    if interrupted():
+        results.save()
+        print("what is answered is kept: the same command goes on", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
+def row_of(parts: dict[str, Any], method: str, length: int, task: str, samples: int, fields: dict) -> dict[str, Any]:
+    """The score in per cent of a task; None where it was not asked."""
+    found = [parts.get(f"{method} {length} {task} {number}") for number in range(samples)]
+    score = None if None in found else 100 * sum(part["score"] for part in found) / samples
+    return {"method": method, "length": length, "task": task, "score": score, "fields": fields}
+
+
+# ----------------------------------------------------------------------------------------------------------- the answer
+
+
+def report(result: dict[str, Any]) -> None:
+    """The tables on stdout: methods and lengths, and the tasks of each."""
+    print("\n".join(table(result["rows"])))
+    for what, why in result["errors"].items():
+        print(f"\n{what}: {why}")
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: a row for each method and length, a column for each task, and their mean."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = ["| method | tokens | " + " | ".join(tasks) + " | mean |", "| --- | ---: |" + " ---: |" * (len(tasks) + 1)]
+    for (method, length), scores in by_method(rows).items():
+        cells = ["\u2013" if score is None else f"{score:.0f}" for score in scores.values()]
+        lines.append(f"| {method} | {length} | " + " | ".join(cells) + f" | {mean(scores)} |")
+    return lines
+
+
+def by_method(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float | None]]:
+    """(method, length) -> task -> score, the methods one after the other."""
+    order = list(dict.fromkeys(row["method"] for row in rows))
+    found: dict[tuple[str, int], dict[str, float | None]] = {}
+    for row in sorted(rows, key=lambda row: (order.index(row["method"]), row["length"])):
+        found.setdefault((row["method"], row["length"]), {})[row["task"]] = row["score"]
+    return found
+
+
+def mean(scores: dict[str, float | None]) -> str:
+    """Of the tasks that were asked."""
+    known = [score for score in scores.values() if score is not None]
+    return f"{sum(known) / len(known):.1f}" if known else "\u2013"
+
+
+def draw(plt, result: dict[str, Any]):
+    """A heat map: tasks over lengths, the methods side by side."""
+    from lit_swa.plots import model_of, names_of, set_title, short_count
+
+    a, cells = result["arguments"], by_method(result["rows"])
+    tasks, methods = a["tasks"], a["methods"]
+    size = (2.6 + len(methods) * (0.5 + 0.6 * len(a["lengths"])), 2.2 + 0.34 * len(tasks))
+    figure, axes = plt.subplots(1, len(methods), figsize=(max(6.5, size[0]), size[1]), layout="constrained",
+                                sharey=True, squeeze=False)  # fmt: skip
+    for axis, method in zip(axes[0], methods, strict=True):
+        columns = [cells[method, length] for length in a["lengths"]]
+        grid = [[float("nan") if column[task] is None else column[task] for column in columns] for task in tasks]
+        axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for i, row in enumerate(grid):
+            for j, score in enumerate(row):
+                text, colour = (
+                    ("\u2013", "black") if score != score else (f"{score:.0f}", "black" if score > 50 else "white")
+                )
+                axis.text(j, i, text, ha="center", va="center", color=colour)
+        axis.set_xticks(range(len(a["lengths"])), map(short_count, a["lengths"]))
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set(title=f"method {method}", xlabel="tokens")
+        axis.title.set_size(10)
+    number = f"questions of each task and length: {a['samples']}"
+    set_title(figure, f"{model_of(a)}: RULER in {names_of(a['data'])}", f"score in % (higher is better), {number}")
+    return figure
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
