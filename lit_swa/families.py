@@ -137,11 +137,20 @@ GPT_OSS = BIASES | {
 MISTRAL = LLAMA | {"vocab_size": 32000, "block_size": 32768}
 NEMO = LLAMA | {"vocab_size": 131072, "head_size": 128}
 PHI3_LONG = {"vocab_size": 32064, "norm_eps": 1e-5}
+FALCON3 = {"norm_eps": 1e-6, "vocab_size": 131072, "rope_base": 1000042.0, "block_size": 32768, "head_size": 256}
+SALAMANDRA = {"norm_eps": 1e-6, "vocab_size": 256000, "block_size": 8192}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": SMOLLM2 | {"rope_base": 1e5} | shape(30, 576, 9, 3, 1536),
     "SmolLM2-360M": SMOLLM2 | {"rope_base": 1e5} | shape(32, 960, 15, 5, 2560),
     "SmolLM2-1.7B": SMOLLM2 | {"rope_base": 1.3e5} | shape(24, 2048, 32, 32, 8192),
+    "Falcon3-1B-Base": FALCON3 | {"block_size": 4096} | shape(18, 2048, 8, 4, 8192),
+    "Falcon3-3B-Base": FALCON3 | shape(22, 3072, 12, 4, 9216),
+    "Falcon3-7B-Base": FALCON3 | shape(28, 3072, 12, 4, 23040),
+    "Falcon3-10B-Base": FALCON3 | shape(40, 3072, 12, 4, 23040),
+    "MicroLlama": LLAMA2 | {"block_size": 2048} | shape(12, 1024, 16, 4, 5632),
+    "salamandra-2b": SALAMANDRA | {"norm_eps": 1e-5} | shape(24, 2048, 16, 16, 5440),
+    "salamandra-7b": SALAMANDRA | shape(32, 4096, 32, 8, 11008),
     "SmolLM3-3B": SMOLLM3 | shape(36, 2048, 16, 4, 11008),
     "TinyLlama-1.1B": LLAMA2 | {"block_size": 2048} | shape(22, 2048, 32, 4, 5632),
     "open_llama_3b": LLAMA1 | shape(26, 3200, 32, 32, 8640),
@@ -176,6 +185,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Mistral-7B-v0.1": MISTRAL | WINDOW_4096 | shape(32, 4096, 32, 8, 14336),
     "Mistral-7B-v0.2": MISTRAL | {"rope_base": 1e6} | shape(32, 4096, 32, 8, 14336),
     "Mistral-7B-v0.3": MISTRAL | {"vocab_size": 32768, "rope_base": 1e6} | shape(32, 4096, 32, 8, 14336),
+    "Mistral-Large-Instruct-2407": MISTRAL | {"vocab_size": 32768, "rope_base": 1e6} | shape(88, 12288, 96, 8, 28672),
     "Mistral-Nemo-12B": NEMO | {"rope_base": 1e6, "block_size": 131072} | shape(40, 5120, 32, 8, 14336),
     "Mistral-Small-24B": NEMO | {"rope_base": 1e8, "block_size": 32768} | shape(40, 5120, 32, 8, 32768),
     "Mixtral-8x7B-v0.1": MISTRAL | {"rope_base": 1e6} | experts(8, 2, 14336) | shape(32, 4096, 32, 8, 14336),
@@ -221,7 +231,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma-3-4b": GEMMA3_LARGE | shape(34, 2560, 8, 4, 10240),
     "gemma-3-12b": GEMMA3_LARGE | shape(48, 3840, 16, 8, 15360),
     "gemma-3-27b": GEMMA3_LARGE | {"head_size": 128, "attention_scores_scalar": 168} | shape(62, 5376, 32, 16, 21504),
-    "pythia-14m": PYTHIA | shape(6, 128, 4, 4, 512),
+    "pythia-14m": PYTHIA | {"block_size": 512} | shape(6, 128, 4, 4, 512),
+    "pythia-31m": PYTHIA | {"block_size": 1024} | shape(6, 256, 8, 8, 1024),
     "pythia-70m": PYTHIA | shape(6, 512, 8, 8, 2048),
     "pythia-160m": PYTHIA | shape(12, 768, 12, 12, 3072),
     "pythia-410m": PYTHIA | shape(24, 1024, 16, 16, 4096),
@@ -322,6 +333,7 @@ QWEN_1M = {
     "dual_chunk_size": 253952, "dual_chunk_local": 8192, "dual_chunk_temperature_slope": 0.1,
     "dual_chunk_temperature_power": 2.0,
 }  # fmt: skip
+QWEN25 = ("0.5", "1.5", "3", "7", "14", "32", "72")
 # Other names of the same shapes: finetuned models, and the names of lit-gpt. A field that differs stands behind.
 SAME: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"Llama-2-{size}-{kind}": (f"Llama-2-{size}", {})
@@ -374,6 +386,37 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-llama-1.1b": ("TinyLlama-1.1B", {}),
     "tiny-llama-1.1b-chat": ("TinyLlama-1.1B", {}),
     "Llama-3.3-70B": ("Llama-3.1-70B", {}),
+    **{f"{name}-Instruct": (name, {}) for name in (
+        "Meta-Llama-3-8B", "Meta-Llama-3-70B", "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B", "Llama-3.2-1B",
+        "Llama-3.2-3B", "SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B", *(f"Qwen2.5-{n}B" for n in QWEN25))},
+    **{f"Llama-3-{size}{kind}": (f"Meta-Llama-3-{size}", {}) for size in ("8B", "70B") for kind in ("", "-Instruct")},
+    "Llama-3.3-70B-Instruct": ("Llama-3.1-70B", {}),
+    "Llama-3.1-Nemotron-70B-Instruct-HF": ("Llama-3.1-70B", {}),
+    "DeepSeek-R1-Distill-Llama-8B": ("Llama-3.1-8B", {}),
+    "DeepSeek-R1-Distill-Llama-70B": ("Llama-3.1-70B", {}),
+    **{f"OLMo-{name}-hf": (f"OLMo-{size}", {}) for name, size in (("1B", "1B"), ("7B", "7B"), ("7B-Instruct", "7B"))},
+    **{f"OLMo-2-1124-{size}{kind}": (f"OLMo-2-{size}", {})
+       for size in ("7B", "13B") for kind in ("", "-SFT", "-DPO", "-Instruct")},
+    **{f"gemma-2-{size}-it": (f"gemma-2-{size}", {}) for size in ("2b", "9b", "27b")},
+    **{f"gemma-3-{size}-it": (f"gemma-3-{size}", {}) for size in ("1b", "4b", "12b", "27b")},
+    **{f"Falcon3-{size}-Instruct": (f"Falcon3-{size}-Base", {}) for size in ("1B", "3B", "7B", "10B")},
+    **{f"salamandra-{size}-instruct": (f"salamandra-{size}", {}) for size in ("2b", "7b")},
+    "Phi-3-mini-4k-instruct": ("Phi-3-mini-4k", {}),
+    "Phi-4-reasoning": ("phi-4", {"rope_base": 5e5, "block_size": 32768}),
+    "Phi-4-reasoning-plus": ("phi-4", {"rope_base": 5e5, "block_size": 32768}),
+    "mathstral-7B-v0.1": ("Mistral-7B-v0.3", {}),
+    "Mistral-Large-Instruct-2411": ("Mistral-Large-Instruct-2407", {}),
+    "Mixtral-8x22B-Instruct-v0.1": ("Mixtral-8x22B-v0.1", {"vocab_size": 32768}),
+    **{f"Qwen2.5-Coder-{n}B{kind}": (f"Qwen2.5-{n}B", {}) for n in QWEN25[:-1] for kind in ("", "-Instruct")},
+    **{f"Qwen2.5-Math-{n}B{kind}": (f"Qwen2.5-{n}B", {"rope_base": 1e4, "block_size": 4096})
+       for n in ("1.5", "7", "72") for kind in ("", "-Instruct")},
+    "QwQ-32B": ("Qwen2.5-32B", {"block_size": 131072}),
+    "QwQ-32B-Preview": ("Qwen2.5-32B", {}),
+    **{f"Qwen3-{size}B-Base": (f"Qwen3-{size}B", {"block_size": 32768}) for size in ("0.6", "1.7", "4", "8", "14")},
+    "Qwen3-30B-A3B-Base": ("Qwen3-30B-A3B", {"block_size": 32768}),
+    **{f"{name}-{kind}-2507": (name, {"rope_base": base, "block_size": 262144})
+       for name, base in (("Qwen3-4B", 5e6), ("Qwen3-30B-A3B", 1e7), ("Qwen3-235B-A22B", 5e6))
+       for kind in ("Instruct", "Thinking")},
     "Qwen2.5-7B-Instruct-1M": ("Qwen2.5-7B", QWEN_1M | {"norm_eps": 1e-5}),
     "Qwen2.5-14B-Instruct-1M": ("Qwen2.5-14B", QWEN_1M),
 }  # fmt: skip

@@ -58,7 +58,8 @@ PARAMETERS = {  # as the released checkpoints hold them, tied weights once, and 
     "Qwen3-30B-A3B": 30_532_122_624, "Qwen3-235B-A22B": 235_093_634_560, "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896, "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984,
     "gemma-2-27b": 27_227_128_320, "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
-    "pythia-14m": 14_067_712, "pythia-70m": 70_426_624, "pythia-160m": 162_322_944, "pythia-410m": 405_334_016,
+    "pythia-14m": 14_067_712, "pythia-31m": 30_494_720, "pythia-70m": 70_426_624, "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
     "pythia-1b": 1_011_781_632, "pythia-1.4b": 1_414_647_808, "pythia-2.8b": 2_775_208_960,
     "pythia-6.9b": 6_857_302_016, "pythia-12b": 11_846_072_320, "stablelm-3b-4e1t": 2_795_443_200,
     "stable-code-3b": 2_795_443_200, "stablelm-2-1_6b": 1_644_515_328, "falcon-7b": 6_921_720_704,
@@ -75,6 +76,8 @@ SIZES = {  # in billions, as papers and model cards round them, of shapes withou
     "RedPajama-INCITE-3B": 2.8, "RedPajama-INCITE-7B": 6.9, "stablelm-base-alpha-3b": 3.64,
     "stablelm-base-alpha-7b": 7.87, "stablelm-2-12b": 12.1, "falcon-40b": 41, "falcon-180B": 180, "Olmo-3-7B": 7.3,
     "Olmo-3-32B": 32, "c4ai-command-r7b-12-2024": 8, "c4ai-command-a-03-2025": 111, "EXAONE-4.0-1.2B": 1.28,
+    "Falcon3-1B-Base": 1.67, "Falcon3-3B-Base": 3.23, "Falcon3-7B-Base": 7.46, "Falcon3-10B-Base": 10.3,
+    "salamandra-2b": 2.253, "salamandra-7b": 7.768, "Mistral-Large-Instruct-2407": 123, "MicroLlama": 0.304,
 }  # fmt: skip
 
 
