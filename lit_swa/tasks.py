@@ -115,14 +115,14 @@ class Reader:
         return self.tokenizer.encode(text, bos=False if begun else None)
 
     def encode_pair(self, context: str, continuation: str) -> Row:
-        """White space at the end of the context goes to the continuation, whose tokens are those that follow the
-        context's number of tokens in the whole text."""
+        """White space at the end of the context goes to the continuation, whose tokens are those of the whole text
+        from the context's number of tokens on. In front of them stand the context's own, also where a word is cut."""
         if not context:
             ids = self.tokenizer.encode(continuation, bos=False)
             return Row(ids, len(ids) - 1) if ids[:1] == [self.prefix] else Row([self.prefix, *ids], len(ids))
-        whole = self.encode(context + continuation)
-        n = len(whole) - len(self.encode(context.rstrip() or context))
-        return Row(whole if n < len(whole) else [self.prefix, *whole], n)
+        before = self.encode(context.rstrip() or context)
+        behind = self.encode(context + continuation)[len(before) :]
+        return Row((before or [self.prefix]) + behind, len(behind))
 
     def windows(self, ids: list[int]) -> Iterator[Row]:
         """Each token once, with as many before it as the context allows; the first follows the prefix."""

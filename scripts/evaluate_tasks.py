@@ -70,10 +70,10 @@ def main(
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     arguments = {
-        "checkpoint_dir": checkpoint_dir, "tasks": list(chosen), "files": hashes(task_file), "num_fewshot": num_fewshot,
-        "limit": limit, "batch_size": batch_size, "max_length": max_length, "use_chat_template": use_chat_template,
-        "device": device, "dtype": dtype, "quantize": quantize, "seed": seed, "model": model or {},
-        "weights": evaluate.weights_identity(checkpoint_dir),
+        "checkpoint_dir": checkpoint_dir, "tasks": list(chosen), "files": hashes(task_file, include_path),
+        "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size, "max_length": max_length,
+        "use_chat_template": use_chat_template, "device": device, "dtype": dtype, "quantize": quantize, "seed": seed,
+        "model": model or {}, "weights": evaluate.weights_identity(checkpoint_dir),
     }  # fmt: skip
     torch.manual_seed(seed)
     with evaluate.Results(output, arguments) as results:
@@ -97,11 +97,12 @@ def as_list(paths: list[Path] | Path | None) -> list[Path]:
     return paths if isinstance(paths, list) else [] if paths is None else [paths]
 
 
-def hashes(task_file: list[Path] | Path | None) -> dict[str, str]:
-    """What the files hold, so that a changed one is asked anew."""
+def hashes(task_file: list[Path] | Path | None, include_path: Path | None) -> dict[str, str]:
+    """What the files hold that describe tasks, so that a changed one is asked anew."""
     import hashlib
 
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in as_list(task_file)}
+    described = sorted(include_path.rglob("*.yaml")) if include_path else []
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in [*as_list(task_file), *described]}
 
 
 def choose_tasks(tasks: list[str] | None, task_file: list[Path] | Path | None) -> dict[str, Any]:
