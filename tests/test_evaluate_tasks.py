@@ -48,14 +48,23 @@ def score_alone(model, ids: list[int], n: int) -> tuple[float, bool]:
     return logp, logits.argmax(-1).tolist() == ids[-n:]
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, WINDOW, {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}}]
-)
+DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}}
+FIELDS = [
+    {},
+    WINDOW,
+    DYNAMIC,
+    {"attention": "streaming", "sliding_window_size": 4, "n_sink_tokens": 2},
+    {"attention": "dual_chunk", "dual_chunk_pretraining_length": 12},
+    {"attention": "linear", "linear_window": 3},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("chunk_size", [0, 7])
-def test_each_text_scores_as_it_does_alone(tiny_checkpoint, tokenizer, monkeypatch, fields, chunk_size):
+def test_each_text_scores_as_it_does_alone(tiny_model, tokenizer, monkeypatch, fields, chunk_size):
     """Catches: padding that counts, a row's score given to another one, a first token left out, caches that mix rows, a
     length that a neighbour sets."""
-    model, chance = load_model(tiny_checkpoint, **fields), random.Random(1)
+    model, chance = tiny_model(vocab_size=320, **fields), random.Random(1)
     rows = [
         Row([chance.randrange(320) for _ in range(chance.choice([4, 9, 30]))], chance.randint(1, 3)) for _ in range(9)
     ]
