@@ -1,4 +1,4 @@
-"""The config.json of released models, typed by hand and not compared with a download, without files, tokens, versions."""
+"""The config.json of released models, typed by hand and not compared with a download; without files and tokens."""
 
 COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
