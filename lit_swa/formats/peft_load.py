@@ -145,18 +145,29 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
     if "transformer.wte.weight" in adapter.trained and "lm_head" in extra_modules(model, ("embed",)):
         adapter.trained |= {"lm_head.weight"} & set(adapter.saved)  # also where it is a LoRA's base
     adapter.untie = unties(adapter, model, has_own_embedding(peft, modules) and not also_saved)
-    neighbours = has_neighbours(model.config)
     for hf_name, found in lora.items():
-        name, n, n_parts = modules[hf_name]
         weights = read_weights(hf_name, found, peft, config, file)
-        if neighbours and n_parts == 3 and n < 2 and len(weights.B) % model.config.head_size == 0:
-            weights = reordered(weights, model.config.head_size, from_neighbours)
-        part = ALL if not name.endswith(".attn.qkv") else "qkv"[n] if n_parts == 3 else FUSED
+        name, part, weights = placed(weights, *modules[hf_name], model)
         check_part(hf_name, name, part, weights, adapter, model, file)
         adapter.parts += [(name, part, weights)] if part != FUSED else split_fused(name, weights, directory, model)
     check_rows(adapter, model, file)
-    adapter.config = replace(
-        config,
+    adapter.config = with_targets(adapter)
+    return adapter
+
+
+def placed(weights: Weights, name: str, n: int, n_parts: int, model: GPT) -> tuple[str, str, Weights]:
+    """(our layer, the part of its rows, the weights with rows in our order), of the n-th of so many layers of Hugging
+    Face's that are one of ours."""
+    rotated = has_neighbours(model.config) and n_parts == 3 and n < 2  # queries or keys
+    if rotated and len(weights.B) % model.config.head_size == 0:
+        weights = reordered(weights, model.config.head_size, from_neighbours)
+    return name, ALL if not name.endswith(".attn.qkv") else "qkv"[n] if n_parts == 3 else FUSED, weights
+
+
+def with_targets(adapter: Adapter) -> LoRAConfig:
+    """The adapter's config, with the targets and extra weights that it holds."""
+    return replace(
+        adapter.config,
         targets=tuple(t for t in TARGETS if any(matches(t, name, part) for name, part, _ in adapter.parts)),
         extra_trainable=tuple(
             kind
@@ -164,7 +175,6 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
             if any(re.search(modules, name) for name in adapter.trained)
         ),
     )
-    return adapter
 
 
 def matches(target: str, name: str, part: str) -> bool:
