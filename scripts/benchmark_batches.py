@@ -86,19 +86,14 @@ def load(checkpoint_dir: Path | None, name: str, dtype: str, device: str, overri
     """A checkpoint's model, or one of a named shape with random weights."""
     import torch
 
-    from lit_swa import GPT, Config
+    from lit_swa import Config
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.download import find_checkpoint
+    from lit_swa.random_model import random_model
 
     if checkpoint_dir is not None:
         return load_model(find_checkpoint(checkpoint_dir), dtype=dtype, device=device, **overrides)
-    config = Config.from_name(name, **overrides)
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with torch.device(device):
-            gpt = GPT(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    gpt = random_model(Config.from_name(name, **overrides), getattr(torch, dtype), device)
     gpt.init_weights(seed=0)
     return gpt
 

@@ -54,7 +54,9 @@ def main(
     """
     import torch
 
+    from lit_swa import Config
     from lit_swa.formats.files import write_json
+    from lit_swa.random_model import random_model
     from lit_swa.train import use_whole_memory
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
@@ -68,7 +70,8 @@ def main(
     command = "python " + shlex.join(sys.argv).partition(" --output")[0]
     result: dict[str, Any] = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
-    base = random_model(name, n_layer, device, getattr(torch, dtype))
+    config = Config.from_name(name, **({"n_layer": n_layer} if n_layer else {}))
+    base = random_model(config, getattr(torch, dtype), device).train()  # all methods of ours share its weights
     for T in lengths:
         chosen = methods or ["peft", "all", "fast", "same memory"] + ["s2", "window"] * (T >= 32768)
         chosen = [m for m in chosen if transformers or m not in ("peft", "same memory")]
@@ -78,21 +81,6 @@ def main(
         write_json(output, result)
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
-
-
-def random_model(name: str, n_layer: int | None, device: str, dtype: Any) -> Any:
-    """A model of this shape on the device. Its weights are shared by all methods of ours."""
-    import torch
-
-    from lit_swa import GPT, Config
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return GPT(Config.from_name(name, **({"n_layer": n_layer} if n_layer else {})))
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[str, Any]) -> list[dict[str, Any]]:

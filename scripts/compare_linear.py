@@ -106,6 +106,7 @@ def main(
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.judges import Sizes
     from lit_swa.plots import check_output, draw_results
+    from lit_swa.runs import without
     from lit_swa.utils import describe_machine, pick_device
 
     chosen = list(ROWS) if only is None else only
@@ -148,12 +149,6 @@ def main(
                 results.finish(content)
         print("\n".join(table_of(content["rows"])))
         draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
-
-
-def without(argv: list[str], flag: str) -> list[str]:
-    """A command line without a flag and its value."""
-    n = argv.index(flag) if flag in argv else len(argv)
-    return [word for word in argv[:n] + argv[n + 2 :] if not word.startswith(f"{flag}=")]
 
 
 def write_rows(

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from lit_swa.config import Config
-    from lit_swa.model import GPT
 
 
 def main(
@@ -135,11 +134,16 @@ def measure(
     import torch
 
     from lit_swa.linearize import AttentionTransfer, make_linear, mixing_with
-    from lit_swa.memory import peak_memory
+    from lit_swa.memory import peak_memory, require_memory
+    from lit_swa.random_model import random_model
+    from lit_swa.training.flops import count_weights
 
     variant = base.layer_variants[linear.layer_variants.index("linear")]
     small = {"n_layer": 1, "vocab_size": max(texts), "padded_vocab_size": max(texts), "tie_embeddings": False}
-    model = random_model(base.override(attention=variant, **small), device, dtype)
+    config = base.override(attention=variant, **small)
+    remedy = "measure on a device with more memory, or give both rates"
+    require_memory(count_weights(config) * dtype.itemsize, device, "One layer", remedy)
+    model = random_model(config, dtype, device)
     softmax = model.layers[0].mixer
     make_linear(model, linear.override(attention="linear", **small))
     learners = AttentionTransfer(model, [variant])
@@ -161,21 +165,6 @@ def measure(
     rates = [idx.numel() / fastest(run, device, repeats) for run in (read, train)]
     moments = sum(3 * p.nbytes for p in learners.parameters() if p.requires_grad)  # and the gradient
     return Rates(*rates, max(0, peak_memory(device) - before - moments))
-
-
-def random_model(config: "Config", device: "torch.device", dtype: "torch.dtype") -> "GPT":
-    """Raises ValueError when the device does not hold it."""
-    from lit_swa.formats.hugging_face import empty_model
-    from lit_swa.memory import require_memory
-    from lit_swa.rope import RoPE
-
-    model = empty_model(config).to(dtype)
-    needed = sum(p.nbytes for p in model.parameters())
-    require_memory(needed, device, "One layer", "measure on a device with more memory, or give both rates")
-    model = model.to_empty(device=device).eval()
-    model.init_weights(seed=0)
-    model.rope = RoPE(config).to(device)
-    return model
 
 
 def fastest(run: Callable[[], None], device: "torch.device", repeats: int) -> float:
