@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lit_swa.model import GPT
 
 ALL = "all"  # the group of all rows; the fused attn.qkv also has the groups q, k and v
+CHOOSING = ("router", "shared_gate")  # what the linear layers that choose among experts are called
 
 
 class LinearFormat(Protocol):
@@ -46,7 +47,19 @@ class LinearFormat(Protocol):
 
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear and for a LinearFormat."""
-    return isinstance(module, nn.Linear) or hasattr(module, "dense_weight")
+    return isinstance(module, nn.Linear) or (hasattr(module, "dense_weight") and not is_experts(module))
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for the stacked layers of a mixture of experts, plain or not: their weight is (E, out, in)."""
+    return hasattr(module, "gathered")
+
+
+def weighty_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers and stacks of experts within a module, by name, but for those that choose among experts: these
+    are too small to matter, and all else depends on them."""
+    named = {name: m for name, m in module.named_modules() if is_linear(m) or is_experts(m)}
+    return {name: m for name, m in named.items() if name.rpartition(".")[2] not in CHOOSING}
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -60,9 +73,10 @@ def can_train_beside(module: nn.Module) -> bool:
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """W (out, in): the parameter itself of a plain layer, which is not to be changed; of another format the
-    dequantised numbers, in float32. Raises ValueError for a layer that does not say what its weight is."""
-    if is_plain(linear):
+    """W (out, in), of experts (E, out, in): the parameter itself of a plain layer, which is not to be changed; of
+    another format the dequantised numbers, in float32. Raises ValueError for a layer that does not say what its weight
+    is."""
+    if is_plain(linear) or (is_experts(linear) and linear.weight.is_floating_point()):
         return linear.weight
     if not hasattr(linear, "dense_weight"):
         dtype = linear.weight.dtype

@@ -8,9 +8,10 @@ the weights w are made of the scores (expert_weights):
     sigmoid    of each score; it multiplies what the expert reads, not what it gives: Llama 4
     biased     sigmoid of each score over their sum; a bias decides who is chosen, and no more: AFMoE
 
-Experts are rows of stacked weights. On a GPU and in compiled code, few tokens gather the weights that they need, in one
-fixed shape, so a decode step has no graph break and waits for nothing; else tokens are sorted by expert. In training a
-balancing loss (Fedus et al. 2021, arXiv 2101.03961) keeps the router from sending all tokens to the same experts.
+Experts are rows of stacked weights, which expert_formats.py holds in fewer bits. On a GPU and in compiled code, few
+tokens gather the weights that they need, in one fixed shape, so a decode step has no graph break and waits for nothing;
+else tokens are sorted by expert. In training a balancing loss (Fedus et al. 2021, arXiv 2101.03961) keeps the router
+from sending all tokens to the same experts.
 Notation: N tokens, C n_embd, I elements within an expert.
 """
 
@@ -38,6 +39,7 @@ class Experts(nn.Module):
 
     def __init__(self, n_expert: int, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(n_expert, out_features)) if bias else None
         self.reset_parameters()
@@ -54,6 +56,14 @@ class Experts(nn.Module):
         """One expert's output for tokens (n, in): (n, out)."""
         return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
 
+    def linear(self, expert: int) -> nn.Linear:
+        """One expert as a frozen linear layer, on the same memory."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight.detach()[expert], requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach()[expert], requires_grad=False)
+        return linear.train(self.training)
+
     def gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Outputs (N, k, out) of the chosen experts (N, k) for their inputs (N, k, in)."""
         y = (self.weight[chosen] @ x.unsqueeze(-1)).squeeze(-1)
@@ -61,6 +71,8 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
+    one_by_one = False  # True: never gather weights, so that every expert's own forward() is called
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, self.join = config, None  # join: what sums the outputs of several ranks; see parallel.py
@@ -106,9 +118,9 @@ class MoE(nn.Module):
 
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Sum over the chosen experts (N, k) of the tokens x (N, C): (N, C)."""
-        pairs, size = chosen.numel(), self.fc_1.weight[0].numel()
+        pairs, size = chosen.numel(), self.fc_1.in_features * self.fc_1.out_features
         static = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-        few = pairs <= GATHERED * self.config.n_expert and pairs * size <= MOST_GATHERED
+        few = pairs <= GATHERED * self.config.n_expert and pairs * size <= MOST_GATHERED and not self.one_by_one
         if static or (few and x.device.type in GATHERING):
             before = self.config.expert_weights == "sigmoid"
             inputs = x[:, None] * weights[..., None] if before else x[:, None].expand(-1, chosen.size(1), -1)

@@ -32,7 +32,7 @@ from torch import Tensor
 from lit_swa.config import Config
 from lit_swa.formats.files import LazyTensor, as_lazy
 from lit_swa.head_norms import WholeNorm
-from lit_swa.linear_formats import INJECTED
+from lit_swa.linear_formats import INJECTED, is_experts
 from lit_swa.model import GPT
 from lit_swa.peer_memory import peer_exchange
 
@@ -158,7 +158,7 @@ def vocabulary_rows(config: Config, rank: Rank) -> int:
 
 
 def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
-    """Name of a linear layer of the model -> what the rank holds of it."""
+    """Name of a linear layer or a stack of experts -> what the rank holds of it."""
     check_split(config, rank)
     H, G, D = config.n_head, config.n_query_groups, config.head_size
     (q0, q1), (k0, k1) = head_shares(config, rank)
@@ -172,6 +172,7 @@ def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
         "PlainMLP": mlp_parts("mlp", ("fc",), inner, rank),
         "MoE": mlp_parts("mlp.shared", ("fc_1", "fc_2"), config.shared_expert_size, rank),
     }
+    kinds["MoE"] |= mlp_parts("mlp", ("fc_1", "fc_2"), config.expert_size, rank)  # each expert's
     named = {}
     for i, mlp in enumerate(config.layer_mlps):
         named |= {f"transformer.h.{i}.{name}": part for name, part in (parts | kinds[mlp]).items()}
@@ -194,8 +195,8 @@ def inner_share(inner: int, rank: Rank) -> tuple[int, int]:
 
 
 def other_parts(config: Config, rank: Rank) -> dict[str, tuple[int, tuple[int, int]]]:
-    """Name of a parameter that is no linear layer's -> the dimension that is cut, and the rank's part of it: experts,
-    norms of each head, learned sink logits."""
+    """Name of a parameter that is no linear layer's -> the dimension that is cut, and the rank's part of it: norms of
+    each head, learned sink logits."""
     queries, keys = head_shares(config, rank)
     parts = {"attn.mixer.sink_logits": (0, queries)} if config.sink_logits else {}
     if config.norm_qk and config.norm_qk_type == "each":
@@ -204,16 +205,7 @@ def other_parts(config: Config, rank: Rank) -> dict[str, tuple[int, tuple[int, i
         D = config.head_size
         cut = {"q": (queries[0] * D, queries[1] * D), "k": (keys[0] * D, keys[1] * D)}
         parts |= {f"attn.norm_{x}.weight": (0, rows) for x, rows in cut.items()}
-    experts = {}
-    if config.n_expert is not None:
-        inside = inner_share(config.expert_size, rank)
-        experts = {f"mlp.{name}.weight": (1, inside) for name in ("fc_1", "fc_2")} | {"mlp.proj.weight": (2, inside)}
-        experts |= {f"mlp.{name}.bias": (1, inside) for name in ("fc_1", "fc_2")} if config.mlp_bias else {}
-    named = {}
-    for i, mlp in enumerate(config.layer_mlps):
-        own = parts | (experts if mlp == "MoE" else {})
-        named |= {f"transformer.h.{i}.{name}": part for name, part in own.items()}
-    return named
+    return {f"transformer.h.{i}.{name}": part for i in range(config.n_layer) for name, part in parts.items()}
 
 
 def check_split(config: Config, rank: Rank) -> None:
@@ -237,26 +229,28 @@ def check_split(config: Config, rank: Rank) -> None:
 # ---------------------------------------------------------------------------------------------------- a tensor's part
 
 
-def cut(tensor: LazyTensor, part: Part, linear: tuple[int, int], name: str) -> LazyTensor:
+def cut(tensor: LazyTensor, part: Part, linear: nn.Module, name: str) -> LazyTensor:
     """A part of a tensor that belongs to a linear layer (out, in): its weight, its bias, or the scales of either.
 
     A tensor has a row for each output, and a dimension 1 that the inputs divide: weights packed in bytes and scales of
-    groups too. Rows cut all of a layer's tensors, columns those of two dimensions. Only the part is read.
+    groups too. Rows cut all of a layer's tensors, columns those of two dimensions. Of a stack of experts each one's are
+    cut so. Only the part is read.
     Raises ValueError where the part begins or ends within a packed number or a group.
     """
-    if part.dim == 1 and len(tensor.shape) < 2:
+    dim = part.dim + is_experts(linear)
+    if part.dim == 1 and len(tensor.shape) <= dim:
         return tensor
-    whole, held = linear[part.dim], tensor.shape[part.dim]
+    whole, held = (linear.out_features, linear.in_features)[part.dim], tensor.shape[dim]
     if any(place * held % whole for pair in part.ranges for place in pair):
         raise ValueError(
             f"{name} keeps {whole // held} inputs together, and the processes would cut between them: use fewer "
             "processes, or a smaller group_size."
         )
     ranges = [(start * held // whole, stop * held // whole) for start, stop in part.ranges]
-    pieces = [(tensor.rows if part.dim == 0 else tensor.columns)(*pair) for pair in ranges]
+    pieces = [tensor.part(dim, *pair) for pair in ranges]
     if len(pieces) == 1:
         return pieces[0]
-    shape = (sum(piece.shape[0] for piece in pieces), *tensor.shape[1:])
+    shape = (sum(piece.shape[0] for piece in pieces), *tensor.shape[1:])  # rows of a linear layer
     return LazyTensor(shape, tensor.dtype, lambda: torch.cat([piece.load() for piece in pieces]))
 
 
@@ -265,16 +259,16 @@ def cut_linear(linear: nn.Module, part: Part, name: str) -> nn.Module:
 
     Any format will do that keeps a row for each output. Raises ValueError for one that does not.
     """
-    features = (linear.out_features, linear.in_features)
+    features, rows = (linear.out_features, linear.in_features), int(is_experts(linear))  # rows: their dimension
     tensors = dict(linear.named_parameters()) | dict(linear.named_buffers())
-    if any(tensor.dim() == 0 or tensor.size(0) != features[0] for tensor in tensors.values()):
+    if any(tensor.dim() <= rows or tensor.size(rows) != features[0] for tensor in tensors.values()):
         raise ValueError(
             f"{name} is a {type(linear).__name__}, whose weight cannot be split: quantise with scripts/quantize.py."
         )
     piece = copy.copy(linear)
     piece._parameters, piece._buffers = dict(linear._parameters), dict(linear._buffers)
     for key, tensor in tensors.items():
-        held = cut(as_lazy(tensor), part, features, name)
+        held = cut(as_lazy(tensor), part, linear, name)
         # torch.cat of meta tensors would import all of torch's compiler
         new = tensor.new_empty(held.shape) if tensor.is_meta else held.load().clone()
         setattr(piece, key, nn.Parameter(new, requires_grad=False) if key in piece._parameters else new)
@@ -314,7 +308,7 @@ def shrink(model: GPT, rank: Rank, tensors: Mapping[str, LazyTensor] | None = No
             continue
         linear = model.get_submodule(name)
         for key in [key for key in tensors if key.rpartition(".")[0] == name]:
-            tensors[key] = cut(tensors[key], part, (linear.out_features, linear.in_features), name)
+            tensors[key] = cut(tensors[key], part, linear, name)
         model.set_submodule(name, cut_linear(linear, part, name))
     for name, (dim, (start, stop)) in other_parts(model.config, rank).items():
         module, _, key = name.rpartition(".")

@@ -1,13 +1,16 @@
 """Frozen weights in 4 or 8 bits: the modes, and how the linear layers of a built GPT are replaced.
 
 int8 and int4 (weight_only.py) are this project's own, for inference and for LoRA beside them; they take lm_head too,
-always in 8 bits, and an lm_head that shared wte's weight gets its own. nf4 and fp4 (nf4.py) are those of QLoRA, by
-bitsandbytes; they leave lm_head alone. Embeddings and norms do not change. A weight is made dense for a product and
+always in 8 bits, and an lm_head that shared wte's weight gets its own. They hold experts (expert_formats.py), but leave
+the layers that choose among them alone. nf4 and fp4 (nf4.py) are those of QLoRA, by bitsandbytes; they leave lm_head
+alone, and know no experts. Embeddings and norms do not change. A weight is made dense for a product and
 never kept: y = x W^T with W the dense weight, rounded to the compute dtype, in training and evaluation, for prompts and
 for single tokens alike. So a quantised model gives the same logits however a text is split into calls, and gradients
 reach what was added to the weights.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,10 +18,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa import nf4
-from lit_swa.config import Config
+from lit_swa.expert_formats import each_expert
 from lit_swa.hqq import hqq
-from lit_swa.linear_formats import dense_weight, is_injected, is_linear, is_plain
+from lit_swa.linear_formats import CHOOSING, dense_weight, is_experts, is_injected, is_plain, weighty_layers
 from lit_swa.model import GPT
+from lit_swa.moe import Experts
 from lit_swa.weight_only import GROUP_SIZES, Int4Linear, Int8Linear, check_group, round_groups
 
 FOUR_BITS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {  # what chooses an Int4Linear's buffers
@@ -51,9 +55,10 @@ def quantize_linears(
     device: torch.device | str | None = None,
     group_size: int | None = None,
 ) -> int:
-    """Replace the linear layers of a model by quantised ones, in place; returns how many.
+    """Replace the linear layers of a model, and its stacks of experts, by quantised ones, in place; returns how many.
 
-    One layer at a time exists twice. The layers are frozen, biases too. LoRA and adapters are put in after this.
+    One layer, or stack, at a time exists twice. The layers are frozen, biases too. LoRA and adapters are put in after
+    this.
     device: where the quantised layers go, one after the other, so that the dense model need not fit there; None: they
         stay where they are.
     group_size: inputs that share a scale in int4; None: see pick_group.
@@ -75,7 +80,8 @@ def quantizable_linears(
     device: torch.device | str | None = None,
     group_size: int | None = None,
 ) -> dict[str, nn.Module]:
-    """The linear layers that a mode replaces, by name, each of which can be quantised; their numbers are not looked at.
+    """The linear layers and stacks of experts that a mode replaces, by name, each of which can be quantised; their
+    numbers are not looked at.
 
     Raises ValueError as quantize_linears does.
     """
@@ -87,19 +93,9 @@ def quantizable_linears(
     return linears
 
 
-def refuse_experts(config: Config) -> None:
-    """Raises ValueError for a mixture of experts, most of whose weights would stay as they are."""
-    if config.n_expert is not None:
-        raise ValueError(
-            "The model's experts have no quantised form here: use --dtype bfloat16, and leave --quantize out."
-        )
-
-
 def block_linears(model: GPT) -> dict[str, nn.Module]:
-    """The linear layers of the blocks, by name. Raises ValueError if there are none, or experts beside them."""
-    refuse_experts(model.config)
-    blocks = model.transformer.h.named_modules(prefix="transformer.h")
-    linears = {name: module for name, module in blocks if is_linear(module)}
+    """The linear layers and experts of the blocks, by name. Raises ValueError if there are none."""
+    linears = {f"transformer.h.{name}": layer for name, layer in weighty_layers(model.transformer.h).items()}
     if not linears:
         raise ValueError("The model's blocks have no linear layers that could be quantised.")
     return linears
@@ -112,12 +108,14 @@ def layer_mode(name: str, mode: str) -> str:
 
 def is_replaced(name: str, shape: Sequence[int], mode: str) -> bool:
     """Whether the weight of this name is one that a mode quantises."""
-    return len(shape) == 2 and (name.startswith("transformer.h.") or (name == f"{HEAD}.weight" and mode in WEIGHT_ONLY))
+    layer = name.split(".")[-2]
+    held = name.startswith("transformer.h.") and layer not in CHOOSING and not layer.startswith("norm_")
+    return len(shape) > 1 and name.endswith(".weight") and (held or (layer == HEAD and mode in WEIGHT_ONLY))
 
 
 def quantized_bytes(shape: Sequence[int], mode: str) -> int:
-    """Bytes that a weight (out, in) takes at least, in the largest groups that there are."""
-    out_features, in_features = shape
+    """Bytes that a weight (..., out, in) takes at least, in the largest groups that there are."""
+    out_features, in_features = math.prod(shape[:-1]), shape[-1]
     if mode == "int8":
         return out_features * (in_features + 4)
     return out_features * in_features // 2 + 4 * out_features * (in_features // GROUP_SIZES[-1])
@@ -140,13 +138,13 @@ def replace_linear(model: GPT, name: str, linear: nn.Module) -> None:
 
 @torch.no_grad()
 def quantize_linear(
-    linear: nn.Linear,
+    linear: nn.Linear | Experts,
     mode: str,
     compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     group_size: int | None = None,
 ) -> nn.Module:
-    """A frozen, quantised layer that does what `linear` (out, in) does; the layer itself is not changed.
+    """A frozen, quantised layer that does what `linear` (out, in), or a stack of experts, does; it is not changed.
 
     compute_dtype: what products are made in. Inputs are cast to it, and outputs to the input's dtype.
     device: where the result lies, and is computed; None: where the weight is.
@@ -159,6 +157,9 @@ def quantize_linear(
     check_linear(linear, mode, device, group_size)
     if linear.weight.is_meta:
         raise ValueError("The layer has no numbers yet: load its weight before it is quantised.")
+    if is_experts(linear):
+        how = {"compute_dtype": compute_dtype, "device": device, "group_size": group_size}
+        return each_expert(linear, functools.partial(quantize_linear, mode=mode, **how))
     weight = linear.weight.detach().to(device=device, dtype=torch.float32).contiguous()
     bias = None if linear.bias is None else linear.bias.detach().to(device, copy=True)
     if mode in nf4.MODES:
@@ -181,8 +182,10 @@ def check_linear(
     linear: nn.Module, mode: str, device: torch.device, group_size: int | None = None, name: str = "The layer"
 ) -> None:
     """Raises ValueError for what cannot be quantised."""
-    if not is_plain(linear):
+    if not (is_plain(linear) or type(linear) is Experts):
         raise ValueError(f"{name} is a {type(linear).__name__}, no plain linear layer: it may be quantised already.")
+    if mode in nf4.MODES and is_experts(linear):
+        raise ValueError(f"{name} holds experts, which {mode} has no form for: use int8 or int4.")
     if is_injected(linear):
         raise ValueError(f"{name} has something put into it (LoRA or an adapter): quantise before that.")
     if mode in FOUR_BITS:

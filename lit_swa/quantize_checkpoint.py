@@ -6,6 +6,7 @@ quantised ones before it make of the text, so that a block makes up for some of 
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa.config import Config
+from lit_swa.expert_formats import stack_linears
 from lit_swa.formats.checkpoint import load_model, set_tensor
 from lit_swa.formats.directory import (
     check_tensors,
@@ -28,10 +30,10 @@ from lit_swa.formats.files import LazyTensor, require_space
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import GROUPED, Quantization, require_dense, stored_tensors
 from lit_swa.gptq import gptq
-from lit_swa.linear_formats import is_plain
+from lit_swa.linear_formats import is_experts, weighty_layers
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
-from lit_swa.quantize import HEAD, pick_group, quantize_linear, refuse_experts, require_finite
+from lit_swa.quantize import HEAD, pick_group, quantize_linear, require_finite
 from lit_swa.rope import RoPE
 from lit_swa.weight_only import GROUP_SIZES, Int4Linear, WeightOnlyLinear
 
@@ -76,7 +78,6 @@ def plan_quantization(directory: Path, output_dir: Path, mode: str, group_size: 
     if directory.resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} is the checkpoint itself: choose another --output_dir.")
     config, tensors = load_config(directory), open_weights(directory)
-    refuse_experts(config)
     check_tensors(config, tensors, directory)
     stored = Quantization(mode, choose_group(config, mode, group_size))
     needed = expected_bytes(config, stored, tensors["transformer.wte.weight"].dtype)
@@ -96,8 +97,13 @@ def writable_place(directory: Path) -> Path:
 
 def require_room(config: Config, tensors: Mapping[str, LazyTensor], stored: Quantization) -> None:
     """Raises ValueError when the memory does not hold the result beside the embedding and a block in float32."""
-    dense = [n for n in tensors if n.startswith(("transformer.wte.", "transformer.h.0."))]
-    needed = 4 * sum(math.prod(tensors[name].shape) for name in dense) + sum(expected_bytes(config, stored).values())
+    parts = ["transformer.wte", *(f"transformer.h.{i}" for i in range(config.n_layer))]
+    sizes = dict.fromkeys(parts, 0)
+    for name, tensor in tensors.items():
+        part = re.match(r"transformer\.(wte|h\.\d+)(?=\.)", name)
+        if part:
+            sizes[part[0]] += 4 * math.prod(tensor.shape)
+    needed = sizes.pop("transformer.wte") + max(sizes.values()) + sum(expected_bytes(config, stored).values())
     what = "The quantised weights, and one block that is not yet,"
     require_memory(needed, torch.device("cpu"), what, "end other programs, or use a machine with more memory")
 
@@ -111,8 +117,7 @@ def choose_group(config: Config, mode: str, group_size: int | None) -> int | Non
     if group_size is not None and group_size not in GROUP_SIZES:
         choices = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(f"--group_size {group_size} does not exist: {mode} needs groups of {choices}.")
-    linears = {name: module for name, module in empty_model(config).named_modules() if is_plain(module)}
-    return pick_group(linears, "int4", group_size)
+    return pick_group(weighty_layers(empty_model(config)), "int4", group_size)
 
 
 def expected_bytes(config: Config, stored: Quantization, dtype: torch.dtype = torch.float32) -> dict[str, int]:
@@ -132,8 +137,7 @@ def quantized_layers(
         prefix = f"transformer.h.{i}"
         fill(model, prefix, tensors, device)
         if calibration is None:
-            linears = [(name, linear) for name, linear in block.named_modules() if is_plain(linear)]
-            for name, linear in linears:
+            for name, linear in weighty_layers(block).items():
                 yield f"{prefix}.{name}", quantize_linear(linear, stored.mode, group_size=stored.group_size)
         else:
             for name, linear in calibration.quantize_block(block, stored.group_size):
@@ -178,37 +182,51 @@ class Calibration:
         hessians = self.hessians(block)
         if not all(bool(hessian.isfinite().all()) for hessian in hessians.values()):
             raise ValueError("The calibration text leads to NaN or infinity in the model: its weights are damaged.")
-        for name, linear in [(name, module) for name, module in block.named_modules() if is_plain(module)]:
+        for name, linear in weighty_layers(block).items():
             require_finite(linear.weight)
-            quantized = Int4Linear.from_codes(*gptq(linear.weight, hessians[name], group_size), linear.bias)
+            if is_experts(linear):
+                each = [hessians.get((name, e)) for e in range(linear.weight.size(0))]
+                each = [calibrated(linear.linear(e), hessian, group_size) for e, hessian in enumerate(each)]
+                quantized = stack_linears(each)
+            else:
+                quantized = calibrated(linear, hessians[name], group_size)
             linear.weight = nn.Parameter(quantized.dense_weight(), requires_grad=False)
             yield name, quantized
         for n, states in enumerate(self.states):
             self.states[n] = block(states.to(self.device), self.call).cpu()
 
-    def hessians(self, block: nn.Module) -> dict[str, Tensor]:
-        """For each linear layer of a block the sum of x x^T over its inputs x, (in, in)."""
-        sums: dict[str, Tensor] = {}
-        last: list[tuple[Tensor, str]] = []  # layers that are given the same inputs share a sum
+    def hessians(self, block: nn.Module) -> dict[str | tuple[str, int], Tensor]:
+        """For each linear layer of a block, and each expert that was chosen, the sum of x x^T over its inputs x,
+        (in, in)."""
+        sums: dict[str | tuple[str, int], Tensor] = {}
+        last: list[tuple[Tensor, str | tuple[str, int]]] = []  # layers that are given the same inputs share a sum
 
-        def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-            if last and last[0][0] is inputs[0]:
-                sums[name] = sums[last[0][1]]
+        def note(name: str, given: Tensor, expert: int | None = None) -> None:
+            key = name if expert is None else (name, expert)
+            if last and last[0][0] is given:
+                sums[key] = sums[last[0][1]]
                 return
-            last[:] = [(inputs[0], name)]
-            x = inputs[0].flatten(0, -2)  # (tokens, in)
-            sums[name] = x.T @ x if name not in sums else sums[name].addmm_(x.T, x)
+            last[:] = [(given, key)]
+            x = given.flatten(0, -2)  # (tokens, in)
+            sums[key] = x.T @ x if key not in sums else sums[key].addmm_(x.T, x)
 
         hooks = [
-            module.register_forward_pre_hook(lambda module, inputs, name=name: note(name, inputs))
-            for name, module in block.named_modules()
-            if is_plain(module)
+            module.register_forward_pre_hook(lambda module, inputs, name=name: note(name, *inputs))
+            for name, module in weighty_layers(block).items()
         ]
+        block.mlp.one_by_one = True
         for states in self.states:
             block(states.to(self.device), self.call)
         for hook in hooks:
             hook.remove()
         return sums
+
+
+def calibrated(linear: nn.Linear, hessian: Tensor | None, group_size: int) -> Int4Linear:
+    """The layer in 4 bits. hessian: None for an expert that no token of the text chose: all inputs are alike."""
+    if hessian is None:
+        hessian = torch.eye(linear.in_features, device=linear.weight.device)
+    return Int4Linear.from_codes(*gptq(linear.weight, hessian, group_size), linear.bias)
 
 
 @torch.no_grad()

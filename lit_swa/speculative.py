@@ -34,6 +34,7 @@ from torch import Tensor
 from lit_swa.checkpoint import check_checkpoint_dir, load_model
 from lit_swa.checks import check_range
 from lit_swa.config import VARIANTS, Config, Part
+from lit_swa.expert_formats import each_expert
 from lit_swa.fast_decode import compile_decode
 from lit_swa.formats.checkpoint import tokenizer_dir
 from lit_swa.formats.download import find_checkpoint
@@ -51,7 +52,7 @@ from lit_swa.generate import (
     explain_overflow,
     why_cut,
 )
-from lit_swa.linear_formats import dense_weight, is_linear, pack_for_cpu
+from lit_swa.linear_formats import dense_weight, is_experts, pack_for_cpu, weighty_layers
 from lit_swa.machine import few_threads
 from lit_swa.model import GPT, KVCache, Slots, SoftmaxAttention
 from lit_swa.rope import Span
@@ -386,17 +387,21 @@ def with_injected(module: nn.Module, replaced: nn.Module) -> nn.Module:
 
 
 def int4_copy(target: GPT, group_size: int = 32) -> GPT:
-    """The target with the linear layers of its blocks rounded to 4 bits, in groups of so many inputs; to 8 bits the
-    last layer, and those whose inputs the groups do not divide. It shares the rest."""
+    """The target with the linear layers and experts of its blocks rounded to 4 bits, in groups of so many inputs; to 8
+    bits the last layer, and those whose inputs the groups do not divide. It shares the rest."""
     model = share_weights(target)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    for name, linear in linears.items():
+
+    def rounded(linear: nn.Module, name: str = "") -> nn.Module:
         weight = dense_weight(linear).detach().float()
         if name.startswith("lm_head") or linear.in_features % group_size:
-            rounded = Int8Linear.from_weight(weight, linear.bias)
+            return Int8Linear.from_weight(weight, linear.bias)
+        return Int4Linear.from_codes(*round_groups(weight, group_size), linear.bias)
+
+    for name, layer in weighty_layers(model).items():
+        if is_experts(layer):
+            model.set_submodule(name, each_expert(layer, rounded))
         else:
-            rounded = Int4Linear.from_codes(*round_groups(weight, group_size), linear.bias)
-        model.set_submodule(name, with_injected(rounded, linear))
+            model.set_submodule(name, with_injected(rounded(layer, name), layer))
     return model
 
 

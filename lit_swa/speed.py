@@ -15,9 +15,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from lit_swa.formats.files import copy_file
-from lit_swa.linear_formats import INJECTED, is_linear, weight_bytes
+from lit_swa.linear_formats import INJECTED, is_experts, is_linear, weight_bytes
 from lit_swa.memory import format_bytes, free_memory, peak_memory
 from lit_swa.model import GPT, KVCache
+from lit_swa.moe import MoE
 from lit_swa.utils import wait_for
 
 # --------------------------------------------------------------------------------------------------- what a step reads
@@ -34,15 +35,23 @@ def step_bytes(model: GPT, first: int, last: int | None = None, batch_size: int 
 
 
 def weights_read(module: nn.Module, tokens: int = 1) -> int:
-    """Bytes of weights that a call of so many tokens reads: of an embedding a row for each, everything else once."""
-    if is_linear(module):  # a format holds its weight as it likes, and knows how much that is
+    """Bytes of weights that a call of so many tokens reads: of an embedding a row for each, of experts as many as the
+    tokens can choose, everything else once."""
+    if is_linear(module) or is_experts(module):  # a format holds its weight as it likes, and knows how much that is
         own = weight_bytes(module) + (0 if module.bias is None else module.bias.nbytes)
         children = [child for name, child in module.named_children() if name in INJECTED]
     elif isinstance(module, nn.Embedding):
         own, children = tokens * module.weight[0].nbytes, []
     else:
         own, children = sum(p.nbytes for p in module.parameters(recurse=False)), module.children()
-    return own + sum(weights_read(child, tokens) for child in children)
+    return own + sum(int(share_read(module, child, tokens) * weights_read(child, tokens)) for child in children)
+
+
+def share_read(module: nn.Module, child: nn.Module, tokens: int) -> float:
+    """The share of a module's child that a call of so many tokens reads."""
+    if not (isinstance(module, MoE) and is_experts(child)):
+        return 1.0
+    return min(1.0, tokens * module.config.n_expert_per_token / module.config.n_expert)
 
 
 def keys_read(model: GPT, first: int, last: int) -> float:

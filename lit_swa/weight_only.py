@@ -107,8 +107,8 @@ class WeightOnlyLinear(nn.Module):
 
 
 def dense_int8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(out, in) of int8 rows and their scales."""
-    return weight.to(dtype).mul_(scale[:, None])
+    """(..., out, in) of int8 rows and their scales (..., out)."""
+    return weight.to(dtype).mul_(scale.unsqueeze(-1))
 
 
 class Int8Linear(WeightOnlyLinear):
@@ -175,10 +175,10 @@ def unpack_codes(words: Tensor) -> Tensor:
 
 
 def dense_int4(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """(out, in) of packed codes and their groups' scales and offsets, computed in float32 and rounded once."""
-    codes = unpack_codes(weight).view(*scales.shape[:2], -1)  # (out, groups, group)
-    scale, offset = scales.float().unsqueeze(2).unbind(-1)  # (out, groups, 1)
-    return torch.addcmul(offset, codes.float().sub_(8), scale).flatten(1).to(dtype)
+    """(..., out, in) of packed codes and their groups' scales and offsets, computed in float32 and rounded once."""
+    codes = unpack_codes(weight.flatten(0, -2)).view(*scales.shape[:-1], -1)  # (..., out, groups, group)
+    scale, offset = scales.float().unsqueeze(-2).unbind(-1)  # (..., out, groups, 1)
+    return torch.addcmul(offset, codes.float().sub_(8), scale).flatten(-2).to(dtype)
 
 
 class Int4Linear(WeightOnlyLinear):
@@ -204,7 +204,10 @@ class Int4Linear(WeightOnlyLinear):
         weight = torch.zeros(out_features, in_features // 8, dtype=torch.int32, device=device)
         scales = torch.zeros(out_features, in_features // group_size, 2, dtype=torch.bfloat16, device=device)
         super().__init__(in_features, out_features, weight, scales, _empty_bias(out_features, bias, device))
-        self.group_size = group_size
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.scales.size(-2)
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> "Int4Linear":

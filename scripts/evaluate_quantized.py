@@ -140,11 +140,10 @@ def label(name: str, how: dict[str, Any], model) -> str:
 def measure(dense, states: list, model, idx, first: int, show) -> dict[str, float]:
     """How far a model is from the dense one, and the bytes of its linear layers."""
     from lit_swa.judges import divergence
-    from lit_swa.linear_formats import is_linear, weight_bytes
+    from lit_swa.linear_formats import weight_bytes, weighty_layers
 
-    linears = [module for _, module in model.named_modules() if is_linear(module)]
     row = divergence(dense, states, model, idx, first, show)
-    return row | {"bytes": sum(weight_bytes(linear) for linear in linears)}
+    return row | {"bytes": sum(map(weight_bytes, weighty_layers(model).values()))}
 
 
 def table_of(rows: list[dict[str, Any]]) -> list[str]:

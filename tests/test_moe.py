@@ -11,7 +11,6 @@ from lit_swa.config import require_beside
 from lit_swa.exact_chunks import ExactChunks
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, split_model
-from lit_swa.quantize import quantize_linears
 from lit_swa.sequential import place_blocks, spread
 
 FIELDS = {
@@ -29,13 +28,17 @@ KINDS = {
 def test_expert_by_expert_is_what_gathered_weights_give(tiny_model, kind, monkeypatch):
     """Catches: a token that is sent to another expert, added twice, or weighted by another's weight, in either way."""
     model, idx = tiny_model(**KINDS[kind]).double().train(), torch.randint(0, 97, (2, 11))
-    found = []
-    for devices in (("cuda",), ("cpu",)):
-        monkeypatch.setattr(moe, "GATHERING", devices)
+    monkeypatch.setattr(moe, "GATHERING", ("cpu",))
+    found, calls, gathered = [], [], moe.Experts.gathered
+    monkeypatch.setattr(moe.Experts, "gathered", lambda *given: calls.append(1) or gathered(*given))
+    for most in (0, 100):
+        assert not calls
+        monkeypatch.setattr(moe, "GATHERED", most)
         model.zero_grad()
         logits = model(idx)
         logits.square().mean().backward()
         found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert calls
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
@@ -73,7 +76,6 @@ def test_what_knows_no_experts_says_so(tiny_model):
     """Catches: experts that stay dense, whole or untrained without a word."""
     model = tiny_model(**FIELDS)
     for act, words in (
-        (lambda: quantize_linears(model, "int8"), "experts have no quantised form"),
         (lambda: add_lora(model, LoRAConfig(targets=("mlp",))), "experts have no LoRA"),
         (lambda: add_adapter(model, AdapterConfig(version=2)), "use version 1"),
         (lambda: cpu_decode.Description(model), "a MoE"),

@@ -16,9 +16,11 @@ from tiny import randomize, tiny_config
 from lit_swa import GPT, cpu_decode, ranks, sequential
 from lit_swa.adapter import AdapterConfig, add_adapter, save_adapter
 from lit_swa.checkpoint import load_model, save_checkpoint
+from lit_swa.expert_formats import each_expert
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import quantization_of
 from lit_swa.generate import Sampling, Session, generate
+from lit_swa.linear_formats import is_experts, weighty_layers
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, head_shares, named_parts, split_model
 from lit_swa.quantize import quantize_linears
@@ -30,6 +32,7 @@ BIASES = {"attn_bias": True, "attn_proj_bias": True, "mlp_bias": True}
 NEOX = {"norm_class_name": "LayerNorm", "mlp_class_name": "PlainMLP", "activation": "gelu", "parallel_residual": True}
 LINEAR = {"attention": "linear,full", "linear_window": 4, "linear_sinks": 2, "linear_gate": True}
 EXPERTS = {"mlp_class_name": "MoE", "n_expert": 4, "n_expert_per_token": 2, "expert_size": 24}
+MIXED = EXPERTS | {"mlp_class_name": "GatedMLP,MoE", "expert_size": 192}
 SHAPES = {
     "two groups, each rank one": {},
     "one group on both ranks": {"n_query_groups": 1},
@@ -140,13 +143,16 @@ def test_more_ranks_are_one(name, size):
 
 
 def build_quantized(bits: int, group_size: int = 32) -> GPT:
-    model = build({"n_head": 4, "n_embd": 128, "intermediate_size": 192, "attn_proj_bias": True, "attn_bias": True})
-    for name, linear in [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]:
+    model = build({"n_head": 4, "n_embd": 128, "intermediate_size": 192} | BIASES | MIXED)
+
+    def rounded(linear: torch.nn.Linear) -> torch.nn.Module:
         weight, bias = linear.weight.detach(), linear.bias
-        if bits == 8 or name == "lm_head":
-            model.set_submodule(name, Int8Linear.from_weight(weight, bias))
-        else:
-            model.set_submodule(name, Int4Linear.from_codes(*round_groups(weight, group_size), bias))
+        if bits == 8 or linear is model.lm_head:
+            return Int8Linear.from_weight(weight, bias)
+        return Int4Linear.from_codes(*round_groups(weight, group_size), bias)
+
+    for name, layer in weighty_layers(model).items():
+        model.set_submodule(name, each_expert(layer, rounded) if is_experts(layer) else rounded(layer))
     return model.bfloat16()
 
 
@@ -169,7 +175,7 @@ def test_quantised_weights_are_split_as_they_are(two_ranks, bits):
 def test_a_rank_loads_its_part_of_quantised_weights(tmp_path, mode, tied):
     """Catches: stored codes and scales of different parts; an lm_head that was tied and is quantised for itself; a bias
     that a model moved to another device leaves behind."""
-    fields = {"n_head": 4, "n_embd": 128, "intermediate_size": 192, "attn_proj_bias": True}
+    fields = {"n_head": 4, "n_embd": 128, "intermediate_size": 192, "attn_proj_bias": True} | MIXED
     model = build(fields | {"tie_embeddings": tied})
     save_checkpoint(model, model.config, tmp_path / "dense")
     quantize_linears(model, mode)

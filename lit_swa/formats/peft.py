@@ -24,7 +24,7 @@ from lit_swa.formats.hf_names import names_of
 from lit_swa.formats.hugging_face import has_neighbours, hf_module_names, split_qkv, to_neighbours
 from lit_swa.formats.json_files import read_json
 from lit_swa.formats.reading import is_listed
-from lit_swa.linear_formats import ALL, dense_weight, is_linear
+from lit_swa.linear_formats import ALL, dense_weight, is_experts, is_linear
 from lit_swa.lora import LoRAConfig, extra_modules, lora_linears
 from lit_swa.model import GPT
 
@@ -52,7 +52,7 @@ def hf_modules(model: GPT) -> dict[str, tuple[str, int, int]]:
         hf_names = table.get(name) or table.get(re.sub(r"\.h\.\d+\.", ".h.{i}.", name), ())
         if not (is_linear(module) or hasattr(module, "weight")) or any("{e}" in n or "{h}" in n for n in hf_names):
             continue
-        if not is_linear(module) and module.weight.dim() > 2:  # experts, and norms of each head: PEFT knows none
+        if is_experts(module) or not (is_linear(module) or module.weight.dim() <= 2):  # nor norms of each head
             continue
         for n, hf_name in enumerate(hf_names):
             hf_name = "lm_head" if hf_name == "embed_out" else hf_name.format(i=layer and layer[1])

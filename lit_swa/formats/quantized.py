@@ -1,8 +1,9 @@
 """Quantised weights in a checkpoint directory: what lit_config.json says of them, and which tensors are stored.
 
 lit_config.json has an entry "quantization" beside the fields of Config: {"mode": "int4-hqq", "group_size": 64}. The
-linear layers of the blocks, and lm_head in 8 bits, are then stored as the buffers of weight_only.py's layers; all else,
-biases too, as in any checkpoint. A mode says how the codes were chosen; layers of int4 are alike whatever chose them.
+linear layers and experts of the blocks, and lm_head in 8 bits, are then stored as the buffers of weight_only.py's
+layers, those of experts as expert_formats.py stacks them; all else, biases and the layers that choose experts too, as
+in any checkpoint. A mode says how the codes were chosen; layers of int4 are alike whatever chose them.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_swa.config import Config
+from lit_swa.expert_formats import empty_stack
 from lit_swa.formats.files import LazyTensor
 from lit_swa.formats.hugging_face import empty_model
-from lit_swa.linear_formats import is_plain
+from lit_swa.linear_formats import is_experts, weighty_layers
 from lit_swa.model import GPT
 from lit_swa.weight_only import GROUP_SIZES, Int4Linear, Int8Linear, WeightOnlyLinear, check_group
 
@@ -62,8 +64,10 @@ class Quantization:
         except ValueError as error:
             raise ValueError(f"{path}: {error}; {REMEDY}.") from None
 
-    def empty_linear(self, name: str, linear: nn.Linear) -> WeightOnlyLinear:
-        """The layer, without numbers, that holds the layer `name`."""
+    def empty_linear(self, name: str, linear: nn.Module) -> WeightOnlyLinear:
+        """The layer, without numbers, that holds the layer `name`, or the experts."""
+        if is_experts(linear):
+            return empty_stack(self.empty_linear(name, linear.linear(0)), linear.weight.size(0))
         in_features, out_features, bias = linear.in_features, linear.out_features, linear.bias is not None
         if self.group_size is None or name == HEAD:
             return Int8Linear(in_features, out_features, bias, device="meta")
@@ -92,8 +96,7 @@ def empty_quantized(config: Config, stored: Quantization | None) -> GPT:
         raise ValueError(
             "tie_embeddings is true and lm_head is quantised, which no embedding can share: set it to false."
         )
-    linears = {name: module for name, module in model.named_modules() if is_plain(module)}
-    for name, linear in linears.items():
+    for name, linear in weighty_layers(model).items():
         model.set_submodule(name, stored.empty_linear(name, linear))
     return model
 
@@ -139,7 +142,7 @@ def dense_tensors(
         if (layer := layers.get(module_name)) is None or key == "bias":
             result[name] = tensor
         elif key == "weight":
-            shape, scale = (layer.out_features, layer.in_features), tensors[f"{module_name}.{layer.scale_name}"]
+            shape, scale = (*tensor.shape[:-1], layer.in_features), tensors[f"{module_name}.{layer.scale_name}"]
             load = lambda layer=layer, w=tensor, s=scale: layer.dequantize(w.load(), s.load(), dtype)  # noqa: E731
             result[name] = LazyTensor(shape, dtype, load)
     return result
