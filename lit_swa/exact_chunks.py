@@ -301,7 +301,8 @@ class ExactChunks(nn.Module):
             for a, b in chunks if sums is None else chunks[:-1]:
                 states.append(random_state(idx.device))
                 borders = self.borders(stores, a, idx.device)
-                x = self.run(idx[:, a:b], a, borders)
+                with in_place_of_caches(self.module, borders):
+                    x = self.run(idx[:, a:b], a, borders)
                 if sums is None:
                     total = total + self.loss(x, targets[:, a:b], [])
                 for store, border in zip(stores, borders, strict=True):
@@ -317,15 +318,16 @@ class ExactChunks(nn.Module):
     def differentiate(self, idx: Tensor, targets: Tensor, first: int, stores: list, sums: "Sums") -> Tensor:
         """The loss of a chunk, its gradients, and those of what it sees of the chunks before it."""
         borders, end, losses = self.borders(stores, first, idx.device), first + idx.size(1), []
-        loss = self.loss(self.run(idx, first, borders, losses), targets, losses)
-        outputs, grads = [loss], [torch.ones_like(loss)]
-        for store, border in zip(stores, borders, strict=True):
-            tensors, handed = store.made(border, first, end)
-            known = [(t, grad) for t, grad in zip(tensors, handed, strict=True) if t.requires_grad]
-            outputs += [t for t, _ in known]
-            grads += [grad for _, grad in known]
         leaves = [leaf for border in borders for leaf in border.leaves]
-        found = torch.autograd.grad(outputs, [*sums.weights, *leaves], grads, allow_unused=True)
+        with in_place_of_caches(self.module, borders):  # in the backward too, where layers may compute again
+            loss = self.loss(self.run(idx, first, borders, losses), targets, losses)
+            outputs, grads = [loss], [torch.ones_like(loss)]
+            for store, border in zip(stores, borders, strict=True):
+                tensors, handed = store.made(border, first, end)
+                known = [(t, grad) for t, grad in zip(tensors, handed, strict=True) if t.requires_grad]
+                outputs += [t for t, _ in known]
+                grads += [grad for _, grad in known]
+            found = torch.autograd.grad(outputs, [*sums.weights, *leaves], grads, allow_unused=True)
         sums.add(found[: len(sums.weights)])
         at = len(sums.weights)
         for store, border in zip(stores, borders, strict=True):
@@ -360,21 +362,27 @@ class ExactChunks(nn.Module):
         span = span._replace(dtype=model.transformer.wte.weight.dtype)
         pos, plans = torch.arange(first, first + T, device=idx.device)[None], {}
         for attn, border in zip(model.layers, borders, strict=True):
-            attn._modules.pop("kv_cache", None)  # the place of a cache that there was: a border is no module
-            attn.kv_cache = border
             if attn.mixer.kind not in plans:
                 plans[attn.mixer.kind] = attn.mixer.plan(pos, span, border, model.rope)
-        call = Call(plans, cached=True, losses=[] if losses is None else losses)
-        try:
-            return model.run_blocks(idx, call)
-        finally:
-            for attn in model.layers:
-                attn.kv_cache = None
+        return model.run_blocks(idx, Call(plans, cached=True, losses=[] if losses is None else losses))
 
     def loss(self, x: Tensor, targets: Tensor, losses: list[Tensor]) -> Tensor:
         trained = (targets.flatten() != IGNORED).nonzero()[:, 0]
         loss = self.module.sum_nll(x.flatten(0, 1)[trained], targets.flatten()[trained])
         return sum(losses, loss) if self.module.training else loss
+
+
+@contextmanager
+def in_place_of_caches(model: GPT, borders: list) -> Iterator[None]:
+    """Within it the layers' caches are these."""
+    for attn, border in zip(model.layers, borders, strict=True):
+        attn._modules.pop("kv_cache", None)  # the place of a cache that there was: a border is no module
+        attn.kv_cache = border
+    try:
+        yield
+    finally:
+        for attn in model.layers:
+            attn.kv_cache = None
 
 
 class Sums:

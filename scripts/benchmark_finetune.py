@@ -123,7 +123,7 @@ def build(
     from lit_swa.arguments import Training
     from lit_swa.data import Example
     from lit_swa.evaluate import with_fields
-    from lit_swa.exact_chunks import ExactChunks
+    from lit_swa.exact_chunks import ExactChunks, kept_bytes
     from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
     from lit_swa.lora import LoRAConfig, add_lora
     from lit_swa.train import build_optimizer, fitting_recompute, join_examples, recompute_blocks
@@ -146,19 +146,18 @@ def build(
         add_lora(model, LoRAConfig(r=settings["r"], alpha=2 * settings["r"]))
     ids = torch.randint(0, model.config.vocab_size, (T,), dtype=torch.int32).numpy()
     batch = join_examples([Example(ids, ids)], [0]).to(torch.device(device))
-    together = batch  # what a graph is made of at once
+    together, kept = batch, 0  # what a graph is made of at once, and what its chunks keep for each other
     if method in ("chunks", "full chunks"):
-        loss, some = (
-            ExactChunks(model, settings["chunk_size"], settings["chunk_offload"]),
-            ids[: settings["chunk_size"]],
-        )
+        size, offload = settings["chunk_size"], settings["chunk_offload"]
+        loss, some = ExactChunks(model, size, offload), ids[:size]
         together = join_examples([Example(some, some)], [0]).to(torch.device(device))
+        kept = 0 if offload else kept_bytes(model, T, size, dtype.itemsize)
     n = model.config.n_layer if method in ("all", "same memory") else 0
     if method not in ("all", "transfer") and device.startswith("cuda"):  # transfer keeps nothing for a backward
         total = torch.cuda.get_device_properties(device).total_memory
         resident = torch.cuda.memory_allocated() - weights
         limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
-        n = fitting_recompute(model, together, int(limit))
+        n = fitting_recompute(model, together, int(limit) - kept)
     recompute_blocks(model, n)
     optimizer = build_optimizer(model, Training(data=""), 1e-4)
 

@@ -9,6 +9,7 @@ from lit_swa.config import VARIANTS
 from lit_swa.exact_chunks import ExactChunks, KeyStore, check_chunks, cut_documents, kept_bytes
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.training.distribution import reader, unwrapped
+from lit_swa.training.memory import recompute_blocks
 
 CASES = {
     "window": {"attention": "sliding", "sliding_window_size": 7, "norm_qk": True},
@@ -65,6 +66,19 @@ def test_gradients_are_those_of_one_pass(case, documents):
         with torch.no_grad():
             assert abs(chunks(idx, targets, documents) - whole) < 1e-6 * whole
     assert all(attn.kv_cache is None for attn in model.layers)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_that_compute_again_see_their_border(case):
+    """Catches: a backward that computes a layer again without what the chunk saw before it."""
+    model = build(**CASES[case])
+    idx, targets = text()
+    expected = gradients(model, 4 * model(idx, targets=targets))
+    for n in (1, model.config.n_layer):
+        recompute_blocks(model, n)
+        found = gradients(model, 4 * ExactChunks(model, 7)(idx, targets))
+        for x, wanted in zip(found, expected, strict=True):
+            assert (x - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 
 
 def test_what_waits_on_the_cpu_and_what_accumulates():
