@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_swa.moe import Experts
@@ -28,7 +29,10 @@ class StoredExperts(WeightOnlyLinear):
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """One expert's output for tokens (n, in): (n, out)."""
-        return self.linear(expert)(x)
+        if not torch.compiler.is_compiling():
+            return self.linear(expert)(x)
+        weight, bias = self.dequantize(*(t[expert] for t in self.stored()), x.dtype), self.bias
+        return F.linear(x, weight, None if bias is None else bias[expert].to(x.dtype))
 
     def linear(self, expert: int) -> WeightOnlyLinear:
         """One expert as a linear layer, on the same memory."""

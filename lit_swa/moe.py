@@ -9,9 +9,9 @@ the weights w are made of the scores (expert_weights):
     biased     sigmoid of each score over their sum; a bias decides who is chosen, and no more: AFMoE
 
 Experts are rows of stacked weights, which expert_formats.py holds in fewer bits. On a GPU and in compiled code, few
-tokens gather the weights that they need, in one fixed shape, so a decode step has no graph break and waits for nothing;
-else tokens are sorted by expert. In training a balancing loss (Fedus et al. 2021, arXiv 2101.03961) keeps the router
-from sending all tokens to the same experts.
+tokens gather the weights that they need, in one fixed shape, so a decode step has no graph break and waits for nothing
+(in a step of many tokens every expert reads all of them); else tokens are sorted by expert. In training a balancing
+loss (Fedus et al. 2021, arXiv 2101.03961) keeps the router from sending all tokens to the same experts.
 Notation: N tokens, C n_embd, I elements within an expert.
 """
 
@@ -88,15 +88,18 @@ class MoE(nn.Module):
         if self.choice is not None:
             nn.init.zeros_(self.choice)
 
-    def forward(self, x: Tensor, losses: list[Tensor]) -> Tensor:
-        """(B, T, C) -> (B, T, C). losses: in training, the balancing loss is added to them."""
+    def forward(self, x: Tensor, losses: list) -> Tensor:
+        """(B, T, C) -> (B, T, C). losses: in training the layers share a Balance among them."""
         tokens = x.flatten(0, -2)  # (N, C)
         scores = self.router(tokens)  # (N, E)
         ranked = scores if self.choice is None else torch.sigmoid(scores.float()) + self.choice
         chosen = ranked.topk(self.config.n_expert_per_token, dim=-1).indices  # (N, k)
         best = scores.gather(1, chosen)
         if self.training and self.config.balancing_loss:
-            losses.append(self.config.balancing_loss * balancing_loss(scores, chosen) * len(tokens))
+            balance = next((one for one in losses if isinstance(one, Balance)), None)
+            if balance is None:
+                losses.append(balance := Balance(self.config.balancing_loss, len(tokens)))
+            balance.layers.append(shares(scores, chosen))
         y = self.mix(tokens, self.weights(scores, best, chosen).to(x.dtype), chosen)
         if self.shared is not None:
             beside = self.shared(tokens)
@@ -120,6 +123,8 @@ class MoE(nn.Module):
         """Sum over the chosen experts (N, k) of the tokens x (N, C): (N, C)."""
         pairs, size = chosen.numel(), self.fc_1.in_features * self.fc_1.out_features
         static = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if static and pairs > self.config.n_expert:
+            return self.mix_all(x, weights, chosen)
         few = pairs <= GATHERED * self.config.n_expert and pairs * size <= MOST_GATHERED and not self.one_by_one
         if static or (few and x.device.type in GATHERING):
             before = self.config.expert_weights == "sigmoid"
@@ -127,6 +132,19 @@ class MoE(nn.Module):
             y = self.proj.gathered(self.act(*(fc.gathered(inputs, chosen) for fc in (self.fc_1, self.fc_2))), chosen)
             return (y if before else y * weights[..., None]).sum(dim=1)
         return self.mix_sorted(x, weights, chosen)
+
+    def mix_all(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """mix() in one fixed shape for many tokens: every expert reads all of them, and each weight is read once."""
+        spread = weights.new_zeros(len(x), self.config.n_expert).scatter(1, chosen, weights)
+        picked = torch.zeros_like(spread, dtype=torch.bool).scatter(1, chosen, True)
+        y, before = torch.zeros_like(x), self.config.expert_weights == "sigmoid"
+        for expert in range(self.config.n_expert):
+            w, inputs = spread[:, expert, None], x
+            if before:
+                w, inputs = 1.0, x * w
+            out = self.proj(self.act(self.fc_1(inputs, expert), self.fc_2(inputs, expert)), expert) * w
+            y = y + torch.where(picked[:, expert, None], out, 0)  # what was not chosen may not even be finite
+        return y
 
     def mix_sorted(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """mix() expert by expert."""
@@ -151,8 +169,23 @@ class MoE(nn.Module):
         return gate * torch.sigmoid(gate * self.config.expert_slope) * (up + 1)
 
 
-def balancing_loss(scores: Tensor, chosen: Tensor) -> Tensor:
-    """E times the sum over experts of their share of the tokens times their mean probability; k where all is even."""
-    E = scores.size(-1)
-    share = F.one_hot(chosen, E).float().sum(dim=1).mean(dim=0)  # (E,)
-    return E * (share * F.softmax(scores.float(), dim=-1).mean(dim=0)).sum()
+class Balance:
+    """What the layers' routers made of a call; a loss plus this is the loss with the balancing loss.
+
+    That is weight * tokens * E times the sum over experts of their share of the tokens times their mean probability,
+    both over all layers, as transformers counts them; without weight and tokens it is k where all is even.
+    """
+
+    def __init__(self, weight: float, tokens: int) -> None:
+        self.weight, self.tokens = weight, tokens
+        self.layers: list[tuple[Tensor, Tensor]] = []  # what shares() gave
+
+    def __radd__(self, loss: Tensor) -> Tensor:
+        share, probability = (torch.stack(each).mean(dim=0) for each in zip(*self.layers, strict=True))
+        return loss + self.weight * self.tokens * share.numel() * (share * probability).sum()
+
+
+def shares(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Each expert's share of the tokens, and its mean probability (E,), of scores (N, E) and the chosen (N, k)."""
+    share = F.one_hot(chosen, scores.size(-1)).float().sum(dim=1).mean(dim=0)
+    return share, F.softmax(scores.float(), dim=-1).mean(dim=0)

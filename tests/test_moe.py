@@ -46,30 +46,37 @@ def test_expert_by_expert_is_what_gathered_weights_give(tiny_model, kind, monkey
 def test_the_balancing_loss_is_that_of_transformers(tiny_model):
     """Catches: a loss that counts layers or tokens twice, one that eval adds too, or that moves no router."""
     modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    model = tiny_model(mlp_class_name="MoE", n_layer=1, n_expert=5, n_expert_per_token=2, balancing_loss=0.3).train()
-    idx, scores = torch.randint(0, 97, (2, 9)), []
-    model.transformer.h[0].mlp.router.register_forward_hook(lambda module, inputs, output: scores.append(output))
-    targets = torch.randint(0, 97, (2, 9))
-    with_loss = model(idx, targets=targets)
-    without = model.eval()(idx, targets=targets)
-    expected = modeling.load_balancing_loss_func((scores[0],), 5, 2)
-    torch.testing.assert_close(with_loss - without, 0.3 * 18 * expected, rtol=1e-4, atol=1e-4)
-    (with_loss - without).backward()
-    assert model.transformer.h[0].mlp.router.weight.grad.abs().max() > 0
+    model = tiny_model(mlp_class_name="MoE", n_layer=3, n_expert=5, n_expert_per_token=2, balancing_loss=0.3).train()
+    routers, scores = [block.mlp.router for block in model.transformer.h], []
+    hooks = [r.register_forward_hook(lambda module, inputs, output: scores.append(output)) for r in routers]
+    idx, targets, weights = torch.randint(0, 97, (2, 9)), torch.randint(0, 97, (2, 9)), [r.weight for r in routers]
+    difference = model(idx, targets=targets)
+    for hook in hooks:
+        hook.remove()
+    expected = 0.3 * 18 * modeling.load_balancing_loss_func(tuple(scores), 5, 2)
+    wanted = torch.autograd.grad(expected, weights, retain_graph=True)
+    difference = difference - model.eval()(idx, targets=targets)
+    torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(wanted, torch.autograd.grad(difference, weights), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
+@pytest.mark.parametrize("kind, rows", [("qwen", 1), ("gpt-oss", 1), ("gpt-oss", 3), ("llama 4", 6)])
 @torch.no_grad()
-def test_a_step_has_no_graph_break_and_no_new_graph(tiny_model):
-    """Catches: an .item() in the router, or a shape that depends on which experts are chosen."""
+def test_a_step_has_no_graph_break_and_no_new_graph(tiny_model, kind, rows):
+    """Catches: an .item() in the router, a shape that depends on which experts are chosen, many rows whose experts'
+    weights are all gathered."""
     torch._dynamo.reset()
-    model, graphs = tiny_model(**FIELDS, sink_logits=True, attention="sliding,full", sliding_window_size=4), []
-    idx = torch.randint(0, 97, (1, 9))
+    model, graphs = tiny_model(**KINDS[kind], attention="sliding,full", sliding_window_size=4), []
+    idx = torch.randint(0, 97, (rows, 9))
     expected = model(idx)
-    model.set_kv_cache(1, 9)
+    model.set_kv_cache(rows, 9)
     step = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     logits = torch.cat([step(idx[:, t : t + 1], torch.tensor([t])) for t in range(9)], dim=1)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert len(graphs) == 1
+    [graph] = graphs
+    made = [node.meta["example_value"] for node in graph.graph.nodes if node.op != "output"]
+    assert max(t.numel() for t in made if isinstance(t, torch.Tensor)) <= model.config.n_expert * 64 * 48
 
 
 def test_what_knows_no_experts_says_so(tiny_model):
