@@ -163,14 +163,18 @@ class LinearAttention(Mixer):
         most = PIECE_ELEMENTS[x.q.device.type == "cuda"]
         size = C * max(1, most // (B * H * (C * (C + plan.lag) + 4 * D * D)))  # a chunk's weights, and two states
         cuts = [*range(0, T - T % C, size), *([T - T % C] if T % C else []), T]
-        long = len(cuts) > 3 and torch.is_grad_enabled()
-        run = functools.partial(checkpoint, self.attend_chunks, use_reentrant=False, preserve_rng_state=False)
-        run = run if long else self.attend_chunks
+        again = functools.partial(checkpoint, self.attend_flat, use_reentrant=False, preserve_rng_state=False)
+        run = again if len(cuts) > 3 and torch.is_grad_enabled() else self.attend_flat
         for a, b in itertools.pairwise(cuts):
-            given = x.cut(a, b), state, min(C, b - a), plan.lag - plan.window
-            y, state = run(*given)
+            y, *state = run(min(C, b - a), plan.lag - plan.window, *state, *x.cut(a, b))
             outputs.append(y)
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], state
+        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], tuple(state)
+
+    def attend_flat(self, C: int, behind: int, state: Tensor, norm: Tensor, *tokens: Tensor | None) -> tuple:
+        """attend_chunks() with each tensor as an argument of its own: where a whole block computes again too, only such
+        are given up in between."""
+        y, state = self.attend_chunks(Tokens(*tokens), (state, norm), C, behind)
+        return y, *state
 
     def attend_chunks(self, x: "Tokens", state: State, C: int, behind: int) -> tuple[Tensor, State]:
         """attend() for N chunks of C queries. behind: the newest older entry of a chunk's query c is behind + c."""

@@ -24,6 +24,8 @@ from lit_swa.model import RoPE
 from lit_swa.parallel import Rank, split_model
 from lit_swa.rope import Span, find_span
 from lit_swa.speed import keys_read
+from lit_swa.training.estimate import Tracker
+from lit_swa.training.memory import recompute_blocks
 
 CASES = {
     "lolcats": {"linear_window": 5},
@@ -334,6 +336,20 @@ def test_a_long_text_keeps_little_for_its_backward(monkeypatch):
             run(mixer, rope, *(x.requires_grad_() for x in inputs(mixer, T=256)))
         kept.append(sum(held.values()))
     assert kept[1] < kept[0] / 4
+
+
+def test_a_block_that_computes_again_keeps_its_input_alone(tiny_model, monkeypatch):
+    """Catches: pieces within a block that hold queries, keys and states until the backward comes to the block."""
+    monkeypatch.setattr(linear, "CHUNKS", (16,))
+    monkeypatch.setattr(linear, "PIECE_ELEMENTS", (1, 1))
+    model = tiny_model(attention="linear", linear_window=16, n_layer=2, block_size=256).train()
+    recompute_blocks(model, 2)
+    call = model.plan_call(torch.zeros(1, 256, dtype=torch.long), None)
+    with Tracker() as tracker:
+        x = torch.empty(1, 256, model.config.n_embd, requires_grad=True)
+        before = tracker.live
+        y = model.transformer.h[0](x, call)
+        assert tracker.live - before == y.nbytes
 
 
 def test_new_weights_are_the_identity_after_any_way_to_make_a_model():
