@@ -42,7 +42,7 @@ else:  # copied beside a script of another project
     from rope import RoPE, Span, apply_rope, join_angles
 
 CHUNKS = 64, 128, 256  # queries of a chunk: as many as a window has keys, of these
-PIECE_ELEMENTS = 2**23, 2**26  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
+PIECE_ELEMENTS = 2**23, 2**28  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
 NEW_MIX = math.log(0.1 / 0.9)  # g = 0.1 in a new layer
 
 State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over keys, with and without their values
@@ -125,8 +125,7 @@ class LinearAttention(Mixer):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
         if plan.texts:
-            pieces = zip(*(x.split([n for n, _ in plan.texts], dim=2) for x in (q, k, v)), plan.texts, strict=True)
-            return torch.cat([self.forward(q, k, v, own, None) for q, k, v, (_, own) in pieces], dim=2)
+            return self.read_texts(q, k, v, plan.texts)
         q, kv = apply_rope(q, *plan.angles), torch.cat([apply_rope(k, *plan.angles), v], dim=-1)
         if cache is None:
             sinks, entries, state = kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), empty_state(q)
@@ -136,6 +135,20 @@ class LinearAttention(Mixer):
         y, state = self.attend(self.tokens(q, sinks, entries, plan), state, plan)
         cache.keep(state)
         return (y if order is None else along_tokens(y, order.argsort(dim=1))).to(v.dtype)
+
+    def read_texts(self, q: Tensor, k: Tensor, v: Tensor, texts: list[tuple[int, Plan]]) -> Tensor:
+        """forward() for texts one behind the other. Those whose lengths lie between the same powers of two are read
+        side by side, as long as the longest: what is behind a text's end, nothing in it sees."""
+        lengths, groups = [n for n, _ in texts], {}
+        parts, outputs = [x.split(lengths, dim=2) for x in (q, k, v)], list(lengths)
+        for i, n in enumerate(lengths):
+            groups.setdefault((n - 1).bit_length(), []).append(i)
+        for group in groups.values():
+            longest, plan = max((texts[i] for i in group), key=lambda text: text[0])
+            rows = (torch.cat([F.pad(x[i], (0, 0, 0, longest - lengths[i])) for i in group]) for x in parts)
+            for i, y in zip(group, self.forward(*rows, plan, None).split(q.size(0)), strict=True):
+                outputs[i] = y[:, :, : lengths[i]]
+        return torch.cat(outputs, dim=2)
 
     def attention_weights(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """w_ij / sum of w_ij, (B, H, T, T), of a short text without a cache: what is made of unit vectors as values.

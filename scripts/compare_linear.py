@@ -60,6 +60,7 @@ def main(
     items: int = 200,
     trials: int = 10,
     jobs: int = 1,
+    compile: bool = False,
     out_dir: Path = Path("out/compare_linear"),
     device: str = "auto",
     seed: int = 1234,
@@ -92,6 +93,7 @@ def main(
         trials: Pass keys that are asked for at each of two lengths and four depths; 0 for none.
         jobs: Runs that train at the same time, on a GPU each as far as there are as many. With more than one, each
             writes its lines to OUT_DIR/NAME.log.
+        compile: Compile linear attention, and blocks where LoRA trains: worth its start in long runs on a GPU.
         out_dir: Holds a directory for each run. For SmolLM2-135M all take some 25 GB.
         device: auto, cpu or cuda.
         seed: Decides the order of the rows, new weights, and what is asked.
@@ -130,6 +132,7 @@ def main(
         "data": rows_file, "checkpoint_dir": checkpoint_dir, "max_seq_length": context, "batch_size": batch_size,
         "max_steps": steps, "validation_fraction": trained["held_out"] / trained["rows"], "device": device,
         "seed": seed, "sample": False, "save_interval": steps, "resume": "auto", "model.linear_window": linear_window,
+        "compile": compile,
     }  # fmt: skip
     arguments = {
         "training": {name: value for name, value in training.items() if name != "checkpoint_dir"} | trained,
