@@ -7,7 +7,8 @@ with functions that take the place of the plain steps of model.py, or with None.
     merged    each range of keys is seen whole, or is a causal triangle; a kernel for each, merged by their log-sum-exps
     corners   the same for windows: a block of a window's length reads its own keys in a triangle, and those before in a
               triangle that is rotated by half a circle
-    window    one kernel that takes the window by itself (FlexAttention, FlashAttention), merged with the sinks
+    window    one kernel that takes the window by itself (cuDNN by its frontend, FlexAttention, FlashAttention), merged
+              with the sinks
 
 Shapes as in model.py: queries (B, H, T, D), keys and values (B, G, L, D), log-sum-exps (B, H, T).
 """
@@ -24,13 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if __package__:
+    from .config import module_beside
     from .rope import apply_rope
 else:  # copied beside a script of another project
+    from config import module_beside
     from rope import apply_rope
 
 if TYPE_CHECKING:
     from .model import Pairs, Part
 
+cudnn_window = module_beside("cudnn_window")
 MASKED_BLOCK = 128  # queries in a block that needs a mask, on a CPU
 FOLDS = 8  # windows side by side in one call of a kernel: more would only take memory
 LONG_CALL = 1024  # tokens from which on a kernel is worth its start
@@ -54,6 +58,7 @@ class Tools(NamedTuple):
     window: str | None = None  # what takes a window by itself: flex, flash
     multiple: int = 1  # ... for multiples of so many queries
     corners: bool = False  # windows are merged too, as triangles
+    cudnn: bool = False  # cuDNN takes a window that nothing is merged with
 
 
 def faster_plan(pairs: "Pairs") -> Faster | None:
@@ -83,7 +88,7 @@ def find_tools(pairs: "Pairs") -> Tools:
         return Tools(None, flex)
     hopper = torch.cuda.get_device_capability(pairs.q_pos.device) >= (9, 0) and config.head_size <= 128
     tools = gpu_tools(config.attention_backend, T, pairs.cached, hopper, pairs.window or 0)
-    return tools._replace(merge=None, corners=False) if compiling else tools
+    return tools._replace(merge=None, corners=False, cudnn=False) if compiling else tools
 
 
 def gpu_tools(choice: str, T: int, cached: bool, hopper: bool, window: int) -> Tools:
@@ -97,7 +102,9 @@ def gpu_tools(choice: str, T: int, cached: bool, hopper: bool, window: int) -> T
     corners = hopper and window >= LONG_CALL
     # Flex is the faster, and compiles every new shape: a prompt's odd length is not worth that.
     if has_triton() and (not cached or T >= 8 * LONG_CALL):
-        return Tools(merge, "flex", LONG_CALL, corners)
+        return Tools(
+            merge, "flex", LONG_CALL, corners, hopper and cudnn_window is not None and cudnn_window.is_installed()
+        )
     return Tools(merge, "flash", 1, corners)
 
 
@@ -113,6 +120,8 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
     corners = tools.corners and any(bands)
     # torch's flash kernel gives no log-sum-exp to merge sinks by
     alone = tools.window is not None and len(bands) == 1 and not config.sink_logits
+    if tools.cudnn and alone and bands[0]:
+        return window_attend(pairs, "cudnn", T, bands, scale), T
     if any(bands) and not corners and (tools.window == "flex" or alone):
         n = T // tools.multiple * tools.multiple
         return (window_attend(pairs, tools.window, n, bands, scale), n) if n else (None, 0)
@@ -190,6 +199,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: 
     return y.view(B, T, H, D).transpose(1, 2)
 
 
+def has_cudnn_window() -> bool:
+    return cudnn_window is not None and cudnn_window.is_installed()
+
+
 @functools.cache
 def flash_attn_function() -> Callable[..., Tensor] | None:
     try:
@@ -203,8 +216,9 @@ def window_attend(pairs: "Pairs", kernel: str, n: int, bands: Sequence[bool], sc
     """The first n queries of a window: its keys by a kernel that takes windows, other parts beside it, merged."""
     queries, window = slice(0, n), pairs.window
     strips = [strip for i in range(len(bands)) for strip in window_strips(pairs, i, n, kernel, bands[i])]
-    if kernel == "flash":
-        return lambda q, k, v, sinks: flash_attention(
+    if kernel != "flex":
+        whole = flash_attention if kernel == "flash" else cudnn_window.attention
+        return lambda q, k, v, sinks: whole(
             q[0][:, :, queries], k[:, :, strips[0].keys], v[:, :, strips[0].keys], window, scale
         )
 
@@ -229,7 +243,7 @@ def window_strips(pairs: "Pairs", n: int, stop: int, kernel: str, band: bool) ->
         return part_strips(pairs, n, slice(0, stop), band=False, corners=False, triangles=False, shared={})
     lo, hi = part.reach(pairs.layout.first, pairs.layout.first + stop, pairs.config)
     keys = pairs.layout.keys(max(0, lo), hi)
-    if kernel == "flash":
+    if kernel != "flex":
         return [Strip(keys, n)]
     if keys.stop <= keys.start:  # all keys are sinks
         return []

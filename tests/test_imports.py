@@ -64,7 +64,7 @@ def test_the_model_imports_its_config_and_positions_only() -> None:
     graph = module_graph()
     assert graph["lit_swa.model"] == {"lit_swa.config", "lit_swa.rope"}
     assert graph["lit_swa.rope"] == {"lit_swa.config"} and graph["lit_swa.config"] == {"lit_swa.families"}
-    assert graph["lit_swa.fast_attention"] == {"lit_swa.rope"}
+    assert graph["lit_swa.fast_attention"] == {"lit_swa.config", "lit_swa.rope"}
 
 
 def test_no_script_imports_a_script_and_the_package_none() -> None:
@@ -92,7 +92,7 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     folders = ("lit_swa", "generate", "finetune", "pretrain", "scripts")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found = {name.split(".")[0] for path in files for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
-    found = {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in found}
+    found = {{"PIL": "pillow", "yaml": "pyyaml", "cudnn": "nvidia_cudnn_frontend"}.get(name, name) for name in found}
     own = {"lit_swa", "scripts", "config", "rope", "model"}  # the latter where files are copied without the package
     used_where_they_are_there = {"flash_attn", "triton", "xllamacpp"}
     assert found - set(sys.stdlib_module_names) - own - declared == used_where_they_are_there

@@ -8,11 +8,12 @@ import brute_force
 import dilated
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import randomize, tiny_config
 
-from lit_swa import GPT, Config
+from lit_swa import GPT, Config, fast_attention
 from lit_swa.config import Part, Variant
-from lit_swa.fast_attention import FOLDS, MergedAttention, is_band, merge_blocks, window_block_mask
+from lit_swa.fast_attention import FOLDS, MergedAttention, Tools, is_band, merge_blocks, window_block_mask
 from lit_swa.model import VARIANTS, Layout, Pairs, attend_block, cut_queries, sliding
 from lit_swa.rope import Span
 
@@ -471,3 +472,30 @@ def test_every_variant_is_covered_here():
     """Catches: a new row of VARIANTS that nobody compares with brute force."""
     masked = {name for name, row in VARIANTS.items() if row.parts}
     assert masked - {"full"} <= {fields["attention"] for fields, _ in CASES.values()}
+
+
+@pytest.mark.parametrize("split", [(40,), (25, 15), (12, 20, 8)])
+def test_a_kernel_that_takes_windows_gets_the_keys_of_each_query(tiny_model, split, monkeypatch, steps):
+    """Catches: keys cut so that the last is not the last query's own; a window that another part is merged with."""
+    model = tiny_model(attention="sliding,streaming", sliding_window_size=9, n_layer=2, block_size=64).eval()
+    calls = []
+
+    def attention(q, k, v, window, scale):
+        own = torch.arange(k.size(2) - q.size(2), k.size(2))[:, None]
+        key = torch.arange(k.size(2))
+        calls.append((q.size(2), k.size(2), window))
+        mask = (key <= own) & (key > own - window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    idx = torch.randint(0, 97, (2, 40))
+    with torch.no_grad():
+        expected = model(idx)
+        monkeypatch.setattr(fast_attention, "find_tools", lambda pairs: Tools("cpu", "flex", 1, False, True))
+        monkeypatch.setattr(fast_attention.cudnn_window, "attention", attention)
+        model.set_kv_cache(2, 40)
+        found, start = [], 0
+        for n in split:
+            found.append(model(idx[:, start : start + n], torch.arange(start, start + n)))
+            start += n
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-5)
+    assert calls == ([(n, min(n + 8, sum(split[: i + 1])), 9) for i, n in enumerate(split)] if steps == "fast" else [])

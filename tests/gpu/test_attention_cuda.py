@@ -133,3 +133,31 @@ def test_memory_of_a_long_text_is_linear():
             model.hidden_states(idx)
             peaks.append(torch.cuda.max_memory_allocated() - before)
         assert peaks[1] < 4.6 * peaks[0], (name, peaks)
+
+
+@pytest.mark.parametrize("window", [1, 128, 700])
+@pytest.mark.parametrize("before", [0, 256], ids=["a text", "a text that goes on"])
+@pytest.mark.parametrize("groups", [2, 8])
+def test_cudnn_takes_exactly_the_window(window, before, groups):
+    """Catches: W + 1 keys, or W - 1; a band at the wrong end of the keys; gradients of another layout."""
+    pytest.importorskip("cudnn")
+    from lit_swa.cudnn_window import attention
+
+    torch.manual_seed(0)
+    L = 1100 + before
+    shapes = (1100, 8), (L, groups), (L, groups)
+    q, k, v = (torch.randn(2, n, heads, 64, device="cuda").bfloat16().transpose(1, 2) for n, heads in shapes)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    y = attention(q, k, v, window, 0.125)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, (q, k, v), grad)
+    own = torch.arange(before, L, device="cuda")[:, None]
+    key = torch.arange(L, device="cuda")
+    mask = (key <= own) & (key > own - window)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *wide, attn_mask=mask, scale=0.125, enable_gqa=groups != 8
+    )
+    wanted = torch.autograd.grad(expected, wide, grad.double())
+    for x, other in zip((y, *found), (expected, *wanted), strict=True):
+        assert (x.double() - other).norm() < 0.01 * other.norm()
