@@ -278,7 +278,7 @@ def codes_kernel(
 
 # ------------------------------------------------------------------------------------------- products, a few rows
 #
-# Up to 32 rows of x: the products go to the tensor cores, a tile of weights (BN, BK) from the left and the rows of x
+# Up to 64 rows of x: the products go to the tensor cores, a tile of weights (BN, BK) from the left and the rows of x
 # (BK, ROWS) from the right. Codes are made dense in registers, tile by tile. Then making x ready in every program would
 # take longer than the products: prepare_kernel norms it once, and lays it out as the tiles are read.
 
@@ -634,7 +634,7 @@ def attention_kernel(
 
 # ------------------------------------------------------------------------------------------------------------ launching
 
-MOST_ROWS = 32  # of a product: from there on the libraries' are as fast
+MOST_ROWS = {"dense": 32, "int8": 64, "int4": 64}  # of a product: from there on the libraries' are as fast
 MOST_CODED_ROWS = {"int8": 2, "int4": 16}  # rows of x with which the tensor cores are no faster
 KEYS = 64  # slots of a block
 
@@ -678,8 +678,10 @@ def kernel_weight(linear: nn.Module) -> Weight | None:
 def knows(rows: int, linear: nn.Module, gate: nn.Module | None = None) -> bool:
     """True if `product` takes so many rows of x to these layers."""
     first = kernel_weight(linear)
-    if rows > MOST_ROWS or first is None or gate is None:
-        return rows <= MOST_ROWS and first is not None
+    if first is None or rows > MOST_ROWS[first.format]:
+        return False
+    if gate is None:
+        return True
     second = kernel_weight(gate)
     alike = second is not None and (first.format, first.group) == (second.format, second.group)
     return alike and (first.bias is None) == (second.bias is None)
@@ -697,7 +699,7 @@ def product(
     residual: Tensor | None = None,
     bias: bool = True,
 ) -> Tensor:
-    """activation(linear(norm(x))) * gate(norm(x)) + residual, (..., K) -> (..., N), for at most MOST_ROWS rows.
+    """activation(linear(norm(x))) * gate(norm(x)) + residual, (..., K) -> (..., N), for as many rows as MOST_ROWS says.
 
     gain: that of an RMS norm of x, to which `offset` is added; None: no norm. bias: add the layers' biases.
     Sums are float32, and rounded once.
@@ -730,7 +732,7 @@ def product(
         ROWS = max(16, next_power(M))
         if first.format != "dense":
             x = prepare(x, gain, M, K, eps, first.format, ROWS, how)
-        tiles = matrix_tiles(first.format, x.element_size(), how["NORM"], properties(x.device).shared)
+        tiles = matrix_tiles(first.format, ROWS, x.element_size(), how["NORM"], properties(x.device).shared)
         BN, how["BK"], how["num_warps"], how["STAGES"] = tiles
         grid = triton.cdiv(N, BN)
         matrix_kernel[(grid,)](y, x, gain, *one, residual_of, *two, M, N, K, eps, BN=BN, ROWS=ROWS, **how)
@@ -774,13 +776,13 @@ def code_tiles(form: str, N: int, K: int, gated: bool, device: torch.device) -> 
     return triton.cdiv(tiles, triton.cdiv(tiles, most)), BN, runs, warps
 
 
-def matrix_tiles(form: str, size: int, norm: bool, shared: int) -> tuple[int, int, int, int]:
+def matrix_tiles(form: str, rows: int, size: int, norm: bool, shared: int) -> tuple[int, int, int, int]:
     """(outputs of a program, inputs of a tile, warps, tiles in flight). size: bytes of a number of x. shared: bytes of
     shared memory that a program may have."""
     if shared < 160_000:
         return 32, 64 if size == 4 else 128, 4, 2
     if form != "dense":
-        return (32, 128, 4, 1) if size == 4 else (64, 256, 4, 3)
+        return (32, 128, 4, 1) if size == 4 else (64, 256 if rows <= 32 else 128, 4, 3)
     if size == 4:
         return 32, 128, 4, 2
     return (64, 256, 4, 3) if norm else (32, 256, 2, 4)

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.fast_attention import as_one_kernel
 from lit_swa.linear_formats import gpu_kernels
 
 RUN = 32  # inputs whose 4-bit codes are packed together, into four words
@@ -108,6 +109,10 @@ class WeightOnlyLinear(nn.Module):
 
 def dense_int8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., out, in) of int8 rows and their scales (..., out)."""
+    return as_one_kernel(scaled_int8, weight, scale, dtype)
+
+
+def scaled_int8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_(scale.unsqueeze(-1))
 
 
@@ -176,6 +181,10 @@ def unpack_codes(words: Tensor) -> Tensor:
 
 def dense_int4(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., out, in) of packed codes and their groups' scales and offsets, computed in float32 and rounded once."""
+    return as_one_kernel(scaled_int4, weight, scales, dtype)
+
+
+def scaled_int4(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     codes = unpack_codes(weight.flatten(0, -2)).view(*scales.shape[:-1], -1)  # (..., out, groups, group)
     scale, offset = scales.float().unsqueeze(-2).unbind(-1)  # (..., out, groups, 1)
     return torch.addcmul(offset, codes.float().sub_(8), scale).flatten(-2).to(dtype)

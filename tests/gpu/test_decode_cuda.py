@@ -191,7 +191,7 @@ def test_steps_are_the_model(tiny_model, kind, T, B):
         compare_steps(tiny_model(**WIDE | STEPS[kind]).cuda().to(dtype), T, B)
 
 
-@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 2), (5, 3)])
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 2), (5, 3), (4, 12)])
 @pytest.mark.parametrize("kind", ["full", "biases", "Gemma"])
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_steps_with_weights_in_codes(tiny_model, mode, kind, T, B):
