@@ -239,7 +239,9 @@ class Group:
 
         def loss() -> Any:
             with torch.autocast(self.device.type, self.dtype, enabled=autocast):
-                return compiled(input_ids=ids, labels=ids, use_cache=False).loss
+                return compiled(
+                    input_ids=ids, labels=ids
+                ).loss  # use_cache=False would give it a mask in place of a causal kernel
 
         return {"model": model, "optimizer": build_optimizer(model, Pretraining(data=""), 1e-4), "losses": loss}
 
