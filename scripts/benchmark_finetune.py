@@ -22,6 +22,7 @@ def main(
     chunk_offload: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    compile: bool = False,
     repeats: int = 5,
     transformers: bool = True,
     output: Path = Path("tutorials/results/benchmark_finetune.json"),
@@ -48,6 +49,7 @@ def main(
         chunk_offload: What is kept between chunks waits in the CPU's memory.
         device: auto, cpu or cuda.
         dtype: The dtype of the frozen weights, float32 or bfloat16. Trained weights are float32.
+        compile: Compile the blocks of this project's models, as --compile of the finetuning scripts.
         repeats: How often each step is timed.
         transformers: Measure transformers + PEFT too.
         output: The JSON file to write.
@@ -63,10 +65,12 @@ def main(
     use_whole_memory()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
+    if dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # as the scripts, in bfloat16
     lengths = lengths or ([2048, 8192, 32768] if device.startswith("cuda") else [256])
     settings = {"name": name, "n_layer": n_layer, "r": r, "window": window, "s2_group_ratio": s2_group_ratio,
                 "chunk_size": chunk_size, "chunk_offload": chunk_offload, "dtype": dtype,
-                "repeats": repeats}  # fmt: skip
+                "compile": compile, "repeats": repeats}  # fmt: skip
     command = "python " + shlex.join(sys.argv).partition(" --output")[0]
     result: dict[str, Any] = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +131,7 @@ def build(
     from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
     from lit_swa.lora import LoRAConfig, add_lora
     from lit_swa.train import build_optimizer, fitting_recompute, join_examples, recompute_blocks
+    from lit_swa.training.compiling import compile_blocks, compile_linear_attention
 
     fields = {
         "s2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
@@ -159,6 +164,8 @@ def build(
         limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
         n = fitting_recompute(model, together, int(limit) - kept)
     recompute_blocks(model, n)
+    if settings["compile"]:
+        (compile_linear_attention if method == "transfer" else compile_blocks)(model)
     optimizer = build_optimizer(model, Training(data=""), 1e-4)
 
     def step() -> None:

@@ -237,11 +237,9 @@ class Group:
         compiled, ids = torch.compile(model), self.ids[:, :-1].contiguous()
         autocast = dtype != self.dtype
 
-        def loss() -> Any:
+        def loss() -> Any:  # with use_cache=False it would be given a mask in place of a causal kernel
             with torch.autocast(self.device.type, self.dtype, enabled=autocast):
-                return compiled(
-                    input_ids=ids, labels=ids
-                ).loss  # use_cache=False would give it a mask in place of a causal kernel
+                return compiled(input_ids=ids, labels=ids).loss
 
         return {"model": model, "optimizer": build_optimizer(model, Pretraining(data=""), 1e-4), "losses": loss}
 
