@@ -23,6 +23,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
+    memory_GB: float | None = None,
     repeats: int = 5,
     transformers: bool = True,
     output: Path = Path("tutorials/results/benchmark_finetune.json"),
@@ -50,7 +51,8 @@ def main(
         device: auto, cpu or cuda.
         dtype: The dtype of the frozen weights, float32 or bfloat16. Trained weights are float32.
         compile: Compile the blocks of this project's models, as --compile of the finetuning scripts.
-        repeats: How often each step is timed.
+        memory_GB: How much of the GPU's memory may be taken, in 10^9 bytes. By default all of it.
+        repeats: How often each step is timed, after two that are not; 0: the second of these counts.
         transformers: Measure transformers + PEFT too.
         output: The JSON file to write.
     """
@@ -64,13 +66,16 @@ def main(
 
     use_whole_memory()
     device = pick_device(device)
+    if device.startswith("cuda") and memory_GB is not None:
+        there = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(usable_bytes(device, memory_GB) / there)
     dtype = pick_dtype(dtype, device)
     if dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # as the scripts, in bfloat16
     lengths = lengths or ([2048, 8192, 32768] if device.startswith("cuda") else [256])
     settings = {"name": name, "n_layer": n_layer, "r": r, "window": window, "s2_group_ratio": s2_group_ratio,
                 "chunk_size": chunk_size, "chunk_offload": chunk_offload, "dtype": dtype,
-                "compile": compile, "repeats": repeats}  # fmt: skip
+                "compile": compile, "memory_GB": memory_GB, "repeats": repeats}  # fmt: skip
     command = "python " + shlex.join(sys.argv).partition(" --output")[0]
     result: dict[str, Any] = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[st
         for method, step in steps.items():
             times[method].append(timed(step, device))
     for method, values in times.items():
-        seconds = sorted(values)[len(values) // 2]
+        seconds = sorted(values)[len(values) // 2] if values else rows[method]["second_s"]
         rows[method] |= {"step_s": seconds, "tok_s": T / seconds}
     return list(rows.values())
 
@@ -159,7 +164,7 @@ def build(
         kept = 0 if offload else kept_bytes(model, T, size, dtype.itemsize)
     n = model.config.n_layer if method in ("all", "same memory") else 0
     if method not in ("all", "transfer") and device.startswith("cuda"):  # transfer keeps nothing for a backward
-        total = torch.cuda.get_device_properties(device).total_memory
+        total = usable_bytes(device, settings["memory_GB"])
         resident = torch.cuda.memory_allocated() - weights
         limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
         n = fitting_recompute(model, together, int(limit) - kept)
@@ -174,6 +179,13 @@ def build(
         optimizer.zero_grad(set_to_none=True)
 
     return step, n, weights / 1e9
+
+
+def usable_bytes(device: str, memory_gb: float | None) -> float:
+    import torch
+
+    there = torch.cuda.get_device_properties(device).total_memory
+    return there if memory_gb is None else min(there, memory_gb * 1e9)
 
 
 def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tuple[Callable[[], None], int, float]:
@@ -209,20 +221,16 @@ def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tup
 
 
 def first_steps(step: Callable[[], None], device: str, weights_gb: float) -> dict[str, float]:
-    """Seconds of the first step, which compiles kernels, and memory of the second, with the weights of its own model
-    only."""
+    """Seconds of the first step, which compiles kernels, and of the second, and its memory, with the weights of its own
+    model only."""
     import torch
 
-    started = time.perf_counter()
-    step()
+    row = {"first_s": timed(step, device)}
     if not device.startswith("cuda"):
-        return {"first_s": time.perf_counter() - started}
-    torch.cuda.synchronize()
-    row = {"first_s": time.perf_counter() - started}
+        return row | {"second_s": timed(step, device)}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
+    row["second_s"] = timed(step, device)
     return row | {"memory_GB": (torch.cuda.max_memory_allocated() - before) / 1e9 + weights_gb}
 
 

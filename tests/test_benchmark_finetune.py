@@ -25,7 +25,15 @@ def test_each_method_trains_what_it_says(tiny_model, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", noted)
     monkeypatch.setattr(LinearAttention, "reset_parameters", lambda self: mixers.append(self) or reset(self))
-    settings = {"r": 2, "window": 4, "s2_group_ratio": 0.25, "dtype": "float32", "compile": False, "repeats": 1}
+    settings = {
+        "r": 2,
+        "window": 4,
+        "s2_group_ratio": 0.25,
+        "dtype": "float32",
+        "compile": False,
+        "memory_GB": None,
+        "repeats": 1,
+    }
     before = [p.clone() for p in base.parameters()]
     rows = script["measure"](24, ["all", "linear", "transfer"], base, "cpu", settings)
     assert [row.get("error") for row in rows] == [None] * 3 and all(row["tok_s"] > 0 for row in rows)
