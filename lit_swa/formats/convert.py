@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lit_swa.config import Config
-from lit_swa.formats import gguf, gguf_tokenizer
+from lit_swa.formats import gguf, gguf_models, gguf_tokenizer
 from lit_swa.formats.directory import (
     MAX_SHARD_BYTES,
     STEM,
@@ -43,6 +43,7 @@ from lit_swa.formats.files import (
     write_weights,
 )
 from lit_swa.formats.hf_config import find_architecture, language_model
+from lit_swa.formats.hf_names import Names
 from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
 from lit_swa.formats.quantized import dense_tensors
 from lit_swa.formats.reading import is_listed
@@ -69,7 +70,7 @@ def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX
         for name, text in extra_files.items():
             if not (directory / name).exists():
                 write_text(directory / name, text)
-        write_checkpoint(directory, _with_progress(tensors, "converting"), config, max_shard_bytes)
+        write_checkpoint(directory, with_progress(tensors, "converting"), config, max_shard_bytes)
     _warn_of_tokenizer(directory)
 
 
@@ -81,15 +82,11 @@ def _warn_of_tokenizer(directory: Path) -> None:
         print(f"warning: {error}", file=sys.stderr)
 
 
-def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[str, str], str | None]:
-    """Config, weights by Hugging Face name, files to add, and the architecture of an unconverted checkpoint."""
+def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[str, str], str | Names]:
+    """Config, weights, files to add, and the architecture, or names, of the weights of an unconverted checkpoint."""
     kind, names, index = find_source(directory)
     if kind == "gguf":
-        file = gguf.read_parts([find_inside(directory, name) for name in names])
-        has_config = is_listed(directory / "config.json")
-        hf = read_json(find_inside(directory, "config.json")) if has_config else gguf.hf_config(file)
-        extra_files = gguf_tokenizer.tokenizer_files(file, vocabulary=not is_listed(directory / "tokenizer.json"))
-        return build_config(Config.from_hf, hf, file.path), _gguf_weights(file), extra_files, None
+        return open_gguf(gguf.read_parts([find_inside(directory, name) for name in names]), directory)
     path = find_inside(directory, "config.json")
     hf = read_json(path)
     config = build_config(Config.from_hf, hf, path)
@@ -100,6 +97,21 @@ def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[st
     for name in names:
         source |= (open_safetensors if kind == "safetensors" else open_pickle)(find_inside(directory, name))
     return config, source, {}, architecture
+
+
+def open_gguf(
+    file: gguf.GGUFFile, directory: Path
+) -> tuple[Config, dict[str, LazyTensor], dict[str, str], str | Names]:
+    """open_source of a GGUF file. A config.json and a tokenizer.json beside it come before what it says."""
+    fields = gguf_models.fields_of(file)
+    if is_listed(directory / "config.json"):
+        config = build_config(Config.from_hf, read_json(find_inside(directory, "config.json")), file.path)
+    else:
+        config = build_config(Config.from_dict, fields, file.path)
+    extra_files = gguf_tokenizer.tokenizer_files(file, vocabulary=not is_listed(directory / "tokenizer.json"))
+    weights = gguf.open_weights(file, offset=config.norm_unit_offset)
+    weights = {name: tensor for name, tensor in weights.items() if gguf_models.is_weight(name, config)}
+    return config, weights, extra_files, gguf_models.names_of(file.architecture, config, reading=True)
 
 
 def find_source(directory: Path) -> tuple[str, list[str], str | None]:
@@ -191,15 +203,7 @@ def _is_source(name: str) -> bool:
     return not name.startswith(others)
 
 
-def _gguf_weights(file: gguf.GGUFFile) -> dict[str, LazyTensor]:
-    return {
-        hf_name: LazyTensor(file.tensors[name].shape, gguf.loaded_dtype(file, name),
-                            lambda name=name: gguf.load_tensor(file, name))
-        for name, hf_name in gguf.hf_names(file).items()
-    }  # fmt: skip
-
-
-def _with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, LazyTensor]:
+def with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, LazyTensor]:
     """The same tensors; loading them moves a progress bar on a terminal's stderr."""
     from tqdm import tqdm
 
@@ -250,5 +254,5 @@ def export_hf_checkpoint(
                 key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation
             }
         tensors = to_hf(tensors, config, hf["architectures"][0])
-        write_weights(directory, "model", _with_progress(tensors, "exporting"), max_shard_bytes)
+        write_weights(directory, "model", with_progress(tensors, "exporting"), max_shard_bytes)
         write_json(directory / "config.json", hf)

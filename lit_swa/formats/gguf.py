@@ -1,4 +1,5 @@
-"""Reading GGUF files, weights and config, as transformers reads them; gguf_tokenizer.py reads their tokenizer.
+"""Reading GGUF files: their metadata and tensors. gguf_models.py says what model these are, gguf_tokenizer.py reads the
+tokenizer, and gguf_export.py writes such files.
 
 A GGUF file comes from a stranger, and the common readers trust its counts (a file of 43 bytes makes one of them
 allocate memory without end). So this module reads the header itself and checks every count and length against the
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lit_swa.formats.files import LazyTensor
 from lit_swa.formats.reading import require_regular
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type id -> code
@@ -45,6 +47,8 @@ class GGUFFile:
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)  # keys that were asked for
+    known: dict[str, list[float]] = field(default_factory=dict)  # the numbers of some tensors, before there is a file
 
     @property
     def architecture(self) -> str:
@@ -52,17 +56,30 @@ class GGUFFile:
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """metadata[key], which must be of that kind (an int will do for a float). Raises ValueError otherwise."""
+        self.read.add(key)
         value = self.metadata.get(key, default)
-        if kind is float and type(value) is int:
-            value = float(value)
+        if kind is float and type(value) in (int, float):
+            value = shortest(value)
         if value is not default and type(value) is not kind:
             raise ValueError(f"{self.path} gives {key} as {str(value)[:80]!r}, which is no {kind.__name__}.")
         return value
+
+    def numbers(self, name: str) -> list[float]:
+        """The elements of a small tensor."""
+        return self.known[name] if name in self.known else dequantize(self.tensors[name]).float().flatten().tolist()
 
     def require(self, key: str, kind: type) -> Any:
         if key not in self.metadata:
             raise ValueError(f"{self.path} lacks {key}, which a checkpoint needs: download the file again.")
         return self.get(key, kind)
+
+
+def shortest(value: float) -> float:
+    """The number of fewest digits that float32, as files have it, cannot tell from this: 1e-06 of 9.99999997e-07."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
 
 
 # --------------------------------------------------------------------------------------------------------------- header
@@ -255,123 +272,18 @@ def read_parts(paths: Sequence[Path]) -> GGUFFile:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
-class Architecture(NamedTuple):
-    """How files of one `general.architecture` are to be read. The rows follow llama.cpp's conversion script."""
+def open_weights(file: GGUFFile, offset: bool = False) -> dict[str, LazyTensor]:
+    """The file's tensors, each dequantised when its load() is called, to float32 where torch has no dtype for them.
 
-    model_type: str
-    hf_class: str
-    permuted: bool = False  # rows of q and k are interleaved for llama.cpp's RoPE
-    unit_offset: bool = False  # norms are stored as 1 + weight
-    pre_mlp_norm: str = "post_attention_layernorm"  # what Hugging Face calls ffn_norm
-    extra: dict[str, Any] = {}
+    offset: norms are stored as 1 + weight, and are wanted as weights (Gemma).
+    """
 
+    def lazy(name: str, info: TensorInfo) -> LazyTensor:
+        if offset and name.endswith("norm.weight"):
+            return LazyTensor(info.shape, torch.float32, lambda: dequantize(info).float() - 1.0)
+        return LazyTensor(info.shape, PLAIN_DTYPES.get(info.type_id, torch.float32), lambda: dequantize(info))
 
-GEMMA = {
-    "unit_offset": True,
-    "pre_mlp_norm": "pre_feedforward_layernorm",
-    "extra": {"hidden_activation": "gelu_pytorch_tanh"},
-}
-ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", **GEMMA),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", **GEMMA),
-}
-GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-NOT_WEIGHTS = ("rope_freqs.weight",)  # RoPE's frequency factors: part of the config, see _llama3_scaling
-
-# What hf_config reads of the keys that say how a model attends.
-READ_KEYS = frozenset(
-    "attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.sliding_window "
-    "attention.layer_norm_rms_epsilon attention.layer_norm_epsilon rope.dimension_count rope.freq_base "
-    "rope.scale_linear rope.scaling.type rope.scaling.factor rope.scaling.attn_factor rope.scaling.finetuned "
-    "rope.scaling.original_context_length".split()
-)
-ALSO_READ = {
-    "gemma2": frozenset(("attention.sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping")),
-    "gemma3": frozenset(("rope.freq_base_swa", "attention.sliding_window_pattern", "final_logit_softcapping")),
-}
-OTHER_KEYS = ("logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping")
-WITHOUT_EFFECT = {  # values of keys that are not read; any other value is refused. (0,) for keys that are not here
-    "attention.causal": (True,),
-    "rope.scaling.yarn_beta_fast": (32.0,),
-    "rope.scaling.yarn_beta_slow": (1.0,),
-    "rope.scaling.yarn_ext_factor": (1.0,),
-    "logit_scale": (0, 1.0),
-    "embedding_scale": (0, 1.0),
-    "residual_scale": (0, 1.0),
-}
-
-
-def architecture_of(file: GGUFFile) -> Architecture:
-    if file.architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{file.path} holds a model of architecture {file.architecture[:80]!r}: choose a file of one of "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    return ARCHITECTURES[file.architecture]
-
-
-def hf_names(file: GGUFFile) -> dict[str, str]:
-    """GGUF tensor name -> Hugging Face weight name. Raises ValueError for a tensor that has none."""
-    layer_names = LAYER_NAMES | {"ffn_norm": architecture_of(file).pre_mlp_norm}
-    names = {}
-    for name in file.tensors:
-        if name in NOT_WEIGHTS:
-            continue
-        module, _, suffix = name.rpartition(".")
-        _, layer, part = module.split(".") if module.count(".") == 2 else ("", "", "")
-        if module in GLOBAL_NAMES:
-            names[name] = f"{GLOBAL_NAMES[module]}.{suffix}"
-        elif module.startswith("blk.") and part in layer_names:
-            names[name] = f"model.layers.{layer}.{layer_names[part]}.{suffix}"
-        else:
-            raise ValueError(
-                f"{file.path} holds tensor {name[:80]!r}, which has no place in a model of architecture "
-                f"{file.architecture!r}: this kind of model is not supported."
-            )
-    return names
-
-
-def loaded_dtype(file: GGUFFile, name: str) -> torch.dtype:
-    """The dtype that load_tensor returns: the stored one where torch has it, else float32."""
-    if has_offset(file, name):
-        return torch.float32
-    return PLAIN_DTYPES.get(file.tensors[name].type_id, torch.float32)
-
-
-def has_offset(file: GGUFFile, name: str) -> bool:
-    """True where llama.cpp stores 1 + weight."""
-    return architecture_of(file).unit_offset and name.endswith("norm.weight")
-
-
-def load_tensor(file: GGUFFile, name: str) -> torch.Tensor:
-    """The weight under that GGUF name as Hugging Face has it: dequantised, q and k in rotate-half order, norms as w."""
-    architecture, info = architecture_of(file), file.tensors[name]
-    weight = dequantize(info)
-    if architecture.permuted and (".attn_q." in name or ".attn_k." in name):
-        key = "head_count" if ".attn_q." in name else "head_count_kv"
-        n_head = _heads(file, key)
-        if weight.shape[0] % (2 * n_head):
-            raise ValueError(f"{file.path} is damaged: {name} has {weight.shape[0]} rows for {n_head} heads.")
-        # llama.cpp rotates the pairs (2j, 2j + 1), Hugging Face (j, j + D/2): (n_head, D/2, 2) -> (n_head, 2, D/2)
-        weight = weight.view(n_head, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-    return weight.float() - 1.0 if has_offset(file, name) else weight
+    return {name: lazy(name, info) for name, info in file.tensors.items()}
 
 
 def dequantize(info: TensorInfo) -> torch.Tensor:
@@ -404,169 +316,3 @@ def dequantize(info: TensorInfo) -> torch.Tensor:
             flat[done : done + numbers.size] = torch.from_numpy(numbers)
             done += numbers.size
     return weight
-
-
-# --------------------------------------------------------------------------------------------------------------- config
-
-
-def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """What the model's Hugging Face config.json would say, from the metadata and the tensors' shapes."""
-    row, arch = architecture_of(file), file.architecture
-    if file.get(f"{arch}.expert_count", int, 0):
-        raise ValueError(f"{file.path} holds a mixture of experts, which is not supported: choose a dense model.")
-    _refuse_unread_keys(file)
-    if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
-        raise ValueError(f"{file.path} lacks the embedding, token_embd.weight: download the file again.")
-    n_embd, n_head = file.require(f"{arch}.embedding_length", int), _heads(file, "head_count")
-    config = {
-        "architectures": [row.hf_class],
-        "model_type": row.model_type,
-        "num_hidden_layers": file.require(f"{arch}.block_count", int),
-        "hidden_size": n_embd,
-        "intermediate_size": file.require(f"{arch}.feed_forward_length", int),
-        "num_attention_heads": n_head,
-        "num_key_value_heads": _heads(file, "head_count_kv"),
-        "head_dim": _head_dim(file, n_embd // n_head),
-        "max_position_embeddings": file.require(f"{arch}.context_length", int),
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "rms_norm_eps": file.require(f"{arch}.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": file.get(f"{arch}.rope.freq_base", float, 10000.0),
-        "rope_scaling": _rope_scaling(file),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "hidden_act": "silu",
-    }
-    for key in ("bos", "eos"):
-        config[f"{key}_token_id"] = file.get(f"tokenizer.ggml.{key}_token_id", int)
-    config |= row.extra
-    if arch.startswith("gemma"):
-        config |= _gemma_config(file, config)
-    elif window := file.get(f"{arch}.attention.sliding_window", int, 0):
-        if arch != "llama":
-            raise ValueError(f"{file.path} has a sliding window of {window} in architecture {arch!r}: not supported.")
-        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
-    return config
-
-
-def _refuse_unread_keys(file: GGUFFile) -> None:
-    """Raises ValueError for a key that changes how the model computes, and that is not read here."""
-    arch = file.architecture
-    for key, value in file.metadata.items():
-        name = key.removeprefix(f"{arch}.")
-        matters = name.startswith(("rope.", "attention.")) or name in OTHER_KEYS
-        if name == key or not matters or name in READ_KEYS | ALSO_READ.get(arch, frozenset()):
-            continue
-        values = value if isinstance(value, list) else [value]
-        if any(v not in WITHOUT_EFFECT.get(name, (0,)) for v in values):
-            raise ValueError(
-                f"{file.path} says {key[:80]} = {str(value)[:80]}, which changes the model and is not read: convert "
-                "the model's Hugging Face checkpoint instead."
-            )
-
-
-def _heads(file: GGUFFile, key: str) -> int:
-    """attention.head_count or head_count_kv, a number or one number per layer, which must then be the same."""
-    name = f"{file.architecture}.attention.{key}"
-    value = file.metadata.get(name, file.metadata.get(f"{file.architecture}.attention.head_count"))
-    values = set(value) if isinstance(value, list) else {value}
-    if len(values) != 1 or type(min(values)) is not int or min(values) < 1:
-        raise ValueError(f"{file.path} gives {name} as {str(value)[:80]}: one number above 0 for all layers is needed.")
-    return values.pop()
-
-
-def _head_dim(file: GGUFFile, default: int) -> int:
-    arch = file.architecture
-    rope_dim = file.get(f"{arch}.rope.dimension_count", int)
-    head_dim = file.get(f"{arch}.attention.key_length", int, rope_dim or default)
-    value_dim = file.get(f"{arch}.attention.value_length", int, head_dim)
-    if head_dim != value_dim or (rope_dim or head_dim) != head_dim:
-        raise ValueError(
-            f"{file.path} has heads of {head_dim} for keys, {value_dim} for values and {rope_dim} for RoPE: "
-            "only equal sizes are supported."
-        )
-    return head_dim
-
-
-def _gemma_config(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that only the Gemmas have; where the file is silent, the values that all their checkpoints share."""
-    arch, n_layer = file.architecture, config["num_hidden_layers"]
-    # llama.cpp knows the two 27B models by their depth: their scores are divided by sqrt(n_embd / n_head) instead.
-    largest = {"gemma2": 46, "gemma3": 62}[arch] == n_layer
-    scalar = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
-    window, pattern, score_cap, logit_cap = {"gemma2": (4096, 2, 50.0, 30.0), "gemma3": (0, 6, 0.0, 0.0)}[arch]
-    fields = {
-        "query_pre_attn_scalar": scalar,
-        "sliding_window": file.get(f"{arch}.attention.sliding_window", int, window) or None,
-        "attn_logit_softcapping": file.get(f"{arch}.attn_logit_softcapping", float, score_cap) or None,
-        "final_logit_softcapping": file.get(f"{arch}.final_logit_softcapping", float, logit_cap) or None,
-    }
-    if arch == "gemma3":
-        fields["rope_local_base_freq"] = file.get(f"{arch}.rope.freq_base_swa", float, 10000.0)
-    # n_layer is not checked yet: no list of that length before it is
-    if n_layer <= len(file.tensors):
-        windowed = [fields["sliding_window"] is not None and w for w in _windowed_layers(file, n_layer, pattern)]
-        fields["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windowed]
-    return fields
-
-
-def _windowed_layers(file: GGUFFile, n_layer: int, pattern: int) -> list[bool]:
-    """Which layers have the window: all but every pattern-th, or as a list in the file says for each."""
-    key = f"{file.architecture}.attention.sliding_window_pattern"
-    if isinstance(file.metadata.get(key), list):
-        windowed = file.get(key, list)
-        if len(windowed) < n_layer:
-            raise ValueError(f"{file.path} is damaged: {key} has {len(windowed)} entries for {n_layer} layers.")
-        return [bool(w) for w in windowed[:n_layer]]
-    pattern = file.get(key, int, pattern)
-    return [pattern < 1 or (i + 1) % pattern != 0 for i in range(n_layer)]
-
-
-def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
-    """RoPE's scaling. A factor without a type is linear, and has an older name in files of 2023."""
-    arch, scaling = file.architecture, f"{file.architecture}.rope.scaling"
-    factor = file.get(f"{scaling}.factor", float, file.get(f"{arch}.rope.scale_linear", float, 0.0))
-    kind = file.get(f"{scaling}.type", str, "linear")
-    kind = "none" if kind == "linear" and factor in (0, 1) else kind
-    attention = file.get(f"{scaling}.attn_factor", float, 1.0)
-    llama3 = _llama3_scaling(file) if "rope_freqs.weight" in file.tensors else None
-    if kind not in ("none", "linear", "yarn") or kind != "yarn" and attention != 1 or kind != "none" and llama3:
-        raise ValueError(
-            f"{file.path} scales RoPE by {kind[:80]!r} with attn_factor {attention:g}{' and rope_freqs' * bool(llama3)}"
-            ", which is not read from GGUF files: convert the model's Hugging Face checkpoint instead."
-        )
-    if kind == "none":
-        return llama3
-    if kind == "linear":
-        return {"rope_type": kind, "factor": factor}
-    trained = file.get(f"{scaling}.original_context_length", int, file.require(f"{arch}.context_length", int))
-    fields = {"rope_type": kind, "factor": factor or 1.0, "original_max_position_embeddings": trained}
-    if attention != 1:
-        fields["attention_factor"] = attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)
-    return fields
-
-
-def _llama3_scaling(file: GGUFFile) -> dict[str, Any] | None:
-    """Llama 3.1's scaling. The file has the factors it leads to, one per frequency, but not its four parameters: take
-    those that every Llama 3.1 to 3.3 uses and check that they lead to the same factors."""
-    factors = dequantize(file.tensors["rope_freqs.weight"]).float().flatten().tolist()
-    theta = file.get(f"{file.architecture}.rope.freq_base", float, 10000.0)
-    if set(factors) == {1.0}:
-        return None
-    scaling = {
-        "rope_type": "llama3",
-        "factor": max(factors),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    for j, factor in enumerate(factors):
-        wavelength = 2 * math.pi * theta ** (j / len(factors))
-        rotations = scaling["original_max_position_embeddings"] / wavelength
-        smooth = min(max((rotations - 1.0) / (4.0 - 1.0), 0.0), 1.0)
-        expected = 1 / ((1 - smooth) / scaling["factor"] + smooth) if scaling["factor"] > 0 else math.nan
-        if not math.isclose(factor, expected, rel_tol=1e-3):
-            raise ValueError(
-                f"{file.path} scales RoPE by factors that are not Llama 3.1's: convert the model's Hugging "
-                "Face checkpoint instead."
-            )
-    return scaling

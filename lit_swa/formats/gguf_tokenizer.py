@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from lit_swa.formats.gguf import GGUFFile
-from lit_swa.formats.gguf_pre_tokenizer import cut_of
+from lit_swa.formats.gguf_pre_tokenizer import Cut, cut_of
 
 MAX_TOKEN_CHARS = 1024
 NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -126,7 +126,7 @@ def _add_tokens(file: GGUFFile, tokenizer: Any, tokens: list[str], special: list
 
 def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
     """GPT-2's byte-level BPE: a token is spelled in 256 letters, one per byte. And whether BOS goes in front."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
 
     cut = cut_of(file)
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -134,11 +134,17 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> tuple[Any, bool]:
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="", ignore_merges=cut.words_whole)
     )
-    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns]
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizer_of(cut)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, cut.adds_bos
+
+
+def pre_tokenizer_of(cut: Cut) -> Any:
+    """The steps that cut a text, and spell it in letters for bytes."""
+    from tokenizers import Regex, pre_tokenizers
+
+    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _pair(file: GGUFFile, merge: str) -> tuple[str, str]:

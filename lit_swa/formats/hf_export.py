@@ -309,18 +309,19 @@ def architecture_of(config: Config) -> str:
 
 
 def _differences(config: Config, other: Config) -> list[str]:
-    a, b = (asdict(_canonical(c)) for c in (config, other))
+    a, b = (asdict(canonical(c)) for c in (config, other))
     changed = [name for name in a if a[name] != b[name] and name not in NOT_EXPORTED]
     if config.rope_scaling and config.rope_scaling["type"] not in ROPE_TYPES:
         changed.append("rope_scaling")
     return changed
 
 
-def _canonical(c: Config) -> Config:
+def canonical(c: Config) -> Config:
     """The same model with its defaults spelled out, so that equal models have equal fields."""
     variants = c.layer_variants
     windowed = "full" != min(variants) or "full" != max(variants)
     scaling = c.rope_scaling or {}
+    same = c.rope_local_base_freq == c.rope_base and not scaling  # which is for rope_base only
     reach = int(scaling.get(TRAINED_LENGTH, 0) * scaling.get("factor", 0)) if scaling.get("type") in STRETCHED else 0
     return replace(
         c,
@@ -329,6 +330,6 @@ def _canonical(c: Config) -> Config:
         positions=",".join(w if w in ("rope", "none") else f"{float(w):g}" for w in c.layer_positions),
         mlp_class_name=",".join(c.layer_mlps),
         sliding_window_size=c.sliding_window_size if windowed else None,
-        rope_local_base_freq=None if c.rope_local_base_freq == c.rope_base or not windowed else c.rope_local_base_freq,
+        rope_local_base_freq=None if same or not windowed else c.rope_local_base_freq,
         attention_scores_scalar=c.head_size if c.attention_scores_scalar is None else c.attention_scores_scalar,
     )

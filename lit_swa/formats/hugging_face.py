@@ -124,16 +124,22 @@ def to_neighbours(x: Tensor, size: int) -> Tensor:
     return x.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
 
 
+def chosen_names(architecture: str | Names | None, config: Config) -> Names:
+    return (
+        architecture if isinstance(architecture, Names) else names_of(architecture or architecture_of(config), config)
+    )
+
+
 def to_lit(
-    source: Mapping[str, LazyTensor], config: Config, where: object, architecture: str | None = None
+    source: Mapping[str, LazyTensor], config: Config, where: object, architecture: str | Names | None = None
 ) -> dict[str, LazyTensor]:
     """Hugging Face's weights under lit names, still lazy. `where` is what an error message calls the checkpoint.
 
-    architecture: whose names they have; None: the one that an export of this config has.
+    architecture: whose names they have, or the names; None: those that an export of this config has.
     Raises ValueError when a weight is missing, left over, or of another shape than the config asks for.
     """
     require_layers(config, source, where)
-    names = names_of(architecture or architecture_of(config), config)
+    names = chosen_names(architecture, config)
     found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where, names)
     found = unpacked(found, config, names)
     result, used = {}, set()
@@ -180,11 +186,11 @@ def plain_names(source: Mapping[str, LazyTensor], config: Config, where: object,
 
 
 def have_two_embeddings(
-    source: Mapping[str, LazyTensor], config: Config, where: object, architecture: str | None = None
+    source: Mapping[str, LazyTensor], config: Config, where: object, architecture: str | Names | None = None
 ) -> bool:
     """True where an input and an output embedding are stored and differ: transformers then does not tie them, whatever
     config.json says."""
-    names = names_of(architecture or architecture_of(config), config)
+    names = chosen_names(architecture, config)
     found = plain_names({n: t for n, t in source.items() if not NOT_NEEDED.search(n)}, config, where, names)
     both = [found.get(hf_names_of(f"{name}.weight", config, names)[0]) for name in ("transformer.wte", "lm_head")]
     if None in both or both[0].shape != both[1].shape:
@@ -361,9 +367,11 @@ def in_our_order(x: Tensor, size: int, names: Names) -> Tensor:
     return from_neighbours(x, size) if names.neighbours else x
 
 
-def to_hf(tensors: Mapping[str, LazyTensor], config: Config, architecture: str | None = None) -> dict[str, LazyTensor]:
+def to_hf(
+    tensors: Mapping[str, LazyTensor], config: Config, architecture: str | Names | None = None
+) -> dict[str, LazyTensor]:
     """Lit weights under Hugging Face names, still lazy. Raises ValueError for a weight that has no counterpart."""
-    result, names = {}, names_of(architecture or architecture_of(config), config)
+    result, names = {}, chosen_names(architecture, config)
     for lit_name, tensor in tensors.items():
         wanted = hf_names_of(lit_name, config, names)
         if not wanted:
