@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_cpp_families import CASES as CASES_OF_MODELS
+from llama_cpp_families import write_checkpoint
 from llama_cpp_ids import IDS, MARKED, RECORD, SCALINGS, TEXTS, tokenizer_cases
 from tiny_gguf import LETTERS, SHAPE, write_tiny_gguf
 from tokenizers import Tokenizer
 
+from lit_swa import Config
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model, open_weights
 from lit_swa.formats import gguf
+from lit_swa.formats.gguf_export import add_key, export_gguf
+from lit_swa.formats.gguf_models import fields_of
 from lit_swa.formats.gguf_pre_tokenizer import CUTS
 from lit_swa.formats.gguf_tokenizer import tokenizer_files
 from lit_swa.formats.hugging_face import to_hf
@@ -169,8 +174,8 @@ def test_gemmas_windows_follow_the_file(architecture: str, keys: dict, windowed:
     write_tiny_gguf(tmp_path / "tiny.gguf", architecture, "gemma")
     file = gguf.read_gguf(tmp_path / "tiny.gguf")
     file.metadata |= {f"{architecture}.{key}": value for key, value in keys.items()}
-    kinds = gguf.hf_config(file)["layer_types"]
-    assert [kind == "sliding_attention" for kind in kinds] == windowed
+    variants = Config(**fields_of(file)).layer_variants
+    assert [variant == "sliding" for variant in variants] == windowed
 
 
 def rope_type(name: str) -> object:
@@ -185,11 +190,11 @@ def test_llama3_rope_factors_are_recognised(tmp_path: Path, factor: float) -> No
     theta, n = 500000.0, 8
     write_tiny_gguf(tmp_path / "tiny.gguf", rope_freqs=llama3_factors(theta, n, factor), rope_theta=theta)
     file = gguf.read_gguf(tmp_path / "tiny.gguf")
-    scaling = gguf.hf_config(file)["rope_scaling"]
-    assert scaling["rope_type"] == "llama3" and scaling["factor"] == factor
+    scaling = fields_of(file)["rope_scaling"]
+    assert scaling["type"] == "llama3" and scaling["factor"] == factor
     write_tiny_gguf(tmp_path / "other.gguf", rope_freqs=[1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0], rope_theta=theta)
     with pytest.raises(ValueError, match="factors that are not"):
-        gguf.hf_config(gguf.read_gguf(tmp_path / "other.gguf"))
+        fields_of(gguf.read_gguf(tmp_path / "other.gguf"))
 
 
 def llama3_factors(theta: float, n: int, factor: float) -> list[float]:
@@ -304,6 +309,67 @@ def test_exact_dtypes_are_kept(tmp_path: Path) -> None:
     assert stored["transformer.h.0.attn.qkv.weight"] == torch.float32  # Q4_1, F16 and Q8_0 together
 
 
+@torch.no_grad()
+def test_gpt_oss_in_four_bits_is_what_transformers_unpacks(tmp_path: Path) -> None:
+    """Would catch MXFP4's numbers in another order: a block of GGUF holds the numbers j and j + 16 in byte j."""
+    import gguf as library
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    write_checkpoint(tmp_path / "a", **CASES_OF_MODELS["gpt-oss"])
+    export_gguf(tmp_path / "a", tmp_path / "m.gguf", "f32")
+    file, rng = gguf.read_gguf(tmp_path / "m.gguf"), torch.Generator().manual_seed(1)
+    writer, dense = library.GGUFWriter(tmp_path / "tiny.gguf", "gpt-oss"), {}
+    for key, value in file.metadata.items():
+        add_key(writer, key, value)
+    for name, info in file.tensors.items():
+        if not name.endswith("_exps.weight"):
+            writer.add_tensor(name, gguf.dequantize(info).numpy())
+            continue
+        blocks = torch.randint(0, 256, (*info.shape[:2], info.shape[2] // 32, 16), generator=rng, dtype=torch.uint8)
+        scales = torch.randint(122, 126, blocks.shape[:3], generator=rng, dtype=torch.uint8)
+        dense[name] = convert_moe_packed_tensors(blocks, scales).mT
+        codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # (..., 32): two neighbours in a byte
+        halves = codes[..., :16] | codes[..., 16:] << 4
+        stored = torch.cat([scales[..., None], halves], dim=-1).flatten(-2)
+        writer.add_tensor(name, stored.numpy(), raw_dtype=library.GGMLQuantizationType.MXFP4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "m.gguf").unlink()
+    convert_hf_checkpoint(tmp_path)
+    mlp = load_model(tmp_path).transformer.h[1].mlp
+    for part, layer in (("gate", mlp.fc_1), ("up", mlp.fc_2), ("down", mlp.proj)):
+        assert torch.equal(layer.weight, dense[f"blk.1.ffn_{part}_exps.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "fields"),
+    [
+        ("cohere2", {"attention.sliding_window_pattern": None}, {"attention": "sliding,sliding,sliding,full"}),
+        ("gpt-oss", {"attention.sliding_window_pattern": None}, {"attention": "sliding,full"}),
+        ("olmo2, windows", {"rope.scaling.yarn_attn_factor": 1.25}, {"rope_scaling": {"attention_factor": 1.25}}),
+        ("llama", {"attention.head_count_kv": [2, 2, 2, 2]}, {"n_query_groups": 2}),
+        ("llama", {"attention.key_length": None, "attention.value_length": None}, {"head_size": 16}),
+        ("gptneox", {"attention.head_count_kv": None}, {"n_query_groups": 4}),
+        ("granite", {"embedding_scale": 0.0}, {"embedding_multiplier": 1.0}),
+        ("smollm3", {"rope.freq_base": None}, {"rope_base": 10000.0}),
+    ],
+)
+def test_a_key_that_is_left_out_is_what_llama_cpp_takes(case: str, keys: dict, fields: dict, tmp_path: Path) -> None:
+    """Would catch a pattern of windows or a size that is wrong where a converter does not write it."""
+    write_checkpoint(tmp_path / "a", **CASES_OF_MODELS[case])
+    export_gguf(tmp_path / "a", tmp_path / "m.gguf", "f16")
+    file = gguf.read_gguf(tmp_path / "m.gguf")
+    for key, value in keys.items():
+        file.metadata[f"{file.architecture}.{key}"] = value
+    file.metadata = {key: value for key, value in file.metadata.items() if value is not None}
+    found = fields_of(file)
+    for name, value in fields.items():
+        given = found.get(name, getattr(Config, name, None))
+        assert value.items() <= given.items() if isinstance(value, dict) else given == value
+
+
 # -------------------------------------------------------------------------------------------------------- damaged files
 
 
@@ -389,12 +455,14 @@ def test_metadata_cannot_fill_the_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "mamba"}, "architecture 'mamba'"),
-        ({"expert_count": 8}, "mixture of experts"),
+        ({"architecture": "mamba"}, "architecture 'mamba', which is not supported: the nearest that is here is llama,"),
+        ({"architecture": "granitemoe"}, "architecture 'granitemoe'.* is granite,"),
+        ({"expert_count": 8}, "needs? n_expert"),
+        ({"expert_count": 8, "expert_used_count": 2}, "lacks the weight blk.0.ffn_gate_inp.weight"),
+        ({"expert_count": 8, "expert_used_count": 2, "expert_group_count": 4}, "expert_group_count = 4"),
         ({"keys": {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}}, "scales RoPE by 'longrope'"),
         ({"keys": {"rope.scaling.attn_factor": 1.5}}, "attn_factor 1.5"),
-        ({"keys": {"rope.scaling.factor": 2.0}, "rope_freqs": [1.0] * 7 + [2.0]}, "factors that are not"),
-        ({"keys": {"rope.scaling.yarn_beta_fast": 16.0}}, "yarn_beta_fast = 16.0"),
+        ({"keys": {"rope.scaling.factor": 2.0}, "rope_freqs": [1.0] * 6 + [1.5, 2.0]}, "factors that are not"),
         ({"keys": {"attention.scale": 0.5}}, "attention.scale = 0.5"),
         ({"keys": {"attention.causal": False}}, "attention.causal = False"),
         ({"keys": {"logit_scale": 0.5}}, "logit_scale = 0.5"),
