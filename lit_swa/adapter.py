@@ -305,7 +305,7 @@ def expected_state(model: GPT, config: AdapterConfig) -> dict[str, tuple[int, ..
 def _expected(model: GPT, config: AdapterConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     for i in range(config.start_layer, len(model.transformer.h)):
         yield f"transformer.h.{i}.attn.mixer.adapter.prompt", (config.prompt_length, model.config.n_embd)
-        yield f"transformer.h.{i}.attn.mixer.adapter.gate", (model.config.n_head,)
+        yield f"transformer.h.{i}.attn.mixer.adapter.gate", (model.layers[i].n_head,)
     for name, module in model.named_modules() if config.version == 2 else ():
         if name.startswith("transformer.h.") and can_train_beside(module):
             yield from ((f"{name}.adapter.{key}", (module.out_features,)) for key in ("bias", "scale"))

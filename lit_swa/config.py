@@ -49,6 +49,8 @@ class Config:
     n_layer: int = 16  # blocks
     n_head: int = 32  # query heads of a layer
     n_query_groups: int | None = None  # key/value heads; None: as many as query heads
+    layer_heads: str | None = None  # n_head of each layer, where they differ: "32,16" tiles over all layers ...
+    layer_query_groups: str | None = None  # ... and n_query_groups; each field above is then the largest
     n_embd: int = 4096  # elements of a token's vector between the layers
     head_size: int | None = None  # elements of a head; None: n_embd // n_head
     intermediate_size: int | None = None  # elements within the MLP; None: 4 * n_embd
@@ -139,7 +141,7 @@ class Config:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.n_embd
         if self.layer_windows is not None and self.sliding_window_size is None:
-            self.sliding_window_size = max(window_list(self.layer_windows))
+            self.sliding_window_size = max(number_list("layer_windows", self.layer_windows))
         if self.expert_size is None:
             self.expert_size = self.intermediate_size if self.n_expert is not None else None
         if self.padded_vocab_size is None:
@@ -163,11 +165,14 @@ class Config:
         return tiled(self.mlp_class_name, self.n_layer)
 
     def of_layer(self, layer: int) -> "Config":
-        """What the attention of a layer reads: the same, with the layer's own window where it has one."""
-        if self.layer_windows is None:
+        """What the attention of a layer reads: the same, with the layer's own window and heads where it has some."""
+        each = {name: getattr(self, field) for field, name in BY_LAYER.items()}
+        if not any(each.values()):
             return self
-        own, windows = copy.copy(self), window_list(self.layer_windows)
-        own.sliding_window_size = windows[layer % len(windows)]
+        own = copy.copy(self)
+        for name, numbers in each.items():
+            if numbers is not None:
+                setattr(own, name, int(tiled(numbers, layer + 1)[layer]))
         return own
 
     def kind_of(self, variant: str, layer: int) -> str:
@@ -269,15 +274,21 @@ def tiled(pattern: str, n: int) -> list[str]:
     return [names[i % len(names)] for i in range(n)]
 
 
-def window_list(text: str) -> list[int]:
-    """The windows of a comma list. Raises ValueError for what is none."""
-    least, most = RANGES["sliding_window_size"]
-    windows = [int(n) if re.fullmatch(r" *[0-9]{1,10} *", n) else -1 for n in text.split(",")]
-    if not all(least <= n <= most for n in windows):
-        raise ValueError(f"layer_windows={short(text)} does not fit: give numbers of tokens, such as '128,1024'.")
-    return windows
+def number_list(field: str, text: str) -> list[int]:
+    """The numbers of a comma list, one of BY_LAYER. Raises ValueError for what is none."""
+    least, most = RANGES[BY_LAYER[field]]
+    numbers = [int(n) if re.fullmatch(r" *[0-9]{1,10} *", n) else -1 for n in text.split(",")]
+    if not all(least <= n <= most for n in numbers):
+        of, example = ("tokens", "128,1024") if field == "layer_windows" else ("heads", "32,16")
+        raise ValueError(f"{field}={short(text)} does not fit: give numbers of {of}, such as {example!r}.")
+    return numbers
 
 
+BY_LAYER = {  # a list for the layers -> the field of which each layer has its own
+    "layer_windows": "sliding_window_size",
+    "layer_heads": "n_head",
+    "layer_query_groups": "n_query_groups",
+}
 OF_THE_WEIGHTS = {  # their shapes, and the computation that they were trained for; the rest is how a model is run
     "n_layer", "n_head", "n_query_groups", "n_embd", "head_size", "intermediate_size", "block_size", "vocab_size",
     "padded_vocab_size", "tie_embeddings", "norm_class_name", "norm_eps", "norm_unit_offset", "norm_qk",
@@ -288,7 +299,7 @@ OF_THE_WEIGHTS = {  # their shapes, and the computation that they were trained f
     "logit_multiplier", "temperature_slope", "temperature_length", "temperature_offset", "temperature_layers",
     "sink_logits", "attention_gate", "n_expert", "n_expert_per_token", "expert_size", "expert_weights",
     "expert_scale", "expert_limit", "expert_slope",
-    "shared_expert_size", "shared_expert_gate",
+    "shared_expert_size", "shared_expert_gate", "layer_heads", "layer_query_groups",
 }  # fmt: skip
 MLPS = "GatedMLP", "PlainMLP", "MoE"
 CHOICES = {
@@ -408,11 +419,7 @@ def check_values(config: Config) -> None:
     for name, choices in CHOICES.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={short(getattr(config, name))} does not fit: choose from {', '.join(choices)}.")
-    if config.n_head % config.n_query_groups:
-        raise ValueError(
-            f"n_query_groups={config.n_query_groups} does not divide n_head={config.n_head}: "
-            "every key/value head must serve the same number of query heads."
-        )
+    check_heads(config)
     if config.padded_vocab_size < config.vocab_size:
         raise ValueError(f"padded_vocab_size={config.padded_vocab_size} is less than vocab_size={config.vocab_size}.")
     if config.rope_n_elem % 2:
@@ -427,10 +434,24 @@ def check_values(config: Config) -> None:
     check_rope_scaling(config)
 
 
+def check_heads(config: Config) -> None:
+    """What layers have of their own are numbers; n_head and n_query_groups are the largest, and in every layer the one
+    divides the other."""
+    for field, name in BY_LAYER.items():
+        numbers, given = getattr(config, field), getattr(config, name)
+        largest = None if numbers is None else max(number_list(field, numbers))
+        if numbers is not None and field != "layer_windows" and largest != given:
+            raise ValueError(f"{name}={given} is not the largest of {field}={numbers!r}: set it to {largest}.")
+    for own in dict.fromkeys((c.n_head, c.n_query_groups) for c in map(config.of_layer, range(config.n_layer))):
+        if own[0] % own[1]:
+            raise ValueError(
+                f"n_query_groups={own[1]} does not divide n_head={own[0]}: every key/value head must serve the same "
+                "number of query heads."
+            )
+
+
 def check_positions(config: Config) -> None:
-    """Every layer has RoPE, none, or RoPE at a base of its own, and a window; a temperature has its length."""
-    if config.layer_windows is not None:
-        window_list(config.layer_windows)
+    """Every layer has RoPE, none, or RoPE at a base of its own; a temperature has its length."""
     least, most = RANGES["rope_base"]
     for name in dict.fromkeys(v.strip() for v in config.positions.split(",")):
         base = float(name) if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e\+?[0-9]+)?", name) else None

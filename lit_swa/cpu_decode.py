@@ -166,6 +166,8 @@ class Description:
         self.kept: list[Tensor] = []
         self.kinds = list(dict.fromkeys(attn.mixer.kind for attn in model.layers))
         self.layers = (LayerStruct * config.n_layer)(*map(self.layer, model.transformer.h))
+        if len({(layer.n_head, layer.n_query_groups) for layer in model.layers}) > 1:
+            raise Unknown("layers of different numbers of heads")
         sizes = (config.n_layer, attn.n_head, attn.n_query_groups, config.head_size, config.n_embd, config.rope_n_elem)
         how = ACTIVATIONS.index(config.activation), config.parallel_residual
         scale = (config.attention_scores_scalar or config.head_size) ** -0.5
@@ -358,7 +360,8 @@ def compile_for_cpu(model: GPT, tokens: int = 1) -> Callable[[Tensor, Tensor], T
     try:
         return build_step(model, tokens)
     except Unknown:
-        if model.config.n_expert is not None:  # compiled, it would copy the experts' weights
+        layers = model.config  # compiled, one would copy the experts' weights; one code would not serve all layers
+        if layers.n_expert is not None or layers.layer_heads or layers.layer_query_groups:
             pack_for_cpu(model)
             return plain_step(model, tokens)
         compile_blocks(model)

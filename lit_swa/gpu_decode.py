@@ -46,7 +46,7 @@ class SlotPlan(NamedTuple):
     seen: Tensor  # (B, T, L + T) int8, what slots held and the call's own keys: 0, or 1 + the part that sees it
     blocks: Tensor  # (1 or B, 1 + blocks) int64: how many blocks of KEYS slots hold one that a query sees, and which
     slots: Tensor  # (1 or B, copies, T) int64: where each key goes; -1: nowhere
-    counts: Tensor  # (B * G,) int32, zeros: which programs are done
+    counts: Tensor  # (B * G,) int32, zeros: which programs are done; G of the layer with most
 
 
 class StatePlan(NamedTuple):
@@ -99,10 +99,12 @@ class Step:
         """A SlotPlan or StatePlan where an attention kernel serves the layer, else the mixer's own plan."""
         mixer, cache, T = attn.mixer, attn.kv_cache, pos.size(1)
         if fits_kernel(attn, T, self.model.rope):
-            return slot_plan(mixer, cache.slots, pos, uniform, self.model.rope)
+            counts = new_counts(cache.k.size(0), self.model.config.n_query_groups, pos.device)
+            return slot_plan(mixer, cache.slots, pos, uniform, self.model.rope, counts)
         plan = mixer.plan(pos, Span(uniform, contiguous=T == 1), cache, self.model.rope)
         if isinstance(mixer, LinearAttention) and fits_linear_kernel(attn, T):
-            return StatePlan(plan, new_counts(cache.kv.size(0), attn.n_head + attn.n_query_groups, pos.device))
+            heads = self.model.config.n_head + self.model.config.n_query_groups
+            return StatePlan(plan, new_counts(cache.kv.size(0), heads, pos.device))
         return plan
 
 
@@ -149,7 +151,9 @@ def fits_linear_kernel(attn: CausalSelfAttention, T: int) -> bool:
 
 
 @torch.no_grad()
-def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool, rope: nn.Module) -> SlotPlan:
+def slot_plan(
+    mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool, rope: nn.Module, counts: Tensor
+) -> SlotPlan:
     """Plan a call at pos (1 or B, T), and note in the slots which positions they hold from now on."""
     row, config, T = mixer.row, mixer.config, pos.size(1)
     slots.forget(pos)
@@ -167,7 +171,6 @@ def slot_plan(mixer: SoftmaxAttention, slots: Slots, pos: Tensor, uniform: bool,
         factor = factor.squeeze(1) if isinstance(factor, Tensor) else factor  # (1 or B, T, 1)
         cos, sin = cos * factor, sin * factor
     angles = cos.contiguous(), sin.contiguous(), k_cos.squeeze(1), k_sin.squeeze(1)
-    counts = new_counts(held.size(0), config.n_query_groups, pos.device)
     return SlotPlan(*angles, seen, live_blocks(seen[:, :, : held.size(1)]), to, counts)
 
 

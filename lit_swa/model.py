@@ -341,15 +341,15 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        H, G, D = config.n_head, config.n_query_groups, config.head_size
+        own, variant = config.of_layer(layer), config.layer_variants[layer]
+        H, G, D = own.n_head, own.n_query_groups, own.head_size
         self.n_head, self.n_query_groups = H, G  # of this layer: a rank of several may hold some of them
         self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.attn_bias)  # rows: H queries, G keys, G values
         self.proj = nn.Linear(H * D, config.n_embd, bias=config.attn_proj_bias)
         self.gate = nn.Linear(config.n_embd, H * D, bias=False) if config.attention_gate else None
         self.norm_q, self.norm_k = build_head_norm(config, layer, H), build_head_norm(config, layer, G)
-        variant = config.layer_variants[layer]
         softmax = checks.module_beside("s2").ShiftedSparseAttention if config.s2_attention else SoftmaxAttention
-        self.mixer = (VARIANTS[variant].mixer or softmax)(config.of_layer(layer), variant, layer)
+        self.mixer = (VARIANTS[variant].mixer or softmax)(own, variant, layer)
         self.kv_cache: nn.Module | None = None
         self.config = config
 

@@ -160,13 +160,7 @@ def vocabulary_rows(config: Config, rank: Rank) -> int:
 def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
     """Name of a linear layer or a stack of experts -> what the rank holds of it."""
     check_split(config, rank)
-    H, G, D = config.n_head, config.n_query_groups, config.head_size
-    (q0, q1), (k0, k1) = head_shares(config, rank)
-    rows = [(q0, q1), (H + k0, H + k1), (H + G + k0, H + G + k1)]
     inner, V, n = config.intermediate_size, config.padded_vocab_size, vocabulary_rows(config, rank)
-    heads = ((q0 * D, q1 * D),)
-    parts = {"attn.qkv": Part(0, tuple((a * D, b * D) for a, b in rows)), "attn.proj": Part(1, heads)}
-    parts |= {"attn.gate": Part(0, heads)} if config.attention_gate else {}
     kinds = {
         "GatedMLP": mlp_parts("mlp", ("fc_1", "fc_2"), inner, rank),
         "PlainMLP": mlp_parts("mlp", ("fc",), inner, rank),
@@ -175,8 +169,19 @@ def named_parts(config: Config, rank: Rank) -> dict[str, Part]:
     kinds["MoE"] |= mlp_parts("mlp", ("fc_1", "fc_2"), config.expert_size, rank)  # each expert's
     named = {}
     for i, mlp in enumerate(config.layer_mlps):
-        named |= {f"transformer.h.{i}.{name}": part for name, part in (parts | kinds[mlp]).items()}
+        parts = attention_parts(config.of_layer(i), rank) | kinds[mlp]
+        named |= {f"transformer.h.{i}.{name}": part for name, part in parts.items()}
     return named | {"lm_head": Part(0, ((min(V, n * rank.index), min(V, n * (rank.index + 1))),))}
+
+
+def attention_parts(config: Config, rank: Rank) -> dict[str, Part]:
+    """What a rank holds of a layer's attention, for what config.of_layer gives."""
+    H, G, D = config.n_head, config.n_query_groups, config.head_size
+    (q0, q1), (k0, k1) = head_shares(config, rank)
+    rows = [(q0, q1), (H + k0, H + k1), (H + G + k0, H + G + k1)]
+    heads = ((q0 * D, q1 * D),)
+    parts = {"attn.qkv": Part(0, tuple((a * D, b * D) for a, b in rows)), "attn.proj": Part(1, heads)}
+    return parts | ({"attn.gate": Part(0, heads)} if config.attention_gate else {})
 
 
 def mlp_parts(prefix: str, names: tuple[str, ...], inner: int | None, rank: Rank) -> dict[str, Part]:
@@ -197,6 +202,15 @@ def inner_share(inner: int, rank: Rank) -> tuple[int, int]:
 def other_parts(config: Config, rank: Rank) -> dict[str, tuple[int, tuple[int, int]]]:
     """Name of a parameter that is no linear layer's -> the dimension that is cut, and the rank's part of it: norms of
     each head, learned sink logits."""
+    named = {}
+    for i in range(config.n_layer):
+        parts = head_parts(config.of_layer(i), rank)
+        named |= {f"transformer.h.{i}.{name}": part for name, part in parts.items()}
+    return named
+
+
+def head_parts(config: Config, rank: Rank) -> dict[str, tuple[int, tuple[int, int]]]:
+    """other_parts of a layer, for what config.of_layer gives."""
     queries, keys = head_shares(config, rank)
     parts = {"attn.mixer.sink_logits": (0, queries)} if config.sink_logits else {}
     if config.norm_qk and config.norm_qk_type == "each":
@@ -205,19 +219,21 @@ def other_parts(config: Config, rank: Rank) -> dict[str, tuple[int, tuple[int, i
         D = config.head_size
         cut = {"q": (queries[0] * D, queries[1] * D), "k": (keys[0] * D, keys[1] * D)}
         parts |= {f"attn.norm_{x}.weight": (0, rows) for x, rows in cut.items()}
-    return {f"transformer.h.{i}.{name}": part for i in range(config.n_layer) for name, part in parts.items()}
+    return parts
 
 
 def check_split(config: Config, rank: Rank) -> None:
     """Raises ValueError for more ranks than there are parts, and for what is not split."""
     if rank.size > 1 and "linear" in config.layer_variants:
         raise ValueError("Layers of linear attention are not split over processes: run the model in one.")
-    if rank.size > config.n_query_groups and config.norm_qk and config.norm_qk_type == "whole":
+    layers = [config.of_layer(i) for i in range(config.n_layer)]
+    H, G = min(own.n_head for own in layers), min(own.n_query_groups for own in layers)
+    if rank.size > G and config.norm_qk and config.norm_qk_type == "whole":
         raise ValueError(
-            f"The model norms all of its {config.n_query_groups} key heads at once, and {rank.size} processes would "
-            f"have some of them twice: use at most {config.n_query_groups}."
+            f"The model norms all of its {G} key heads at once, and {rank.size} processes would have some of them "
+            f"twice: use at most {G}."
         )
-    counts = {"query heads": config.n_head, "inner outputs of its MLP": config.intermediate_size}
+    counts = {"query heads": H, "inner outputs of its MLP": config.intermediate_size}
     counts |= {"inner outputs of an expert": config.expert_size, "of the shared expert": config.shared_expert_size}
     for what, count in counts.items():
         if count is not None and rank.size > count:
@@ -299,8 +315,8 @@ def shrink(model: GPT, rank: Rank, tensors: Mapping[str, LazyTensor] | None = No
     """Keep a rank's part of every linear layer, and of the stored tensors that are going to fill them, which are
     returned. Nothing can be computed until `connect`."""
     model.clear_kv_cache()
-    (q0, q1), (k0, k1) = head_shares(model.config, rank)
-    for attn in model.layers:
+    for i, attn in enumerate(model.layers):
+        (q0, q1), (k0, k1) = head_shares(model.config.of_layer(i), rank)
         attn.n_head, attn.n_query_groups = q1 - q0, k1 - k0
     tensors = dict(tensors or {})
     for name, part in named_parts(model.config, rank).items():

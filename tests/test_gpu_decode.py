@@ -110,7 +110,7 @@ def test_a_plan_leads_to_what_the_model_reads(tiny_model, monkeypatch, kind):
         pos = torch.where((p := torch.arange(first, first + T) - delay) < 30, p, -1)
         x = model.transformer.wte(idx.gather(1, pos.clamp(min=0)))
         assert gpu_decode.fits_kernel(attn, T, model.rope)
-        plan = gpu_decode.slot_plan(attn.mixer, attn.kv_cache.slots, pos, False, model.rope)
+        plan = gpu_decode.slot_plan(attn.mixer, attn.kv_cache.slots, pos, False, model.rope, counts=None)
         y = attend_by_tables(attn, attn.qkv(block.norm_1(x)), plan)
         x = x + attn.proj(y)
         logits = model.project(x + block.mlp(block.norm_2(x)))

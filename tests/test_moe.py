@@ -105,6 +105,8 @@ FEATURES = {  # as few models as hold every field that a family brought
     "Cohere": {"norm_qk": True, "norm_qk_type": "each", "parallel_residual": True, "shared_norm": True,
                "logit_multiplier": 0.25},
     "Granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "positions": "rope,500,none", "n_layer": 3},
+    "heads of each layer": {"n_layer": 3, "layer_heads": "6,4,2", "layer_query_groups": "2,1,1", "sink_logits": True,
+                            "attention_gate": True, "norm_qk": True, "norm_qk_type": "each"},
     "Llama 4": {"temperature_slope": 0.3, "temperature_length": 4, "temperature_layers": "none", "norm_qk": True,
                 "temperature_offset": 1, "positions": "rope,none", "attention": "chunked,full", "norm_qk_type": "plain",
                 "attention_chunk_size": 6, "rolling_kv_cache": True},

@@ -62,6 +62,10 @@ SHAPES = {
         "norm_qk": True, "norm_qk_type": "whole", "pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True,
     },
     "gpt-oss: experts, sinks, biases": {"sink_logits": True, "lm_head_bias": True} | BIASES | EXPERTS,
+    "heads of each layer": {
+        "layer_heads": "6,3", "layer_query_groups": "2,1", "attention_gate": True, "sink_logits": True,
+        "norm_qk": True, "norm_qk_type": "each",
+    },
     "AFMoE: a gate, norms of each head, a shared expert": {
         "attention_gate": True, "norm_qk": True, "norm_qk_type": "each", "shared_expert_size": 32,
         "mlp_class_name": "GatedMLP,MoE", "expert_weights": "biased",

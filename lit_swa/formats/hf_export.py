@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from lit_swa.config import OF_THE_WEIGHTS, TRAINED_LENGTH, Config
+from lit_swa.config import BY_LAYER, OF_THE_WEIGHTS, TRAINED_LENGTH, Config
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 LEFT_OUT: Any = ...  # in the place of a value: the architecture has no such key
@@ -297,9 +297,14 @@ def config_to_hf(config: Config) -> dict[str, Any]:
 
 
 def architecture_of(config: Config) -> str:
-    """The architecture whose names an export has. How far a query sees, and how RoPE is scaled, changes no name."""
-    rest = OF_THE_WEIGHTS - {"positions", *(name for name in OF_THE_WEIGHTS if name.startswith("temperature"))}
-    plain = Config(**{name: getattr(config, name) for name in rest})
+    """The architecture whose names an export has. How far a query sees, how RoPE is scaled, and
+    how many heads a layer has, changes no name."""
+    rest = OF_THE_WEIGHTS - {
+        "positions",
+        *BY_LAYER,
+        *(name for name in OF_THE_WEIGHTS if name.startswith("temperature")),
+    }
+    plain = Config(**{name: getattr(config.of_layer(0), name) for name in rest})
     try:
         return config_to_hf(plain)["architectures"][0]
     except ValueError:

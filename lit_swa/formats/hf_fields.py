@@ -11,7 +11,7 @@ ATTENTION_KEY = re.compile(
     r"att(ention|n)|rope|rotary|alibi|window|soft_?cap|sink|chunk|(^|_)qkv?(_|$)|layer_types|multiplier|logits?_scal|"
     r"scale_(emb|depth)|emb(edding)?_scale|(^|_)mup|mlp_bias|experts|(quantization|compression)_config|bidirectional|causal|"
     r"position_embedding(_type)?$|softmax_scale|mscale|logn|ntk|yarn|xpos|nope|(^|_)swa(_|$)|self_extend|multi_query|"
-    r"kv_shared|lora_rank"
+    r"kv_shared|lora_rank|per_layer_config|num_(key_value|kv|query)_heads_|heads_per_layer"
 )
 NO_EFFECT = re.compile(  # on the logits, or none without a key that is read or refused
     r"dropout|pdrop|att(ention|n)_implementation|flash_att|flash_attn|memory_efficient|sdpa|output_attentions|attention_backend|"

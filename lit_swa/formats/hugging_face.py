@@ -60,12 +60,19 @@ def hf_names_of(lit_name: str, config: Config, names: Names) -> tuple[str, ...]:
         found = tuple(name.replace("{i}", layer[1]) if layer else name for name in found)
         if len(found) == 1 and "{" in found[0]:
             [name] = found
-            heads = config.n_head if ".norm_q" in lit_name else config.n_query_groups
+            own = layer_config(lit_name, config)
+            heads = own.n_head if ".norm_q" in lit_name else own.n_query_groups
             count, mark = (config.n_expert or 0, "{e}") if "{e}" in name else (heads, "{h}")
             found = tuple(name.replace(mark, str(n)) for n in range(count))
         if found:
             return tuple(name + end for name in found)
     return ()
+
+
+def layer_config(lit_name: str, config: Config) -> Config:
+    """What the layer reads that a weight belongs to; the config, for one outside the layers."""
+    layer = re.search(r"\.h\.(\d+)\.", lit_name)
+    return config.of_layer(int(layer[1])) if layer else config
 
 
 class _NoInit(TorchFunctionMode):
@@ -150,7 +157,7 @@ def to_lit(
             raise ValueError(f"{where} lacks the weight {missing[0]}: download it again, or correct config.json.")
         used.update(wanted)
         parts = tuple(found[name] for name in wanted)
-        result[lit_name] = _joined(lit_name, wanted[0], parts, shape, config, where, names)
+        result[lit_name] = _joined(lit_name, wanted[0], parts, shape, layer_config(lit_name, config), where, names)
     tied = hf_names_of("lm_head.weight", config, names) if config.tie_embeddings else ()
     left_over = [name for name in found if name not in used and name not in tied]
     if left_over:
@@ -378,7 +385,7 @@ def to_hf(
             raise ValueError(
                 f"The weight {lit_name} has no counterpart in Hugging Face's models: it cannot be exported."
             )
-        result |= _parts_of(lit_name, tensor, wanted, config, names)
+        result |= _parts_of(lit_name, tensor, wanted, layer_config(lit_name, config), names)
     return packed_again(result, config, names)
 
 

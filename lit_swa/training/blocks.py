@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_swa.config import Config
+from lit_swa.config import BY_LAYER, Config
 from lit_swa.formats.adapter_files import base_identity, load_finite
 from lit_swa.formats.directory import (
     MAX_SHARD_BYTES,
@@ -108,9 +108,10 @@ class Block:
         mlps = ",".join(self.config.layer_mlps[i] for i in self.layers)
         fitting = {"n_layer": len(self.layers), "attention": ",".join(variants), "positions": positions}
         fitting["mlp_class_name"] = mlps
-        if self.config.layer_windows is not None:
-            windows = [self.config.of_layer(i).sliding_window_size for i in self.layers]
-            fitting["layer_windows"] = ",".join(map(str, windows))
+        for field, name in BY_LAYER.items():
+            if getattr(self.config, field) is not None:
+                numbers = [getattr(self.config.of_layer(i), name) for i in self.layers]
+                fitting |= {field: ",".join(map(str, numbers)), name: max(numbers)}
         return self.config.override(**fitting, scale_embeddings=False, embedding_multiplier=1.0, tie_embeddings=False)
 
     def local(self, name: str) -> str:

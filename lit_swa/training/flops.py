@@ -48,8 +48,8 @@ def token_flops(config: Config, length: int) -> float | None:
     seen = {kind: keys_seen(VARIANTS[name], config.of_layer(i), length) for kind, (name, i) in kinds.items()}
     if config.s2_attention or None in seen.values():
         return None
-    pairs = sum(seen[config.kind_of(name, i)] for i, name in enumerate(config.layer_variants))
-    return 6 * active_weights(config) + 12 * config.n_head * config.head_size * pairs
+    pairs = sum(seen[config.kind_of(v, i)] * config.of_layer(i).n_head for i, v in enumerate(config.layer_variants))
+    return 6 * active_weights(config) + 12 * config.head_size * pairs
 
 
 def active_weights(config: Config) -> float:
