@@ -500,10 +500,11 @@ def load_slots(
 
 @triton.jit
 def join_splits(
-    y, sums, edges, H, first, rows, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
-    JOINED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    y, sums, edges, sinks, H, first, rows, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    JOINED: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs of the rows first .. first + GROUP - 1 from what each of SPLITS programs found."""
+    """Write the outputs of the rows first .. first + GROUP - 1 from what each of SPLITS programs found. SINKS: sinks
+    (R,) are logits that share the softmax and have no value."""
     d, m = tl.arange(0, DP), first + tl.arange(0, GROUP)
     here = m * SPLITS
     s = tl.arange(0, JOINED)
@@ -514,6 +515,9 @@ def join_splits(
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     weights = tl.exp(tops - highest[:, None])
     whole = tl.sum(tl.load(found + 1, mask=known, other=0.0, cache_modifier=".cg") * weights, 1)
+    if SINKS:
+        logits = tl.load(sinks + m % R, mask=m < rows, other=float("-inf")).to(tl.float32)
+        whole += tl.exp(logits - highest)  # infinite where nothing else counts: then the output is 0
     joined = tl.zeros((GROUP, DP), tl.float32)
     for start in range(0, SPLITS, CHUNK):
         c = start + tl.arange(0, CHUNK)
@@ -530,12 +534,12 @@ def join_splits(
 
 @triton.jit
 def attention_kernel(
-    y, qkv, k_cache, v_cache, cos, sin, k_cos, k_sin, seen, slots, blocks, norm_q, norm_k, partial,
+    y, qkv, k_cache, v_cache, cos, sin, k_cos, k_sin, seen, slots, blocks, norm_q, norm_k, sinks, partial,
     counts, T, L, n_slots, row_seen, row_slots, row_blocks, row_angle, part_angle, scale, cap, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N_ROPE: tl.constexpr, PARTS: tl.constexpr,
     COPIES: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr, JOINED: tl.constexpr,
-    SHARES: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    SHARES: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """SPLITS programs for each key/value head: the first SHARES of them share the slots, L of the n_slots in the cache,
     and the last one takes the call's own keys."""
@@ -628,7 +632,7 @@ def attention_kernel(
         to = y + (b * T * H + g * R) * D
         for first in range(0, R * T, GROUP):
             join_splits(
-                to, partial, edges, H, first, R * T, D, DP, R, SPLITS, JOINED, GROUP, CHUNK
+                to, partial, edges, sinks + g * R, H, first, R * T, D, DP, R, SPLITS, JOINED, GROUP, CHUNK, SINKS
             )  # fmt: skip
 
 
@@ -807,12 +811,20 @@ def early_launch(device: torch.device) -> dict[str, bool]:
 
 
 def attention(
-    qkv: Tensor, cache, plan, n_head: int, n_query_groups: int, norms: tuple | None, scale: float, cap: float | None
+    qkv: Tensor,
+    cache,
+    plan,
+    n_head: int,
+    n_query_groups: int,
+    norms: tuple | None,
+    scale: float,
+    cap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Rotate, write and attend: qkv (B, T, (H + 2 G) * D) of a call's tokens -> (B, T, H * D).
 
     cache: a KVCache, whose slots `plan` (a gpu_decode.SlotPlan) was made for. norms: (gain of queries, of keys, eps,
-    offset) of heads' RMS norms. cap: of the scores.
+    offset) of heads' RMS norms. cap: of the scores. sinks: learned logits (H,).
     """
     B, T, _ = qkv.shape
     H, G, D = n_head, n_query_groups, cache.k.size(-1)
@@ -829,11 +841,12 @@ def attention(
 
     attention_kernel[(B * G, splits)](
         y, qkv, cache.k, cache.v, plan.cos, plan.sin, plan.k_cos, plan.k_sin, plan.seen, plan.slots,
-        plan.blocks, gain_q, gain_k, partial, plan.counts, T, plan.seen.size(-1) - T, cache.k.size(2),
+        plan.blocks, gain_q, gain_k, qkv if sinks is None else sinks, partial, plan.counts, T,
+        plan.seen.size(-1) - T, cache.k.size(2),
         *map(stride, (plan.seen, plan.slots, plan.blocks, plan.k_cos)), plan.cos.stride(0), scale,
         cap or 0.0, eps, H=H, G=G, D=D, DP=DP, N_ROPE=plan.cos.size(-1), PARTS=plan.cos.size(0),
-        COPIES=plan.slots.size(1), NORM=norms is not None, OFFSET=offset, CAP=cap is not None, ROWS=ROWS, KEYS=KEYS,
-        WIDTH=width, OWN=OWN, SPLITS=splits, SHARES=shares, JOINED=joined, GROUP=group,
+        COPIES=plan.slots.size(1), NORM=norms is not None, OFFSET=offset, CAP=cap is not None, SINKS=sinks is not None,
+        ROWS=ROWS, KEYS=KEYS, WIDTH=width, OWN=OWN, SPLITS=splits, SHARES=shares, JOINED=joined, GROUP=group,
         CHUNK=min(joined, max(1, 8192 // (group * DP))), num_warps=warps,
         **early_launch(qkv.device),
     )  # fmt: skip

@@ -140,8 +140,7 @@ def fits_kernel(attn: CausalSelfAttention, T: int, rope: nn.Module) -> bool:
     most = gpu_kernels().most_queries(cache.k.size(-1) * cache.k.element_size())
     few = attn.n_head // attn.n_query_groups * T <= most
     norms = isinstance(attn.norm_q, (nn.Identity, RMSNorm))
-    known = norms and mixer.sink_logits is None
-    return turned and room and few and known and not rope.depends_on_length(mixer.rope_base)
+    return turned and room and few and norms and not rope.depends_on_length(mixer.rope_base)
 
 
 def fits_linear_kernel(attn: CausalSelfAttention, T: int) -> bool:
@@ -241,7 +240,7 @@ def attend(attn: CausalSelfAttention, qkv: Tensor, call: Call) -> Tensor:
         config = attn.config
         scale = (config.attention_scores_scalar or config.head_size) ** -0.5
         cap = config.attention_logit_softcapping
-        return gpu_kernels().attention(qkv, attn.kv_cache, plan, *heads, gains, scale, cap)
+        return gpu_kernels().attention(qkv, attn.kv_cache, plan, *heads, gains, scale, cap, mixer.sink_logits)
     if isinstance(plan, StatePlan):
         return gpu_kernels("linear_kernels").linear_step(qkv, mixer, attn.kv_cache, *plan, heads, gains)
     (B, T, _), H, G = qkv.shape, attn.n_head, attn.n_query_groups
