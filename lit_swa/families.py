@@ -3,6 +3,7 @@
 from typing import Any
 
 from lit_swa.formats.hf_config import config_from_hf as config_from_hf
+from lit_swa.longrope_factors import FACTORS
 
 # ------------------------------------------------------------------------------------------------------- named shapes
 
@@ -12,6 +13,7 @@ LAYER_NORM = {"norm_class_name": "LayerNorm"}
 BEHIND = {"pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True}  # norms behind the blocks' parts only
 QWEN2 = {"norm_eps": 1e-6, "attn_bias": True, "rope_base": 1e6, "block_size": 32768}
 QWEN25 = QWEN2 | {"vocab_size": 151936}
+QWEN25_LARGE = QWEN2 | {"vocab_size": 152064, "norm_eps": 1e-5, "block_size": 131072}
 QWEN3 = {
     "norm_eps": 1e-6, "norm_qk": True, "rope_base": 1e6, "block_size": 40960, "vocab_size": 151936, "head_size": 128,
 }  # fmt: skip
@@ -91,6 +93,12 @@ def shape(n_layer: int, n_embd: int, n_head: int, n_query_groups: int, intermedi
     }
 
 
+def longrope(name: str) -> dict[str, Any]:
+    """RoPE with two lists of factors, first trained on 4096 tokens and stretched 32 times."""
+    trained = {"original_max_position_embeddings": 4096, "factor": 32.0}
+    return {"rope_scaling": {"type": "longrope"} | trained | FACTORS[name]}
+
+
 def experts(n_expert: int, n_expert_per_token: int, expert_size: int, weights: str = "chosen") -> dict[str, Any]:
     sizes = {"n_expert": n_expert, "n_expert_per_token": n_expert_per_token, "expert_size": expert_size}
     return sizes | {"mlp_class_name": "MoE", "expert_weights": weights, "balancing_loss": 0.001}
@@ -136,7 +144,8 @@ GPT_OSS = BIASES | {
 }  # fmt: skip
 MISTRAL = LLAMA | {"vocab_size": 32000, "block_size": 32768}
 NEMO = LLAMA | {"vocab_size": 131072, "head_size": 128}
-PHI3_LONG = {"vocab_size": 32064, "norm_eps": 1e-5}
+PHI3 = {"vocab_size": 32064, "norm_eps": 1e-5}
+PHI3_128K = PHI3 | {"block_size": 131072, "attention": "sliding", "sliding_window_size": 262144}  # of no effect
 FALCON3 = {"norm_eps": 1e-6, "vocab_size": 131072, "rope_base": 1000042.0, "block_size": 32768, "head_size": 256}
 SALAMANDRA = {"norm_eps": 1e-6, "vocab_size": 256000, "block_size": 8192}
 
@@ -199,12 +208,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2-0.5B": QWEN25 | {"block_size": 131072, "tie_embeddings": True} | shape(24, 896, 14, 2, 4864),
     "Qwen2-7B": QWEN2 | {"vocab_size": 152064, "block_size": 131072} | shape(28, 3584, 28, 4, 18944),
     "Qwen2.5-0.5B": QWEN25 | {"tie_embeddings": True} | shape(24, 896, 14, 2, 4864),
-    "Qwen2.5-1.5B": QWEN25 | {"tie_embeddings": True} | shape(28, 1536, 12, 2, 8960),
+    "Qwen2.5-1.5B": QWEN25 | {"tie_embeddings": True, "block_size": 131072} | shape(28, 1536, 12, 2, 8960),
     "Qwen2.5-3B": QWEN25 | {"tie_embeddings": True} | shape(36, 2048, 16, 2, 11008),
-    "Qwen2.5-7B": QWEN2 | {"vocab_size": 152064} | shape(28, 3584, 28, 4, 18944),
-    "Qwen2.5-14B": QWEN2 | {"vocab_size": 152064, "norm_eps": 1e-5} | shape(48, 5120, 40, 8, 13824),
-    "Qwen2.5-32B": QWEN2 | {"vocab_size": 152064, "norm_eps": 1e-5} | shape(64, 5120, 40, 8, 27648),
-    "Qwen2.5-72B": QWEN2 | {"vocab_size": 152064, "norm_eps": 1e-5} | shape(80, 8192, 64, 8, 29568),
+    "Qwen2.5-7B": QWEN2 | {"vocab_size": 152064, "block_size": 131072} | shape(28, 3584, 28, 4, 18944),
+    "Qwen2.5-14B": QWEN25_LARGE | shape(48, 5120, 40, 8, 13824),
+    "Qwen2.5-32B": QWEN25_LARGE | shape(64, 5120, 40, 8, 27648),
+    "Qwen2.5-72B": QWEN25_LARGE | shape(80, 8192, 64, 8, 29568),
     "Qwen1.5-MoE-A2.7B": QWEN25
     | {"block_size": 8192, "shared_expert_size": 5632, "shared_expert_gate": True}
     | experts(60, 4, 1408, "all")
@@ -267,10 +276,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi-1": PHI | shape(24, 2048, 32, 32, 8192),
     "phi-1_5": PHI | shape(24, 2048, 32, 32, 8192),
     "phi-2": PHI | {"rotary_percentage": 0.4} | shape(32, 2560, 32, 32, 10240),
-    "Phi-3-mini-4k": PHI3_LONG
+    "Phi-3-mini-4k": PHI3
     | {"block_size": 4096, "attention": "sliding", "sliding_window_size": 2047}
     | shape(32, 3072, 32, 32, 8192),
-    "Phi-3-medium-4k": PHI3_LONG
+    "Phi-3-mini-128k": PHI3_128K | longrope("Phi-3-mini-128k") | shape(32, 3072, 32, 32, 8192),
+    "Phi-3.5-mini": PHI3_128K | longrope("Phi-3.5-mini") | shape(32, 3072, 32, 32, 8192),
+    "Phi-4-mini": PHI3_128K
+    | {"vocab_size": 200064, "tie_embeddings": True, "rotary_percentage": 0.75}
+    | longrope("Phi-4-mini")
+    | shape(32, 3072, 24, 8, 8192),
+    "Phi-3-medium-4k": PHI3
     | {"block_size": 4096, "attention": "sliding", "sliding_window_size": 2047}
     | shape(40, 5120, 40, 10, 17920),
     "phi-4": LLAMA
@@ -334,6 +349,7 @@ QWEN_1M = {
     "dual_chunk_temperature_power": 2.0,
 }  # fmt: skip
 QWEN25 = ("0.5", "1.5", "3", "7", "14", "32", "72")
+SHORTER, SMALL_EPS = {"block_size": 32768}, {"norm_eps": 1e-6}  # of Qwen2.5's finetuned models
 # Other names of the same shapes: finetuned models, and the names of lit-gpt. A field that differs stands behind.
 SAME: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"Llama-2-{size}-{kind}": (f"Llama-2-{size}", {})
@@ -382,13 +398,14 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "Camel-Platypus2-70B": ("Llama-2-70b", {}),
     "Stable-Platypus2-13B": ("Llama-2-13b", {}),
     "FreeWilly2": ("Llama-2-70b", {}),
-    "Llama-2-7b-chat-hf-function-calling-v2": ("Llama-2-7b", {}),
+    "Llama-2-7b-chat-hf-function-calling-v2": ("Llama-2-7b", {"norm_eps": 1e-6}),
     "tiny-llama-1.1b": ("TinyLlama-1.1B", {}),
     "tiny-llama-1.1b-chat": ("TinyLlama-1.1B", {}),
     "Llama-3.3-70B": ("Llama-3.1-70B", {}),
     **{f"{name}-Instruct": (name, {}) for name in (
         "Meta-Llama-3-8B", "Meta-Llama-3-70B", "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B", "Llama-3.2-1B",
-        "Llama-3.2-3B", "SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B", *(f"Qwen2.5-{n}B" for n in QWEN25))},
+        "Llama-3.2-3B", "SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B")},
+    **{f"Qwen2.5-{n}B-Instruct": (f"Qwen2.5-{n}B", SHORTER | (SMALL_EPS if n in ("32", "72") else {})) for n in QWEN25},
     **{f"Llama-3-{size}{kind}": (f"Meta-Llama-3-{size}", {}) for size in ("8B", "70B") for kind in ("", "-Instruct")},
     "Llama-3.3-70B-Instruct": ("Llama-3.1-70B", {}),
     "Llama-3.1-Nemotron-70B-Instruct-HF": ("Llama-3.1-70B", {}),
@@ -401,17 +418,18 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"gemma-3-{size}-it": (f"gemma-3-{size}", {}) for size in ("1b", "4b", "12b", "27b")},
     **{f"Falcon3-{size}-Instruct": (f"Falcon3-{size}-Base", {}) for size in ("1B", "3B", "7B", "10B")},
     **{f"salamandra-{size}-instruct": (f"salamandra-{size}", {}) for size in ("2b", "7b")},
-    "Phi-3-mini-4k-instruct": ("Phi-3-mini-4k", {}),
+    **{f"{name}-instruct": (name, {}) for name in ("Phi-3-mini-4k", "Phi-3-mini-128k", "Phi-3.5-mini", "Phi-4-mini")},
     "Phi-4-reasoning": ("phi-4", {"rope_base": 5e5, "block_size": 32768}),
     "Phi-4-reasoning-plus": ("phi-4", {"rope_base": 5e5, "block_size": 32768}),
     "mathstral-7B-v0.1": ("Mistral-7B-v0.3", {}),
     "Mistral-Large-Instruct-2411": ("Mistral-Large-Instruct-2407", {}),
     "Mixtral-8x22B-Instruct-v0.1": ("Mixtral-8x22B-v0.1", {"vocab_size": 32768}),
-    **{f"Qwen2.5-Coder-{n}B{kind}": (f"Qwen2.5-{n}B", {}) for n in QWEN25[:-1] for kind in ("", "-Instruct")},
+    **{f"Qwen2.5-Coder-{n}B{kind}": (f"Qwen2.5-{n}B", SHORTER) for n in QWEN25[:-1] for kind in ("", "-Instruct")},
+    "Qwen2.5-Coder-32B-Instruct": ("Qwen2.5-32B", SHORTER | SMALL_EPS),
     **{f"Qwen2.5-Math-{n}B{kind}": (f"Qwen2.5-{n}B", {"rope_base": 1e4, "block_size": 4096})
        for n in ("1.5", "7", "72") for kind in ("", "-Instruct")},
-    "QwQ-32B": ("Qwen2.5-32B", {"block_size": 131072}),
-    "QwQ-32B-Preview": ("Qwen2.5-32B", {}),
+    "QwQ-32B": ("Qwen2.5-32B", {}),
+    "QwQ-32B-Preview": ("Qwen2.5-32B", SHORTER),
     **{f"Qwen3-{size}B-Base": (f"Qwen3-{size}B", {"block_size": 32768}) for size in ("0.6", "1.7", "4", "8", "14")},
     "Qwen3-30B-A3B-Base": ("Qwen3-30B-A3B", {"block_size": 32768}),
     **{f"{name}-{kind}-2507": (name, {"rope_base": base, "block_size": 262144})

@@ -1,10 +1,35 @@
-"""The config.json of released models, typed by hand and not compared with a download; without files and tokens."""
+"""The config.json of released models, typed by hand, without files and tokens. Compared with public copies of the files
+were SmolLM3-3B, gpt-oss-20b, Olmo-3-7B, Ministral-3-8B, Qwen3-30B-A3B, Phi-3.5-mini and Phi-4-mini, and of the Qwen2.5
+those that are here."""
+
+from lit_swa.longrope_factors import FACTORS
 
 COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
     "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }  # fmt: skip
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "embd_pdrop": 0.0, "hidden_act": "silu",
+    "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 131072, "model_type": "phi3",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "resid_pdrop": 0.0,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 262144,
+    "tie_word_embeddings": False, "vocab_size": 32064,
+}  # fmt: skip
+QWEN25 = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "max_position_embeddings": 32768,
+    "model_type": "qwen2", "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
+}  # fmt: skip
+QWEN25_32B = QWEN25 | {
+    "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_hidden_layers": 64,
+    "max_window_layers": 70,
+}  # fmt: skip
+QWEN25_72B = QWEN25 | {
+    "hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_hidden_layers": 80,
+    "max_window_layers": 70,
+}  # fmt: skip
+LONGER = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-05}
 PERIOD = ["sliding_attention"] * 3 + ["full_attention"]
 RELEASED = {
     "SmolLM3-3B": {
@@ -137,4 +162,18 @@ RELEASED = {
             "vocab_size": 131072,
         },
     },
+    "Phi-3.5-mini": PHI3 | {"rope_scaling": {"type": "longrope"} | FACTORS["Phi-3.5-mini"]},
+    "Phi-4-mini": PHI3 | {
+        "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope"} | FACTORS["Phi-4-mini"], "tie_word_embeddings": True, "vocab_size": 200064,
+    },
+    "Qwen2.5-1.5B": QWEN25 | {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_hidden_layers": 28,
+        "num_key_value_heads": 2, "max_position_embeddings": 131072, "tie_word_embeddings": True, "vocab_size": 151936,
+    },
+    "Qwen2.5-32B-Instruct": QWEN25_32B,
+    "Qwen2.5-Coder-32B-Instruct": QWEN25_32B,
+    "Qwen2.5-72B": QWEN25_72B | LONGER,
+    "Qwen2.5-72B-Instruct": QWEN25_72B,
 }  # fmt: skip

@@ -64,6 +64,7 @@ PARAMETERS = {  # as the released checkpoints hold them, tied weights once, and 
     "pythia-6.9b": 6_857_302_016, "pythia-12b": 11_846_072_320, "stablelm-3b-4e1t": 2_795_443_200,
     "stable-code-3b": 2_795_443_200, "stablelm-2-1_6b": 1_644_515_328, "falcon-7b": 6_921_720_704,
     "phi-1_5": 1_418_270_720, "phi-2": 2_779_683_840, "Phi-3-mini-4k": 3_821_079_552,
+    "Phi-3-mini-128k": 3_821_079_552, "Phi-4-mini": 3_836_021_760,
     "Phi-3-medium-4k": 13_960_238_080, "phi-4": 14_659_507_200, "OLMo-1B": 1_176_764_416, "OLMo-7B": 6_888_095_744,
     "OLMo-2-1B": 1_484_916_736, "OLMo-2-7B": 7_298_617_344, "OLMo-2-13B": 13_716_198_400,
     "OLMo-2-32B": 32_234_279_936, "c4ai-command-r-v01": 34_980_831_232, "c4ai-command-r-plus": 103_810_674_688,
