@@ -66,15 +66,18 @@ class BorderSlots:
 class KeyBorder:
     """In the place of a layer's cache: what a chunk sees of those before it, and what it makes itself."""
 
-    def __init__(self, slots: BorderSlots, kv: list[Tensor]) -> None:
-        self.slots, self.leaves = slots, kv  # (B, G, L, D) each; none where nothing is before the chunk
+    def __init__(self, slots: BorderSlots, pieces: list[tuple[Tensor, Tensor]]) -> None:
+        self.slots, self.pieces = slots, pieces  # keys and values (B, G, n, D), where they wait
+        self.leaves = [x for pair in pieces for x in pair]
         self.own: tuple[Tensor, Tensor] = ()
 
     def exchange(self, k: Tensor, v: Tensor, plan: Exchange) -> tuple[Tensor, Tensor]:
+        """What waits elsewhere comes layer by layer, and its gradient goes back so: all layers' need not fit here."""
         self.own = k, v
-        if not self.leaves:
+        if not self.pieces:
             return k, v
-        return tuple(torch.cat([held, new], dim=2) for held, new in zip(self.leaves, (k, v), strict=True))
+        pairs = [[x.to(k.device, non_blocking=True) for x in pair] for pair in self.pieces]
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*pairs, (k, v), strict=True))
 
 
 class KeyStore:
@@ -106,11 +109,11 @@ class KeyStore:
 
     def border(self, slots: BorderSlots, first: int) -> KeyBorder:
         """What a chunk from `first` on sees, as leaves of its graph."""
-        kv: list[list[Tensor]] = [[], []]
+        pieces = []
         for piece, lo, hi in self.found(first):
-            for n, held in enumerate(piece.kv):
-                kv[n].append(held[:, :, lo - piece.lo : hi - piece.lo].to(slots.pos.device))
-        return KeyBorder(slots, [torch.cat(parts, dim=2).detach().requires_grad_() for parts in kv if parts])
+            part = slice(lo - piece.lo, hi - piece.lo)
+            pieces.append(tuple(x[:, :, part].detach().requires_grad_() for x in piece.kv))
+        return KeyBorder(slots, pieces)
 
     def keep(self, border: KeyBorder, first: int, end: int) -> None:
         """Keep what later chunks see of a chunk first .. end - 1."""
@@ -120,7 +123,10 @@ class KeyStore:
                 self.pieces.append(Piece(a, b, tuple(self.moved(x[:, :, a - first : b - first]) for x in border.own)))
 
     def moved(self, x: Tensor) -> Tensor:
-        return x.detach().clone() if self.place is None else x.detach().to(self.place)
+        if self.place is None:
+            return x.detach().clone()
+        fast = x.is_cuda and self.place.type == "cpu"  # pinned memory is copied at a bus's full speed
+        return torch.empty(x.shape, dtype=x.dtype, device=self.place, pin_memory=fast).copy_(x.detach())
 
     def made(self, border: KeyBorder, first: int, end: int) -> tuple[list[Tensor], list[Tensor]]:
         """What the chunk first .. end - 1 made for later ones, and the gradients that they have handed back. After that
@@ -136,10 +142,8 @@ class KeyStore:
 
     def hand_back(self, border: KeyBorder, grads: Grads, first: int) -> None:
         """Give the gradients of a chunk's leaves to the pieces that these came from."""
-        at = 0
-        for piece, lo, hi in self.found(first):
-            piece.add(lo, [grad if grad is None else grad[:, :, at : at + hi - lo] for grad in grads])
-            at += hi - lo
+        for n, (piece, lo, _) in enumerate(self.found(first)):
+            piece.add(lo, grads[2 * n : 2 * n + 2])
 
 
 # ------------------------------------------------------------------------------------------- states of linear attention

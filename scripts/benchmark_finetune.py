@@ -34,14 +34,15 @@ def main(
     many layers compute their activations again: all of them (all), as few as the GPU's memory allows (fast), or as few
     as peft's memory allows (same memory). s2, window and linear are fast with S2-Attn, with a sliding window, and with
     linear attention beside a window (stage 2 of finetune/linearize.py); transfer is its stage 1, which trains no LoRA.
-    chunks and full chunks read the text in exact chunks, with the window and with full attention.
+    chunks and full chunks read the text in exact chunks, with the window and with full attention; full offload and s2
+    offload read it whole, with what the layers compute again from in the CPU's memory.
     The methods alternate, and the median of `repeats` counts.
 
     Args:
         name: A named shape, such as Llama-2-7b.
         lengths: Tokens of a step. By default 2048, 8192 and 32768 on a GPU and 256 on a CPU.
-        methods: Which to measure, of peft, all, fast, same memory, s2, window, linear, transfer, chunks, full chunks.
-            By default the first four, and from 32768 tokens on s2 and window too.
+        methods: Which to measure, of peft, all, fast, same memory, s2, window, linear, transfer, chunks, full chunks,
+            full offload, s2 offload. By default the first four, and from 32768 tokens on s2 and window too.
         n_layer: Number of layers. By default the shape's.
         r: LoRA's rank; alpha is twice that.
         window: Size of the sliding window in tokens.
@@ -142,7 +143,7 @@ def build(
         "s2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
         "window": {"attention": "sliding", "sliding_window_size": settings["window"]},
         "chunks": {"attention": "sliding", "sliding_window_size": settings["window"]},
-    }.get(method, {})
+    }.get(method.removesuffix(" offload"), {})
     model = with_fields(base, block_size=T, **fields).train()
     weights = sum(p.nbytes for p in model.parameters())
     variants, loss = model.config.layer_variants, model
@@ -162,13 +163,15 @@ def build(
         loss, some = ExactChunks(model, size, offload), ids[:size]
         together = join_examples([Example(some, some)], [0]).to(torch.device(device))
         kept = 0 if offload else kept_bytes(model, T, size, dtype.itemsize)
-    n = model.config.n_layer if method in ("all", "same memory") else 0
-    if method not in ("all", "transfer") and device.startswith("cuda"):  # transfer keeps nothing for a backward
+    all_again = method in ("all", "same memory", "full chunks") or method.endswith("offload")
+    n = model.config.n_layer if all_again else 0
+    measured = method == "same memory" or not all_again and method != "transfer"  # which keeps nothing for a backward
+    if measured and device.startswith("cuda"):
         total = usable_bytes(device, settings["memory_GB"])
         resident = torch.cuda.memory_allocated() - weights
         limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
         n = fitting_recompute(model, together, int(limit) - kept)
-    recompute_blocks(model, n)
+    recompute_blocks(model, n, offload=method.endswith("offload"))
     if settings["compile"]:
         (compile_linear_attention if method == "transfer" else compile_blocks)(model)
     optimizer = build_optimizer(model, Training(data=""), 1e-4)

@@ -36,6 +36,7 @@ from lit_swa.train import (
     train_in_float32,
     use_whole_memory,
 )
+from lit_swa.training import memory
 from lit_swa.utils import count_processes
 
 pytest.importorskip("lightning")
@@ -316,6 +317,31 @@ def test_recomputing_layers_changes_no_gradient(tiny_model, n):
         model(idx, targets=idx, documents=[12, 8]).backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_offloaded_layers_keep_their_input_elsewhere_and_tile_their_mlp(tiny_model, monkeypatch):
+    """Catches: a tile that is lost, activations that wait beside the inputs, an MLP that reads the whole text."""
+    model, kept, read = tiny_model(n_layer=3).train(), [], []
+    idx, grads = torch.randint(0, 97, (2, 20)), []
+    monkeypatch.setattr(memory, "TILE", 7)
+    monkeypatch.setattr(
+        memory,
+        "save_on_cpu",
+        lambda pin_memory: torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x),
+    )
+    for block in model.transformer.h:
+        block.mlp.fc_1.register_forward_pre_hook(lambda module, args: read.append(args[0].size(1)))
+    for n, offload in ((0, False), (3, True), (0, False)):
+        recompute_blocks(model, n, offload)
+        model.zero_grad()
+        model(idx, targets=idx).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        if offload:
+            assert [shape for shape in kept if len(shape) > 1] == [(2, 20, model.config.n_embd)] * 3
+            assert max(read[3:]) == 7
+    assert max(read[-3:]) == 20  # a choice can be taken back
+    for a, b in zip(*grads[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("room, kept", [(0, 0), (250, 2), (10**6, 3)])

@@ -18,7 +18,7 @@ from lit_swa.cpu_decode import COMPILERS
 from lit_swa.fast_attention import has_triton
 from lit_swa.linear import LinearAttention
 from lit_swa.model import GPT
-from lit_swa.training.memory import RecomputedForward
+from lit_swa.training.memory import RecomputedForward, TiledForward
 
 BACKEND = "inductor"
 
@@ -43,7 +43,8 @@ def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
     """
     check_compiler(device or model.transformer.wte.weight.device)
     for block in model.transformer.h:
-        for part in (block.attn, *[block.mlp] * block.moe):
+        tiled = isinstance(block.mlp.__dict__.get("forward"), TiledForward)
+        for part in (block.attn, *[block.mlp] * (block.moe or tiled)):
             part.forward = torch.compiler.disable(part.forward)
         forward, recomputed = Compiled(block, type(block).forward.__get__(block)), block.__dict__.get("forward")
         if isinstance(recomputed, RecomputedForward):

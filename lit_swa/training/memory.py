@@ -1,6 +1,7 @@
 """Activations: kept for the backward, or computed again there to save memory (Chen et al. 2016, arXiv 1604.06174)."""
 
 import bisect
+import contextlib
 import ctypes
 import os
 import platform
@@ -10,15 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lit_swa.arguments import Loop
 from lit_swa.exact_chunks import kept_bytes
 from lit_swa.memory import format_bytes, free_memory, ran_out_of_memory, require_memory
-from lit_swa.model import GPT
+from lit_swa.model import GPT, SoftmaxAttention
 from lit_swa.training.distribution import count_shards, is_sharded
 from lit_swa.training.estimate import estimate_step
 from lit_swa.training.loop import Batch, Run
+
+TILE = 2**14  # tokens that an MLP reads at once where activations are offloaded
 
 
 def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
@@ -30,20 +34,34 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     """
     n, device = model.config.n_layer, run.fabric.device
     recompute_blocks(model, 0)
-    wanted = {"all": n, "none": 0}.get(run.args.recompute, run.args.recompute)
+    wanted, offload = run.args.recompute, run.args.recompute == "offload"
+    wanted = {"all": n, "none": 0, "offload": n}.get(wanted, wanted)
     wanted = wanted if wanted == "auto" else min(int(wanted), n)
+    if device.type == "cuda" and offload:
+        require_inputs(run, model)
     if device.type == "cuda":
         limit = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - kept_between_chunks(run, model)
         if wanted == "auto" and is_sharded(run.fabric):  # the model may be larger than the device: nothing is tried
             shards = count_shards(run.fabric, run.args)
             step = estimate_step(model, read_at_once(run), accumulates, run.fabric.autocast, shards)
             wanted = next((i for i in range(n) if step.weights + step.beside_weights(i) < limit), n)
+        elif wanted == "auto" and hands_on_all(run, model):  # a later chunk takes more than the first, which is tried
+            wanted = n
         elif wanted == "auto":
             wanted = fitting_recompute(model, read_at_once(run).to(device), limit)
     else:
         wanted = fitting_on_cpu(run, model, wanted, accumulates)
-    recompute_blocks(model, wanted)
+    recompute_blocks(model, wanted, offload)
     return wanted
+
+
+def require_inputs(run: Run, model: GPT) -> None:
+    """Raises ValueError where the CPU's memory cannot hold what all layers read."""
+    batch, config = read_at_once(run), model.config
+    here = run.fabric.world_size // run.args.num_nodes  # processes that share it
+    needed = here * config.n_layer * batch.idx.numel() * config.n_embd * run.dtype.itemsize
+    what = f"What the {config.n_layer} layers read of {batch.idx.numel():,} tokens"
+    require_memory(needed, torch.device("cpu"), what, f"use a smaller {run.args.LENGTH}, or --recompute all")
 
 
 def read_at_once(run: Run) -> Batch:
@@ -53,6 +71,13 @@ def read_at_once(run: Run) -> Batch:
         return batch
     one = None if batch.documents is None else [n]
     return batch._replace(idx=batch.idx[:, :n], targets=batch.targets[:, :n], documents=one)
+
+
+def hands_on_all(run: Run, model: GPT) -> bool:
+    """True if there are chunks, and a layer in which each sees all keys before it."""
+    size = run.args.chunk_size
+    long = size is not None and run.feed.longest().idx.size(1) > size
+    return long and any(isinstance(attn.mixer, SoftmaxAttention) and attn.mixer.window is None for attn in model.layers)
 
 
 def kept_between_chunks(run: Run, model: GPT) -> int:
@@ -151,22 +176,40 @@ def mapped_bytes(tensors: Iterable[Tensor]) -> int:
     return total
 
 
-def recompute_blocks(model: GPT, n: int) -> None:
-    """Let the first n layers compute their activations again in the backward."""
+def recompute_blocks(model: GPT, n: int, offload: bool = False) -> None:
+    """Let the first n layers compute their activations again in the backward. offload: what they are computed from
+    waits in the CPU's memory, and MLPs read some of the tokens at a time."""
     for i, block in enumerate(model.transformer.h):
         block.__dict__.pop("forward", None)
+        if isinstance(block.mlp.__dict__.get("forward"), TiledForward):
+            del block.mlp.forward
         if i < n:
-            block.forward = RecomputedForward(type(block).forward.__get__(block))
+            block.forward = RecomputedForward(type(block).forward.__get__(block), offload)
+            if offload and not block.moe:
+                block.mlp.forward = TiledForward(block.mlp.forward)
 
 
 class RecomputedForward:
     """A forward that keeps nothing but its input."""
 
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
+    def __init__(self, forward: Callable[..., Tensor], offload: bool = False) -> None:
+        self.forward, self.offload = forward, offload
+
+    def __call__(self, x: Tensor, *args: Any) -> Tensor:
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload else contextlib.nullcontext():
+            return checkpoint(self.forward, x, *args, use_reentrant=False, preserve_rng_state=True)
+
+
+class TiledForward:
+    """The forward of an MLP for TILE tokens at a time, whose activations exist for no more tokens than these."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
         self.forward = forward
 
-    def __call__(self, *args: Any) -> Tensor:
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=True)
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.size(1) <= TILE:
+            return self.forward(x)
+        return torch.cat([checkpoint(self.forward, tile, use_reentrant=False) for tile in x.split(TILE, dim=1)], dim=1)
 
 
 def fitting_recompute(model: GPT, batch: Batch, limit: int) -> int:
