@@ -360,15 +360,19 @@ class Batch:
         prompts = [list(text.request.ids) for text in texts]
         lengths = [len(ids) for ids in prompts]
         self.prompt_tokens += sum(lengths)
-        if max(lengths) == 1:  # the next step reads them
-            self.token[rows], self.pos[rows] = torch.tensor(prompts, device=self.device), 0
+        apart = self.model.config.prompt_attention is not None  # of a prompt's last token, which sees all of it
+        if apart or max(lengths) == 1:  # the next step reads it
+            self.token[rows] = torch.tensor([ids[-1:] for ids in prompts], device=self.device)
+            self.pos[rows] = torch.tensor(lengths, device=self.device)[:, None] - 1
+        if max(lengths) == 1:
             return
         began = mark(self.device)
         with only_rows(self.model, rows):
-            logits = self.read(prompts)
+            logits = self.read([ids[:-1] for ids in prompts] if apart else prompts)
         self.prefills.append((began, mark(self.device)))
-        self.pos[rows] = torch.tensor(lengths, device=self.device)[:, None]
-        self.choose(logits, rows)
+        if not apart:
+            self.pos[rows] = torch.tensor(lengths, device=self.device)[:, None]
+            self.choose(logits, rows)
 
     def read(self, prompts: list[list[int]]) -> Tensor:
         """Read a prompt into each row; returns logits (n, V) of what follows.
@@ -382,13 +386,13 @@ class Batch:
         fits = n * longest <= self.chunk and not self.model.depends_on_length
         if surplus and fits and self.model.can_take_back(surplus):
             padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], device=self.device)
-            x = Session(self.model, n).hidden_states(padded)
+            x = Session(self.model, n).hidden_states(padded, prompt=True)
             last = x[torch.arange(n, device=self.device), lengths - 1]
             return self.model.project(last[:, None])[:, 0, : self.vocab_size]
         size = max(SMALLEST_CHUNK, self.chunk // n)
         while longest % size == 1:  # one token of so many rows would compile, and so would one token's logits
             size += 1
-        return Session(self.model, n, chunk_size=size).feed(prompts, logits_to_keep=2)[:, -1]  # of (n, 2, V)
+        return Session(self.model, n, chunk_size=size).feed(prompts, logits_to_keep=2, prompt=True)[:, -1]  # (n, 2, V)
 
     def end(self, row: int) -> None:
         """Free a row."""

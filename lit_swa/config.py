@@ -101,6 +101,7 @@ class Config:
     rope_scaling: dict | None = None  # {"type": "linear", "factor": 4.0}; see rope.py. Not for rope_local_base_freq
     # attention
     attention: str = "full"  # a variant, or a comma list that tiles over the layers: "sliding,full"
+    prompt_attention: str | None = None  # how a prompt is read, such as "streaming"; None: as all else. See its file
     sliding_window_size: int | None = None  # S: a query at p sees the S keys p - S + 1 .. p
     layer_windows: str | None = None  # S of each layer, where they differ: "128,1024" tiles over all layers
     rolling_kv_cache: bool = False  # layers with a window keep 2S slots instead of one for every position
@@ -155,6 +156,11 @@ class Config:
         return tiled(self.attention, self.n_layer)
 
     @property
+    def prompt_variants(self) -> list[str]:
+        """The attention variant by which every layer reads a prompt."""
+        return tiled(self.prompt_attention or self.attention, self.n_layer)
+
+    @property
     def layer_positions(self) -> list[str]:
         """For every layer "rope", "none", or the base of RoPE."""
         return tiled(self.positions, self.n_layer)
@@ -177,9 +183,13 @@ class Config:
 
     def kind_of(self, variant: str, layer: int) -> str:
         """Layers of one kind see the same keys at the same places."""
-        positions, kind = self.layer_positions[layer], variant
+        positions, kind, prompt = self.layer_positions[layer], variant, variant
         kind += "" if positions == "rope" else f", positions {positions}"
-        windowed = self.layer_windows is not None and "sliding_window_size" in VARIANTS[variant].needs
+        if self.prompt_attention is not None:
+            prompt = self.prompt_variants[layer]
+            kind += f", prompt {prompt}"
+        needs = {*VARIANTS[variant].needs, *VARIANTS[prompt].needs}
+        windowed = self.layer_windows is not None and "sliding_window_size" in needs
         return kind + (f", window {self.of_layer(layer).sliding_window_size}" if windowed else "")
 
     @property
@@ -363,19 +373,26 @@ WINDOW_FIELDS = ("rolling_kv_cache", "rope_local_base_freq", "layer_windows")  #
 S2_FIELDS = ("s2_group_ratio", "s2_group_size", "s2_shift")
 
 
-def fields_read(attention: str) -> set[str]:
-    """The fields that say something to a variant of the pattern and nothing to the others."""
-    rows = [VARIANTS[v.strip()] for v in attention.split(",") if v.strip() in VARIANTS]
+def fields_read(attention: str, prompt: str | None = None) -> set[str]:
+    """The fields that say something to a variant of the patterns and nothing to the others."""
+    rows, of_prompt = (
+        [VARIANTS[v.strip()] for v in (pattern or "").split(",") if v.strip() in VARIANTS]
+        for pattern in (attention, prompt)
+    )
     windows = WINDOW_FIELDS if any(row.window is not None for row in rows) else ()
-    return {name for row in rows for name in (*row.needs, *row.fields)} | set(windows)
+    if any("sliding_window_size" in row.needs for row in of_prompt):
+        windows = (*windows, "layer_windows")
+    return {name for row in rows + of_prompt for name in (*row.needs, *row.fields)} | set(windows)
 
 
 def check_effect(name: str, value: Any, config: Config) -> None:
     """Refuse a value that was asked for and would do nothing."""
     if name in S2_FIELDS and not config.s2_attention:
         raise ValueError(f"{name}={value} has no effect without s2_attention: also set s2_attention to true.")
+    if name == "prompt_attention" and config.prompt_variants == config.layer_variants:
+        raise ValueError(f"prompt_attention={value!r} has no effect: attention={config.attention!r} says the same.")
     readers = [variant for variant in VARIANTS if name in fields_read(variant)]
-    if readers and name not in fields_read(config.attention):
+    if readers and name not in fields_read(config.attention, config.prompt_attention):
         raise ValueError(
             f"{name}={value} has no effect with attention={config.attention!r}: also set attention to "
             f"{' or '.join(map(repr, readers))}, or to a pattern that contains it."
@@ -503,18 +520,10 @@ def check_experts(config: Config) -> None:
 
 def check_attention(config: Config) -> None:
     """The variants exist, and have the fields that they need."""
-    for variant in (v.strip() for v in config.attention.split(",")):
-        if variant not in VARIANTS:
-            raise ValueError(
-                f"attention={short(config.attention)} does not fit: {short(variant)} is none of {', '.join(VARIANTS)}."
-            )
+    for field in ("attention", "prompt_attention"):
+        check_variants(config, field, getattr(config, field))
+    check_prompt_attention(config)
     rows = [VARIANTS[name] for name in dict.fromkeys(config.layer_variants)]
-    for row in rows:
-        for name in row.needs:
-            if getattr(config, name) is None:
-                raise ValueError(f"attention={config.attention!r} needs {name}: set it.")
-        if row.check is not None:
-            row.check(config)
     if config.s2_attention:
         require_beside("s2", "s2_attention")
     if config.sink_logits and config.s2_attention:
@@ -524,6 +533,32 @@ def check_attention(config: Config) -> None:
             f"s2_attention groups layers that attend in full, and attention={config.attention!r}: "
             "set attention to 'full', or s2_attention to false."
         )
+
+
+def check_variants(config: Config, field: str, pattern: str | None) -> None:
+    for name in [] if pattern is None else dict.fromkeys(v.strip() for v in pattern.split(",")):
+        if name not in VARIANTS:
+            raise ValueError(f"{field}={short(pattern)} does not fit: {short(name)} is none of {', '.join(VARIANTS)}.")
+    for row in [] if pattern is None else [VARIANTS[name] for name in dict.fromkeys(tiled(pattern, config.n_layer))]:
+        for name in row.needs:
+            if getattr(config, name) is None:
+                raise ValueError(f"{field}={short(pattern)} needs {name}: set it.")
+        if row.check is not None:
+            row.check(config)
+
+
+def check_prompt_attention(config: Config) -> None:
+    """A layer reads a prompt in its own way; or, if it attends in full, under a mask over the same keys."""
+    if config.prompt_attention is None:
+        return
+    require_beside("prompt_attention", "prompt_attention")
+    for i, (own, prompt) in enumerate(zip(config.layer_variants, config.prompt_variants, strict=True)):
+        row = VARIANTS[prompt]
+        if prompt != own and (own != "full" or row.mixer is not None or row.key_position is not own_position):
+            raise ValueError(
+                f"prompt_attention={short(config.prompt_attention)} does not fit: layer {i} is {own!r} and would read "
+                f"a prompt as {prompt!r}; only layers that attend in full can, and as sliding, streaming or chunked."
+            )
 
 
 def check_dual_chunk(config: Config) -> None:
@@ -593,8 +628,8 @@ def check_scaling_fits(kind: str, scaling: dict, config: Config) -> None:
         raise ValueError(f"rope_scaling of type {kind!r} needs at least 4 elements of a head that RoPE rotates.")
     if kind == "yarn" and config.rope_base <= 1 or kind == "longrope" and scaling[TRAINED_LENGTH] <= 1:
         raise ValueError(f"rope_scaling of type {kind!r} needs rope_base and the trained length to be more than 1.")
-    rows = [VARIANTS[name] for name in config.layer_variants if name in VARIANTS]
-    if kind in LENGTH_DEPENDENT and not all(row.own_positions for row in rows):
+    names = {*config.layer_variants, *config.prompt_variants}
+    if kind in LENGTH_DEPENDENT and not all(VARIANTS[name].own_positions for name in names if name in VARIANTS):
         raise ValueError(
             f"rope_scaling of type {kind!r} depends on the text's length and attention={config.attention!r} on "
             "positions of its own: use the type linear, ntk, yarn or llama3."
@@ -754,6 +789,15 @@ def check_call(model: "GPT", idx: Sequence[int], pos: Sequence[int], span: "Span
         remedy = "set_kv_cache with a larger max_seq_length" if cached else "a larger block_size"
         raise ValueError(
             f"Position {span.last} lies outside the context of {limit} tokens: use {remedy}, or a sliding window."
+        )
+
+
+def check_no_prompt(config: Config) -> None:
+    """Texts that are scored, or trained on, have no prompt."""
+    if config.prompt_attention is not None:
+        raise ValueError(
+            f"prompt_attention={config.prompt_attention!r} says how a prompt is read before a text is written, and "
+            "here none is: leave it out, or set attention."
         )
 
 

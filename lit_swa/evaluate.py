@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_swa.checks import check_range
+from lit_swa.config import check_no_prompt
 from lit_swa.data.token_files import check_tokens as check_tokens  # scripts take it from here
 from lit_swa.data.token_files import open_token_file
 from lit_swa.formats.checkpoint import build_model, check_tensors
@@ -341,6 +342,7 @@ def check_text_length(n_tokens: int, seq_len: int, data: object, prefix: Sequenc
 
 def check_context(config: Config, seq_len: int) -> None:
     """Raises ValueError when a model of this config cannot read a window of seq_len tokens."""
+    check_no_prompt(config)
     if seq_len <= config.block_size:
         return
     with torch.device("meta"):  # without memory for weights
@@ -367,6 +369,7 @@ def window_nll(model: GPT, idx: Tensor, first: int = 1, chunk_size: int = 0) -> 
         rounding.
     Logits exist for a piece of the text at a time, and only where a target follows.
     """
+    check_no_prompt(model.config)
     B, T = idx.shape
     if not 0 < chunk_size < T:
         return nll_of_states(model, model.hidden_states(idx), idx, 0, first)

@@ -241,6 +241,7 @@ class Session:
         ids: Ids,
         *,
         logits_to_keep: int = 1,
+        prompt: bool = False,
         should_stop: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor | None:
@@ -249,6 +250,7 @@ class Session:
         ids: (B, T), or (T,) for a session of one sequence. The first tokens of the sequences may differ in number: they
             are padded on the left.
         logits_to_keep: 0 gives the logits of all T tokens.
+        prompt: these tokens are read as config.prompt_attention says; see read().
         should_stop: asked before each call of the model; True ends the reading, and the result is None.
         progress: told (tokens of a sequence read so far, all that it will be) before and after each call, where there
             are several calls or more than SHOWN_CHUNK tokens.
@@ -267,20 +269,29 @@ class Session:
                 return None
             chunk = ids[:, start : start + size]
             kept = start + chunk.size(1) - max(start, first_kept)  # how many of the chunk's logits; may be below 0
-            if self.decode is not None and T <= getattr(self.decode, "most_tokens", 1):
+            if self.decode is not None and not prompt and T <= getattr(self.decode, "most_tokens", 1):
                 logits = self.call(lambda idx, pos, **_: self.decode(idx, pos), chunk)[:, -kept:]
             else:
-                logits = self.call(functools.partial(self.model, logits_to_keep=max(1, kept)), chunk)
+                logits = self.call(functools.partial(self.model, logits_to_keep=max(1, kept), prompt=prompt), chunk)
             if kept > 0:
                 pieces.append(logits[..., : self.model.config.vocab_size])  # what pads the vocabulary is no token
             if progress is not None:
                 progress(self.length, end)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
+    def read(self, ids: Ids, **options: Any) -> Tensor | None:
+        """feed() for a prompt: all its tokens but the last, of whose logits the first new token is chosen, are read as
+        config.prompt_attention says. options: those of feed()."""
+        head, last = cut_last(ids)
+        if self.model.config.prompt_attention is None or not head:
+            return self.feed(ids, **options)
+        read = self.feed(head, prompt=True, **options)
+        return None if read is None else self.feed(last, **options)
+
     @torch.inference_mode()
-    def hidden_states(self, ids: Tensor) -> Tensor:
+    def hidden_states(self, ids: Tensor, prompt: bool = False) -> Tensor:
         """Read more tokens (B, T) in one call; returns (B, T, C), from which `model.project` makes logits."""
-        return self.call(self.model.hidden_states, self.next_tokens(ids))
+        return self.call(functools.partial(self.model.hidden_states, prompt=prompt), self.next_tokens(ids))
 
     def call(self, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
         """One call of the model, or of a part of it, on the next tokens (B, T)."""
@@ -422,6 +433,16 @@ def to_batch(ids: Ids, device: torch.device) -> tuple[Tensor, Tensor | None]:
     padding = [longest - len(sequence) for sequence in sequences]
     batch = torch.tensor([[0] * n + sequence for n, sequence in zip(padding, sequences, strict=True)], device=device)
     return batch, torch.tensor(padding, device=device)[:, None] if any(padding) else None
+
+
+def cut_last(ids: Ids) -> tuple[Ids | None, Ids]:
+    """(all but the last token of each sequence, or None if no sequence has more; the last ones)"""
+    if isinstance(ids, Tensor):
+        return (ids[..., :-1] if ids.size(-1) > 1 else None), ids[..., -1:]
+    if not len(ids) or isinstance(ids[0], int):
+        return ids[:-1] or None, ids[-1:]
+    head = [sequence[:-1] for sequence in ids]
+    return (head if any(head) else None), [sequence[-1:] for sequence in ids]
 
 
 def context_error(model: GPT, tokens: int, what: str, new_tokens: int = 0) -> ValueError:
@@ -584,12 +605,23 @@ def describe_attention(model: GPT) -> str:
     else:
         parts += [chunks] * ("dual_chunk" in variants) + [describe_linear(config)] * ("linear" in variants)
         parts += [f"window {describe_window(model)}"] * (variants != {"linear": None})
+    if config.prompt_attention is not None:
+        window = f" {config.sliding_window_size}" if config.sliding_window_size is not None else ""
+        parts.append(f"prompts {describe_prompts(config)}{window}")
     if without := config.layer_positions.count("none"):
         parts.append(f"no RoPE in {without} of {config.n_layer} layers")
     if config.rope_scaling:
         factor = config.rope_scaling.get("factor")
         parts.append(f"RoPE {config.rope_scaling['type']}" + (f" by {factor:g}" if factor else ""))
     return " | ".join(parts)
+
+
+def describe_prompts(config: Config) -> str:
+    """Such as "streaming in 22 of 30 layers"."""
+    pairs = zip(config.layer_variants, config.prompt_variants, strict=True)
+    changed = [prompt for own, prompt in pairs if prompt != own]
+    names = "/".join(dict.fromkeys(changed))
+    return names if len(changed) == config.n_layer else f"{names} in {len(changed)} of {config.n_layer} layers"
 
 
 def describe_linear(config: Config) -> str:
@@ -721,7 +753,7 @@ def decode_loop(
     to be behind a stop is taken back.
     """
     started = time.perf_counter()
-    logits = session.feed(ids, should_stop=should_stop, progress=progress)  # (1, 1, V)
+    logits = session.read(ids, should_stop=should_stop, progress=progress)  # (1, 1, V)
     wait_for(session.device)
     stats.prefill_seconds = time.perf_counter() - started
     for n in range(1, count + 1):

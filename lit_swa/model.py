@@ -2,8 +2,8 @@
 
 GPT -> Block -> CausalSelfAttention -> VARIANTS (who sees whom) -> mixers -> plain attention -> KV caches -> MLP, norms.
 Beside it, config.py holds the fields and their checks, rope.py the rotary embedding: copied into another project, these
-three files work. linear.py, chunked.py, s2.py, moe.py and head_norms.py add what fewer models need. fast_attention.py
-only saves time, and what is computed never needs it.
+three files work. linear.py, chunked.py, s2.py, moe.py, head_norms.py, prompt_attention.py add what fewer models need.
+fast_attention.py only saves time, and what is computed never needs it.
 
 Notation, used in every shape comment:
     B  batch                    C  n_embd            S  sliding_window_size
@@ -102,6 +102,7 @@ class GPT(nn.Module):
         *,
         input_pos_maxp1: int | None = None,
         logits_to_keep: int = 0,
+        prompt: bool = False,
         documents: Sequence[int] | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
@@ -113,6 +114,7 @@ class GPT(nn.Module):
         input_pos_maxp1: the greatest position + 1, if the caller knows it and no position was left out: an eager decode
             step on a GPU then reads no more slots than it needs. Compiled steps do without: each value would recompile.
         logits_to_keep: k > 0 computes logits for the last k tokens only, (B, k, V); 0 for all.
+        prompt: these tokens see what config.prompt_attention says, if it says anything; their keys are kept as ever.
         documents: the lengths, T in all, of texts that lie one behind the other in each sequence. Each text is read as
             if it were alone: its positions begin at 0, and it sees no other. Without a cache only.
         targets: (B, T) int64, what follows each token, or IGNORED. The result is then the sum of -log p(target), a
@@ -121,7 +123,7 @@ class GPT(nn.Module):
         """
         # Which tokens have a target is asked before a GPU has work, since the answer waits for the GPU.
         trained = None if targets is None else (targets.flatten() != IGNORED).nonzero()[:, 0]
-        call = self.plan_call(idx, input_pos, input_pos_maxp1=input_pos_maxp1, documents=documents)
+        call = self.plan_call(idx, input_pos, input_pos_maxp1=input_pos_maxp1, documents=documents, prompt=prompt)
         x = self.run_blocks(idx, call)
         if trained is not None:
             loss = self.sum_nll(x.flatten(0, 1)[trained], targets.flatten()[trained])
@@ -129,7 +131,7 @@ class GPT(nn.Module):
         return self.project(x[:, -logits_to_keep:])  # [-0:] is all
 
     def hidden_states(self, idx: Tensor, input_pos: Tensor | None = None, **options: Any) -> Tensor:
-        """What `project` makes logits of, (B, T, C). options: input_pos_maxp1 and documents, as in forward()."""
+        """What `project` makes logits of, (B, T, C). options: input_pos_maxp1, documents and prompt of forward()."""
         return self.run_blocks(idx, self.plan_call(idx, input_pos, **options))
 
     def run_blocks(self, idx: Tensor, call: "Call") -> Tensor:
@@ -171,7 +173,7 @@ class GPT(nn.Module):
     def plan_call(self, idx: Tensor, input_pos: Tensor | None, **options: Any) -> "Call":
         """One plan for each kind of mixer: by how much it rotates, and which query sees which key."""
         if (documents := options.get("documents")) is not None:
-            return self.plan_documents(idx, input_pos, [int(n) for n in documents])
+            return self.plan_documents(idx, input_pos, [int(n) for n in documents], options.get("prompt", False))
         cached, T = input_pos is not None, idx.size(1)
         pos = input_pos if cached else torch.arange(T, device=idx.device)
         if not cached:
@@ -181,7 +183,7 @@ class GPT(nn.Module):
         else:
             span = find_span(pos, options.get("input_pos_maxp1"))
         checks.check_call(self, idx.shape, pos.shape, span, cached)
-        span = span._replace(dtype=self.transformer.wte.weight.dtype)
+        span = span._replace(dtype=self.transformer.wte.weight.dtype, prompt=options.get("prompt", False))
         pos, plans = pos.view(-1, T), {}  # (1, T): the same for every sequence, or (B, T)
         checks.check_kept(self, pos, span)
         for block in self.transformer.h:
@@ -189,10 +191,10 @@ class GPT(nn.Module):
                 plans[mixer.kind] = mixer.plan(pos, span, block.attn.kv_cache if cached else None, self.rope)
         return Call(plans, cached)
 
-    def plan_documents(self, idx: Tensor, input_pos: Tensor | None, lengths: list[int]) -> "Call":
+    def plan_documents(self, idx: Tensor, input_pos: Tensor | None, lengths: list[int], prompt: bool) -> "Call":
         """The call of several texts in a sequence: one plan for each length, joined in the texts' order."""
         checks.check_documents(lengths, idx.size(1), input_pos is not None)
-        calls = {n: self.plan_call(idx[:, :n], None) for n in dict.fromkeys(lengths)}
+        calls = {n: self.plan_call(idx[:, :n], None, prompt=prompt) for n in dict.fromkeys(lengths)}
         if len(lengths) == 1:
             return calls[lengths[0]]
         mixers = {attn.mixer.kind: attn.mixer for attn in self.layers}
@@ -622,13 +624,14 @@ class SoftmaxAttention(Mixer):
             self.checked = 2 * last + 2
 
     def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
-        row, config = self.row, self.config
+        if span.prompt and self.config.prompt_attention is not None:
+            return checks.module_beside("prompt_attention").plan(self, pos, span, cache, rope)
         self.check(span.last or 0)
         exchange, k_pos, layout = None, pos, Layout(0, 0)
-        if cache is not None:
-            exchange = cache.slots.exchange(pos, span, self.window)
+        if cache is not None:  # sinks that have no slots of their own lie among the other keys
+            exchange = cache.slots.exchange(pos, span, self.window if cache.slots.sinks >= self.n_sinks else None)
             k_pos, layout = exchange.k_pos, exchange.layout
-        pairs = Pairs(row, config, pos, k_pos, span, layout, cache is not None, self.window, self.n_sinks)
+        pairs = Pairs(self.row, self.config, pos, k_pos, span, layout, cache is not None, self.window, self.n_sinks)
         faster = None if self.faster_plan is None else self.faster_plan(pairs)
         rotate, done = (apply_rope, 0) if faster is None else (faster.rotate, faster.n_queries)
         rotate = unrotated if self.positions == "none" else rotate
@@ -644,9 +647,8 @@ class SoftmaxAttention(Mixer):
 
     def angles(self, pos: Tensor, k_pos: Tensor, rope: RoPE) -> tuple[list, tuple, bool]:
         """Plan's q_angles, k_angles and rotate_read, for queries at pos (1 or B, T) and keys at k_pos (1 or B, L)."""
-        return rope.angles(
-            pos, k_pos, self.rope_base, self.row.key_position, [part.position for part in self.row.parts]
-        )
+        places = [part.position for part in self.row.parts]
+        return rope.angles(pos, k_pos, self.rope_base, self.row.key_position, places)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         first, plans = texts[0][1], [plan for _, plan in texts]
@@ -804,9 +806,7 @@ class Layout(NamedTuple):
 
     def keys(self, lo: int, hi: int) -> slice:
         """Where the keys of the positions lo .. hi - 1 lie."""
-        if hi <= self.sinks:
-            return slice(lo, hi)
-        shift = self.index - self.first
+        shift = 0 if hi <= self.sinks else self.index - self.first
         return slice(lo + shift, hi + shift)
 
 

@@ -24,6 +24,7 @@ class Span(NamedTuple):
     fresh: bool = False  # every sequence is at 0 .. T - 1: nothing cached matters
     looked: bool = False  # the host looked at the positions, so it may look at the cache too
     dtype: torch.dtype = torch.float32  # of the weights
+    prompt: bool = False  # the caller says that the tokens are a prompt
 
 
 def find_span(pos: Tensor, maxp1: int | None) -> Span:

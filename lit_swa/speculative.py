@@ -225,7 +225,7 @@ class ModelDraft(Draft):
         self.session.reset()
         self.session.reserve(int(min(tokens, self.context)))
         most = self.model.config.vocab_size - 1
-        self.session.feed([[min(i, most) for i in ids] for ids in sequences])
+        self.session.read([[min(i, most) for i in ids] for ids in sequences])
 
     def propose(self, rows: Rows, k: int) -> tuple[Tensor, Tensor | None]:
         # The last but one is new to the draft where all its tokens were accepted; else it is fed once more.
@@ -427,6 +427,7 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
             "length rotates them later: use --draft lookup or --draft self-int4."
         )
     plain = {"layer_windows": None, "rolling_kv_cache": False, "rope_local_base_freq": None, "s2_attention": False}
+    plain |= {"prompt_attention": None}  # the target reads the prompt
     config = replace(target.config, attention="streaming", sliding_window_size=window, n_sink_tokens=n_sinks, **plain)
     model = share_weights(target)
     layers = [attn for attn in model.layers if attn.mixer.variant == "full"]
@@ -642,7 +643,7 @@ def decode_rounds(
     """The loop of speculate: read the prompts, choose the first tokens as plain decoding does, go round by round."""
     started, k = time.perf_counter(), limits.k
     prompts = [list(text.ids) for text in texts]
-    logits = session.feed([ids[stats.cached_tokens :] for ids in prompts], should_stop=should_stop, progress=progress)
+    logits = session.read([ids[stats.cached_tokens :] for ids in prompts], should_stop=should_stop, progress=progress)
     if logits is None:
         return
     draft.start(session, prompts, limits.room)

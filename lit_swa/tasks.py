@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lit_swa.batches import Batch, Request
+from lit_swa.config import check_no_prompt
 from lit_swa.evaluate import PROJECT_ELEMENTS, pick_chunk_size
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import NonFiniteLogits, Sampling, Session, explain_overflow
@@ -49,6 +50,7 @@ def token_scores(model: GPT, idx: Tensor, first: int, chunk_size: int = 0) -> tu
 
     The last token is not fed. chunk_size: tokens that are fed in one call, through the caches; 0: all, without a cache.
     """
+    check_no_prompt(model.config)
     vocab_size = model.config.vocab_size
     size = max(1, PROJECT_ELEMENTS.get(idx.device.type, 2**27) // (len(idx) * model.config.padded_vocab_size))
     logp, likeliest = [], []

@@ -225,10 +225,12 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
     import torch
     from torch.nn.functional import cross_entropy
 
+    from lit_swa.config import check_no_prompt
     from lit_swa.evaluate import perplexity
     from lit_swa.generate import Session, explain_overflow
     from lit_swa.utils import format_perplexity, wait_for
 
+    check_no_prompt(gpt.config)
     n, session = len(tokens) - 1, Session(gpt, chunk_size=chunk)
     text, buckets, seen = torch.tensor(tokens.tolist(), device=session.device), [], 0.0
     session.reserve(n)
