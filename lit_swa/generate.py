@@ -283,7 +283,7 @@ class Session:
         """feed() for a prompt: all its tokens but the last, of whose logits the first new token is chosen, are read as
         config.prompt_attention says. options: those of feed()."""
         head, last = cut_last(ids)
-        if self.model.config.prompt_attention is None or not head:
+        if self.model.config.prompt_attention is None or head is None:
             return self.feed(ids, **options)
         read = self.feed(head, prompt=True, **options)
         return None if read is None else self.feed(last, **options)

@@ -42,6 +42,10 @@ def test_any_split_of_the_prompt_equals_the_brute_force_mask(tiny_model, steps, 
         torch.testing.assert_close(torch.cat([read, written], dim=1)[0], expected, rtol=1e-4, atol=1e-4)
     uncached = model(ids[None, :prompt], prompt=True)
     torch.testing.assert_close(uncached[0], expected[:prompt], rtol=1e-4, atol=1e-4)
+    last = Session(model).read(ids[:prompt])  # a tensor of one sequence; its last token sees everything
+    torch.testing.assert_close(
+        last[0], expected_logits(model, ids[:prompt], prompt - 1, name)[-1:], rtol=1e-4, atol=1e-4
+    )
     assert not torch.allclose(expected[:prompt], model(ids[None, :prompt])[0], atol=1e-2)  # the prompt is longer than S
 
 
