@@ -188,9 +188,10 @@ class Config:
         if self.prompt_attention is not None:
             prompt = self.prompt_variants[layer]
             kind += f", prompt {prompt}"
-        needs = {*VARIANTS[variant].needs, *VARIANTS[prompt].needs}
-        windowed = self.layer_windows is not None and "sliding_window_size" in needs
-        return kind + (f", window {self.of_layer(layer).sliding_window_size}" if windowed else "")
+        rows = [VARIANTS.get(name) for name in (variant, prompt)]  # None: a mixer's own name for what it does
+        windowed = any(row is None or "sliding_window_size" in row.needs for row in rows)
+        some = self.layer_windows is not None and windowed
+        return kind + (f", window {self.of_layer(layer).sliding_window_size}" if some else "")
 
     @property
     def more_bases(self) -> list[float]:

@@ -8,8 +8,7 @@ the next token or by the softmax model's own predictions (RADLADS, Goldstein et 
 Shapes: B, T, H, G, D and V as in model.py; N tokens, M layers that become linear.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from lit_swa.config import IGNORED, Config
 from lit_swa.exact_chunks import HandedOn
 from lit_swa.linear import LinearAttention
 from lit_swa.lora import without_lora
+from lit_swa.mixers import harm_of_each, join_pattern, mixing_with
 from lit_swa.model import GPT, Mixer, SoftmaxAttention, softcap, visible
 from lit_swa.rope import apply_rope
 
@@ -63,13 +63,6 @@ def check_layer(i: int, before: str, after: str) -> None:
     raise ValueError(
         f"Layer {i} would be {after} and is {before} in the checkpoint: a layer becomes linear or stays as it is."
     )
-
-
-def join_pattern(variants: Sequence[str]) -> str:
-    """The shortest pattern that tiles to these variants."""
-    n = len(variants)
-    period = next(p for p in range(1, n + 1) if all(variants[i] == variants[i % p] for i in range(n)))
-    return ",".join(variants[:period])
 
 
 def linear_layers(model: GPT) -> list[int]:
@@ -119,19 +112,6 @@ def softmax_mixers(model: GPT, variants: Sequence[str]) -> list[Mixer]:
 def softmax_variants(config: Config) -> list[str]:
     """What the layers were before they became linear, where nothing else is known: they attended in full."""
     return ["full" if variant == LINEAR else variant for variant in config.layer_variants]
-
-
-@contextmanager
-def mixing_with(model: GPT, mixers: Sequence[Mixer]) -> Iterator[None]:
-    """Within it, the layers mix tokens with these mixers."""
-    before = [attn.mixer for attn in model.layers]
-    try:
-        for attn, mixer in zip(model.layers, mixers, strict=True):
-            attn.mixer = mixer
-        yield
-    finally:
-        for attn, mixer in zip(model.layers, before, strict=True):
-            attn.mixer = mixer
 
 
 # ------------------------------------------------------------------------------------------ stage 1: attention transfer
@@ -311,13 +291,5 @@ def measure_harm(
     variants: what the layers of the softmax model are. loss: measures the model as it is at the time. tell: called with
     the number of measurements that were made.
     """
-    students, softmax = [attn.mixer for attn in model.layers], softmax_mixers(model, variants)
-    losses: dict[int, float] = {}
-    with mixing_with(model, softmax):
-        before = loss()
-    for i in linear_layers(model):
-        with mixing_with(model, [students[n] if n == i else mixer for n, mixer in enumerate(softmax)]):
-            losses[i] = loss()
-        if tell is not None:
-            tell(len(losses))
-    return before, losses
+    softmax = softmax_mixers(model, variants)
+    return harm_of_each(model, softmax, {i: model.layers[i].mixer for i in linear_layers(model)}, loss, tell)

@@ -133,8 +133,9 @@ def measure(
     """What the first layer that becomes linear takes, for texts of these lengths at once."""
     import torch
 
-    from lit_swa.linearize import AttentionTransfer, make_linear, mixing_with
+    from lit_swa.linearize import AttentionTransfer, make_linear
     from lit_swa.memory import peak_memory, require_memory
+    from lit_swa.mixers import mixing_with
     from lit_swa.random_model import random_model
     from lit_swa.training.flops import count_weights
 

@@ -27,9 +27,9 @@ from lit_swa.linearize import (
     linear_layers,
     make_linear,
     measure_harm,
-    mixing_with,
     softmax_mixers,
 )
+from lit_swa.mixers import mixing_with
 from lit_swa.model import GPT
 from lit_swa.plots import save_picture, shades
 from lit_swa.training.compiling import check_compiler, compile_linear_attention
