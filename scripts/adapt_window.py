@@ -100,7 +100,7 @@ def main(
             results.finish(content)
         else:
             print(f"{output} holds the results of these arguments already", file=sys.stderr)
-        print("\n".join(table(content["rows"])))
+        report(content)
         draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))
 
 
@@ -325,6 +325,14 @@ def row_of(name: str, recipe: Recipe, parts: dict[str, Any], texts: Texts, a: di
         row["read_seconds"], row["cache_bytes"] = sum(p["seconds"] for p in own) / len(own), own[0]["cache_bytes"]
     found = [parts[f"{name}/passkey/{number}"]["right"] for number in range(a["passkeys"])]
     return row | {"passkeys": sum(found) / len(found) if found else None}
+
+
+def report(result: dict[str, Any]) -> None:
+    """The table on stdout, and which layers do most harm when they alone have a window."""
+    print("\n".join(table(result["rows"])))
+    patterns = {row["fields"].get("attention", "") for row in result["rows"] if row["recipe"].endswith("full by harm")}
+    if result["kept"] and (patterns := patterns - {""}):
+        print(f"\nlayers {', '.join(map(str, result['kept']))} keep full attention: --model.attention {patterns.pop()}")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

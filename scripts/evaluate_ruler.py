@@ -157,7 +157,7 @@ def run(results, methods: dict[str, Method], setup: Setup, books: list[Path], qa
             for name, method in methods.items():
                 fields = method(length, setup)
                 try:
-                    answer_all(results, f"{name} {length}", gpt, fields, asked, tokenizer, line, interrupted)
+                    ask_all(results, f"{name} {length}", gpt, fields, asked, tokenizer, line, interrupted)
                 except ValueError as error:
                     errors[f"{name} at {length}"] = shorten(str(error))
                 rows += [row_of(results.parts, name, length, task, a["samples"], fields) for task in a["tasks"]]
@@ -187,30 +187,19 @@ def make_all(length: int, tokenizer, material, a: dict[str, Any]) -> tuple[dict[
     return asked, failed
 
 
-def answer_all(results, prefix: str, gpt, fields: dict[str, Any], asked, tokenizer, line, interrupted) -> None:
+def ask_all(results, prefix: str, gpt, fields: dict[str, Any], asked, tokenizer, line, interrupted) -> None:
     """Ask what results.parts has no answer to yet. Raises ValueError where the model cannot read it."""
-    from lit_swa.batches import Batch, Request
-    from lit_swa.evaluate import with_fields
-    from lit_swa.linear_formats import pack_for_cpu
+    from lit_swa.answers import answer_all
+    from lit_swa.batches import Request
     from lit_swa.ruler import TASKS
 
-    keys = [key for key in asked if f"{prefix} {key}" not in results.parts]
-    if not keys:
-        return
-    changed = with_fields(gpt, **fields)
-    pack_for_cpu(changed)
-    requests = [Request(asked[key].ids, TASKS[key.split()[0]].room) for key in keys]
-    batch = Batch(changed, requests, batch_size=results.arguments["batch_size"], tokenizer=tokenizer,
-                  stop_tokens=tokenizer.eos_ids)  # fmt: skip
-    for i, answer in batch.run(interrupted):
-        sample, task = asked[keys[i]], TASKS[keys[i].split()[0]]
-        part = {"score": task.score(answer.text, sample.answers), "text": answer.text, "answers": sample.answers}
-        results.add(f"{prefix} {keys[i]}", part | {"prompt_tokens": len(sample.ids)})
-        line.show(len(results.parts), prefix, tokens=0)
-    if interrupted():
-        results.save()
-        print("what is answered is kept: the same command goes on", file=sys.stderr)
-        raise KeyboardInterrupt
+    def judge(key: str, text: str) -> dict[str, Any]:
+        sample, score = asked[key], TASKS[key.split()[0]].score
+        part = {"score": score(text, sample.answers), "text": text, "answers": sample.answers}
+        return part | {"prompt_tokens": len(sample.ids)}
+
+    requests = {key: Request(sample.ids, TASKS[key.split()[0]].room) for key, sample in asked.items()}
+    answer_all(results, prefix, gpt, fields, requests, judge, tokenizer, line, interrupted)
 
 
 def row_of(parts: dict[str, Any], method: str, length: int, task: str, samples: int, fields: dict) -> dict[str, Any]:
@@ -225,62 +214,21 @@ def row_of(parts: dict[str, Any], method: str, length: int, task: str, samples: 
 
 def report(result: dict[str, Any]) -> None:
     """The tables on stdout: methods and lengths, and the tasks of each."""
+    from lit_swa.answers import table
+
     print("\n".join(table(result["rows"])))
     for what, why in result["errors"].items():
         print(f"\n{what}: {why}")
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: a row for each method and length, a column for each task, and their mean."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = ["| method | tokens | " + " | ".join(tasks) + " | mean |", "| --- | ---: |" + " ---: |" * (len(tasks) + 1)]
-    for (method, length), scores in by_method(rows).items():
-        cells = ["\u2013" if score is None else f"{score:.0f}" for score in scores.values()]
-        lines.append(f"| {method} | {length} | " + " | ".join(cells) + f" | {mean(scores)} |")
-    return lines
-
-
-def by_method(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, float | None]]:
-    """(method, length) -> task -> score, the methods one after the other."""
-    order = list(dict.fromkeys(row["method"] for row in rows))
-    found: dict[tuple[str, int], dict[str, float | None]] = {}
-    for row in sorted(rows, key=lambda row: (order.index(row["method"]), row["length"])):
-        found.setdefault((row["method"], row["length"]), {})[row["task"]] = row["score"]
-    return found
-
-
-def mean(scores: dict[str, float | None]) -> str:
-    """Of the tasks that were asked."""
-    known = [score for score in scores.values() if score is not None]
-    return f"{sum(known) / len(known):.1f}" if known else "\u2013"
-
-
 def draw(plt, result: dict[str, Any]):
     """A heat map: tasks over lengths, the methods side by side."""
-    from lit_swa.plots import model_of, names_of, set_title, short_count
+    from lit_swa.answers import heat_map
+    from lit_swa.plots import names_of
 
-    a, cells = result["arguments"], by_method(result["rows"])
-    tasks, methods = a["tasks"], a["methods"]
-    size = (2.6 + len(methods) * (0.5 + 0.6 * len(a["lengths"])), 2.2 + 0.34 * len(tasks))
-    figure, axes = plt.subplots(1, len(methods), figsize=(max(6.5, size[0]), size[1]), layout="constrained",
-                                sharey=True, squeeze=False)  # fmt: skip
-    for axis, method in zip(axes[0], methods, strict=True):
-        columns = [cells[method, length] for length in a["lengths"]]
-        grid = [[float("nan") if column[task] is None else column[task] for column in columns] for task in tasks]
-        axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        for i, row in enumerate(grid):
-            for j, score in enumerate(row):
-                text, colour = (
-                    ("\u2013", "black") if score != score else (f"{score:.0f}", "black" if score > 50 else "white")
-                )
-                axis.text(j, i, text, ha="center", va="center", color=colour)
-        axis.set_xticks(range(len(a["lengths"])), map(short_count, a["lengths"]))
-        axis.set_yticks(range(len(tasks)), tasks)
-        axis.set(title=f"method {method}", xlabel="tokens")
-        axis.title.set_size(10)
+    a = result["arguments"]
     number = f"questions of each task and length: {a['samples']}"
-    set_title(figure, f"{model_of(a)}: RULER in {names_of(a['data'])}", f"score in % (higher is better), {number}")
-    return figure
+    return heat_map(plt, result, f"RULER in {names_of(a['data'])}", f"score in % (higher is better), {number}")
 
 
 if __name__ == "__main__":

@@ -40,12 +40,13 @@ def test_the_script(run_script, tiny_checkpoint, tmp_path):
     assert code == 0, err
     result = json.loads(output.read_text())
     rows = {row["recipe"]: row for row in result["rows"]}
-    assert list(rows) == [line.split(" | ")[0][2:] for line in out.splitlines()[2:]] and len(rows) == 9
+    assert list(rows) == [line.split(" | ")[0][2:] for line in out.splitlines()[2:11]] and len(rows) == 9
     assert rows["full"]["agreement"] == {"64": 1.0, "96": 1.0}
     assert rows["streaming"]["cache_bytes"] < rows["full"]["cache_bytes"] == rows["prompt streaming"]["cache_bytes"]
     assert (
         len({row["ppl"]["96"] for name, row in rows.items() if "1 full" not in name}) == 6
     )  # of two layers both may be kept alike
+    assert f"layers {result['kept'][0]} keep full attention: --model.attention " in out
     worst = max(result["harm"], key=lambda i: result["harm"][i])
     assert result["kept"] == [int(worst)] and output.with_suffix(".png").exists()
     check_perplexity(tiny_checkpoint, text, rows["streaming"])

@@ -1,0 +1,237 @@
+"""Questions on long documents, for several ways to read them: python scripts/evaluate_documents.py --data '{F: f1}'."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+from lit_swa.methods import Method, Setup, choose_methods
+
+
+def main(
+    data: dict[str, str],
+    checkpoint_dir: Path | None = None,
+    methods: list[str] | None = None,
+    custom: dict[str, dict[str, Any]] | None = None,
+    lengths: list[int] | None = None,
+    shots: int = 0,
+    shot_files: dict[str, Path] | None = None,
+    limit: int | None = None,
+    drop: Literal["start", "middle", "end"] = "middle",
+    max_new_tokens: int | None = None,
+    trained_length: int | None = None,
+    window: int | None = None,
+    n_sink_tokens: int = 4,
+    dual_chunk_size: int | None = None,
+    dual_chunk_local: int | None = None,
+    use_chat_template: bool = False,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: Path = Path("out/evaluate_documents.json"),
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Ask the questions of published files of long documents with several methods and lengths, and print the scores.
+
+    A JSON gets every answer, and a heat map is drawn beside it. Files are .jsonl of SCROLLS (NarrativeQA, QMSum,
+    Qasper, QuALITY), ZeroSCROLLS or L-Eval; lit_swa/documents.py shows their lines. Nothing is fetched. The model
+    answers greedily. A method that cannot read a length says why. An interrupted run goes on where it stopped when it
+    is started again with the same arguments.
+
+    Args:
+        data: Files and how their answers are measured, such as '{qasper.jsonl: f1, quality.jsonl: em}': f1 and em
+            (exact match), as SCROLLS and SQuAD have them; rouge (the geometric mean of ROUGE-1, -2 and -L); and
+            L-Eval's letter (one right choice), letters (one or more) and number (sums).
+        checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
+        methods: Some of rope, linear, ntk, dynamic, yarn, sliding, streaming and dual_chunk. By default rope and
+            dual_chunk.
+        custom: More methods, as names and fields of the config, such as '{"base 1e6": {"rope_base": 1e6}}'.
+        lengths: Tokens of a prompt and the room for its answer; documents are cut to them. By default one and two times
+            the trained length.
+        shots: How many answered questions on other documents stand between the document and the question.
+        shot_files: Files of data and the files that their examples are taken from. By default the same file.
+        limit: Ask only the first so many questions of each file.
+        drop: Which part of a document is left out where it is too long.
+        max_new_tokens: Room for an answer. By default 64 for f1 and em, 128 for rouge, 16 for letter, 32 for letters
+            and 256 for number.
+        trained_length: The length that the model was trained for. By default the block_size of the checkpoint.
+        window: The sliding_window_size of sliding and streaming. By default half of the trained length.
+        n_sink_tokens: How many first tokens streaming keeps.
+        dual_chunk_size: Tokens in a chunk of dual_chunk. By default what the model derives from the trained length.
+        dual_chunk_local: The distance up to which dual_chunk keeps distances exact. By default what the model
+            derives from the trained length.
+        use_chat_template: Ask within the model's chat template, which instruct models expect.
+        batch_size: Questions that are answered at once. By default as many as the memory holds and as are of use.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, bfloat16 or float16; auto is bfloat16 on a GPU and float32 on a CPU.
+        output: The JSON file for the results; the picture goes next to it, as .png.
+        model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), for all methods.
+    """
+    import hashlib
+
+    from lit_swa import evaluate
+    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.documents import read_files
+    from lit_swa.formats.download import find_checkpoint
+    from lit_swa.plots import check_output, draw_results
+    from lit_swa.utils import pick_device, pick_dtype
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    check_dtype(dtype, device)
+    evaluate.check_at_least(shots=(shots, 0), limit=(limit or 1, 1), batch_size=(batch_size or 1, 1),
+                            max_new_tokens=(max_new_tokens or 1, 1))  # fmt: skip
+    questions = read_files(data, shots, shot_files, limit)
+    if len(names := set(map(task_name, data))) < len(data):
+        raise ValueError(f"Some files of data have one name ({', '.join(sorted(names))} are all): rename one.")
+    checkpoint_dir = find_checkpoint(checkpoint_dir)
+    check_checkpoint_dir(checkpoint_dir)
+    config = load_config(checkpoint_dir).override(**model or {})
+    trained = config.block_size if trained_length is None else trained_length
+    lengths = sorted(set([trained, 2 * trained] if lengths is None else lengths))
+    window = max(1, trained // 2) if window is None else window
+    evaluate.check_at_least(trained_length=(trained, 1), window=(window, 1), lengths=(min(lengths, default=0), 1))
+    check_output(output)
+    setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
+    chosen = choose_methods(["rope", "dual_chunk"] if methods is None else methods, custom or {})
+    files = [Path(name) for name in (*data, *(shot_files or {}).values())]
+    arguments = {
+        "checkpoint_dir": checkpoint_dir, "data": data, "methods": list(chosen), "custom": custom, "lengths": lengths,
+        "shots": shots, "shot_files": shot_files, "limit": limit, "drop": drop, "max_new_tokens": max_new_tokens,
+        "use_chat_template": use_chat_template, "batch_size": batch_size, "device": device, "dtype": dtype,
+        "model": model, **setup._asdict(),
+        "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "weights": evaluate.weights_identity(checkpoint_dir),
+    }  # fmt: skip
+    with evaluate.Results(output, arguments) as results:
+        finished = results.finished
+        if finished is None:
+            finished = run(results, chosen, setup, questions)
+        else:
+            print(f"{output} holds the results of these arguments already", file=sys.stderr)
+        report(finished)
+        draw_results(output, lambda plt: draw(plt, finished))
+
+
+def run(results, methods: dict[str, Method], setup: Setup, questions: dict[str, list]) -> dict[str, Any]:
+    """Every method at every length, the short ones first; writes the results."""
+    import shlex
+
+    from lit_swa.checkpoint import load_model
+    from lit_swa.command_line import shorten
+    from lit_swa.formats.checkpoint import tokenizer_dir
+    from lit_swa.formats.tokenizer import Tokenizer
+    from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
+
+    a = results.arguments
+    results.save()  # a disk that is full or read-only shows now and not after hours
+    tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
+    if a["use_chat_template"] and not tokenizer.has_chat_template:
+        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
+    gpt = load_model(a["checkpoint_dir"], a["dtype"], a["device"], **a["model"] or {})
+    line = ProgressLine(len(methods) * len(a["lengths"]) * sum(map(len, questions.values())), "questions",
+                        done=len(results.parts))  # fmt: skip
+    rows, errors = [], {}
+    with interruptible() as interrupted:
+        for length in a["lengths"]:
+            asked, failed = make_all(length, tokenizer, questions, a)
+            for name, method in methods.items():
+                fields = method(length, setup)
+                try:
+                    ask_all(results, f"{name} {length}", gpt, fields, asked, tokenizer, line, interrupted)
+                except ValueError as error:
+                    errors[f"{name} at {length}"] = shorten(str(error))
+                rows += [row_of(results.parts, name, length, file, questions[file], fields) for file in questions]
+            errors |= failed
+    if not results.parts:
+        raise ValueError(f"No question can be asked. {' '.join(errors.values())}")
+    result = {
+        "command": "python " + shlex.join(sys.argv), "machine": describe_machine(a["device"]),
+        "peak_memory": memory_in_use(), "rows": rows, "errors": errors, "answers": results.parts,
+    }  # fmt: skip
+    results.finish(result)
+    return {"arguments": a} | result
+
+
+def room_of(file: str, a: dict[str, Any]) -> int:
+    from lit_swa.documents import METRICS
+
+    return a["max_new_tokens"] or METRICS[a["data"][file]].room
+
+
+def make_all(length: int, tokenizer, questions: dict[str, list], a: dict[str, Any]) -> tuple[dict, dict[str, str]]:
+    """("file key" -> (file, question, prompt), file and length -> why it is not asked)"""
+    from lit_swa.documents import make_prompt
+
+    asked, failed = {}, {}
+    for file, pairs in questions.items():
+        try:
+            for question, shown in pairs:
+                budget = length - room_of(file, a)
+                prompt = make_prompt(question, shown, tokenizer, budget, a["drop"], a["use_chat_template"])
+                asked[f"{file} {question.key}"] = (file, question, prompt)
+        except ValueError as error:
+            failed[f"{file} at {length}"] = str(error)
+    return asked, failed
+
+
+def ask_all(results, prefix: str, gpt, fields: dict[str, Any], asked, tokenizer, line, interrupted) -> None:
+    """Ask what results.parts has no answer to yet. Raises ValueError where the model cannot read it."""
+    from lit_swa.answers import answer_all
+    from lit_swa.batches import Request
+    from lit_swa.documents import NEXT, cut_answer, judge
+
+    a = results.arguments
+
+    def keep(key: str, text: str) -> dict[str, Any]:
+        file, question, prompt = asked[key]
+        said = cut_answer(text)
+        scores = judge(a["data"][file], said, question.answers)
+        kept = {"scores": scores, "answer": said, "right": question.answers, "query": question.query}
+        return kept | {"prompt_tokens": len(prompt.ids), "cut_tokens": prompt.cut}
+
+    requests = {key: Request(p.ids, room_of(file, a), stop=(f"\n{NEXT}",)) for key, (file, _, p) in asked.items()}
+    answer_all(results, prefix, gpt, fields, requests, keep, tokenizer, line, interrupted)
+
+
+def row_of(parts: dict[str, Any], method: str, length: int, file: str, pairs: list, fields: dict) -> dict[str, Any]:
+    """The score of a file in per cent; None where it was not asked whole."""
+    from lit_swa.documents import file_score
+
+    found = [parts.get(f"{method} {length} {file} {question.key}") for question, _ in pairs]
+    row = {"method": method, "length": length, "task": task_name(file), "score": None, "fields": fields}
+    if None in found:
+        return row
+    cut = sum(part["cut_tokens"] > 0 for part in found)
+    return row | {"score": file_score([part["scores"] for part in found]), "questions": len(found), "cut": cut}
+
+
+def task_name(file: str) -> str:
+    """Of a column: qasper for qasper.jsonl, and for qasper/test.jsonl."""
+    path = Path(file)
+    usual = path.stem in ("test", "validation", "dev", "train")
+    return path.parent.name if usual and path.parent.name else path.stem
+
+
+def report(result: dict[str, Any]) -> None:
+    """The table on stdout: methods and lengths, and the files of each."""
+    from lit_swa.answers import table
+
+    print("\n".join(table(result["rows"], digits=1)))
+    for what, why in result["errors"].items():
+        print(f"\n{what}: {why}")
+
+
+def draw(plt, result: dict[str, Any]):
+    """A heat map: files over lengths, the methods side by side."""
+    from lit_swa.answers import heat_map
+
+    shots = result["arguments"]["shots"]
+    return heat_map(plt, result, f"questions on long documents, {shots} shown before", "score in % (higher is better)")
+
+
+if __name__ == "__main__":
+    from lit_swa.utils import run_script
+
+    run_script(main)
