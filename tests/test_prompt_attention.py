@@ -8,6 +8,7 @@ from lit_swa import Config
 from lit_swa.batches import Batch, Request
 from lit_swa.evaluate import check_context, window_nll, with_fields
 from lit_swa.generate import Session, describe_attention, generate
+from lit_swa.sequential import place_blocks, spread
 from lit_swa.speculative import make_draft, speculative_generate
 from lit_swa.tasks import token_scores
 
@@ -87,6 +88,16 @@ def test_all_ways_to_write_read_the_prompt_alike(tiny_model):
         assert list(generate(model, ids, 4, session=session)) == new
     session.read([3, 5])
     assert steps == [1] * 17  # the 5
+    spread(model, place_blocks(model, [torch.device("cpu")]))
+    assert [list(generate(model, ids, 4)) for ids in prompts] == expected
+
+
+def test_layers_on_several_devices_keep_their_own_windows(tiny_model):
+    """Catches: a mixer that a layer's device names, whose kind leaves the window out or is not known."""
+    model, ids = tiny_model(attention="sliding", layer_windows="3,9"), torch.randint(0, 97, (1, 30))
+    expected = model(ids)
+    spread(model, place_blocks(model, [torch.device("cpu")]))
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_texts_without_a_prompt_refuse_it(tiny_model):
