@@ -341,47 +341,47 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
     lengths = list(rows[0]["ppl"])
     names = ["pass keys found", *(f"perplexity behind {n}" for n in lengths), f"same token as full, {lengths[-1]}"]
-    names += [f"cache of {lengths[-1]}", "seconds to read it"]
+    names.append(f"cache of {lengths[-1]}")
     lines = ["| recipe | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for row in rows:
         found = "" if row["passkeys"] is None else f"{row['passkeys']:.0%}"
         cells = [found, *(format_number(row["ppl"][n]) for n in lengths), f"{row['agreement'][lengths[-1]]:.0%}"]
-        cells += [f"{row['cache_bytes'] / 1e6:.1f} MB", f"{row['read_seconds']:.1f}"]
+        cells.append(f"{row['cache_bytes'] / 1e6:.1f} MB")
         lines.append(f"| {row['recipe']} | " + " | ".join(cells) + " |")
     return lines
 
 
 def draw(plt, result: dict[str, Any]):
-    """Perplexity over length, and what is found of pass keys and of the full model's choices, recipe by recipe."""
-    from lit_swa.plots import label_ends, log_axis, model_of, names_of, set_title, short_count, style_of
+    """Perplexity at every length, the full model's choices, and pass keys: a line for each recipe."""
+    from lit_swa.plots import model_of, names_of, set_title, shades, short_count
 
     a, rows = result["arguments"], result["rows"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.42 * len(rows) + 2.6), layout="constrained")
-    ends = []
-    for row in rows:
-        style, ppl = style_of(row["recipe"]), list(row["ppl"].values())
-        left.plot(a["lengths"], ppl, **style.of_line(), linewidth=1.2, markersize=4)
-        ends.append((a["lengths"][-1], ppl[-1], row["recipe"], style.colour))
-    left.set(xscale="log", xlabel="tokens of prompt and text", ylabel=f"perplexity of {a['scored']} tokens behind it")
-    left.set_xticks(a["lengths"], map(short_count, a["lengths"]))
-    left.set_xticks([], minor=True)
-    log_axis(left)
-    left.grid(alpha=0.3)
     places, longest = range(len(rows)), str(a["lengths"][-1])
-    agreement = [row["agreement"][longest] for row in rows]
-    for shift, name, colour, values in (
-        (-0.2, "pass keys found", "#009E73", [row["passkeys"] or 0 for row in rows]),
-        (0.2, f"same token as full, {short_count(int(longest))}", "#56B4E9", agreement),
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(12, 0.3 * len(rows) + 2), layout="constrained", sharey=True, width_ratios=(2, 1, 1)
+    )
+    for length, colour in zip(a["lengths"], shades("#0072B2", len(a["lengths"]))[::-1], strict=True):
+        ppl = [row["ppl"][str(length)] for row in rows]
+        left.plot(ppl, places, "o", color=colour, label=f"{short_count(length)} tokens")
+    left.axvline(rows[0]["ppl"][longest], color="grey", linestyle=":", linewidth=1)
+    left.set_yticks(places, [row["recipe"] for row in rows])
+    left.invert_yaxis()
+    left.set_title(f"perplexity of {a['scored']} tokens behind a prompt", fontsize=10)
+    left.legend(frameon=False)
+    agreement = [100 * row["agreement"][longest] for row in rows]
+    found = [100 * (row["passkeys"] or 0) for row in rows]
+    for axis, values, colour, title in (
+        (middle, agreement, "#56B4E9", f"same token as full, {short_count(int(longest))}, %"),
+        (right, found, "#009E73", "pass keys found, %"),
     ):
-        right.barh([i + shift for i in places], [100 * v for v in values], height=0.38, color=colour, label=name)
-    right.set_yticks(places, [row["recipe"] for row in rows])
-    right.invert_yaxis()
-    right.set(xlim=(0, 100), xlabel="%")
-    figure.legend(loc="outside lower right", ncols=2, frameon=False)
+        axis.barh(places, values, height=0.6, color=colour)
+        axis.set_xlim(0, 100)
+        axis.set_title(title, fontsize=10)
+    for axis in (left, middle, right):
+        axis.grid(axis="x", alpha=0.3)
     window = f"a window of {a['window']} tokens"
     set_title(figure, f"{model_of(a)} under {window}, reads {names_of(a['data'])}",
               f"{a['texts']} texts of each length, {a['passkeys']} pass keys beyond the window")  # fmt: skip
-    label_ends(figure, {left: ends}, size=8)
     return figure
 
 
