@@ -366,7 +366,7 @@ def draw(plt, result: dict[str, Any]):
     left.axvline(rows[0]["ppl"][longest], color="grey", linestyle=":", linewidth=1)
     left.set_yticks(places, [row["recipe"] for row in rows])
     left.invert_yaxis()
-    left.set_title(f"perplexity of {a['scored']} tokens behind a prompt", fontsize=10)
+    left.set_xlabel(f"perplexity of {a['scored']} tokens behind a prompt")
     left.legend(frameon=False)
     agreement = [100 * row["agreement"][longest] for row in rows]
     found = [100 * (row["passkeys"] or 0) for row in rows]
@@ -376,7 +376,7 @@ def draw(plt, result: dict[str, Any]):
     ):
         axis.barh(places, values, height=0.6, color=colour)
         axis.set_xlim(0, 100)
-        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(title)
     for axis in (left, middle, right):
         axis.grid(axis="x", alpha=0.3)
     window = f"a window of {a['window']} tokens"
