@@ -830,7 +830,7 @@ def attention(
     H, G, D = n_head, n_query_groups, cache.k.size(-1)
     ROWS, OWN, DP = (max(16, next_power(n)) for n in (H // G * T, T, D))
     blocks, size = plan.blocks.size(1) - 1, DP * qkv.element_size()
-    splits, shares, width, warps = attention_tiles(blocks, B * G, size, qkv.device)
+    splits, shares, width, warps = attention_tiles(blocks, B * G, ROWS, size, qkv.device)
     joined, group = next_power(splits), min(4, next_power(H // G * T))  # programs and rows that are joined together
     y = torch.empty(B, T, H * D, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(B * G * ROWS * splits * (DP + 2), dtype=torch.float32, device=qkv.device)
@@ -853,13 +853,13 @@ def attention(
     return y
 
 
-def attention_tiles(blocks: int, heads: int, size: int, device: torch.device) -> tuple[int, int, int, int]:
+def attention_tiles(blocks: int, heads: int, rows: int, size: int, device: torch.device) -> tuple[int, int, int, int]:
     """(programs of a key/value head, those that share its blocks, blocks that one reads at a time, warps).
 
-    size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds that are nearly full. Another
+    rows: queries of a program. size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds that are nearly full. Another
     one takes the call's own keys where there is a place left for it.
     """
-    width, warps = 1, 4 if size <= 256 else 8
+    width, warps = 1, 4 if size <= 256 and rows <= 16 else 8  # more rows would not fit the registers of 4
     places = properties(device).multiprocessors * (8 // warps)
     most = max(1, min(128, triton.cdiv(blocks, width)))
     fewest = min(most, max(1, places // heads))
