@@ -856,8 +856,8 @@ def attention(
 def attention_tiles(blocks: int, heads: int, rows: int, size: int, device: torch.device) -> tuple[int, int, int, int]:
     """(programs of a key/value head, those that share its blocks, blocks that one reads at a time, warps).
 
-    rows: queries of a program. size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds that are nearly full. Another
-    one takes the call's own keys where there is a place left for it.
+    rows: queries of a program. size: bytes of a key. As few share the blocks as fill the multiprocessors, in rounds
+    that are nearly full. Another one takes the call's own keys where there is a place left for it.
     """
     width, warps = 1, 4 if size <= 256 and rows <= 16 else 8  # more rows would not fit the registers of 4
     places = properties(device).multiprocessors * (8 // warps)
