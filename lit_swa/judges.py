@@ -104,13 +104,13 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 @torch.inference_mode()
 def forced_agreement(model: GPT, prompts: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
     """How often the model's likeliest next token is the teacher's, read along what the teacher wrote."""
-    right = total = 0
-    device = model.transformer.wte.weight.device
-    for prompt, text in zip(prompts, theirs, strict=True):
-        hidden = model.hidden_states(torch.tensor([[*prompt, *text[:-1]]], device=device))[0, len(prompt) - 1 :]
-        said = torch.cat([log_probabilities(model, part).argmax(-1) for part in hidden.split(LOGIT_ROWS)])
-        right += int((said == torch.tensor(text, device=device)).sum())
-        total += len(text)
+    right, total, device = 0, sum(map(len, theirs)), model.transformer.wte.weight.device
+    texts = [(list(prompt), list(text)) for prompt, text in zip(prompts, theirs, strict=True)]
+    for group in groups(texts, CALL_TOKENS.get(device.type, CALL_TOKENS["cpu"])):
+        for hidden, (prompt, text) in zip(model.hidden_states(padded(group, device)), group, strict=True):
+            read = hidden[len(prompt) - 1 : len(prompt) - 1 + len(text)]
+            said = torch.cat([log_probabilities(model, part).argmax(-1) for part in read.split(LOGIT_ROWS)])
+            right += int((said == torch.tensor(text, device=device)).sum())
     return right / total
 
 
@@ -148,11 +148,8 @@ def answer_nll(model: GPT, texts: Sequence[tuple[list[int], list[int]]]) -> list
     """-log p of each answer behind its prompt, summed over the answer's tokens."""
     device, sums = model.transformer.wte.weight.device, []
     for group in groups(texts, CALL_TOKENS.get(device.type, CALL_TOKENS["cpu"])):
-        longest = max(len(prompt) + len(answer) for prompt, answer in group)
-        rows = [[*prompt, *answer] for prompt, answer in group]
-        idx = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)  # nothing sees what pads
         first = min(len(prompt) for prompt, _ in group)
-        nll = window_nll(model, idx, first)
+        nll = window_nll(model, padded(group, device), first)
         for row, (prompt, answer) in zip(nll, group, strict=True):
             begin = len(prompt) - first
             sums.append(row[begin : begin + len(answer)].double().sum().item())
@@ -171,6 +168,13 @@ def groups(texts: Sequence[tuple[list[int], list[int]]], most: int) -> Iterator[
         group.append(text)
     if group:
         yield group
+
+
+def padded(texts: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Tensor:
+    """Prompts and what is behind them as rows (B, T). Nothing sees what they are filled up with at the end."""
+    rows = [[*prompt, *answer] for prompt, answer in texts]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
 
 def written(model: GPT, task: Task) -> float:
