@@ -16,7 +16,7 @@ from lit_swa.training.blockwise import (
     shard,
     stitch_blocks,
 )
-from lit_swa.training.distribution import start_fabric, use_whole_memory
+from lit_swa.training.distribution import start_fabric, use_tf32, use_whole_memory
 from lit_swa.training.feed import ExampleFeed, join_examples
 from lit_swa.training.finetuning import (
     evaluate,
@@ -113,6 +113,7 @@ __all__ = [
     "tell_pretrained",
     "train_in_float32",
     "try_loading",
+    "use_tf32",
     "use_whole_memory",
     "validate",
     "validate_transfer",

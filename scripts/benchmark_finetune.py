@@ -62,7 +62,7 @@ def main(
     from lit_swa import Config
     from lit_swa.formats.files import write_json
     from lit_swa.random_model import random_model
-    from lit_swa.train import use_whole_memory
+    from lit_swa.train import use_tf32, use_whole_memory
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     use_whole_memory()
@@ -71,8 +71,8 @@ def main(
         there = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(usable_bytes(device, memory_GB) / there)
     dtype = pick_dtype(dtype, device)
-    if dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # as the scripts, in bfloat16
+    if device.startswith("cuda") and dtype == "bfloat16":
+        use_tf32()  # as the scripts
     lengths = lengths or ([2048, 8192, 32768] if device.startswith("cuda") else [256])
     settings = {"name": name, "n_layer": n_layer, "r": r, "window": window, "s2_group_ratio": s2_group_ratio,
                 "chunk_size": chunk_size, "chunk_offload": chunk_offload, "dtype": dtype,

@@ -65,11 +65,14 @@ def main(
 
     from lit_swa import Config
     from lit_swa.linearize import linear_config
+    from lit_swa.training.distribution import use_tf32
     from lit_swa.training.feed import MICRO_BATCH_TOKENS
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     place = pick_device(device)
     kind = getattr(torch, pick_dtype(dtype, place))
+    if place.startswith("cuda") and kind != torch.float32:
+        use_tf32()  # as finetune/linearize_blockwise.py
     base = Config.from_name(name)
     linear, where = linear_config(base, model or {}), "as given"
     rates = Rates(read_rate, train_rate, None)

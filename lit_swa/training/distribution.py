@@ -65,6 +65,11 @@ def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
     return fabric, torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
+def use_tf32() -> None:
+    """Let a GPU round the inputs of products in float32 to TF32. Beside bfloat16 they are hardly finer."""
+    torch.set_float32_matmul_precision("high")
+
+
 def use_whole_memory() -> None:
     """Let torch grow its pieces of GPU memory, so that none is lost between texts of many lengths.
 
