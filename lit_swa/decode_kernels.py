@@ -64,12 +64,19 @@ def finish(
 
 @triton.jit
 def vector_kernel(
-    y, x, gain, w, scale, bias, residual, delta_w, delta_scale, delta_bias, N, K, eps,
+    y, x, gain, w, scale, bias, residual, delta_w, delta_scale, delta_bias, N, K, eps, chosen,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
-    PDL: tl.constexpr,
+    EACH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Dense weights. A program makes one tile of outputs, and reads the next runs while it adds up those before."""
+    """Dense weights. A program makes one tile of outputs, and reads the next runs while it adds up those before.
+
+    EACH > 0: w holds experts, of which output row n is made by chosen[n], of row n // EACH of x.
+    """
+    if EACH:
+        row = tl.program_id(1)
+        expert = tl.load(chosen + row).to(tl.int64)
+        x, y, w, bias = x + row // EACH * K, y + row * N, w + expert * N * K, bias + expert * N
     RUN: tl.constexpr = 16 // (w.dtype.element_ty.primitive_bitwidth // 8)
     w_n = tl.arange(0, BN * (2 if GATED else 1))
     n = tl.program_id(0) * BN + w_n % BN
@@ -222,15 +229,23 @@ def pack_inputs(x, gain, runs, e, here, FORMAT: tl.constexpr, NORM: tl.constexpr
 
 @triton.jit
 def codes_kernel(
-    y, x, gain, w, scale, bias, residual, delta_w, delta_scale, delta_bias, N, K, eps,
+    y, x, gain, w, scale, bias, residual, delta_w, delta_scale, delta_bias, N, K, eps, chosen,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr,
-    PDL: tl.constexpr,
+    EACH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weights in 8 or 4 bits, as int32 words. A program packs a row of x once, and goes from tile to tile of outputs.
-    The programs of several rows read a tile at about the same time: from memory once, and then from the L2 cache."""
-    x, y, residual = x + tl.program_id(1) * K, y + tl.program_id(1) * N, residual + tl.program_id(1) * N
+    The programs of several rows read a tile at about the same time: from memory once, and then from the L2 cache.
+
+    EACH > 0: w holds experts, as in vector_kernel.
+    """
     PER_RUN: tl.constexpr = 32 if FORMAT == "int4" else 16
+    row = tl.program_id(1)
+    x, y, residual = x + (row // EACH if EACH else row) * K, y + row * N, residual + row * N
+    if EACH:
+        expert = tl.load(chosen + row).to(tl.int64)
+        w, bias = w + expert * N * (K // PER_RUN * 4), bias + expert * N
+        scale += expert * N * (K // GROUP if FORMAT == "int4" else 1)
     w_n = tl.arange(0, BN * (2 if GATED else 1))
     half, runs, e = (w_n // BN).to(tl.int64), tl.arange(0, RUNS), tl.arange(0, 4)
     n_runs, groups = K // PER_RUN, K // GROUP
@@ -721,25 +736,72 @@ def product(
         "BIAS": bias and first.bias is not None, "RESIDUAL": residual is not None,
     }  # fmt: skip
     how |= early_launch(x.device)
-    how |= {"NORM": gain is not None, "OFFSET": offset}
+    how |= {"NORM": gain is not None, "OFFSET": offset, "EACH": 0}
     gain = x if gain is None else gain
     if first.format != "dense" and M <= MOST_CODED_ROWS[first.format] and x.dtype != torch.float32:
         if first.format == "int8":
             one, two = ((w.view(torch.int32), *rest) for w, *rest in (one, two))
         grid, BN, how["RUNS"], how["num_warps"] = code_tiles(first.format, N, K, gate is not None, x.device)
-        codes_kernel[(grid, M)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, BN=BN, **how)
+        codes_kernel[(grid, M)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, x, BN=BN, **how)
     elif M == 1 and first.format == "dense":
         BN, how["RUNS"], how["num_warps"] = dense_tiles(N, K, gate is not None)
         grid = triton.cdiv(N, BN)
-        vector_kernel[(grid,)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, BN=BN, **how)
+        vector_kernel[(grid,)](y, x, gain, *one, residual_of, *distances(one, two), N, K, eps, x, BN=BN, **how)
     else:
         ROWS = max(16, next_power(M))
         if first.format != "dense":
             x = prepare(x, gain, M, K, eps, first.format, ROWS, how)
         tiles = matrix_tiles(first.format, ROWS, x.element_size(), how["NORM"], properties(x.device).shared)
         BN, how["BK"], how["num_warps"], how["STAGES"] = tiles
+        del how["EACH"]
         grid = triton.cdiv(N, BN)
         matrix_kernel[(grid,)](y, x, gain, *one, residual_of, *two, M, N, K, eps, BN=BN, ROWS=ROWS, **how)
+    return y
+
+
+def expert_weight(experts: nn.Module) -> Weight | None:
+    """Weight of a stack of experts; None where the kernels do not know it."""
+    form, n = getattr(experts, "kernel_format", "dense"), experts.in_features
+    if n % (16 if form == "int8" else 8):
+        return None
+    if form == "int4":
+        pairs = experts.scales.view(torch.int32)
+        return Weight(form, experts.out_features, experts.weight, pairs, experts.bias, experts.group_size)
+    scale = experts.scale if form == "int8" else experts.weight
+    return Weight(form, experts.out_features, experts.weight, scale, experts.bias)
+
+
+def knows_experts(x: Tensor, experts: nn.Module, gate: nn.Module) -> bool:
+    """True if `expert_product` takes x to these stacks of experts."""
+    first, second = expert_weight(experts), expert_weight(gate)
+    if first is None or second is None or (first.format != "dense" and x.dtype == torch.float32):
+        return False
+    return (first.format, first.group, first.bias is None) == (second.format, second.group, second.bias is None)
+
+
+def expert_product(
+    x: Tensor, experts: nn.Module, gate: nn.Module | None, chosen: Tensor, activation: str = "none"
+) -> Tensor:
+    """activation(expert(x)) * gate(x) of the experts `chosen` (P,), for rows x (P, K), or (P / k, K) where k experts in
+    a row were chosen for each: (P, N). Every one reads its expert's weights where they are."""
+    first = expert_weight(experts)
+    second = first if gate is None else expert_weight(gate)
+    P, K, N = chosen.numel(), x.size(-1), first.outputs
+    x, y = x.contiguous(), torch.empty(P, N, dtype=x.dtype, device=x.device)
+    one, two = ((w.weight, w.scale, w.weight if w.bias is None else w.bias) for w in (first, second))
+    how = {
+        "FORMAT": first.format, "GROUP": first.group, "GATED": gate is not None, "ACT": activation, "NORM": False,
+        "OFFSET": 0.0, "BIAS": first.bias is not None, "RESIDUAL": False, "EACH": P // x.size(0), "PDL": False,
+    }  # fmt: skip
+    if first.format == "dense":
+        kernel, (BN, how["RUNS"], how["num_warps"]) = vector_kernel, dense_tiles(N, K, gate is not None)
+        grid = triton.cdiv(N, BN)
+    else:
+        kernel = codes_kernel
+        if first.format == "int8":
+            one, two = ((w.view(torch.int32), *rest) for w, *rest in (one, two))
+        grid, BN, how["RUNS"], how["num_warps"] = code_tiles(first.format, N, K, gate is not None, x.device)
+    kernel[(grid, P)](y, x, x, *one, x, *distances(one, two), N, K, 0.0, chosen, BN=BN, **how)
     return y
 
 

@@ -5,6 +5,7 @@ activation; projection and residual. No shape in it depends on a position, and t
 kernels do not know runs as model.py defines it, inside the same graph.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -218,7 +219,7 @@ def run_block(block: Block, x: Tensor, call: Call) -> Tensor:
     elif isinstance(mlp, PlainMLP):
         h = fused(into, mlp.fc, norm=norm, activation=mlp.activation)
     else:
-        y = mlp(norm(into), call.losses) if block.moe else mlp(norm(into))
+        y = mlp(norm(into), call.losses, functools.partial(mix_experts, mlp)) if block.moe else mlp(norm(into))
         return block.add(attended, block.post_mlp_norm(y))
     return add(block, attended, mlp.proj, h, block.post_mlp_norm)
 
@@ -228,6 +229,24 @@ def add(block: Block, residual: Tensor, linear: nn.Module, y: Tensor, norm: nn.M
     if isinstance(norm, nn.Identity) and block.multiplier == 1.0:
         return fused(y, linear, residual=residual)
     return block.add(residual, norm(fused(y, linear)))
+
+
+def mix_experts(moe: nn.Module, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """MoE.mix: few tokens by kernels that read the chosen experts' weights where they are."""
+    kernels, name = gpu_kernels(), ACTIVATION_NAMES.get(ACTIVATIONS[moe.config.activation])
+    stacks = (moe.fc_1, moe.fc_2), (moe.proj, moe.proj)
+    if kernels is None or chosen.numel() > moe.config.n_expert:
+        return moe.mix(x, weights, chosen)
+    if not all(kernels.knows_experts(x, *pair) for pair in stacks):
+        return moe.mix(x, weights, chosen)
+    ids, before = chosen.flatten(), moe.config.expert_weights == "sigmoid"
+    inputs = (x[:, None] * weights[..., None]).flatten(0, 1) if before else x
+    if moe.config.expert_limit is None:
+        h = kernels.expert_product(inputs, moe.fc_1, moe.fc_2, ids, name)
+    else:
+        h = moe.act(*(kernels.expert_product(inputs, fc, None, ids) for fc in (moe.fc_1, moe.fc_2)))
+    y = kernels.expert_product(h, moe.proj, None, ids).unflatten(0, chosen.shape)  # (N, k, C)
+    return (y if before else y * weights[..., None]).sum(dim=1)
 
 
 def attend(attn: CausalSelfAttention, qkv: Tensor, call: Call) -> Tensor:

@@ -16,6 +16,7 @@ Notation: N tokens, C n_embd, I elements within an expert.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -88,8 +89,9 @@ class MoE(nn.Module):
         if self.choice is not None:
             nn.init.zeros_(self.choice)
 
-    def forward(self, x: Tensor, losses: list) -> Tensor:
-        """(B, T, C) -> (B, T, C). losses: in training the layers share a Balance among them."""
+    def forward(self, x: Tensor, losses: list, mix: Callable[..., Tensor] | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). losses: in training the layers share a Balance among them. mix: what does the work of
+        mix()."""
         tokens = x.flatten(0, -2)  # (N, C)
         scores = self.router(tokens)  # (N, E)
         ranked = scores if self.choice is None else torch.sigmoid(scores.float()) + self.choice
@@ -100,7 +102,7 @@ class MoE(nn.Module):
             if balance is None:
                 losses.append(balance := Balance(self.config.balancing_loss, len(tokens)))
             balance.layers.append(shares(scores, chosen))
-        y = self.mix(tokens, self.weights(scores, best, chosen).to(x.dtype), chosen)
+        y = (mix or self.mix)(tokens, self.weights(scores, best, chosen).to(x.dtype), chosen)
         if self.shared is not None:
             beside = self.shared(tokens)
             y = y + (beside if self.shared_gate is None else torch.sigmoid(self.shared_gate(tokens)) * beside)

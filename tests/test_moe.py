@@ -12,6 +12,7 @@ from lit_swa.exact_chunks import ExactChunks
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.parallel import Rank, split_model
 from lit_swa.sequential import place_blocks, spread
+from lit_swa.training.memory import recompute_blocks
 
 FIELDS = {
     "mlp_class_name": "GatedMLP,MoE", "n_expert": 5, "n_expert_per_token": 2, "expert_size": 24,
@@ -59,6 +60,12 @@ def test_the_balancing_loss_is_that_of_transformers(tiny_model):
     torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-4)
     for one, other in zip(wanted, torch.autograd.grad(difference, weights), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
+    grads = []
+    for recomputed in (0, 3):  # the blocks that compute their activations again note nothing twice
+        recompute_blocks(model.train(), recomputed)
+        grads.append(torch.autograd.grad(model(idx, targets=targets), [r.weight for r in routers]))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind, rows", [("qwen", 1), ("gpt-oss", 1), ("gpt-oss", 3), ("llama 4", 6)])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lit_swa import GPT
 from lit_swa.fast_decode import compile_decode
-from lit_swa.linear_formats import gpu_kernels, is_experts
+from lit_swa.linear_formats import gpu_kernels
 from lit_swa.quantize import quantize_linears
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -105,14 +105,27 @@ def test_bfloat16_is_as_near_as_on_a_cpu(tiny_model, kind):
     compare(logits_on_gpu(model, idx), exact, 2 * own.item())
 
 
-@pytest.mark.parametrize("rows", [1, 6])  # few tokens gather the experts' weights; of many, every expert reads all
+@pytest.mark.parametrize("rows", [1, 6])  # of many tokens, every expert reads all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
-def test_experts_in_a_compiled_step(tiny_model, mode, rows):
-    """Catches: a step that waits to know who was chosen, scales of another expert, memory for every row's experts."""
+def test_experts_in_a_compiled_step(tiny_model, monkeypatch, mode, dtype, rows):
+    """Catches: a step that waits to know who was chosen, a weight, scale or bias of another expert, a kernel that is
+    not used, memory for the experts of every row."""
+    kernels, calls = gpu_kernels(), []
+    product = kernels.expert_product
+    monkeypatch.setattr(kernels, "expert_product", lambda *given: calls.append(1) or product(*given))
     model, idx = tiny_model(**WIDE | FIELDS["gpt-oss"][0]), torch.randint(0, 97, (rows, 60))
     if mode is not None:
-        quantize_linears(model, mode, torch.float32)
-        assert all(hasattr(m, "compute_dtype") for m in model.modules() if is_experts(m))
+        quantize_linears(model, mode, dtype)
+    layers = [m for m in model.modules() if hasattr(m, "compute_dtype")]
+    assert len(layers) == (0 if mode is None else 2 * 2 + 3 + 3 + 1)
     with torch.no_grad():
+        for layer in layers:
+            layer.compute_dtype = torch.float32
         exact = model(idx)  # of codes: what tests/test_quantized_experts.py compares with the dense weights
-    compare(logits_on_gpu(model, idx), exact, 2e-5 if mode is None else 1e-4)
+        for layer in layers:
+            layer.compute_dtype = dtype
+        own = model.to(dtype)(idx).float() - exact
+    most = 1e-4 if dtype == torch.float32 else 2 * (own.square().mean().sqrt() / exact.square().mean().sqrt()).item()
+    compare(logits_on_gpu(model, idx), exact, most)
+    assert bool(calls) == (rows == 1 and (mode is None or dtype != torch.float32))
