@@ -133,7 +133,10 @@ LLAMA4 = {
     "attention": "chunked,chunked,chunked,full", "attention_chunk_size": 8192, "temperature_slope": 0.1,
     "temperature_length": 8192, "temperature_offset": 1, "temperature_layers": "none", "shared_expert_size": 8192,
 }  # fmt: skip
-SCOUT_ROPE = LLAMA31["rope_scaling"] | {"factor": 16.0, "high_freq_factor": 1.0}
+SCOUT = {"norm_qk": True, "norm_qk_type": "plain", "block_size": 262144, "rope_scaling": LLAMA31["rope_scaling"]}
+SCOUT_INSTRUCT = {
+    "block_size": 10485760, "rope_scaling": SCOUT["rope_scaling"] | {"factor": 16.0, "high_freq_factor": 1.0},
+}  # fmt: skip
 GPT_OSS = BIASES | {
     "norm_eps": 1e-5, "vocab_size": 201088, "block_size": 131072, "rope_base": 150000.0, "head_size": 64,
     "attention": "sliding,full", "sliding_window_size": 128, "sink_logits": True, "expert_limit": 7.0,
@@ -180,10 +183,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Llama-3.1-405B": LLAMA31 | shape(126, 16384, 128, 8, 53248),
     "Llama-3.2-1B": LLAMA32 | shape(16, 2048, 32, 8, 8192),
     "Llama-3.2-3B": LLAMA32 | {"head_size": 128} | shape(28, 3072, 24, 8, 8192),
-    "Llama-4-Scout-17B-16E": LLAMA4
-    | {"norm_qk": True, "norm_qk_type": "plain", "block_size": 10485760, "rope_scaling": SCOUT_ROPE}
-    | experts(16, 1, 8192, "sigmoid")
-    | shape(48, 5120, 40, 8, 16384),
+    "Llama-4-Scout-17B-16E": LLAMA4 | SCOUT | experts(16, 1, 8192, "sigmoid") | shape(48, 5120, 40, 8, 16384),
     "Llama-4-Maverick-17B-128E": LLAMA4
     | {"block_size": 1048576}
     | experts(128, 1, 8192, "sigmoid")
@@ -399,6 +399,8 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "Stable-Platypus2-13B": ("Llama-2-13b", {}),
     "FreeWilly2": ("Llama-2-70b", {}),
     "Llama-2-7b-chat-hf-function-calling-v2": ("Llama-2-7b", {"norm_eps": 1e-6}),
+    "Llama-4-Scout-17B-16E-Instruct": ("Llama-4-Scout-17B-16E", SCOUT_INSTRUCT),
+    "Llama-4-Maverick-17B-128E-Instruct": ("Llama-4-Maverick-17B-128E", {}),
     "tiny-llama-1.1b": ("TinyLlama-1.1B", {}),
     "tiny-llama-1.1b-chat": ("TinyLlama-1.1B", {}),
     "Llama-3.3-70B": ("Llama-3.1-70B", {}),

@@ -1,6 +1,5 @@
 """The config.json of released models, typed by hand, without files and tokens. Compared with public copies of the files
-were SmolLM3-3B, gpt-oss-20b, Olmo-3-7B, Ministral-3-8B, Qwen3-30B-A3B, Phi-3.5-mini and Phi-4-mini, and of the Qwen2.5
-those that are here."""
+were all but c4ai-command-r7b-12-2024, EXAONE-4.0-32B, falcon-40b, stablelm-2-12b, granite-3.1-8b and gemma-7b."""
 
 from lit_swa.longrope_factors import FACTORS
 
@@ -105,7 +104,7 @@ RELEASED = {
         "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000.0, "tie_word_embeddings": True,
         "vocab_size": 49155,
     },
-    "Llama-4-Scout-17B-16E": {
+    "Llama-4-Scout-17B-16E-Instruct": {
         "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "tie_word_embeddings": False,
         "image_token_index": 200092, "vision_config": {"hidden_size": 1408, "model_type": "llama4_vision_model"},
         "text_config": {
@@ -176,4 +175,10 @@ RELEASED = {
     "Qwen2.5-Coder-32B-Instruct": QWEN25_32B,
     "Qwen2.5-72B": QWEN25_72B | LONGER,
     "Qwen2.5-72B-Instruct": QWEN25_72B,
+}  # fmt: skip
+RELEASED["Llama-4-Scout-17B-16E"] = RELEASED["Llama-4-Scout-17B-16E-Instruct"] | {
+    "text_config": RELEASED["Llama-4-Scout-17B-16E-Instruct"]["text_config"] | {
+        "attn_temperature_tuning": 4, "max_position_embeddings": 262144,
+        "rope_scaling": LLAMA3_ROPE | {"factor": 8.0},
+    },
 }  # fmt: skip
