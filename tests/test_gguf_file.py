@@ -343,6 +343,29 @@ def test_gpt_oss_in_four_bits_is_what_transformers_unpacks(tmp_path: Path) -> No
         assert torch.equal(layer.weight, dense[f"blk.1.ffn_{part}_exps.weight"].float())
 
 
+@pytest.mark.parametrize("case", ["llama, 3.1's scaling", "olmo2, windows", "afmoe", "granite_swa"])
+def test_odd_values_and_missing_tensors_are_one_sentence(case: str, tmp_path: Path) -> None:
+    """Would catch a stranger's value that ends in a traceback, or that a list of a billion entries is made of."""
+    write_checkpoint(tmp_path / "a", **CASES_OF_MODELS[case])
+    export_gguf(tmp_path / "a", tmp_path / "m.gguf", "f16")
+    file = gguf.read_gguf(tmp_path / "m.gguf")
+    odd = [None, 0, -1, 2**31, 0.0, -1.5, float("nan"), float("inf"), "x", [], ["a"] * 4, [True, False] * 2, False]
+    keys = [key for key in file.metadata if key.startswith(file.architecture)]
+    changed = [{**file.metadata, key: value} for key in keys for value in odd]
+    files = [gguf.GGUFFile(file.path, {k: v for k, v in m.items() if v is not None}, file.tensors) for m in changed]
+    for name in file.tensors:
+        tensors = {other: info for other, info in file.tensors.items() if other != name}
+        files.append(gguf.GGUFFile(file.path, dict(file.metadata), tensors))
+    refused = 0
+    for one in files:
+        try:
+            Config(**fields_of(one))
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > len(changed) / 3
+
+
 @pytest.mark.parametrize(
     ("case", "keys", "fields"),
     [
@@ -354,6 +377,10 @@ def test_gpt_oss_in_four_bits_is_what_transformers_unpacks(tmp_path: Path) -> No
         ("gptneox", {"attention.head_count_kv": None}, {"n_query_groups": 4}),
         ("granite", {"embedding_scale": 0.0}, {"embedding_multiplier": 1.0}),
         ("smollm3", {"rope.freq_base": None}, {"rope_base": 10000.0}),
+        ("granite", {"rope.scaling.finetuned": False}, {"positions": "none"}),
+        ("olmo2, windows", {"rope.freq_base_swa": 2e4}, {"rope_local_base_freq": 2e4}),
+        ("afmoe", {"expert_group_count": 1, "expert_group_used_count": 1}, {"n_expert": 5}),
+        ("llama", {"attention.layer_norm_epsilon": 1e-3}, {"norm_eps": 1e-5}),
     ],
 )
 def test_a_key_that_is_left_out_is_what_llama_cpp_takes(case: str, keys: dict, fields: dict, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ class GGUFFile:
 
     def numbers(self, name: str) -> list[float]:
         """The elements of a small tensor."""
+        if name not in self.known and name not in self.tensors:
+            raise ValueError(f"{self.path} lacks the tensor {name}: download the file again.")
         return self.known[name] if name in self.known else dequantize(self.tensors[name]).float().flatten().tolist()
 
     def require(self, key: str, kind: type) -> Any:

@@ -116,7 +116,7 @@ class Model(NamedTuple):
     scalings: str = "linear yarn"  # of RoPE, that llama.cpp computes
     period: int | None = None  # every so many-th layer has no window, unless a pattern says otherwise; None: no windows
     always: bool = False  # some layer must have one
-    local_base: bool = False  # layers with a window may have a base of their own
+    local_base: bool = False  # llama.cpp lets layers with a window have a base of their own
     unscaled: bool = False  # ... and RoPE's scaling is for the others
     more: Callable[[GGUFFile, dict[str, Any]], dict[str, Any]] = lambda file, fields: {}
     more_keys: Callable[[Config], dict[str, Any]] = lambda config: {}  # the inverse of more
@@ -213,7 +213,7 @@ def llama4(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
     return every_fourth_without(file, fields) | normed | {
         "mlp_class_name": ",".join(shortest_period(moe)), "expert_weights": "sigmoid",
         "shared_expert_size": fields["expert_size"],
-        "attention": fields["attention"].replace("sliding", "chunked"), "sliding_window_size": None,
+        "attention": fields.get("attention", "full").replace("sliding", "chunked"), "sliding_window_size": None,
         "attention_chunk_size": 8192, "temperature_slope": 0.1, "temperature_length": 8192, "temperature_offset": 1,
         "temperature_layers": "none",
     }  # fmt: skip
@@ -239,6 +239,11 @@ def mistral3_keys(config: Config) -> dict[str, Any]:
         "attention.temperature_scale": config.temperature_slope,
         "rope.scaling.original_context_length": config.temperature_length,
     }
+
+
+def granite(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
+    """A key that says something else elsewhere switches RoPE off."""
+    return {} if file.get("granite.rope.scaling.finetuned", bool, True) else {"positions": "none"}
 
 
 def granite_swa(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
@@ -334,7 +339,10 @@ MODELS: dict[str, Model] = {  # an export takes the first that holds all of its 
     "olmo2": Model(BEHIND | {"norm_qk_type": "whole"}, found="", square=True, period=4, unscaled=True),
     "exaone4": Model(BEHIND, square=True, scalings="linear yarn llama3", period=4, more=rope_with_a_window,
                      refuse=windows_at_depth_64),
-    "granite": Model(found=BIASES, keys=GRANITE, neighbours=True, scalings=LLAMA.scalings),
+    "granite": Model(
+        found=BIASES, keys=GRANITE, neighbours=True, scalings=LLAMA.scalings, more=granite,
+        more_keys=lambda c: {"rope.scaling.finetuned": False} if set(c.layer_positions) == {"none"} else {},
+    ),
     "granite_swa": Model(
         found=BIASES, keys=GRANITE, neighbours=True, scalings=LLAMA.scalings, period=4, always=True,
         more=granite_swa, warn=newer,
@@ -352,7 +360,7 @@ MODELS: dict[str, Model] = {  # an export takes the first that holds all of its 
         keys=(*MOE, EXPERT_SIZE, Key("expert_weights_scale", "expert_scale", float, 1.0)), period=4, local_base=True,
         more=afmoe, more_keys=afmoe_keys,
     ),
-    "llama4": Model(keys=(*MOE, EXPERT_SIZE), neighbours=True, scalings="linear yarn llama3", period=4, more=llama4,
+    "llama4": Model(keys=(*MOE, EXPERT_SIZE), neighbours=True, scalings="linear llama3", period=4, more=llama4,
                     more_keys=llama4_keys),
 }  # fmt: skip
 
@@ -366,6 +374,9 @@ WITHOUT_EFFECT = {  # values of keys that are not read; any other value is refus
     "attention.causal": (True,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.finetuned": (True, False),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_gating_func": (0, 1),  # softmax
     "logit_scale": (0, 1.0),
     "embedding_scale": (0, 1.0),
     "residual_scale": (0, 1.0),
@@ -418,6 +429,7 @@ def read_key(file: GGUFFile, key: Key) -> Any:
 
 def _heads_and_norms(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
     arch, row = file.architecture, MODELS[file.architecture]
+    file.read |= {f"{arch}.{key}" for key in EPS.values()}  # some converters write both
     heads = _same_for_all(file, "attention.head_count", None)
     default = fields["n_embd"] // heads
     size = file.get(f"{arch}.attention.key_length", int, default)
@@ -475,9 +487,7 @@ def _windows(file: GGUFFile, row: Model, fields: dict[str, Any]) -> dict[str, An
     pattern = ",".join(shortest_period(["sliding" if windowed else "full" for windowed in layers]))
     result = {"attention": pattern, "sliding_window_size": window}
     base = file.get(f"{arch}.rope.freq_base", float, 10000.0)
-    local = base if arch != "gemma3" else 10000.0
-    if row.local_base:
-        local = file.get(f"{arch}.rope.freq_base_swa", float, local)
+    local = file.get(f"{arch}.rope.freq_base_swa", float, base if arch != "gemma3" else 10000.0)
     return result | ({"rope_local_base_freq": local} if row.unscaled or local != base else {})
 
 

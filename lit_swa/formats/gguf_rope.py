@@ -30,6 +30,8 @@ def read_scaling(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
             f"{file.path} scales RoPE by {kind[:80]!r} with attn_factor {attention:g}{' and rope_freqs' * bool(llama3)}"
             ", which is not read from GGUF files: convert the model's Hugging Face checkpoint instead."
         )
+    if not 0 <= factor < 1e9:
+        raise ValueError(f"{file.path} scales RoPE by a factor of {factor:g}, which no model has.")
     if kind == "yarn":
         found = _yarn(file, factor or 1.0, trained, attention)
         return {"rope_scaling": found, "block_size": max(context, int(trained * found["factor"]))}
@@ -85,7 +87,7 @@ def _llama3(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any] | None:
 
 def _llama3_factors(scaling: dict[str, Any], theta: float, n: int) -> list[float]:
     """What each of n frequencies is divided by."""
-    if not 0 < scaling["factor"] < math.inf:
+    if not (0 < scaling["factor"] < math.inf and theta > 0):
         return [math.nan] * n
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     factors = []
