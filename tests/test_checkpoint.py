@@ -397,6 +397,25 @@ def test_weights_of_another_config_are_not_saved(tmp_path: Path, tiny_model) -> 
     assert not (tmp_path / "lit_config.json").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_pickle_is_read_a_tensor_at_a_time(tmp_path: Path) -> None:
+    """Would catch a .bin file that stays in memory as a whole, and numbers that are lost with its pages."""
+    from lit_swa.formats.files import open_pickle
+
+    def mapped() -> int:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["RssFile"].split()[0]) * 1024
+
+    state = {f"w{i}": torch.randn(2**20) for i in range(20)}  # 80 MB
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    tensors, before, most = open_pickle(tmp_path / "pytorch_model.bin"), mapped(), 0
+    for _ in range(2):
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor.load(), state[name])
+            most = max(most, mapped() - before)
+    assert most < 24e6
+
+
 @pytest.mark.slow
 def test_loading_takes_one_copy_of_memory(tmp_path: Path) -> None:
     """Would catch a loader that holds the file and the model at once, or initialises weights before it reads them."""

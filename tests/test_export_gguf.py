@@ -158,12 +158,20 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-@pytest.mark.parametrize("case", ["pre smollm", "pre llama3", "pre qwen2", "pre tekken", "sentencepiece prefix True",
-                                  "sentencepiece prefix False", "gemma"])  # fmt: skip
+CUTS_TO_TRY = ["smollm", "llama3", "qwen2", "qwen35", "tekken"]
+TOKENIZERS = [
+    *(f"pre {name}" for name in CUTS_TO_TRY),
+    "sentencepiece prefix True",
+    "sentencepiece prefix False",
+    "gemma",
+]
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
 def test_a_tokenizer_gives_llama_cpps_ids_when_it_comes_back(case: str, tmp_path: Path) -> None:
     """Catches: another cut, merges or scores in another order, a BOS too many, specials that are plain text."""
     recorded = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text(encoding="utf-8"))["ids"]
-    case_of = tokenizer_cases(["smollm", "llama3", "qwen2", "tekken"])[case]
+    case_of = tokenizer_cases(CUTS_TO_TRY)[case]
     write_tiny_gguf(tmp_path / "t.gguf", **case_of)
     file = gguf.read_gguf(tmp_path / "t.gguf")
     for name, text in tokenizer_files(file).items():

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import shutil
+import sys
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from lit_swa.utils import print_line
 
 LOCK_NAME = ".lit_swa.lock"
 TEMPORARY = ".lit_swa.tmp"  # how temporary names end
+MADV_PAGEOUT = 21  # of Linux, from 5.4 on: reclaim pages, and lose nothing
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, the user's quota, the longest file that is allowed
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -412,7 +414,21 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     for name, t in state.items():  # one on the meta device has none, and stride 0 makes gigabytes of one
         if t.device.type != "cpu" or t.numel() * t.element_size() > t.untyped_storage().nbytes():
             raise ValueError(f"{path} holds {name[:80]!r} without all of its numbers: save the checkpoint again.")
-    return {name: as_lazy(t) for name, t in state.items()}
+    if not is_zip:
+        return {name: as_lazy(t) for name, t in state.items()}
+    return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: copied_out(t)) for name, t in state.items()}
+
+
+def copied_out(mapped: Tensor) -> Tensor:
+    """A copy of a tensor on a file that torch mapped, whose pages the system may have back: torch itself keeps them
+    until the last tensor of the file is gone. They are read again when they are asked for again."""
+    copy, storage = mapped.detach().clone(), mapped.untyped_storage()
+    begin = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and sys.platform == "linux":
+        with suppress(AttributeError, OSError, TypeError):  # no C library to ask
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_PAGEOUT)
+    return copy
 
 
 # --------------------------------------------------------------------------------------------- weights in several files

@@ -26,8 +26,9 @@ PROBES = (
     '1. one\n  2. two\t12345678 "quoted" text—with dashes… ÀÉÎõü ß 漢字かな 한국어 العربية 🙂👩\u200d👩\u200d👧\n',
     "HelloWorld camelCase don't we'll I'M THEY'RE        eight blanks\r\n\r\nCRLF a/b/c//d !!! ... $5.00 <=> ^~|`",
     " a blank in front, and the word <s> and <|im_end|> within",
+    "accents of their own: e\u0301te\u0301 हिन्दी, and other numbers: ½ Ⅷ ² x²",
 )
-CHECKED = PROBES[:3]  # llama.cpp finds special tokens by their spelling only, wherever they stand
+CHECKED = PROBES[:3]  # not specials, which llama.cpp finds by their spelling only, and accents, which some compose
 
 
 def vocabulary_of(directory: Path, n_tokens: int) -> dict[str, Any]:
