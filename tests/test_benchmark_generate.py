@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_swa.generate import Sampling
-from scripts.peers.decode import Cell, write_gguf
+from scripts.peers.decode import Cell, LeftOut, write_file
 
 SCRIPT = "scripts/benchmark_generate.py"
 QUICK = ["--steps", 3, "--repeats", 1, "--transformers", "false", "--llama_cpp", "false", "--device", "cpu"]
@@ -134,10 +134,14 @@ def test_the_file_for_llama_cpp_holds_the_weights(tiny_model, tmp_path):
     from gguf import GGUFReader
 
     model = tiny_model()
-    write_gguf(model, tmp_path / "m.gguf", "F32")
+    write_file(model, tmp_path / "m.gguf", "F32")
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert len(tensors) == 3 + 2 * 9
-    assert (tensors["blk.1.attn_k.weight"] == model.transformer.h[1].attn.qkv.weight[48:64].detach().numpy()).all()
+    assert (tensors["blk.1.attn_v.weight"] == model.transformer.h[1].attn.qkv.weight[64:].detach().numpy()).all()
     assert (tensors["blk.0.ffn_up.weight"] == model.transformer.h[0].mlp.fc_2.weight.detach().numpy()).all()
-    with pytest.raises(ValueError, match="Llama's architecture with full attention"):
-        write_gguf(tiny_model(attention="sliding", sliding_window_size=4), tmp_path / "n.gguf", "F32")
+    for fields, message in (
+        ({"attention": "sliding", "sliding_window_size": 4}, "full attention"),
+        ({"norm_class_name": "LayerNorm", "norm_qk": True}, "llama.cpp has no architecture"),
+    ):
+        with pytest.raises(LeftOut, match=message):
+            write_file(tiny_model(**fields), tmp_path / "n.gguf", "F32")

@@ -19,7 +19,7 @@ from lit_swa.formats import gguf_models
 from lit_swa.formats.convert import with_progress
 from lit_swa.formats.directory import check_tensors, check_weights_dir, load_config, open_weights, read_quantization
 from lit_swa.formats.files import LazyTensor, as_lazy, atomic_file, named_when_full, require_space
-from lit_swa.formats.gguf import TensorInfo
+from lit_swa.formats.gguf import PLAIN_DTYPES, TensorInfo
 from lit_swa.formats.gguf_rope import scaling_tensors
 from lit_swa.formats.gguf_vocabulary import vocabulary_of
 from lit_swa.formats.hugging_face import to_hf
@@ -148,9 +148,9 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 def in_numbers_of(piece: Tensor, kind: Any, name: str) -> bytes:
     from gguf.quants import quantize
 
-    if kind.name == "Q8_0":
+    if kind not in PLAIN_DTYPES:
         return quantize(piece.float().numpy(), kind).tobytes()
-    numbers = piece.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name])
+    numbers = piece.to(PLAIN_DTYPES[kind])
     if kind.name == "F16" and not numbers.isfinite().all() and piece.isfinite().all():
         raise ValueError(f"{name} has numbers that float16 cannot hold: use --dtype bf16.")
     return numbers.contiguous().view(torch.uint8).numpy().tobytes()

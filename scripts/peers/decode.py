@@ -17,11 +17,12 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor
 
-from lit_swa.config import Config
-from lit_swa.formats.files import LazyTensor
-from lit_swa.formats.hugging_face import config_to_hf, to_hf
+from lit_swa.formats.files import LazyTensor, as_lazy
+from lit_swa.formats.gguf_export import infos, tensors_of, write_gguf
+from lit_swa.formats.gguf_models import find_architecture
+from lit_swa.formats.hugging_face import config_to_hf, expected_shapes, to_hf
 from lit_swa.generate import Sampler, Sampling
-from lit_swa.linear_formats import dense_weight
+from lit_swa.linear_formats import dense_weight, is_linear
 from lit_swa.model import GPT
 
 
@@ -111,8 +112,6 @@ class StaticTransformers:
 
 # ------------------------------------------------------------------------------------------------------------ llama.cpp
 
-ARCHITECTURE = {"norm_class_name": "RMSNorm", "mlp_class_name": "GatedMLP", "activation": "silu"}  # Llama's
-
 
 class LlamaCpp:
     """llama.cpp's server, by xllamacpp, on weights of the same shape. It measures its own time."""
@@ -125,7 +124,7 @@ class LlamaCpp:
 
         self.directory = tempfile.TemporaryDirectory()  # it goes with this object
         path = Path(self.directory.name) / "model.gguf"
-        write_gguf(weights, path, kind)
+        write_file(weights, path, kind)
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(path), length + 64, 1
         params.n_gpu_layers = params.verbosity = 0
@@ -145,65 +144,28 @@ class LlamaCpp:
         return lambda: self.complete(prompt, cell.steps + 1, keep=True)["predicted_ms"] / 1e3
 
 
-def write_gguf(weights: GPT, path: Path, kind: str) -> None:
-    """A GGUF file of these weights in Llama's architecture, for speed alone: its vocabulary is made up, and llama.cpp
-    has the rows of queries and keys in another order. Raises LeftOut for another architecture."""
-    import gguf
-
-    check_architecture(weights.config)
-    writer = gguf.GGUFWriter(path, "llama")
-    add_shape(writer, weights.config)
-    for name, tensor in gguf_tensors(weights):
-        array, numbers = tensor.detach().float().numpy(), gguf.GGMLQuantizationType[kind]
-        if array.ndim == 1 or kind == "F32":
-            writer.add_tensor(name, array)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(array, numbers), raw_dtype=numbers)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def check_architecture(config: Config) -> None:
-    plain = all(getattr(config, field) == value for field, value in ARCHITECTURE.items())
-    if not plain or config.attn_bias or config.norm_qk or set(config.layer_variants) != {"full"}:
-        raise LeftOut("it is measured on Llama's architecture with full attention.")
-
-
-def add_shape(writer: Any, config: Config) -> None:
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_query_groups)
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_base)
-    writer.add_rope_dimension_count(config.rope_n_elem)
-    words = [f"<{i}>".encode() for i in range(config.padded_vocab_size)]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(words)
-    writer.add_token_scores([0.0] * len(words))
-    writer.add_token_types([1] * len(words))
-
-
-def gguf_tensors(weights: GPT) -> list[tuple[str, Tensor]]:
-    """The weights, dense, by llama.cpp's names."""
-    tensors = [("token_embd", weights.transformer.wte.weight), ("output_norm", weights.transformer.ln_f.weight)]
-    if not weights.config.tie_embeddings:
-        tensors.append(("output", dense_weight(weights.lm_head)))
-    for i, block in enumerate(weights.transformer.h):
-        attn, mlp, D = block.attn, block.mlp, weights.config.head_size
-        rows = attn.n_head * D, attn.n_query_groups * D, attn.n_query_groups * D
-        named = dict(zip(("attn_q", "attn_k", "attn_v"), dense_weight(attn.qkv).split(rows), strict=True))
-        named |= {"attn_norm": block.norm_1.weight, "ffn_norm": block.norm_2.weight}
-        linears = {"attn_output": attn.proj, "ffn_gate": mlp.fc_1, "ffn_up": mlp.fc_2, "ffn_down": mlp.proj}
-        named |= {name: dense_weight(linear) for name, linear in linears.items()}
-        tensors += [(f"blk.{i}.{name}", tensor) for name, tensor in named.items()]
-    return [(f"{name}.weight", tensor) for name, tensor in tensors]
+def write_file(weights: GPT, path: Path, kind: str) -> None:
+    """A GGUF file of these weights, dense again where they are quantised, with a vocabulary that is made up. Raises
+    LeftOut for a model that llama.cpp has not."""
+    config = weights.config
+    if set(config.layer_variants) != {"full"}:
+        raise LeftOut("it is measured with full attention.")
+    linears = {f"{name}.weight": module for name, module in weights.named_modules() if is_linear(module)}
+    state, shapes = weights.state_dict(), expected_shapes(config)
+    tensors = {
+        name: LazyTensor(shape, torch.float32, lambda linear=linears[name]: dense_weight(linear).detach())
+        if name in linears
+        else as_lazy(state[name])
+        for name, shape in shapes.items()
+    }
+    try:
+        architecture, metadata = find_architecture(config, lambda name: infos(tensors, config, name))
+    except ValueError as error:
+        raise LeftOut(str(error)) from None
+    words = [f"<{i}>" for i in range(config.padded_vocab_size)]
+    made_up = {"model": "llama", "tokens": words, "scores": [0.0] * len(words), "token_type": [1] * len(words)}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in made_up.items()}
+    write_gguf(path, architecture, metadata, tensors_of(tensors, config, architecture), kind)
 
 
 # ------------------------------------------------------------------------------------------------------------- gpt-fast
