@@ -25,7 +25,7 @@ class StoredExperts(WeightOnlyLinear):
         """weight, scale, bias: an expert's tensors, stacked."""
         WeightOnlyLinear.__init__(self, in_features, out_features, weight, scale, bias)
         self._linears: dict[int, WeightOnlyLinear] = {}  # the experts that were asked for, on the memory of _cut ...
-        self._cut: Tensor | None = None  # ... which is `weight`, unless that has been replaced since
+        self._cut: tuple[Tensor | None, ...] = ()  # ... which are the buffers, unless one has been replaced since
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """One expert's output for tokens (n, in): (n, out)."""
@@ -36,10 +36,11 @@ class StoredExperts(WeightOnlyLinear):
 
     def linear(self, expert: int) -> WeightOnlyLinear:
         """One expert as a linear layer, on the same memory."""
-        if self._cut is not self.weight:
-            self._linears, self._cut = {}, self.weight
+        held = (*self.stored(), self.bias)
+        if not self._cut or any(one is not other for one, other in zip(held, self._cut, strict=True)):
+            self._linears, self._cut = {}, held
         if expert not in self._linears:
-            tensors = (None if t is None else t[expert] for t in (*self.stored(), self.bias))
+            tensors = (None if t is None else t[expert] for t in held)
             linear = self.of_one.__new__(self.of_one)
             WeightOnlyLinear.__init__(linear, self.in_features, self.out_features, *tensors)
             self._linears[expert] = linear

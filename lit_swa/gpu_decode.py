@@ -235,9 +235,9 @@ def mix_experts(moe: nn.Module, x: Tensor, weights: Tensor, chosen: Tensor) -> T
     """MoE.mix: few tokens by kernels that read the chosen experts' weights where they are."""
     kernels, name = gpu_kernels(), ACTIVATION_NAMES.get(ACTIVATIONS[moe.config.activation])
     stacks = (moe.fc_1, moe.fc_2), (moe.proj, moe.proj)
-    if kernels is None or chosen.numel() > moe.config.n_expert:
-        return moe.mix(x, weights, chosen)
-    if not all(kernels.knows_experts(x, *pair) for pair in stacks):
+    if chosen.numel() > moe.config.n_expert:  # what is recorded, so that its kernels are compiled before
+        return moe.mix_all(x, weights, chosen)
+    if kernels is None or not all(kernels.knows_experts(x, *pair) for pair in stacks):
         return moe.mix(x, weights, chosen)
     ids, before = chosen.flatten(), moe.config.expert_weights == "sigmoid"
     inputs = (x[:, None] * weights[..., None]).flatten(0, 1) if before else x
