@@ -14,7 +14,7 @@ from tiny_gguf import write_tiny_gguf
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model
 from lit_swa.formats import gguf, gguf_export
 from lit_swa.formats.gguf_export import export_gguf
-from lit_swa.formats.gguf_models import MODELS, differences
+from lit_swa.formats.gguf_models import MODELS, differences, fields_of
 from lit_swa.formats.gguf_tokenizer import tokenizer_files
 from lit_swa.formats.gguf_vocabulary import vocabulary_of
 from lit_swa.tokenizer import Tokenizer
@@ -54,6 +54,19 @@ def test_what_goes_out_comes_back_and_llama_cpp_computes_the_same(case: str, tmp
     tolerance = 2e-3 if case.startswith(GELU) else 1e-5
     for token, logit in RECORDED[case]["logits"]:
         assert abs(ours[token].item() - logit) < tolerance * ours.abs().max().item()
+
+
+def test_llama_3s_scaling_at_another_length_comes_back(tmp_path: Path) -> None:
+    """Catches: factors that are taken for those of the releases, or not known again."""
+    scaling = CASES["llama, 3.1's scaling"]["rope_scaling"] | {"original_max_position_embeddings": 64}
+    model = write_checkpoint(tmp_path / "a", **CASES["llama, 3.1's scaling"] | {"rope_scaling": scaling})
+    export_gguf(tmp_path / "a", tmp_path / "m.gguf")
+    back = fields_of(gguf.read_gguf(tmp_path / "m.gguf"))["rope_scaling"]
+    assert back == model.config.rope_scaling == scaling
+    odd = CASES["llama, 3.1's scaling"] | {"rope_scaling": scaling | {"low_freq_factor": 2.0}}
+    write_checkpoint(tmp_path / "b", **odd)
+    with pytest.raises(ValueError, match="factors that are not Llama 3.1's"):
+        export_gguf(tmp_path / "b", tmp_path / "n.gguf")
 
 
 def test_every_architecture_has_a_case() -> None:

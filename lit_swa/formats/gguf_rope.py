@@ -1,5 +1,6 @@
 """RoPE's scalings in GGUF files, in both directions. Llama 3's and LongRoPE's factors are tensors there."""
 
+import itertools
 import math
 from typing import Any
 
@@ -64,17 +65,19 @@ def _longrope(file: GGUFFile, attention: float, trained: int) -> dict[str, Any]:
 
 def _llama3(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any] | None:
     """Llama 3.1's scaling. The file has the factors it leads to, one per frequency, but not its four parameters: take
-    those that the releases use and check that they lead to the same factors."""
+    those that the releases use, or the trained length that the file names, and check that they lead to the same
+    factors."""
     factors, theta = file.numbers(FREQS), fields["rope_base"]
     if set(factors) == {1.0}:
         return None
-    for high in (4.0, 1.0):  # the latter is Llama 4's
+    told = file.get(f"{file.architecture}.{SCALING}.original_context_length", int, 8192)
+    for high, trained in itertools.product((4.0, 1.0), {8192: None, told: None}):  # 1 is Llama 4's
         scaling = {
             "type": "llama3",
             "factor": max(factors),
             "low_freq_factor": 1.0,
             "high_freq_factor": high,
-            TRAINED_LENGTH: 8192,
+            TRAINED_LENGTH: trained,
         }
         expected = _llama3_factors(scaling, theta, len(factors))
         if all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(factors, expected, strict=True)):
