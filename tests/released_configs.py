@@ -1,5 +1,6 @@
-"""The config.json of released models, typed by hand, without files and tokens. Compared with public copies of the files
-were all but c4ai-command-r7b-12-2024, EXAONE-4.0-32B, falcon-40b, stablelm-2-12b, granite-3.1-8b and gemma-7b."""
+"""The config.json of released models, typed by hand, without files and tokens. They were compared with what public
+copies of the files show: in part for gpt-oss-20b, phi-4, Mixtral and Llama 4 Scout; c4ai-command-r7b-12-2024,
+EXAONE-4.0-32B, falcon-40b, stablelm-2-12b, granite-3.1-8b and gemma-7b with none."""
 
 from lit_swa.longrope_factors import FACTORS
 
