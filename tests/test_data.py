@@ -625,7 +625,7 @@ def hub(monkeypatch, tmp_path) -> list[str]:
         rows, lines = HUB_FILES[repo][name], name.endswith(".jsonl")
         return ("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)).encode()
 
-    def describe(repo, token, kind):
+    def describe(repo, token, kind, revision):
         assert kind == "dataset"
         siblings = []
         for name in HUB_FILES[repo]:
@@ -697,7 +697,7 @@ def test_a_part_of_flan_may_be_chosen_and_a_local_file_read_as_a_preset(hub, tok
 def test_a_hub_out_of_reach_and_a_missing_pyarrow_are_one_sentence(monkeypatch, tokenizer, tmp_path):
     """Catches: a stack of network errors, an ImportError in the middle of a run."""
 
-    def describe(repo, token, kind):
+    def describe(repo, token, kind, revision):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("lit_swa.formats.hub._describe", describe)
