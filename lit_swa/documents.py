@@ -78,7 +78,10 @@ def parse_line(found: dict[str, Any], number: int) -> list[Question]:
     """Raises KeyError, TypeError or ValueError for what is no such object."""
     text = found["input"]
     if "instructions" in found:
-        pairs = zip(found["instructions"], found["outputs"], strict=True)
+        listed = found["instructions"], found["outputs"]
+        if not all(isinstance(each, list) for each in listed):
+            raise TypeError("no lists")
+        pairs = zip(*listed, strict=True)
         return [Question(f"{number}.{i}", text, query, [answer], TASK) for i, (query, answer) in enumerate(pairs)]
     key, answers = str(found["id"]), [found["output"]]
     if "document_start_index" in found:

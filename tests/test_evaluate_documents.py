@@ -61,6 +61,7 @@ def test_every_format_is_read(files):
 
 @pytest.mark.parametrize("line", ['{"id": 1}', "[1]", "{", '{"id": 1, "input": "no empty line", "output": "x"}',
                                   '{"instructions": ["a", "b"], "input": "x", "outputs": ["a"]}',
+        '{"instructions": "ab", "input": "x", "outputs": "cd"}',
                                   '{"id": 1, "input": "q\\n\\nd", "output": null}'])  # fmt: skip
 def test_other_lines_are_refused(tmp_path, line):
     """Catches: a traceback, and a test file without answers that would score 0."""
