@@ -132,45 +132,14 @@ def build(
         return build_peer(T, device, settings, dtype)
     from lit_swa.arguments import Training
     from lit_swa.data import Example
-    from lit_swa.evaluate import with_fields
-    from lit_swa.exact_chunks import ExactChunks, kept_bytes
-    from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
-    from lit_swa.lora import LoRAConfig, add_lora
-    from lit_swa.train import build_optimizer, fitting_recompute, join_examples, recompute_blocks
+    from lit_swa.train import build_optimizer, join_examples, recompute_blocks
     from lit_swa.training.compiling import compile_blocks, compile_linear_attention
 
-    fields = {
-        "s2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
-        "window": {"attention": "sliding", "sliding_window_size": settings["window"]},
-        "chunks": {"attention": "sliding", "sliding_window_size": settings["window"]},
-    }.get(method.removesuffix(" offload"), {})
-    model = with_fields(base, block_size=T, **fields).train()
+    model, loss = build_ours(method, T, base, settings)
     weights = sum(p.nbytes for p in model.parameters())
-    variants, loss = model.config.layer_variants, model
-    if method in ("linear", "transfer"):
-        make_linear(model, linear_config(model.config, {}))
-    if method == "transfer":
-        loss = AttentionTransfer(model, variants)
-        for p in loss.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
-    else:
-        add_lora(model, LoRAConfig(r=settings["r"], alpha=2 * settings["r"]))
     ids = torch.randint(0, model.config.vocab_size, (T,), dtype=torch.int32).numpy()
     batch = join_examples([Example(ids, ids)], [0]).to(torch.device(device))
-    together, kept = batch, 0  # what a graph is made of at once, and what its chunks keep for each other
-    if method in ("chunks", "full chunks"):
-        size, offload = settings["chunk_size"], settings["chunk_offload"]
-        loss, some = ExactChunks(model, size, offload), ids[:size]
-        together = join_examples([Example(some, some)], [0]).to(torch.device(device))
-        kept = 0 if offload else kept_bytes(model, T, size, dtype.itemsize)
-    all_again = method in ("all", "same memory", "full chunks") or method.endswith("offload")
-    n = model.config.n_layer if all_again else 0
-    measured = method == "same memory" or not all_again and method != "transfer"  # which keeps nothing for a backward
-    if measured and device.startswith("cuda"):
-        total = usable_bytes(device, settings["memory_GB"])
-        resident = torch.cuda.memory_allocated() - weights
-        limit = 0.9 * total if method != "same memory" else (peer_memory or 0) * 1e9 + resident
-        n = fitting_recompute(model, together, int(limit) - kept)
+    n = layers_again(method, model, batch, weights, settings, peer_memory)
     recompute_blocks(model, n, offload=method.endswith("offload"))
     if settings["compile"]:
         (compile_linear_attention if method == "transfer" else compile_blocks)(model)
@@ -184,7 +153,59 @@ def build(
     return step, n, weights / 1e9
 
 
-def usable_bytes(device: str, memory_gb: float | None) -> float:
+def build_ours(method: str, T: int, base: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """(the model with what is trained, what gives the loss)"""
+    from lit_swa.evaluate import with_fields
+    from lit_swa.exact_chunks import ExactChunks
+    from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
+    from lit_swa.lora import LoRAConfig, add_lora
+
+    fields = {
+        "s2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
+        "window": {"attention": "sliding", "sliding_window_size": settings["window"]},
+        "chunks": {"attention": "sliding", "sliding_window_size": settings["window"]},
+    }.get(method.removesuffix(" offload"), {})
+    model = with_fields(base, block_size=T, **fields).train()
+    variants = model.config.layer_variants
+    if method in ("linear", "transfer"):
+        make_linear(model, linear_config(model.config, {}))
+    if method == "transfer":
+        loss = AttentionTransfer(model, variants)
+        for p in loss.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+        return model, loss
+    add_lora(model, LoRAConfig(r=settings["r"], alpha=2 * settings["r"]))
+    if method.endswith("chunks"):
+        return model, ExactChunks(model, settings["chunk_size"], settings["chunk_offload"])
+    return model, model
+
+
+def layers_again(
+    method: str, model: Any, batch: Any, weights: int, settings: dict[str, Any], peer_memory: float | None
+) -> int:
+    """How many layers compute their activations again."""
+    import torch
+
+    from lit_swa.exact_chunks import kept_bytes
+    from lit_swa.train import fitting_recompute
+
+    if method in ("all", "full chunks") or method.endswith("offload"):
+        return model.config.n_layer
+    if method == "transfer" or batch.idx.device.type != "cuda":  # it keeps nothing for a backward
+        return model.config.n_layer if method == "same memory" else 0
+    limit = 0.9 * usable_bytes(batch.idx.device, settings["memory_GB"])
+    if method == "same memory":
+        limit = (peer_memory or 0) * 1e9 + torch.cuda.memory_allocated() - weights
+    if method == "chunks":
+        size, kept = settings["chunk_size"], 0
+        if not settings["chunk_offload"]:
+            kept = kept_bytes(model, batch.idx.size(1), size, model.transformer.wte.weight.dtype.itemsize)
+        limit -= kept
+        batch = batch._replace(idx=batch.idx[:, :size], targets=batch.targets[:, :size], documents=None)
+    return fitting_recompute(model, batch, int(limit))
+
+
+def usable_bytes(device: Any, memory_gb: float | None) -> float:
     import torch
 
     there = torch.cuda.get_device_properties(device).total_memory
