@@ -61,7 +61,9 @@ class RoPE(nn.Module):
         device = torch.get_default_device()  # where the weights go; real numbers even in a model of meta tensors
         turns = turns_of(rope_frequencies(config)).to("cpu" if device.type == "meta" else device)
         self.register_buffer("turns", turns, persistent=False)  # int64 (bases, rope_n_elem / 2)
-        self.attention_factor = rope_attention_factor(config.rope_scaling)
+        # Llama 4's norm comes behind RoPE, and divides out again what queries and keys are multiplied by.
+        normed = config.norm_qk and config.norm_qk_type == "plain"
+        self.attention_factor = 1.0 if normed else rope_attention_factor(config.rope_scaling)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoPE":
         """Follow the model to another device, from the meta device too."""

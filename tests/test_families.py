@@ -89,6 +89,7 @@ CASES = {  # name: the class of transformers, the fields that are not SHAPE's
     ),
     "gpt-oss": ("GptOss", EXPERTS | {"head_dim": 16, "sliding_window": S}),
     "llama 4": ("Llama4", LLAMA4),
+    "llama 4, yarn": ("Llama4", LLAMA4 | {"rope_parameters": YARN | {"factor": 8.0}}),
     "llama 4, every other": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False}),
 }
 
