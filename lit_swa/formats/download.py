@@ -132,7 +132,8 @@ def describe_downloads() -> str:
         f"{script('download.py', repo_id='ORGANISATION/NAME')}, any repository of the Hugging Face hub that holds "
         f"weights of {', '.join(families)} as safetensors or .bin, or a GGUF file."
     )
-    return "\n".join([text, "Known by name, without the organisation (Config.from_name):", *known_names()])
+    known = "Known by name (Config.from_name), without the organisation, behind an architecture that has their fields:"
+    return "\n".join([text, known, *known_names()])
 
 
 def known_names() -> list[str]:
