@@ -132,7 +132,7 @@ def describe_downloads() -> str:
         f"{script('download.py', repo_id='ORGANISATION/NAME')}, any repository of the Hugging Face hub that holds "
         f"weights of {', '.join(families)} as safetensors or .bin, or a GGUF file."
     )
-    known = "Known by name (Config.from_name), without the organisation, behind an architecture that has their fields:"
+    known = "Known by name, without the organisation, behind an architecture that has their fields (Config.from_name):"
     return "\n".join([text, known, *known_names()])
 
 
