@@ -364,7 +364,7 @@ def _checked(
         if (rows, *part.shape[0 if stacked else 1 :]) != asked or not part.dtype.is_floating_point:
             raise ValueError(
                 f"{where} holds {hf_name} as {list(part.shape)} {part.dtype}, which does not fit the {list(asked)} "
-                "that its config.json asks for."
+                "that its config.json asks for: download it again, or correct config.json."
             )
         dtype = torch.promote_types(dtype, part.dtype) if dtype != part.dtype else dtype
     return dtype
