@@ -4,6 +4,7 @@ int8, int4 and int4-hqq look at the weights alone. int4-gptq runs a text through
 quantised ones before it make of the text, so that a block makes up for some of their errors too.
 """
 
+import functools
 import math
 import os
 import re
@@ -38,6 +39,7 @@ from lit_swa.rope import RoPE
 from lit_swa.weight_only import GROUP_SIZES, Int4Linear, WeightOnlyLinear
 
 GPTQ = "int4-gptq"
+EMBEDDING = "transformer.wte.weight"
 Show = Callable[[int, int, str], None]  # layers done, layers in all, the last one's name
 
 
@@ -65,6 +67,40 @@ def quantize_checkpoint(
         state |= {f"{name}.{key}": tensor.cpu() for key, tensor in linear.state_dict().items() if key != "bias"}
         show(done, total, name)
     save_checkpoint(state, replace(config, tie_embeddings=False), output_dir, source_dir=directory, stored=stored)
+
+
+def quantized_on_the_way(
+    config: Config, tensors: Mapping[str, LazyTensor], mode: str, group_size: int | None = None
+) -> tuple[Config, dict[str, LazyTensor], Quantization]:
+    """Config, weights and storage of the checkpoint that scripts/quantize.py would make of these weights. Each layer is
+    quantised when its codes are loaded, so that one is in memory at a time.
+
+    Raises ValueError for a mode that reads a text, and a group_size that does not fit.
+    """
+    if mode == GPTQ:
+        raise ValueError(f"{GPTQ} reads a text with the whole model: convert without it, then use scripts/quantize.py.")
+    stored = Quantization(mode, choose_group(config, mode, group_size))
+    if config.tie_embeddings:
+        config, tensors = replace(config, tie_embeddings=False), {**tensors, f"{HEAD}.weight": tensors[EMBEDDING]}
+    model, made = empty_model(config).eval(), {}  # made: the layer that was quantised last
+    layers = weighty_layers(model)
+
+    def load(layer: str, key: str) -> Tensor:
+        if layer not in made:
+            fill(model, layer, tensors, torch.device("cpu"))
+            made.clear()
+            kind = "int8" if layer == HEAD else mode
+            made[layer] = quantize_linear(layers[layer], kind, group_size=stored.group_size).state_dict()
+            layers[layer].to("meta")
+        return made[layer][key]
+
+    result = {}
+    for name, empty in stored_tensors(config, stored).items():
+        layer, _, key = name.rpartition(".")
+        result[name] = tensors.get(name)
+        if layer in layers and key != "bias":
+            result[name] = LazyTensor(tuple(empty.shape), empty.dtype, functools.partial(load, layer, key))
+    return config, result, stored
 
 
 def plan_quantization(directory: Path, output_dir: Path, mode: str, group_size: int | None) -> Quantization:

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import randomize, tiny_config
 from torch import Tensor, nn
 
 from lit_swa import GPT
-from lit_swa.checkpoint import load_model, open_weights, save_checkpoint
+from lit_swa.checkpoint import export_hf_checkpoint, load_model, open_weights, save_checkpoint
 from lit_swa.formats.files import open_safetensors
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import quantization_of
@@ -20,7 +21,13 @@ from lit_swa.gptq import gptq
 from lit_swa.hqq import hqq
 from lit_swa.linear_formats import dense_weight, is_linear, is_plain
 from lit_swa.quantize import Int4Linear, Int8Linear
-from lit_swa.quantize_checkpoint import Calibration, fill
+from lit_swa.quantize_checkpoint import (
+    Calibration,
+    fill,
+    plan_quantization,
+    quantize_checkpoint,
+    quantized_on_the_way,
+)
 from lit_swa.weight_only import dense_int4, pack_codes, round_groups
 
 MODES = ("int8", "int4", "int4-hqq", "int4-gptq")
@@ -30,8 +37,6 @@ SHAPE = {"n_embd": 64, "n_head": 4, "n_query_groups": 2, "intermediate_size": 12
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose layers groups of 32 and 64 divide, with tied embeddings and biases."""
-    from tiny import randomize, tiny_config
-
     directory = tmp_path_factory.mktemp("dense")
     shutil.copytree(tiny_checkpoint, directory, dirs_exist_ok=True)
     size = json.loads((tiny_checkpoint / "lit_config.json").read_text())
@@ -60,6 +65,36 @@ def quantized(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
         return made[mode]
 
     return make
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4-hqq"])
+def test_a_conversion_quantises_on_the_way(checkpoint, quantized, run_script, tmp_path, mode):
+    """Catches: codes that differ from those of a conversion and scripts/quantize.py, a layer that stays dense."""
+    export_hf_checkpoint(checkpoint, tmp_path / "hf")
+    code, out, _ = run_script("scripts/convert_hf.py", "--checkpoint_dir", tmp_path / "hf", "--quantize", mode)
+    assert code == 0 and out.strip() == str(tmp_path / "hf")
+    found, wanted = open_weights(tmp_path / "hf"), open_weights(quantized(mode))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name].load(), wanted[name].load()) for name in wanted)
+    assert torch.equal(load_model(tmp_path / "hf")(tokens()), load_model(quantized(mode))(tokens()))
+    code, _, error = run_script("scripts/convert_hf.py", "--checkpoint_dir", tmp_path / "hf", "--group_size", 32)
+    assert code == 2 and "no effect without --quantize" in error
+
+
+def test_experts_are_quantised_on_the_way(tmp_path):
+    """Catches: experts that are taken for layers, or mixed up."""
+    config = tiny_config(**SHAPE, mlp_class_name="MoE", n_expert=4, n_expert_per_token=2, expert_size=64)
+    model = GPT(config)
+    randomize(model)
+    save_checkpoint(model, config, tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")  # not read here
+    tensors = open_weights(tmp_path / "dense")
+    stored = plan_quantization(tmp_path / "dense", tmp_path / "codes", "int4", None)
+    quantize_checkpoint(tmp_path / "dense", tmp_path / "codes", stored, torch.device("cpu"))
+    own, found, how = quantized_on_the_way(config, dict(tensors), "int4")
+    wanted = open_weights(tmp_path / "codes")
+    assert how == stored and own == config and found.keys() == wanted.keys()
+    assert all(torch.equal(found[name].load(), wanted[name].load()) for name in wanted)
 
 
 def tokens(n: int = 24) -> Tensor:

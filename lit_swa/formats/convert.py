@@ -5,7 +5,7 @@ One tensor is in memory at a time. A pickle is read with weights_only=True or no
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,18 +45,24 @@ from lit_swa.formats.files import (
 from lit_swa.formats.hf_config import find_architecture, language_model
 from lit_swa.formats.hf_names import Names
 from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
-from lit_swa.formats.quantized import dense_tensors
+from lit_swa.formats.quantized import Quantization, dense_tensors
 from lit_swa.formats.reading import is_listed
 from lit_swa.formats.tokenizer_slow import check_slow_class
 
 # -------------------------------------------------------------------------------------------------------------- convert
 
 
-def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+Prepare = Callable[[Config, dict[str, LazyTensor]], tuple[Config, dict[str, LazyTensor], Quantization]]
+
+
+def convert_hf_checkpoint(
+    checkpoint_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES, prepare: Prepare | None = None
+) -> None:
     """Add the files of a checkpoint to a directory with a Hugging Face one (*.safetensors or *.bin) or a GGUF file.
 
     The source files stay. Weights keep their dtype; quantised ones become float32, as in transformers. One tensor at a
     time is in memory. From a GGUF file the config and the tokenizer are read too, where the directory has none.
+    prepare: makes what is written of the config and weights that were read, as quantized_on_the_way.
     Raises FileNotFoundError, ValueError or OSError in one sentence; nothing half-done is taken for complete later.
     """
     directory = Path(checkpoint_dir)
@@ -70,7 +76,10 @@ def convert_hf_checkpoint(checkpoint_dir: str | Path, max_shard_bytes: int = MAX
         for name, text in extra_files.items():
             if not (directory / name).exists():
                 write_text(directory / name, text)
-        write_checkpoint(directory, with_progress(tensors, "converting"), config, max_shard_bytes)
+        stored = None
+        if prepare is not None:
+            config, tensors, stored = prepare(config, tensors)
+        write_checkpoint(directory, with_progress(tensors, "converting"), config, max_shard_bytes, stored)
     _warn_of_tokenizer(directory)
 
 
