@@ -189,8 +189,9 @@ def letter(said: str, right: str) -> float:
 
 
 def letters(said: str, right: str) -> float:
-    """L-Eval's, of questions with one or more right choices (coursera)."""
-    return float(chosen_letters(said) == choices_of(right))
+    """L-Eval's, of questions with one or more right choices (coursera): a quarter for some of the right ones alone."""
+    chosen, wanted = chosen_letters(said), choices_of(right)
+    return 1.0 if chosen == wanted else 0.25 if chosen and set(chosen) <= set(wanted) else 0.0
 
 
 def choices_of(right: str) -> str:
@@ -225,6 +226,46 @@ def number_of(text: str) -> str:
     return "".join(re.findall(r"\d", before_point))
 
 
+def verdicts(said: str, right: str) -> float:
+    """L-Eval's, of statements about a story (sci_fi), such as "True [fact: False]": what holds in the story, and what
+    holds in fact, count a half each."""
+    pairs = zip(verdicts_of(said), verdicts_of(right), strict=True)
+    return sum(ours is not None and ours == theirs for ours, theirs in pairs) / 2
+
+
+def verdicts_of(text: str) -> list[str | None]:
+    """The first true or false before "[fact:" and behind it."""
+    story, _, fact = text.lower().partition("[fact:")
+    found = [re.search("true|false", part) for part in (story, fact)]
+    return [match and match[0] for match in found]
+
+
+CODE_PHRASES = "will be", "of the code", "is", "would be", "the value of", "the result of", "printed"
+
+
+def code_output(said: str, right: str) -> float:
+    """L-Eval's, of what a program prints (codeU): the right output stands, but for blanks and case, among the words
+    behind "the final output", or the last ones, three more than it has itself."""
+    n, said, wanted = len(right.split()) + 3, plain_code(said), plain_code(right)
+    for phrase in CODE_PHRASES:
+        said = said.replace(phrase, "")
+    _, marker, behind = said.rpartition("the final output")
+    words = re.split(r"\s+", behind if marker else said)
+    given = " ".join(words[:n] if marker else words[-n:])
+    try:
+        return float(float(given) == float(wanted))
+    except ValueError:
+        return float(wanted.lower().replace(" ", "") in given.lower().replace(" ", ""))
+
+
+def plain_code(text: str) -> str:
+    """A printed value without commas, quotation marks, and blanks between brackets; 2.0 as 2."""
+    text = re.sub(r"\s+", " ", text)
+    for mark in (",", "'", "\\", ".0"):
+        text = text.replace(mark, "")
+    return text.replace("] [", "][").replace("[ [", "[[").replace("] ]", "]]")
+
+
 def rouge(said: str, right: str) -> dict[str, float]:
     """ROUGE-1, -2 and -L (Lin 2004) of the package rouge-score, without stemming, as SCROLLS takes them."""
     scores = rouge_scorer().score(right, said)
@@ -252,6 +293,8 @@ METRICS = {
     "letter": Metric(letter, 16),
     "letters": Metric(letters, 32),
     "number": Metric(number, 256),
+    "verdicts": Metric(verdicts, 32),
+    "code": Metric(code_output, 256),
 }
 
 
