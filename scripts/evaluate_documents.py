@@ -42,7 +42,8 @@ def main(
     Args:
         data: Files and how their answers are measured, such as '{qasper.jsonl: f1, quality.jsonl: em}': f1 and em
             (exact match), as SCROLLS and SQuAD have them; rouge (the geometric mean of ROUGE-1, -2 and -L); and
-            L-Eval's letter (one right choice), letters (one or more) and number (sums).
+            L-Eval's letter (one right choice), letters (one or more), number (sums), verdicts (true or
+            false, in a story and in fact) and code (what a program prints).
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.
         methods: Some of rope, linear, ntk, dynamic, yarn, sliding, streaming and dual_chunk. By default rope and
             dual_chunk.
@@ -54,7 +55,7 @@ def main(
         limit: Ask only the first so many questions of each file.
         drop: Which part of a document is left out where it is too long.
         max_new_tokens: Room for an answer. By default 64 for f1 and em, 128 for rouge, 16 for letter, 32 for letters
-            and 256 for number.
+            and 256 for number and code.
         trained_length: The length that the model was trained for. By default the block_size of the checkpoint.
         window: The sliding_window_size of sliding and streaming. By default half of the trained length.
         n_sink_tokens: How many first tokens streaming keeps.
