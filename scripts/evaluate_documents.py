@@ -55,7 +55,7 @@ def main(
         limit: Ask only the first so many questions of each file.
         drop: Which part of a document is left out where it is too long.
         max_new_tokens: Room for an answer. By default 64 for f1 and em, 128 for rouge, 16 for letter, 32 for letters
-            and 256 for number and code.
+            and verdicts, 256 for number and code.
         trained_length: The length that the model was trained for. By default the block_size of the checkpoint.
         window: The sliding_window_size of sliding and streaming. By default half of the trained length.
         n_sink_tokens: How many first tokens streaming keeps.
