@@ -10,6 +10,7 @@ from tiny import randomize
 
 from lit_swa import Config
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model
+from lit_swa.formats.hf_export import config_to_hf
 from lit_swa.formats.hf_fields import ACTIVATION_NAMES
 from lit_swa.generate import generate
 from lit_swa.model import PlainMLP
@@ -338,6 +339,11 @@ def test_dual_chunk_attention_is_read():
     assert (config.attention, config.block_size) == ("dual_chunk", 1010000)
     assert (config.chunk_trained, config.chunk_size, config.chunk_local) == (262144, 253952, 8192)
     assert Config.from_hf(hf | {"dual_chunk_attention_config": None}).attention == "full"
+    back = config_to_hf(config)
+    assert back["architectures"] == ["Qwen2ForCausalLM"] and back["dual_chunk_attention_config"] == QWEN_1M
+    assert Config.from_hf(back) == config
+    with pytest.raises(ValueError, match="No Hugging Face architecture"):  # of another temperature
+        config_to_hf(config.override(dual_chunk_temperature_slope=0.2))
 
 
 UNREAD = {

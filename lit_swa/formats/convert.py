@@ -43,6 +43,7 @@ from lit_swa.formats.files import (
     write_weights,
 )
 from lit_swa.formats.hf_config import find_architecture, language_model
+from lit_swa.formats.hf_export import CHUNKS
 from lit_swa.formats.hf_names import Names
 from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
 from lit_swa.formats.quantized import Quantization, dense_tensors
@@ -252,6 +253,10 @@ def export_hf_checkpoint(
     dtype = tensors["transformer.wte.weight"].dtype
     tensors = dense_tensors(config, tensors, stored, dtype)
     hf = config_to_hf(config)
+    if CHUNKS in hf:
+        print(
+            f"warning: transformers does not read {CHUNKS}, and attends to every key; vLLM reads it.", file=sys.stderr
+        )
     hf["torch_dtype"] = str(dtype).removeprefix("torch.")
     with directory_lock(directory):
         remove_leftovers(directory)

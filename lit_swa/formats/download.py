@@ -33,7 +33,7 @@ from lit_swa.formats.files import (
     require_space,
 )
 from lit_swa.formats.hf_config import ARCHITECTURES
-from lit_swa.formats.hf_export import architecture_of, config_to_hf
+from lit_swa.formats.hf_export import config_to_hf
 from lit_swa.formats.hub import ask_hub, fetch_file, missing_bytes, remove_partials, require_sha256
 from lit_swa.formats.json_files import read_json
 from lit_swa.formats.places import REPO_ID, copy_from_hub_cache, locate, roots, script
@@ -140,11 +140,7 @@ def known_names() -> list[str]:
     """The names of families.py, a paragraph for each architecture."""
     groups: dict[str, list[str]] = {}
     for name in CONFIGS:
-        config = Config.from_name(name)
-        try:
-            architecture = config_to_hf(config)["architectures"][0]
-        except ValueError:  # dual-chunk attention, which only the names of the weights know as Qwen2
-            architecture = architecture_of(config)
+        architecture = config_to_hf(Config.from_name(name))["architectures"][0]
         groups.setdefault(architecture.removesuffix("ForCausalLM"), []).append(name)
     rows = [f"{family}: {', '.join(names)}" for family, names in groups.items()]
     return [textwrap.fill(row, 120, subsequent_indent="    ", break_on_hyphens=False) for row in rows]

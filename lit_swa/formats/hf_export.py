@@ -10,6 +10,7 @@ ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh",
 LEFT_OUT: Any = ...  # in the place of a value: the architecture has no such key
 ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
 STRETCHED = ("dynamic", "yarn")  # their block_size is at least the trained length times the factor
+CHUNKS = "dual_chunk_attention_config"  # of Qwen2.5-1M
 LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention", "chunked": "chunked_attention"}
 
 
@@ -35,6 +36,18 @@ def _windows(c: Config) -> dict[str, Any]:
         "layer_types": types,
         "max_window_layers": 0,
     }
+
+
+def _qwen2(c: Config) -> dict[str, Any]:
+    """Qwen2.5-1M's chunks stand in a key of their own, beside layers in full."""
+    if set(c.layer_variants) != {"dual_chunk"}:
+        return _windows(c)
+    chunks = {
+        "chunk_size": c.chunk_size + c.chunk_local,
+        "local_size": c.chunk_local,
+        TRAINED_LENGTH: c.chunk_trained,
+    }
+    return _windows(c.override(attention="full")) | {CHUNKS: chunks}
 
 
 def _gemma2(c: Config) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def _llama4(c: Config) -> dict[str, Any]:
 EXPORTS: list[tuple[str, str, Callable[[Config], dict[str, Any]]]] = [
     ("LlamaForCausalLM", "llama", _biases),
     ("MistralForCausalLM", "mistral", lambda c: {"sliding_window": c.sliding_window_size}),
-    ("Qwen2ForCausalLM", "qwen2", _windows),
+    ("Qwen2ForCausalLM", "qwen2", _qwen2),
     ("Qwen3ForCausalLM", "qwen3", lambda c: _windows(c) | {"attention_bias": c.attn_bias}),
     ("GemmaForCausalLM", "gemma", lambda c: _gemma_activation(c) | {"attention_bias": c.attn_bias}),
     ("Gemma2ForCausalLM", "gemma2", _gemma2),
