@@ -15,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,24 +205,28 @@ def select_files(info: Any, patterns: Sequence[str] = ()) -> list[Any]:
     Only names without a folder are considered: folders hold other formats of the same weights.
     """
     files = {file.rfilename: file for file in info.siblings or []}
-    others = [name for name in ("config.json", *COPIED_FILES) if name in files]
-    if patterns:
-        names = [name for name in files if _matches(name, patterns) and _is_weights(name)]
-    else:
-        found = ([name for name in files if "/" not in name and re.fullmatch(kind, name)] for kind in WEIGHTS)
-        names = next(filter(None, found), [])
+    names = _chosen_weights(files, patterns)
     models = {re.sub(r"-\d+-of-\d+", "", name) for name in names if name.endswith(".gguf")}
-    there = sorted(name for name in files if _is_weights(name)) if patterns or len(models) > 1 else []
     if not names or len(models) > 1:
-        what = (
-            f"no weights like {' or '.join(patterns)}" if patterns else "no safetensors, .bin or .gguf file of weights"
-        )
-        what = what if not names else f"{len(models)} models"
-        remedy = f"choose of {', '.join(there[:6])} with --patterns" if there else "choose another one"
-        raise ValueError(f"The repository {info.id} holds {what}: {remedy}.")
-    if models:
-        others = [name for name in others if name != "config.json"]  # the file says it
-    return [files[name] for name in dict.fromkeys([*others, *sorted(names)])]
+        raise ValueError(_refusal(info.id, files, patterns, len(models)))
+    others = ["config.json"] * (not models)  # a GGUF file says it itself
+    return [files[name] for name in dict.fromkeys([*others, *COPIED_FILES, *sorted(names)]) if name in files]
+
+
+def _chosen_weights(files: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those that match a pattern; without patterns, those of the first kind that there is."""
+    if patterns:
+        return [name for name in files if _matches(name, patterns) and _is_weights(name)]
+    found = ([name for name in files if "/" not in name and re.fullmatch(kind, name)] for kind in WEIGHTS)
+    return next(filter(None, found), [])
+
+
+def _refusal(repo_id: str, files: Iterable[str], patterns: Sequence[str], models: int) -> str:
+    """Why no weights, or those of several models, are chosen."""
+    what = f"no weights like {' or '.join(patterns)}" if patterns else "no safetensors, .bin or .gguf file of weights"
+    there = sorted(filter(_is_weights, files)) if patterns or models else []
+    remedy = f"choose of {', '.join(there[:6])} with --patterns" if there else "choose another one"
+    return f"The repository {repo_id} holds {f'{models} models' if models else what}: {remedy}."
 
 
 def _is_weights(name: str) -> bool:
