@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-OLDEST_BACKEND = 90600  # of cuDNN; from it on a band lies at the end of keys of which there are more than queries
+OLDEST_BACKEND = 91900  # of cuDNN: the oldest that was tried
 GIVEN = ("q", "k", "v", "o", "do", "stats")  # what the backward reads
 
 
