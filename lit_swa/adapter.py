@@ -76,7 +76,8 @@ class GatedPrompt(nn.Module):
     def __init__(self, attn: CausalSelfAttention, prompt_length: int) -> None:
         super().__init__()
         device, config = device_of(attn.proj), attn.config
-        self.prompt = nn.Parameter(torch.randn(prompt_length, config.n_embd, device=device, dtype=torch.float32))
+        prompt = torch.randn(prompt_length, config.n_embd, device="cpu", dtype=torch.float32)  # a seed's, on any device
+        self.prompt = nn.Parameter(prompt.to(device))
         self.gate = nn.Parameter(torch.zeros(attn.n_head, device=device, dtype=torch.float32))
         self.layer = (attn,)  # in a tuple, so that it is no submodule; its projection may be quantised or replaced
 

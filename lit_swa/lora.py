@@ -84,11 +84,12 @@ class LoRAPart(nn.Module):
 
     def __init__(self, in_features: int, start: int, stop: int, r: int, scaling: float, device: torch.device) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=torch.float32))
+        A = torch.empty(r, in_features, device="cpu", dtype=torch.float32)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # drawn on the CPU: a seed gives the same numbers on every device
+        self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(stop - start, r, device=device, dtype=torch.float32))
         self.register_parameter("magnitude", None)  # (stop - start,), DoRA's m
         self.start, self.stop, self.scaling = start, stop, scaling
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def delta(self) -> Tensor:
         """s B A, (stop - start, in)"""

@@ -135,7 +135,7 @@ def test_memory_of_a_long_text_is_linear():
         assert peaks[1] < 4.6 * peaks[0], (name, peaks)
 
 
-@pytest.mark.parametrize("window", [1, 128, 700])
+@pytest.mark.parametrize("window", [2, 128, 700])  # with one key no gradient reaches q
 @pytest.mark.parametrize("before", [0, 256], ids=["a text", "a text that goes on"])
 @pytest.mark.parametrize("groups", [2, 8])
 def test_cudnn_takes_exactly_the_window(window, before, groups):
