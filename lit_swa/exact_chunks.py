@@ -64,20 +64,27 @@ class BorderSlots:
 
 
 class KeyBorder:
-    """In the place of a layer's cache: what a chunk sees of those before it, and what it makes itself."""
+    """In the place of a layer's cache: what a chunk sees of those before it, and what it makes for those behind it."""
 
-    def __init__(self, slots: BorderSlots, pieces: list[tuple[Tensor, Tensor]]) -> None:
-        self.slots, self.pieces = slots, pieces  # keys and values (B, G, n, D), where they wait
+    def __init__(self, slots: BorderSlots, pieces: list[tuple[Tensor, Tensor]], parts: list[slice]) -> None:
+        """parts: of the chunk's tokens, those that later chunks see."""
+        self.slots, self.pieces, self.parts = slots, pieces, parts  # keys and values (B, G, n, D), where they wait
         self.leaves = [x for pair in pieces for x in pair]
-        self.own: tuple[Tensor, Tensor] = ()
+        self.own: list[tuple[Tensor, Tensor]] | None = None  # of each part
 
     def exchange(self, k: Tensor, v: Tensor, plan: Exchange) -> tuple[Tensor, Tensor]:
         """What waits elsewhere comes layer by layer, and its gradient goes back so: all layers' need not fit here."""
-        self.own = k, v
+        if self.own is None:  # not once more where the layer computes again in the backward
+            self.own = [(part_of(k, part), part_of(v, part)) for part in self.parts]
         if not self.pieces:
             return k, v
         pairs = [[x.to(k.device, non_blocking=True) for x in pair] for pair in self.pieces]
         return tuple(torch.cat(parts, dim=2) for parts in zip(*pairs, (k, v), strict=True))
+
+
+def part_of(x: Tensor, part: slice) -> Tensor:
+    """Some positions of x (B, G, T, D), as a copy: all of x need not stay for them."""
+    return x if part == slice(0, x.size(2)) else x[:, :, part].clone()
 
 
 class KeyStore:
@@ -107,20 +114,19 @@ class KeyStore:
                 if lo < hi:
                     yield piece, lo, hi
 
-    def border(self, slots: BorderSlots, first: int) -> KeyBorder:
-        """What a chunk from `first` on sees, as leaves of its graph."""
+    def border(self, slots: BorderSlots, first: int, end: int) -> KeyBorder:
+        """What a chunk from `first` on sees, as leaves of its graph. end: where the chunks behind it begin."""
         pieces = []
         for piece, lo, hi in self.found(first):
             part = slice(lo - piece.lo, hi - piece.lo)
             pieces.append(tuple(x[:, :, part].detach().requires_grad_() for x in piece.kv))
-        return KeyBorder(slots, pieces)
+        spans = ((max(a, first) - first, b - first) for a, b in self.ranges(end))
+        return KeyBorder(slots, pieces, [slice(a, b) for a, b in spans if a < b])
 
     def keep(self, border: KeyBorder, first: int, end: int) -> None:
         """Keep what later chunks see of a chunk first .. end - 1."""
-        spans = self.ranges(end)
-        for a, b in ((max(a, first), b) for a, b in spans):
-            if a < b:
-                self.pieces.append(Piece(a, b, tuple(self.moved(x[:, :, a - first : b - first]) for x in border.own)))
+        for part, pair in zip(border.parts, border.own, strict=True):
+            self.pieces.append(Piece(first + part.start, first + part.stop, tuple(self.moved(x) for x in pair)))
 
     def moved(self, x: Tensor) -> Tensor:
         if self.place is None:
@@ -132,10 +138,11 @@ class KeyStore:
         """What the chunk first .. end - 1 made for later ones, and the gradients that they have handed back. After that
         nobody needs these keys any more."""
         tensors, grads = [], []
-        for piece in [piece for piece in self.pieces if first <= piece.lo < end]:
-            for own, grad in zip(border.own, piece.grads, strict=True):
+        known = [piece for piece in self.pieces if first <= piece.lo < end]
+        for piece, pair in zip(known, border.own, strict=True):
+            for own, grad in zip(pair, piece.grads, strict=True):
                 if grad is not None:
-                    tensors.append(own[:, :, piece.lo - first : piece.hi - first])
+                    tensors.append(own)
                     grads.append(grad.to(own.device, own.dtype))
             self.pieces.remove(piece)
         return tensors, grads
@@ -187,7 +194,7 @@ class StateStore:
     def slots(self, first: int, device: torch.device) -> torch.device:
         return device
 
-    def border(self, device: torch.device, first: int) -> StateBorder:
+    def border(self, device: torch.device, first: int, end: int) -> StateBorder:
         return StateBorder(self, first, [x.to(device).detach().requires_grad_() for x in self.states.get(first, ())])
 
     def keep(self, border: StateBorder, first: int, end: int) -> None:
@@ -267,6 +274,17 @@ def kept_bytes(model: GPT, tokens: int, chunk_size: int, element_size: int) -> i
     return total if borders else 0
 
 
+def border_bytes(model: GPT, chunk_size: int, element_size: int) -> int:
+    """Bytes that a chunk has on the device beside a graph of as many tokens: of each layer the keys and values before
+    it and those that it makes for later chunks, and the gradients of both."""
+    total = 0
+    for attn in model.layers:
+        if isinstance(attn.mixer, SoftmaxAttention):
+            seen = chunk_size if attn.mixer.window is None else min(chunk_size, attn.mixer.window + attn.mixer.n_sinks)
+            total += 4 * seen * 2 * attn.n_query_groups * model.config.head_size * element_size
+    return total
+
+
 class ExactChunks(nn.Module):
     """A model that reads long texts in chunks, called as the model is with targets.
 
@@ -304,7 +322,7 @@ class ExactChunks(nn.Module):
         with torch.no_grad():
             for a, b in chunks if sums is None else chunks[:-1]:
                 states.append(random_state(idx.device))
-                borders = self.borders(stores, a, idx.device)
+                borders = self.borders(stores, a, b, idx.device)
                 with in_place_of_caches(self.module, borders):
                     x = self.run(idx[:, a:b], a, borders)
                 if sums is None:
@@ -316,12 +334,14 @@ class ExactChunks(nn.Module):
         states.append(random_state(idx.device))
         for (a, b), state in zip(reversed(chunks), reversed(states), strict=True):
             with drawing_from(state, idx.device):
-                total = total + self.differentiate(idx[:, a:b], targets[:, a:b], a, stores, sums)
+                last = b == idx.size(1)
+                total = total + self.differentiate(idx[:, a:b], targets[:, a:b], a, stores, sums, last)
         return total
 
-    def differentiate(self, idx: Tensor, targets: Tensor, first: int, stores: list, sums: "Sums") -> Tensor:
+    def differentiate(self, idx: Tensor, targets: Tensor, first: int, stores: list, sums: "Sums", last: bool) -> Tensor:
         """The loss of a chunk, its gradients, and those of what it sees of the chunks before it."""
-        borders, end, losses = self.borders(stores, first, idx.device), first + idx.size(1), []
+        end, losses = first + idx.size(1), []
+        borders = self.borders(stores, first, first if last else end, idx.device)  # nobody sees the last chunk's keys
         leaves = [leaf for border in borders for leaf in border.leaves]
         with in_place_of_caches(self.module, borders):  # in the backward too, where layers may compute again
             loss = self.loss(self.run(idx, first, borders, losses), targets, losses)
@@ -348,15 +368,15 @@ class ExactChunks(nn.Module):
             for attn in self.module.layers
         ]
 
-    def borders(self, stores: list, first: int, device: torch.device) -> list[KeyBorder | StateBorder]:
-        """What each layer sees before a chunk. Layers of one kind share its places."""
+    def borders(self, stores: list, first: int, end: int, device: torch.device) -> list[KeyBorder | StateBorder]:
+        """What each layer sees before a chunk first .. end - 1. Layers of one kind share its places."""
         shared: dict[str, Any] = {}
         borders = []
         for attn, store in zip(self.module.layers, stores, strict=True):
             kind = attn.mixer.kind
             if kind not in shared:
                 shared[kind] = store.slots(first, device)
-            borders.append(store.border(shared[kind], first))
+            borders.append(store.border(shared[kind], first, end))
         return borders
 
     def run(self, idx: Tensor, first: int, borders: list, losses: list[Tensor] | None = None) -> Tensor:

@@ -161,7 +161,7 @@ def build_ours(method: str, T: int, base: Any, settings: dict[str, Any]) -> tupl
     from lit_swa.lora import LoRAConfig, add_lora
 
     fields = {
-        "s2": {"s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
+        "s2": {"attention": "full", "s2_attention": True, "s2_group_ratio": settings["s2_group_ratio"]},
         "window": {"attention": "sliding", "sliding_window_size": settings["window"]},
         "chunks": {"attention": "sliding", "sliding_window_size": settings["window"]},
     }.get(method.removesuffix(" offload"), {})
@@ -186,7 +186,7 @@ def layers_again(
     """How many layers compute their activations again."""
     import torch
 
-    from lit_swa.exact_chunks import kept_bytes
+    from lit_swa.exact_chunks import border_bytes, kept_bytes
     from lit_swa.train import fitting_recompute
 
     if method in ("all", "full chunks") or method.endswith("offload"):
@@ -197,10 +197,9 @@ def layers_again(
     if method == "same memory":
         limit = (peer_memory or 0) * 1e9 + torch.cuda.memory_allocated() - weights
     if method == "chunks":
-        size, kept = settings["chunk_size"], 0
-        if not settings["chunk_offload"]:
-            kept = kept_bytes(model, batch.idx.size(1), size, model.transformer.wte.weight.dtype.itemsize)
-        limit -= kept
+        size, width = settings["chunk_size"], model.transformer.wte.weight.dtype.itemsize
+        limit -= border_bytes(model, size, width)
+        limit -= 0 if settings["chunk_offload"] else kept_bytes(model, batch.idx.size(1), size, width)
         batch = batch._replace(idx=batch.idx[:, :size], targets=batch.targets[:, :size], documents=None)
     return fitting_recompute(model, batch, int(limit))
 

@@ -6,7 +6,7 @@ from tiny import randomize, tiny_config
 
 from lit_swa import GPT, exact_chunks
 from lit_swa.config import VARIANTS
-from lit_swa.exact_chunks import ExactChunks, KeyStore, check_chunks, cut_documents, kept_bytes
+from lit_swa.exact_chunks import ExactChunks, KeyStore, border_bytes, check_chunks, cut_documents, kept_bytes
 from lit_swa.lora import LoRAConfig, add_lora
 from lit_swa.training.distribution import reader, unwrapped
 from lit_swa.training.memory import recompute_blocks
@@ -162,6 +162,21 @@ def test_memory_grows_by_a_window_a_chunk(monkeypatch):
     keys = 2 * model.config.n_query_groups * model.config.head_size * model.config.n_layer
     assert kept_bytes(model, T, 16, 4) == keys * (2 * 8 * 4 + 8 * 4)
     assert kept_bytes(model, 16, 16, 4) == 0
+
+
+@pytest.mark.parametrize("again", [0, 2])
+def test_a_chunk_holds_only_the_keys_that_it_hands_on(monkeypatch, again):
+    """Catches: a part that is a view of all the chunk's keys, and keys that a layer makes once more in the backward."""
+    model, borders, borders_of = build(attention="sliding", sliding_window_size=4), [], ExactChunks.borders
+    recompute_blocks(model, again)
+    monkeypatch.setattr(ExactChunks, "borders", lambda *a: (made := borders_of(*a), borders.extend(made))[0])
+    idx, targets = text()
+    ExactChunks(model, 16)(idx, targets)
+    held = [[x.untyped_storage().nbytes() for pair in border.own for x in pair] for border in borders]
+    window = 4 * 2 * 2 * 8 * 8  # B, G, D of 8, float64: for 4 positions
+    layers = model.config.n_layer
+    assert held == [[window] * 2] * 2 * layers + [[]] * layers + [[window] * 2] * 2 * layers  # none behind the last
+    assert border_bytes(model, 16, 8) == 4 * 2 * layers * window / 2
 
 
 def test_short_texts_share_a_chunk():

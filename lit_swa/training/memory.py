@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lit_swa.arguments import Loop
-from lit_swa.exact_chunks import kept_bytes
+from lit_swa.exact_chunks import border_bytes, kept_bytes
 from lit_swa.memory import format_bytes, free_memory, ran_out_of_memory, require_memory
 from lit_swa.model import GPT, SoftmaxAttention
 from lit_swa.training.distribution import count_shards, is_sharded
@@ -81,21 +81,23 @@ def hands_on_all(run: Run, model: GPT) -> bool:
 
 
 def kept_between_chunks(run: Run, model: GPT) -> int:
-    """Bytes on the device of what the chunks of the longest text leave for each other. Raises ValueError where it waits
-    in the CPU's memory, or on a GPU, and does not fit there."""
+    """Bytes on the device of what the chunks of the longest text leave for each other, and of what one holds of it
+    beside its graph. Raises ValueError where what waits, in the CPU's memory or on a GPU, does not fit there."""
     if run.args.chunk_size is None:
         return 0
     rows, length = (batch := run.feed.longest()).idx.shape
     longest, device = max(batch.documents or [length]), run.fabric.device
-    needed = rows * kept_bytes(model, longest, run.args.chunk_size, run.dtype.itemsize)
+    size, width = run.args.chunk_size, run.dtype.itemsize
+    needed = rows * kept_bytes(model, longest, size, width)
+    beside = rows * border_bytes(model, size, width) if longest > size else 0
     if device.type == "cpu":
-        return needed
+        return needed + beside
     waits = run.args.chunk_offload
     what = f"What chunks of {run.args.chunk_size} tokens keep of a text of {longest:,}"
     remedy = "use " + "--chunk_offload true, " * (not waits)
     remedy += f"a larger --chunk_size, or a smaller window or {run.args.LENGTH}"
     require_memory(needed, torch.device("cpu") if waits else device, what, remedy)
-    return 0 if waits else needed
+    return beside if waits else needed + beside
 
 
 def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -> int:
