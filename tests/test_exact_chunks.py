@@ -170,12 +170,15 @@ def test_a_chunk_holds_only_the_keys_that_it_hands_on(monkeypatch, again):
     model, borders, borders_of = build(attention="sliding", sliding_window_size=4), [], ExactChunks.borders
     recompute_blocks(model, again)
     monkeypatch.setattr(ExactChunks, "borders", lambda *a: (made := borders_of(*a), borders.extend(made))[0])
+    copies, part_of = [], exact_chunks.part_of
+    monkeypatch.setattr(exact_chunks, "part_of", lambda *a: (copies.append(a), part_of(*a))[1])
     idx, targets = text()
     ExactChunks(model, 16)(idx, targets)
     held = [[x.untyped_storage().nbytes() for pair in border.own for x in pair] for border in borders]
     window = 4 * 2 * 2 * 8 * 8  # B, G, D of 8, float64: for 4 positions
     layers = model.config.n_layer
     assert held == [[window] * 2] * 2 * layers + [[]] * layers + [[window] * 2] * 2 * layers  # none behind the last
+    assert len(copies) == 2 * 4 * layers
     assert border_bytes(model, 16, 8) == 4 * 2 * layers * window / 2
 
 
