@@ -402,7 +402,7 @@ def draw(plt, result: dict[str, Any]):
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
     for axis, (title, series) in zip(axes, panels, strict=True):
         draw_panel(axis, places, series, teacher=rows[0]["method"] == "softmax")
-        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(title)
     axes[0].set(yticks=places, yticklabels=[row["method"] for row in rows], ylim=(len(rows) - 0.5, -0.5), xscale="log")
     for formatter in (axes[0].xaxis.set_major_formatter, axes[0].xaxis.set_minor_formatter):
         formatter(lambda value, _: f"{value:,.6g}" if f"{value:e}"[0] in "125" else "")
