@@ -26,12 +26,6 @@ def typed(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def without(argv: list[str], flag: str) -> list[str]:
-    """A command line without a flag and its value."""
-    n = argv.index(flag) if flag in argv else len(argv)
-    return [word for word in argv[:n] + argv[n + 2 :] if not word.startswith(f"{flag}=")]
-
-
 class Places:
     """GPUs for scripts that run at the same time: each job has one, and they share them where there are fewer."""
 

@@ -4,6 +4,7 @@ import inspect
 import io
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -217,6 +218,15 @@ def interruptible(signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> I
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def describe_command(*left_out: str) -> str:
+    """This script's command line, as typed, without these flags and their values."""
+    words = sys.argv
+    for flag in left_out:
+        n = words.index(flag) if flag in words else len(words)
+        words = [word for word in words[:n] + words[n + 2 :] if not word.startswith(f"{flag}=")]
+    return "python " + shlex.join(words)
 
 
 def describe_machine(device: str) -> str:

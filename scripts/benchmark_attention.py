@@ -1,6 +1,5 @@
 """Measure attention over text length, for each method and its peers: python scripts/benchmark_attention.py."""
 
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -58,7 +57,7 @@ def main(
 
     from lit_swa.formats.files import write_json
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
     cuda = device.startswith("cuda")
@@ -75,7 +74,7 @@ def main(
     rows: list[dict] = []
     slow: set[str] = set()
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    command = describe_command("--output")
     result = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": rows}
     for T in lengths:
         torch.manual_seed(0)

@@ -1,7 +1,6 @@
 """Measure throughput over batch sizes: python scripts/benchmark_batches.py --compile true."""
 
 import random
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -56,7 +55,7 @@ def main(
     from lit_swa.formats.files import write_json
     from lit_swa.generate import Sampling
     from lit_swa.linear_formats import pack_for_cpu
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     sizes = batch_size or [1, 8, 32, 64, 128, 256]
     for field, value in {"sequences": sequences, "rounds": rounds, "shortest": shortest}.items():
@@ -76,7 +75,7 @@ def main(
         rows[-1]["ratio"] = rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"]
         report(rows[-1], sizes[0])
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    command = describe_command("--output")
     which = name or "Qwen3-0.6B" if checkpoint_dir is None else str(checkpoint_dir)
     write_json(output, {"command": command, "machine": describe_machine(device), "model": which, "rows": rows})
     print(f"written to {output}", file=sys.stderr)

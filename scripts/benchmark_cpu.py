@@ -1,7 +1,6 @@
 """Measure decoding on a CPU, alone and beside other programs: python scripts/benchmark_cpu.py."""
 
 import multiprocessing
-import shlex
 import subprocess
 import sys
 import time
@@ -64,7 +63,7 @@ def main(
     """
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.files import write_json
-    from lit_swa.utils import describe_machine
+    from lit_swa.utils import describe_command, describe_machine
 
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     wanted = {"modes": (modes or list(MODES), MODES), "ways": (ways or list(WAYS), WAYS)}
@@ -73,7 +72,7 @@ def main(
             raise ValueError(f"{name}: there is no {unknown[0]!r}: choose from {', '.join(known)}.")
     if min(position, steps, repeats) < 1 or busy < 0:
         raise ValueError("position, steps and repeats must be at least 1, and busy at least 0.")
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    command = describe_command("--output")
     arguments = {"position": position, "steps": steps, "repeats": repeats, "busy": busy}
     result = {"command": command, "machine": describe_machine("cpu"), "arguments": arguments, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """Measure a finetuning step against transformers + PEFT: python scripts/benchmark_finetune.py."""
 
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -63,7 +62,7 @@ def main(
     from lit_swa.formats.files import write_json
     from lit_swa.random_model import random_model
     from lit_swa.train import use_tf32, use_whole_memory
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     use_whole_memory()
     device = pick_device(device)
@@ -77,7 +76,7 @@ def main(
     settings = {"name": name, "n_layer": n_layer, "r": r, "window": window, "s2_group_ratio": s2_group_ratio,
                 "chunk_size": chunk_size, "chunk_offload": chunk_offload, "dtype": dtype,
                 "compile": compile, "memory_GB": memory_GB, "repeats": repeats}  # fmt: skip
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    command = describe_command("--output")
     result: dict[str, Any] = {"command": command, "machine": describe_machine(device), "settings": settings, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
     config = Config.from_name(name, **({"n_layer": n_layer} if n_layer else {}))

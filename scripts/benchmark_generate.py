@@ -1,6 +1,5 @@
 """Measure prefill and decode beside peers: python scripts/benchmark_generate.py."""
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -98,7 +97,7 @@ def main(
     from lit_swa.generate import Sampling
     from lit_swa.plots import check_output, draw_results
     from lit_swa.speed import copy_rate
-    from lit_swa.utils import describe_machine, pick_device
+    from lit_swa.utils import describe_command, describe_machine, pick_device
     from scripts.peers.decode import Cell
 
     device, sampling = pick_device(device), Sampling(temperature, top_k)
@@ -110,7 +109,7 @@ def main(
     asked = {"checkpoint_dir": checkpoint_dir and str(checkpoint_dir), "name": name, "model": model, "repeats": repeats,
              "attentions": attentions}  # fmt: skip
     result: dict[str, Any] = {
-        "command": "python " + shlex.join(sys.argv).partition(" --output")[0],
+        "command": describe_command("--output"),
         "machine": describe_machine(device),
         "arguments": asked | {"temperature": temperature, "top_k": top_k},
         "copy_rate": copy_rate(torch.device(device)),

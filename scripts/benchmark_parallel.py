@@ -1,6 +1,5 @@
 """Measure what a second device brings: python scripts/benchmark_parallel.py --devices 2 --name Mistral-7B-v0.1."""
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -45,7 +44,7 @@ def main(
     from lit_swa import Config, ranks
     from lit_swa.formats.files import write_json
     from lit_swa.parallel import ALONE
-    from lit_swa.utils import describe_machine
+    from lit_swa.utils import describe_command, describe_machine
 
     unknown = set(modes or ()) - {"float32", "bfloat16", "float16", "int8", "int4"}
     if unknown:
@@ -72,7 +71,7 @@ def main(
                     report(rows[-1], rank.size)
         if rank.index == 0:
             arguments = {"name": name, "steps": steps, "repeats": repeats, "compile": compile, "model": model}
-            command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+            command = describe_command("--output")
             result = {"command": command, "machine": describe_machine(device), "devices": rank.size}
             output.parent.mkdir(parents=True, exist_ok=True)
             write_json(output, result | {"arguments": arguments, "exchange": exchange, "rows": rows})

@@ -1,6 +1,5 @@
 """Measure a pretraining step beside transformers': python scripts/benchmark_pretrain.py."""
 
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -75,7 +74,7 @@ def main(
     from lit_swa.formats.files import write_json
     from lit_swa.train import use_whole_memory
     from lit_swa.training.flops import peak_flops, token_flops
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     chosen = [m for m in METHODS if m != "window" or window] if methods is None else methods
     if unknown := [m for m in chosen if m not in METHODS]:
@@ -91,7 +90,7 @@ def main(
                 "window": window, "n_layer": n_layer, "recompute": recompute, "dtype": dtype,
                 "repeats": repeats}  # fmt: skip
     peak = peak_flops(torch.device(device), getattr(torch, dtype))
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    command = describe_command("--output")
     result: dict[str, Any] = {"command": command, "machine": describe_machine(device), "settings": settings}
     result |= {"peak_flops": peak, "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)

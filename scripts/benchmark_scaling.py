@@ -1,6 +1,5 @@
 """Measure what several GPUs of a machine do together: python scripts/benchmark_scaling.py --devices '[1,2,4,8]'."""
 
-import shlex
 import shutil
 import sys
 import time
@@ -80,7 +79,7 @@ def main(
     """
     from lit_swa.formats.files import write_json
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_machine, pick_device
+    from lit_swa.utils import describe_command, describe_machine, pick_device
 
     chosen = list(PARTS) if parts is None else parts
     if unknown := [part for part in chosen if part not in PARTS]:
@@ -93,7 +92,7 @@ def main(
         checkpoint_dir, block_steps, repeats, out_dir,
     )  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"command": "python " + shlex.join(sys.argv).partition(" --output")[0]}
+    result: dict[str, Any] = {"command": describe_command("--output")}
     result |= {"machine": describe_machine(device), "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
     for part in chosen:

@@ -1,6 +1,5 @@
 """Measure rounds of speculative decoding: python scripts/benchmark_speculative.py --name Mistral-7B-v0.1."""
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -57,7 +56,7 @@ def main(
 
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     arguments = {key: value for key, value in locals().items() if isinstance(value, (int, float, str, list, dict))}
     device = pick_device(device)
@@ -74,7 +73,7 @@ def main(
             rows.append({"k": k} | measure(session, proposer, k, acceptance, context, steps, repeats))
             report(rows[-1])
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + shlex.join(sys.argv).partition(" --output")[0]
+    command = describe_command("--output")
     write_json(output, {"command": command, "machine": describe_machine(device), "arguments": arguments, "rows": rows})
     print(f"written to {output}", file=sys.stderr)
 

@@ -99,8 +99,6 @@ def main(
         seed: Decides the order of the rows, new weights, and what is asked.
         output: The JSON file; the picture goes next to it, as .png.
     """
-    import shlex
-
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.checks import check_range
@@ -108,8 +106,7 @@ def main(
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.judges import Sizes
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.runs import without
-    from lit_swa.utils import describe_machine, pick_device
+    from lit_swa.utils import describe_command, describe_machine, pick_device
 
     chosen = list(ROWS) if only is None else only
     if unknown := [name for name in chosen if name not in ROWS]:
@@ -143,7 +140,7 @@ def main(
         content = results.finished or {"command": "", "machine": "", "rows": []}
         done = {row["method"]: row for row in content["rows"]}
         if any(name not in done for name in chosen):
-            content["command"] = "python " + shlex.join(without(sys.argv, "--only"))
+            content["command"] = describe_command("--only")
             content["machine"] = describe_machine(device)
             runs = Runs(training, config.n_layer, out_dir, jobs, [name for name in chosen if name not in done])
             for row in judge_all(runs, held_out, prefix, sizes):

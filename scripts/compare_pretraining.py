@@ -83,8 +83,7 @@ def main(
     from lit_swa import evaluate
     from lit_swa.checks import check_range
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.runs import without
-    from lit_swa.utils import describe_machine, pick_device
+    from lit_swa.utils import describe_command, describe_machine, pick_device
 
     chosen = list(ROWS) if only is None else only
     if unknown := [name for name in chosen if name not in ROWS]:
@@ -112,7 +111,7 @@ def main(
         content = results.finished or {"command": "", "machine": "", "rows": []}
         done = {row["method"]: row for row in content["rows"]}
         if missing := [name for name in chosen if name not in done]:
-            content["command"] = "python " + shlex.join(without(sys.argv, "--only"))
+            content["command"] = describe_command("--only")
             content["machine"] = describe_machine(device)
             for name in train_all(missing, training, window, out_dir, jobs):
                 row = {"method": name, "about": ROWS[name].about, "arguments": flags_of(name, window)}

@@ -1,6 +1,5 @@
 """Count which tokens of a draft a model accepts in real texts: scripts/evaluate_drafts.py --texts '[FILE.txt]'."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def main(
     from lit_swa.speculative import SELF_DRAFTS, SpeculativeStats, make_draft, speculate
     from lit_swa.texts import encode_file
     from lit_swa.tokenizer import Tokenizer
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype, ks = pick_dtype(dtype, device), speculative_k or [4]
@@ -77,7 +76,7 @@ def main(
             rows.append({"context": context, "draft": name, "k": k} | summary(stats))
             report(rows[-1])
     output.parent.mkdir(parents=True, exist_ok=True)
-    command, machine = "python " + shlex.join(sys.argv).partition(" --output")[0], describe_machine(device)
+    command, machine = describe_command("--output"), describe_machine(device)
     write_json(output, {"command": command, "machine": machine, "dtype": dtype, "rows": rows})
     print(f"written to {output}", file=sys.stderr)
 

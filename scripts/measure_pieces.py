@@ -1,6 +1,5 @@
 """Measure what a plan for many GPUs is computed from: python scripts/measure_pieces.py --devices 2."""
 
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def main(
     from lit_swa.evaluate import launch_ranks
     from lit_swa.formats.files import write_json
     from lit_swa.train import use_whole_memory
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     use_whole_memory()
     device = pick_device(device)
@@ -90,7 +89,7 @@ def main(
     if ranks.rank == 0:
         for row in exchanges:
             print(f"{row['operation']:15s} {row['bytes'] / 1e6:8.1f} MB {row['seconds'] * 1e3:9.3f} ms", flush=True)
-        command, machine = "python " + shlex.join(sys.argv).partition(" --output")[0], describe_machine(ranks.device)
+        command, machine = describe_command("--output"), describe_machine(ranks.device)
         content = {"command": command, "machine": machine, "processes": ranks.count, "dtype": dtype}
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, content | {"compile": compile, "steps": rows, "exchanges": exchanges})

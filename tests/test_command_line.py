@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError
 from lit_swa.command_line import describe_fields, run_main
 from lit_swa.config import Config
 from lit_swa.texts import read_line, read_stdin
-from lit_swa.utils import run_script
+from lit_swa.utils import describe_command, run_script
 
 GOT: dict[str, Any] = {}
 
@@ -318,3 +318,10 @@ def test_standard_input_is_read_as_a_file_is(monkeypatch, data, text):
             assert text in str(error.value)
         else:
             assert read() == (text if read is read_stdin else text.split("\n")[0])
+
+
+def test_a_results_command_has_all_that_was_typed(monkeypatch):
+    """Catches: flags that are lost behind --output, and words that a shell would take apart."""
+    words = ["scripts/x.py", "--output", "a.json", "--methods", "[a, b]", "--repeats=3", "--output=b.json"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert describe_command("--output") == "python scripts/x.py --methods '[a, b]' --repeats=3"
