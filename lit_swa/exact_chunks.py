@@ -41,13 +41,17 @@ class Piece:
         self.grads: list[Tensor | None] = [None, None]
 
     def add(self, at: int, grads: Grads) -> None:
-        """Take gradients of the positions from `at` on."""
+        """Take gradients of the positions from `at` on. Those that come alone, as under a window, stay as they are."""
         for n, grad in enumerate(grads):
             if grad is None:
                 continue
-            if self.grads[n] is None:
-                self.grads[n] = torch.zeros_like(self.kv[n], dtype=torch.promote_types(grad.dtype, torch.float32))
-            self.grads[n][:, :, at - self.lo : at - self.lo + grad.size(2)] += grad.to(self.grads[n].device)
+            if self.grads[n] is None and grad.shape == self.kv[n].shape:
+                self.grads[n] = grad.clone()  # a view of all keys' otherwise
+                continue
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            held = torch.zeros_like(self.kv[n], dtype=wide) if self.grads[n] is None else self.grads[n].to(wide)
+            held[:, :, at - self.lo : at - self.lo + grad.size(2)] += grad.to(held.device)
+            self.grads[n] = held
 
 
 class BorderSlots:
