@@ -366,7 +366,8 @@ def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write a safetensors file, atomically, with one tensor in memory at a time."""
+    """Write a safetensors file, atomically, with one tensor in memory at a time. They are loaded in the order given: what
+    is computed for several neighbours is computed once."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each stays aligned
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in ordered:
@@ -377,10 +378,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     text += b" " * (-len(text) % 8)
     with atomic_file(path, 8 + len(text) + at) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for name, lazy in ordered:
+        for name, lazy in tensors.items():
             tensor = lazy.load().detach()
             if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
                 raise AssertionError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {lazy[:2]}")
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
             stream.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
