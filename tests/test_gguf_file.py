@@ -1,5 +1,6 @@
 """A GGUF file gives transformers' weights, bit for bit, and llama.cpp's token ids and log-probabilities."""
 
+import functools
 import json
 import shutil
 import struct
@@ -21,6 +22,7 @@ from lit_swa.formats.gguf_models import fields_of
 from lit_swa.formats.gguf_pre_tokenizer import CUTS
 from lit_swa.formats.gguf_tokenizer import tokenizer_files
 from lit_swa.formats.hugging_face import to_hf
+from lit_swa.quantize_checkpoint import quantized_on_the_way
 from lit_swa.tokenizer import Tokenizer as LitTokenizer
 
 RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))
@@ -309,6 +311,22 @@ def test_exact_dtypes_are_kept(tmp_path: Path) -> None:
     assert stored["transformer.h.0.attn.qkv.weight"] == torch.float32  # Q4_1, F16 and Q8_0 together
 
 
+def write_gguf(path: Path, metadata: dict, tensors: dict) -> None:
+    """tensors: by name, the numbers or blocks, and the type of these."""
+    import gguf as library
+
+    path.parent.mkdir(exist_ok=True)
+    writer = library.GGUFWriter(path, metadata["general.architecture"])
+    for key, value in metadata.items():
+        add_key(writer, key, value)
+    for name, (numbers, kind) in tensors.items():
+        writer.add_tensor(name, numbers, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @torch.no_grad()
 def test_gpt_oss_in_four_bits_is_what_transformers_unpacks(tmp_path: Path) -> None:
     """Would catch MXFP4's numbers in another order: a block of GGUF holds the numbers j and j + 16 in byte j."""
@@ -318,29 +336,80 @@ def test_gpt_oss_in_four_bits_is_what_transformers_unpacks(tmp_path: Path) -> No
     write_checkpoint(tmp_path / "a", **CASES_OF_MODELS["gpt-oss"])
     export_gguf(tmp_path / "a", tmp_path / "m.gguf", "f32")
     file, rng = gguf.read_gguf(tmp_path / "m.gguf"), torch.Generator().manual_seed(1)
-    writer, dense = library.GGUFWriter(tmp_path / "tiny.gguf", "gpt-oss"), {}
-    for key, value in file.metadata.items():
-        add_key(writer, key, value)
+    dense, stored = {}, {}
     for name, info in file.tensors.items():
-        if not name.endswith("_exps.weight"):
-            writer.add_tensor(name, gguf.dequantize(info).numpy())
-            continue
-        blocks = torch.randint(0, 256, (*info.shape[:2], info.shape[2] // 32, 16), generator=rng, dtype=torch.uint8)
-        scales = torch.randint(122, 126, blocks.shape[:3], generator=rng, dtype=torch.uint8)
-        dense[name] = convert_moe_packed_tensors(blocks, scales).mT
-        codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # (..., 32): two neighbours in a byte
-        halves = codes[..., :16] | codes[..., 16:] << 4
-        stored = torch.cat([scales[..., None], halves], dim=-1).flatten(-2)
-        writer.add_tensor(name, stored.numpy(), raw_dtype=library.GGMLQuantizationType.MXFP4)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        if name.endswith("_exps.weight"):
+            blocks = torch.randint(0, 256, (*info.shape[:2], info.shape[2] // 32, 16), generator=rng, dtype=torch.uint8)
+            scales = torch.randint(122, 126, blocks.shape[:3], generator=rng, dtype=torch.uint8)
+            dense[name] = convert_moe_packed_tensors(blocks, scales).mT
+            codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # (..., 32): two neighbours in a byte
+            halves = codes[..., :16] | codes[..., 16:] << 4
+            packed = torch.cat([scales[..., None], halves], dim=-1).flatten(-2)
+            stored[name] = packed.numpy(), library.GGMLQuantizationType.MXFP4
+        else:
+            stored[name] = gguf.dequantize(info).numpy(), None
+    write_gguf(tmp_path / "tiny.gguf", file.metadata, stored)
     (tmp_path / "m.gguf").unlink()
     convert_hf_checkpoint(tmp_path)
     mlp = load_model(tmp_path).transformer.h[1].mlp
     for part, layer in (("gate", mlp.fc_1), ("up", mlp.fc_2), ("down", mlp.proj)):
         assert torch.equal(layer.weight, dense[f"blk.1.ffn_{part}_exps.weight"].float())
+
+
+def two_layouts(directory: Path) -> tuple[dict, dict, dict]:
+    """A Mixtral's metadata, and its tensors with stacked experts and with one for each, these in three types."""
+    from gguf import GGMLQuantizationType as Q
+    from gguf.quants import dequantize, quantize
+
+    write_checkpoint(directory / "a", **CASES_OF_MODELS["llama, experts"])
+    export_gguf(directory / "a", directory / "m.gguf", "f32")
+    file, stacked, single = gguf.read_gguf(directory / "m.gguf"), {}, {}
+    for name, info in file.tensors.items():
+        numbers = gguf.dequantize(info).numpy()
+        if "_exps" in name:
+            kinds = [(Q.Q8_0, Q.F16, Q.Q4_0)[e % 3] for e in range(len(numbers))]
+            blocks = [quantize(n, kind) for n, kind in zip(numbers, kinds, strict=True)]
+            for e, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+                single[name.replace("_exps", f".{e}")] = block, None if kind == Q.F16 else kind
+                numbers[e] = dequantize(block, kind)
+        else:
+            single[name] = numbers, None
+        stacked[name] = numbers, None
+    return file.metadata, stacked, single
+
+
+@pytest.mark.parametrize("mode", [None, "int4"])
+def test_experts_that_are_a_tensor_each_are_the_same_model(mode: str | None, tmp_path: Path, monkeypatch) -> None:
+    """Would catch experts in another order, one read twice, or a type of one that is taken for that of all."""
+    metadata, stacked, single = two_layouts(tmp_path)
+    read, dequantize = [], gguf.dequantize
+    monkeypatch.setattr(gguf, "dequantize", lambda info: read.append(info.offset) or dequantize(info))
+    found = {}
+    for layout in (stacked, single):
+        read.clear()
+        path = tmp_path / str(len(layout)) / "m.gguf"
+        write_gguf(path, metadata, layout)
+        convert_hf_checkpoint(path.parent, prepare=mode and functools.partial(quantized_on_the_way, mode=mode))
+        assert sorted(read) == sorted(info.offset for info in gguf.read_gguf(path).tensors.values())
+        found[len(layout)] = {name: tensor.load() for name, tensor in open_weights(path.parent).items()}
+    assert len(found) == 2
+    one, other = found.values()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_expert_too_few_or_too_many_is_named(tmp_path: Path) -> None:
+    """Would catch experts that move up where the first is lost, and one that nothing reads."""
+    metadata, stacked, single = two_layouts(tmp_path)
+    first, more, both = "blk.1.ffn_down.0.weight", "blk.2.ffn_up.5.weight", "blk.0.ffn_gate_exps.weight"
+    for name, tensors, message in (
+        ("few", {name: tensor for name, tensor in single.items() if name != first}, f"lacks the weight {first}"),
+        ("many", single | {more: single["blk.2.ffn_up.4.weight"]}, f"1 weights.* such as {more}"),
+        ("both", single | {both: stacked[both]}, f"1 weights.* such as {both}"),
+    ):
+        write_gguf(tmp_path / name / "m.gguf", metadata, tensors)
+        with pytest.raises(ValueError, match=message) as error:
+            convert_hf_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value) and not (tmp_path / name / "lit_config.json").exists()
 
 
 @pytest.mark.parametrize("case", ["llama, 3.1's scaling", "olmo2, windows", "afmoe", "granite_swa"])

@@ -121,7 +121,7 @@ def open_gguf(
     extra_files = gguf_tokenizer.tokenizer_files(file, vocabulary=not is_listed(directory / "tokenizer.json"))
     weights = gguf.open_weights(file, offset=config.norm_unit_offset)
     weights = {name: tensor for name, tensor in weights.items() if gguf_models.is_weight(name, config)}
-    return config, weights, extra_files, gguf_models.names_of(file.architecture, config, reading=True)
+    return config, weights, extra_files, gguf_models.names_of(file.architecture, config, weights)
 
 
 def find_source(directory: Path) -> tuple[str, list[str], str | None]:

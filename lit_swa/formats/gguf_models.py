@@ -10,7 +10,8 @@ weights of a Hugging Face checkpoint are laid out. RoPE's scalings are in gguf_r
 import difflib
 import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,17 +40,21 @@ EXPERTS = block(
     mlp__choice="exp_probs_b.bias", mlp__shared__fc_1="ffn_gate_shexp", mlp__shared__fc_2="ffn_up_shexp",
     mlp__shared__proj="ffn_down_shexp", mlp__shared_gate="ffn_gate_inp_shexp",
 )  # fmt: skip
+ONE_BY_ONE = block(mlp__fc_1="ffn_gate.{e}", mlp__fc_2="ffn_up.{e}", mlp__proj="ffn_down.{e}")  # until early 2024
+ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 FUSED_QKV = {"attn_qkv": ("attn_q", "attn_k", "attn_v")}
 FUSED_MLP = {"ffn_up": ("ffn_gate", "ffn_up")}
 NO_SINK = -1e30
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def names_of(architecture: str, config: Config, reading: bool = False) -> Names:
-    """What a file of this architecture calls the weights. Queries, keys and values may always be read joined."""
+def names_of(architecture: str, config: Config, tensors: Collection[str] = ()) -> Names:
+    """What a file of this architecture calls the weights. tensors: the names in a file that is read, where queries,
+    keys and values may always be joined, and experts be a tensor each."""
     row = MODELS[architecture]
-    table = TABLE | by_layer(config, EXPERTS) | row.table(config)
-    return Names(table, neighbours=row.neighbours, fused=row.fused | (FUSED_QKV if reading else {}))
+    experts = EXPERTS | (ONE_BY_ONE if any(map(ONE_EXPERT.fullmatch, tensors)) else {})
+    table = TABLE | by_layer(config, experts) | row.table(config)
+    return Names(table, neighbours=row.neighbours, fused=row.fused | (FUSED_QKV if tensors else {}))
 
 
 def is_weight(name: str, config: Config) -> bool:

@@ -342,9 +342,12 @@ def _joined(
         return parts[0]
 
     def load() -> Tensor:
-        loaded = [part.load().to(dtype) for part in parts]
         if stacked:
-            return torch.stack(loaded).view(shape)
+            stack = torch.empty(shape, dtype=dtype)
+            for place, part in zip(stack, parts, strict=True):
+                place.copy_(part.load())
+            return stack
+        loaded = [part.load().to(dtype) for part in parts]
         if of_heads:
             return in_our_order(loaded[0].flatten(), D, names).view(shape)
         if len(loaded) == 3:
