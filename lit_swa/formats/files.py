@@ -366,8 +366,8 @@ def _checked_entry(path: Path, name: str, entry: object) -> tuple[tuple[int, ...
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write a safetensors file, atomically, with one tensor in memory at a time. They are loaded in the order given: what is
-    computed for several neighbours is computed once."""
+    """Write a safetensors file, atomically, with one tensor in memory at a time. They are loaded in the order given, so
+    that what is computed for several neighbours is computed once."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each stays aligned
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in ordered:
