@@ -24,6 +24,7 @@ that is made is T * (C + lag) weights and N states. Shapes as in model.py, and F
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -205,9 +206,14 @@ class LinearAttention(Mixer):
         if self.config.linear_off:
             return normalised(weights @ values, weights.sum(-1)), state
         read = T + old - C
-        phi_q = features(q.flatten(2, 3), self.feature_q, self.config).unflatten(2, (N, C))  # (B, H, N, C, F)
+        phi_q = features(q.flatten(2, 3), self.feature_q, self.config)  # (B, H, T, F)
         phi_k = features(k[:, :, :read], self.feature_k, self.config) * x.valid[:, None, :read, None]
-        phi_k = strips(phi_k, old, C)  # (B, H, N, old, F)
+        if N > 1 and behind == 0 and (sums := fast_sums(x.q)):
+            rates = None if x.rates is None else x.rates[:, :, :T]
+            y, total, state = sums(*(t.to(x.q.dtype) for t in (phi_q, phi_k, v[:, :, :T])), rates, state)
+            y, total = y.unflatten(2, (N, C)), total.unflatten(2, (N, C))
+            return normalised(weights @ values + y, weights.sum(-1) + total), state
+        phi_q, phi_k = phi_q.unflatten(2, (N, C)), strips(phi_k, old, C)  # (B, H, N, C, F), (B, H, N, old, F)
         kernel, left = phi_q @ phi_k.mT, None
         if x.rates is not None:
             fade, fade_q, fade_k, left = fading(x.rates[:, :, :read].unfold(2, old, C), C, behind)
@@ -262,6 +268,15 @@ def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
     if config.linear_feature_map == "relu":
         return torch.cat([x, -x], dim=-1).relu()
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+
+
+def fast_sums(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, State]] | None:
+    """fla_sums.older_sums, where its kernels are installed and made for such queries."""
+    if q.is_cuda and q.element_size() == 2 and __package__:
+        from . import fla_sums
+
+        return fla_sums.older_sums if fla_sums.INSTALLED else None
+    return None
 
 
 def fading(rates: Tensor, C: int, behind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
