@@ -118,6 +118,7 @@ class Config:
     linear_sinks: int = 0  # ... and so many first ones
     linear_gate: bool = False  # older keys fade by a learned gate of each head
     linear_off: bool = False  # older keys are left out, to see what they are good for
+    linear_teacher: str | None = None  # the softmax attention that linear layers learned from: a pattern; None: full
     s2_attention: bool = False  # in training mode, attend within groups; half of the heads shift theirs by half a group
     s2_group_ratio: float = 0.25  # the group's share of the text
     s2_group_size: int | None = None  # ... or its tokens
@@ -593,6 +594,13 @@ def check_linear(config: Config) -> None:
         )
     if config.linear_off and config.linear_window + config.linear_sinks == 0:
         raise ValueError("linear_off leaves a query the window and the sinks, and there are none: set linear_window.")
+    teachers = tiled(config.linear_teacher or "full", config.n_layer)
+    learned = {t for v, t in zip(config.layer_variants, teachers, strict=True) if v == "linear"}
+    if not learned <= {"full", "sliding"}:
+        raise ValueError(
+            f"linear_teacher={short(config.linear_teacher)} does not fit: linear layers learn from full ones or from "
+            "sliding ones."
+        )
 
 
 def with_trained_length(scaling: dict | None, trained: int) -> dict | None:

@@ -460,7 +460,7 @@ class StateCache(nn.Module):
 
 
 VARIANTS["linear"] = Variant(
-    fields=("linear_feature_map", "linear_window", "linear_sinks", "linear_gate", "linear_off"),
+    fields=("linear_feature_map", "linear_window", "linear_sinks", "linear_gate", "linear_off", "linear_teacher"),
     check=check_linear,
     mixer=LinearAttention,
 )

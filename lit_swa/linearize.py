@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_swa import model as model_file
-from lit_swa.config import IGNORED, Config
+from lit_swa.config import IGNORED, Config, tiled
 from lit_swa.exact_chunks import HandedOn
 from lit_swa.linear import LinearAttention
 from lit_swa.lora import without_lora
@@ -49,9 +49,11 @@ def linear_config(base: Config, fields: dict[str, Any]) -> Config:
     config = base.override(**fields)
     if LINEAR not in config.layer_variants:
         raise ValueError(f"attention={config.attention!r} has no linear layer: leave --model.attention out.")
+    learned = set()
     for i, (before, after) in enumerate(zip(base.layer_variants, config.layer_variants, strict=True)):
         check_layer(i, before, after)
-    return config
+        learned |= {before} if after == LINEAR else set()
+    return config.override(linear_teacher=base.attention) if "sliding" in learned else config
 
 
 def check_layer(i: int, before: str, after: str) -> None:
@@ -110,8 +112,12 @@ def softmax_mixers(model: GPT, variants: Sequence[str]) -> list[Mixer]:
 
 
 def softmax_variants(config: Config) -> list[str]:
-    """What the layers were before they became linear, where nothing else is known: they attended in full."""
-    return ["full" if variant == LINEAR else variant for variant in config.layer_variants]
+    """What the layers were before they became linear."""
+    teachers = tiled(config.linear_teacher or "full", config.n_layer)
+    return [
+        teacher if variant == LINEAR else variant
+        for variant, teacher in zip(config.layer_variants, teachers, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------ stage 1: attention transfer

@@ -12,7 +12,7 @@ import torch
 from tiny import randomize, tiny_config
 from torch._dynamo.utils import counters
 
-from lit_swa import GPT
+from lit_swa import GPT, Config
 from lit_swa import model as model_file
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats.files import open_safetensors
@@ -24,8 +24,11 @@ from lit_swa.linearize import (
     linear_layers,
     make_linear,
     measure_harm,
+    softmax_mixers,
+    softmax_variants,
 )
 from lit_swa.lora import LoRAConfig, add_lora, merged_state
+from lit_swa.mixers import mixing_with
 from lit_swa.model import IGNORED
 from lit_swa.train import Progress, dropout_of
 from lit_swa.training import compiling, linearizing, memory
@@ -282,6 +285,22 @@ def test_what_cannot_become_linear_is_refused(before, fields, words):
     """Catches: a teacher that sees other keys than the student is told, layers changed without being trained."""
     with pytest.raises(ValueError, match=words):
         linear_config(tiny_config(**before), fields)
+
+
+def test_a_linear_checkpoint_knows_that_its_teachers_had_windows():
+    """Catches: stage 2 alone, --loss kl or --keep_full, that takes layers for full ones that had a window."""
+    base = softmax_model(attention="sliding,full,full", sliding_window_size=4)
+    config = Config.from_dict(linear_config(base.config, {"attention": "linear,linear,full"}).to_dict())  # as saved
+    variants = softmax_variants(linear_config(config, {"linear_sinks": 1}))
+    assert variants == ["sliding", "full", "full"], variants
+    model, idx = copy.deepcopy(base), torch.randint(0, 97, (1, 20))
+    make_linear(model, config)
+    with mixing_with(model, softmax_mixers(model, variants)):
+        assert torch.equal(model(idx), base(idx))
+    keep_softmax(model, [0], variants)
+    assert model.config.layer_variants == ["sliding", "linear", "full"]
+    with pytest.raises(ValueError, match="linear layers learn from full ones"):
+        config.override(linear_teacher="streaming")
 
 
 def test_layers_with_a_window_stay_unless_they_are_named():
