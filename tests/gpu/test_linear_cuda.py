@@ -1,4 +1,4 @@
-"""Linear attention by flash-linear-attention's kernels against its own chunks: pytest tests/gpu -q, on a GPU with fla."""
+"""Linear attention by flash-linear-attention's kernels against its own chunks: pytest tests/gpu -q, on a GPU."""
 
 import pytest
 import torch
