@@ -109,7 +109,7 @@ def transfer(
     learners = AttentionTransfer(gpt, variants, weights_ce)  # freezes all but the linear attention
     model = train.place_transfer(run, learners)
     optimizer = fabric.setup_optimizers(train.build_optimizer(gpt, run.args, run.peak_rate))
-    layers = train.LayerLosses(run, gpt)
+    layers = train.LayerLosses(run, gpt, weights_ce)
     run.log.say(f"Stage 1, attention transfer: {len(layers.layers)} of {gpt.config.n_layer} layers learn to be linear.")
 
     def save_model(directory: Path) -> None:

@@ -89,7 +89,7 @@ def train_block(
     learners = AttentionTransfer(gpt, run.block.softmax, weights_ce)  # freezes all but the linear attention
     model = train.place_transfer(run, learners)
     optimizer = fabric.setup_optimizers(train.build_optimizer(gpt, run.args, run.peak_rate))
-    layers = train.LayerLosses(run, gpt, first=run.block.layers[0])
+    layers = train.LayerLosses(run, gpt, weights_ce, first=run.block.layers[0])
 
     def save_model(directory: Path) -> None:
         train.save_block(run, gpt, directory)

@@ -215,7 +215,8 @@ class AttentionTransfer(nn.Module):
     def __init__(self, model: GPT, variants: Sequence[str], weights_ce: float = 0.0) -> None:
         """variants: what the layers of the softmax model are. The model's other weights are frozen."""
         super().__init__()
-        self.module, self.window_dropout, students = model, 0.0, linear_layers(model)
+        self.module, self.weights_ce, self.window_dropout = model, weights_ce, 0.0
+        students = linear_layers(model)
         model.requires_grad_(False)
         self.mixers = softmax_mixers(model, variants)
         for i in students:

@@ -377,6 +377,7 @@ def test_a_run_trains_what_it_says_and_goes_on_wherever_it_was_killed(linearize,
     how |= {"save_interval": 1, "keep_last": 9, "micro_batch_size": 2, "weights_ce": 0.1, "keep_full": 1}
     whole, err = linearize("whole", slow=True, **how)
     assert "1 of 2 layers" not in err and "2 of 2 layers learn to be linear" in err
+    assert "mean squared error" not in err and "of attention outputs and weights, perplexity" in err
     ranking = json.loads((whole / "ranking.json").read_text())
     worst = max(ranking["linear"], key=ranking["linear"].get)
     assert f"layers that stay full: {worst}\n" in err

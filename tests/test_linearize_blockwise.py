@@ -324,6 +324,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(blockwise, tmp_path, checkpo
     refused("belongs to another split (linear_window=4, now 5)", "shard", **{"model.linear_window": 5})
     refused("--step train does not read --data: give it to inputs", "train", 0, data=data_file)
     refused("--step shard does not read --max_steps: give it to train", "shard", max_steps=3)
+    refused("--step train does not read --chunk_size: leave it out", "train", 0, chunk_size=4)
     refused("give its number as --block", "train")
     blockwise("inputs")
     refused("holds other inputs (data=", "inputs", limit=20)

@@ -23,7 +23,7 @@ from lit_swa.formats.files import format_bytes, require_space
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.formats.quantized import require_dense
 from lit_swa.formats.tokenizer import Tokenizer
-from lit_swa.linearize import LINEAR, SCALE, linear_config, make_linear
+from lit_swa.linearize import LINEAR, linear_config, make_linear
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT
 from lit_swa.rope import RoPE
@@ -53,7 +53,7 @@ from lit_swa.training.blocks import (
 from lit_swa.training.distribution import start_fabric
 from lit_swa.training.feed import MICRO_BATCH_TOKENS, ExampleFeed, ExampleValidation
 from lit_swa.training.finetuning import read_data
-from lit_swa.training.linearizing import validate_transfer
+from lit_swa.training.linearizing import error_in_words, validate_transfer
 from lit_swa.training.loop import Progress, Run
 from lit_swa.training.resuming import difference, find_run, what_remains
 from lit_swa.utils import ProgressLine, print_line
@@ -71,7 +71,7 @@ READ = {  # step -> the arguments that it reads; None: all but those of the othe
     "train": None,
     "stitch": {"checkpoint_dir", "out_dir"},
 }
-NOT_IN_TRAINING = {*OF_DATA, "model", "layers_per_block", "recompute", "sample"}
+NOT_IN_TRAINING = {*OF_DATA, "model", "layers_per_block", "recompute", "sample", "chunk_size", "chunk_offload"}
 
 
 def check_arguments(step: str, args: Training, own: Mapping[str, tuple[Any, Any]]) -> None:
@@ -81,7 +81,8 @@ def check_arguments(step: str, args: Training, own: Mapping[str, tuple[Any, Any]
     unread = given & NOT_IN_TRAINING if READ[step] is None else given - READ[step]
     if unread:
         readers = [s for s in READ if name_is_read(min(unread), s)]
-        raise ValueError(f"--step {step} does not read --{min(unread)}: give it to {' and '.join(readers) or 'none'}.")
+        remedy = f"give it to {' and '.join(readers)}" if readers else "leave it out"
+        raise ValueError(f"--step {step} does not read --{min(unread)}: {remedy}.")
     if step == "train" and own["block"][0] is None:
         raise ValueError("--step train trains one block: give its number as --block.")
     if step == "inputs" and not args.data:
@@ -337,5 +338,5 @@ def evaluate_block(run: BlockRun, model: nn.Module, progress: Progress) -> float
     progress.note_validation(loss)
     if progress.step == 0:
         run.log.write(0, val_loss=loss)
-    run.log.say(f"step {progress.step}: mean squared error {loss / SCALE:.3g} of attention outputs")
+    run.log.say(f"step {progress.step}: {error_in_words(loss, model)}")
     return loss

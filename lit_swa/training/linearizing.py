@@ -175,12 +175,25 @@ def evaluate_transfer(run: Finetuning, model: nn.Module, progress: Progress) -> 
         )
     progress.note_validation(loss)
     nll = validate(run.fabric, unwrapped(model), run.valid)
-    said = f"mean squared error {loss / SCALE:.3g} of attention outputs, perplexity {format_perplexity(nll)}"
+    said = f"{error_in_words(loss, model)}, perplexity {format_perplexity(nll)}"
     if progress.step == 0:
         run.log.write(0, val_loss=loss)
         said += f" (softmax attention: {format_perplexity(softmax_nll(run, model))})"
     run.log.say(f"step {progress.step}: {said}")
     return loss
+
+
+def error_in_words(loss: float, model: nn.Module) -> str:
+    """What is said of a loss of stage 1. model: an AttentionTransfer, on its devices or not."""
+    while not isinstance(model, AttentionTransfer):
+        model = model.module
+    name, scale = measure_of(model.weights_ce)
+    return f"{name} {loss / scale:.3g} of attention outputs{' and weights' if model.weights_ce else ''}"
+
+
+def measure_of(weights_ce: float) -> tuple[str, float]:
+    """What a loss of stage 1 measures, and how many times it. With a cross-entropy in it, it is no squared error."""
+    return ("loss", 1.0) if weights_ce else ("mean squared error", SCALE)
 
 
 def softmax_nll(run: Finetuning, model: nn.Module) -> float:
@@ -198,9 +211,9 @@ def dropout_of(step: int, steps: int, ends: tuple[float, float]) -> float:
 class LayerLosses:
     """layers.csv, the loss of each layer at every step, and layers.png, its picture."""
 
-    def __init__(self, run: Run, model: GPT, first: int = 0) -> None:
-        """first: the number that the model's first layer has in the whole model."""
-        self.run, self.layers = run, [first + i for i in linear_layers(model)]
+    def __init__(self, run: Run, model: GPT, weights_ce: float, first: int = 0) -> None:
+        """weights_ce: see Transfer. first: the number that the model's first layer has in the whole model."""
+        self.run, self.layers, self.weights_ce = run, [first + i for i in linear_layers(model)], weights_ce
         names = ("step", *(f"layer_{i}" for i in self.layers))
         self.table = Table(run.out_dir / "layers.csv", names, run.fabric.is_global_zero)
 
@@ -213,15 +226,15 @@ class LayerLosses:
         if self.table.active and self.table.path.exists():
             rows = [line.split(",") for line in read_lines(self.table.path, self.table.names)]
             steps = [int(row[0]) for row in rows]
-            errors = [[float(value) / SCALE for value in row[1:]] for row in rows]
-            if rows and save_picture(
-                path := self.table.path.with_suffix(".png"), picture_of(steps, self.layers, errors)
-            ):
+            name, scale = measure_of(self.weights_ce)
+            errors = [[float(value) / scale for value in row[1:]] for row in rows]
+            picture = picture_of(steps, self.layers, errors, name)
+            if rows and save_picture(path := self.table.path.with_suffix(".png"), picture):
                 self.run.log.say(f"each layer's error: {self.table.path}, picture: {path}")
 
 
-def picture_of(steps: Sequence[int], layers: Sequence[int], errors: Sequence[Sequence[float]]) -> Any:
-    """errors: for each of the steps, those of the layers."""
+def picture_of(steps: Sequence[int], layers: Sequence[int], errors: Sequence[Sequence[float]], name: str) -> Any:
+    """errors: for each of the steps, those of the layers. name: what they are."""
 
     def draw(plt: Any) -> Any:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -229,10 +242,10 @@ def picture_of(steps: Sequence[int], layers: Sequence[int], errors: Sequence[Seq
         for n, colour in enumerate(colours):
             left.plot(steps, [row[n] for row in errors], color=colour, linewidth=1)
         left.plot(steps, [sum(row) / len(row) for row in errors], color="black", linewidth=2, label="mean")
-        left.set(xlabel="step", ylabel="mean squared error", yscale="log", title="every layer (darker: deeper)")
+        left.set(xlabel="step", ylabel=name, yscale="log", title="every layer (darker: deeper)")
         left.legend(frameon=False)
-        for name, row, marker in (("first step", errors[0], "s"), ("last step", errors[-1], "o")):
-            right.plot(layers, row, marker, linestyle="-", linewidth=1, markersize=4, label=name)
+        for label, row, marker in (("first step", errors[0], "s"), ("last step", errors[-1], "o")):
+            right.plot(layers, row, marker, linestyle="-", linewidth=1, markersize=4, label=label)
         right.set(xlabel="layer", yscale="log", title="by layer")
         right.legend(frameon=False)
         figure.suptitle("Attention outputs: linear attention against the softmax that it learns from", fontsize=11)
