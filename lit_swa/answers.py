@@ -3,19 +3,89 @@
 A row is {"method", "length", "task", "score" in per cent or None, ...}: evaluate_ruler.py, evaluate_documents.py.
 """
 
+import shlex
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from lit_swa.batches import Batch, Request
+from lit_swa.checkpoint import load_model
+from lit_swa.command_line import shorten
 from lit_swa.evaluate import Results, with_fields
+from lit_swa.formats.checkpoint import tokenizer_dir
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.linear_formats import pack_for_cpu
+from lit_swa.methods import Method, Setup
 from lit_swa.model import GPT
 from lit_swa.plots import model_of, set_title, short_count
-from lit_swa.utils import ProgressLine
+from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
 
 NONE = "\u2013"  # where a question was not asked
+
+
+class Question(NamedTuple):
+    request: Request
+    judge: Callable[[str], dict[str, Any]]  # the answer -> what is kept of it
+
+
+class Task(NamedTuple):
+    """Questions of one kind. make raises ValueError for the first that a length has no room for."""
+
+    name: str  # of its column
+    keys: list[str]  # of its questions
+    make: Callable[[int, Tokenizer], Iterator[Question]]  # (length, tokenizer) -> its questions, in the order of keys
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]]  # all that is kept -> the "score", and more for the row
+
+
+def ask_methods(
+    results: Results, methods: Mapping[str, Method], setup: Setup, tasks: Mapping[str, Task], kept: str
+) -> dict[str, Any]:
+    """Ask every method at every length, the short ones first; write the results, with the answers under `kept`.
+
+    Raises ValueError where no question can be asked, and KeyboardInterrupt after Ctrl-C, with the answers saved.
+    """
+    a = results.arguments
+    results.save()  # a disk that is full or read-only shows now and not after hours
+    tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
+    if a["use_chat_template"] and not tokenizer.has_chat_template:
+        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
+    gpt = load_model(a["checkpoint_dir"], a["dtype"], a["device"], **a["model"] or {})
+    number = len(methods) * len(a["lengths"]) * sum(len(task.keys) for task in tasks.values())
+    line = ProgressLine(number, "questions", done=len(results.parts))
+    rows, errors = [], {}
+    with interruptible() as interrupted:
+        for length in a["lengths"]:
+            questions, failed = make_all(length, tokenizer, tasks)
+            for name, method in methods.items():
+                fields = method(length, setup)
+                try:
+                    answer_all(results, f"{name} {length}", gpt, fields, questions, tokenizer, line, interrupted)
+                except ValueError as error:
+                    errors[f"{name} at {length}"] = shorten(str(error))
+                rows += [row_of(results.parts, name, length, key, task, fields) for key, task in tasks.items()]
+            errors |= failed
+    if not results.parts:
+        raise ValueError(f"No question can be asked. {' '.join(errors.values())}")
+    result = {
+        "command": "python " + shlex.join(sys.argv), "machine": describe_machine(a["device"]),
+        "peak_memory": memory_in_use(), "rows": rows, "errors": errors, kept: results.parts,
+    }  # fmt: skip
+    results.finish(result)
+    return {"arguments": a} | result
+
+
+def make_all(
+    length: int, tokenizer: Tokenizer, tasks: Mapping[str, Task]
+) -> tuple[dict[str, Question], dict[str, str]]:
+    """("task key" -> question, task and length -> why not all of it is asked)"""
+    questions, failed = {}, {}
+    for name, task in tasks.items():
+        try:
+            for key, question in zip(task.keys, task.make(length, tokenizer), strict=True):
+                questions[f"{name} {key}"] = question
+        except ValueError as error:
+            failed[f"{name} at {length}"] = str(error)
+    return questions, failed
 
 
 def answer_all(
@@ -23,31 +93,46 @@ def answer_all(
     prefix: str,
     gpt: GPT,
     fields: dict[str, Any],
-    requests: Mapping[str, Request],
-    judge: Callable[[str, str], dict[str, Any]],
+    questions: Mapping[str, Question],
     tokenizer: Tokenizer,
     line: ProgressLine,
     interrupted: Callable[[], bool],
 ) -> None:
     """Ask what results.parts has no answer to yet, greedily, and keep each under "prefix key".
 
-    fields: of the config, which the model reads with. requests: by their keys. judge: (key, answer) -> what is kept.
+    fields: of the config, which the model reads with. questions: by their keys.
     Raises ValueError where the model cannot read a request, and KeyboardInterrupt when interrupted() says so.
     """
-    keys = [key for key in requests if f"{prefix} {key}" not in results.parts]
+    keys = [key for key in questions if f"{prefix} {key}" not in results.parts]
     if not keys:
         return
     changed = with_fields(gpt, **fields)
     pack_for_cpu(changed)
-    batch = Batch(changed, [requests[key] for key in keys], batch_size=results.arguments["batch_size"],
+    batch = Batch(changed, [questions[key].request for key in keys], batch_size=results.arguments["batch_size"],
                   tokenizer=tokenizer, stop_tokens=tokenizer.eos_ids)  # fmt: skip
     for i, answer in batch.run(interrupted):
-        results.add(f"{prefix} {keys[i]}", judge(keys[i], answer.text))
+        results.add(f"{prefix} {keys[i]}", questions[keys[i]].judge(answer.text))
         line.show(len(results.parts), prefix, tokens=0)
     if interrupted():
         results.save()
         print("what is answered is kept: the same command goes on", file=sys.stderr)
         raise KeyboardInterrupt
+
+
+def row_of(
+    parts: Mapping[str, Any], method: str, length: int, key: str, task: Task, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """The score of a task in per cent; None where it was not asked whole."""
+    found = [parts.get(f"{method} {length} {key} {question}") for question in task.keys]
+    row = {"method": method, "length": length, "task": task.name, "score": None, "fields": fields}
+    return row if None in found else row | task.summary(found)
+
+
+def report(result: dict[str, Any], digits: int = 0) -> None:
+    """The table on stdout, and why a method or a task is not in all of it."""
+    print("\n".join(table(result["rows"], digits)))
+    for what, why in result["errors"].items():
+        print(f"\n{what}: {why}")
 
 
 def table(rows: list[dict[str, Any]], digits: int = 0) -> list[str]:

@@ -1,5 +1,6 @@
 """Questions on long documents, for several ways to read them: python scripts/evaluate_documents.py --data '{F: f1}'."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +72,7 @@ def main(
     """
     import hashlib
 
-    from lit_swa import evaluate
+    from lit_swa import answers, evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
     from lit_swa.documents import read_files
     from lit_swa.formats.download import find_checkpoint
@@ -111,101 +112,42 @@ def main(
             finished = run(results, chosen, setup, questions)
         else:
             print(f"{output} holds the results of these arguments already", file=sys.stderr)
-        report(finished)
+        answers.report(finished, digits=1)
         draw_results(output, lambda plt: draw(plt, finished))
 
 
 def run(results, methods: dict[str, Method], setup: Setup, questions: dict[str, list]) -> dict[str, Any]:
-    """Every method at every length, the short ones first; writes the results."""
-    import shlex
+    from lit_swa.answers import ask_methods
 
-    from lit_swa.checkpoint import load_model
-    from lit_swa.command_line import shorten
-    from lit_swa.formats.checkpoint import tokenizer_dir
-    from lit_swa.formats.tokenizer import Tokenizer
-    from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
-
-    a = results.arguments
-    results.save()  # a disk that is full or read-only shows now and not after hours
-    tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
-    if a["use_chat_template"] and not tokenizer.has_chat_template:
-        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
-    gpt = load_model(a["checkpoint_dir"], a["dtype"], a["device"], **a["model"] or {})
-    line = ProgressLine(len(methods) * len(a["lengths"]) * sum(map(len, questions.values())), "questions",
-                        done=len(results.parts))  # fmt: skip
-    rows, errors = [], {}
-    with interruptible() as interrupted:
-        for length in a["lengths"]:
-            asked, failed = make_all(length, tokenizer, questions, a)
-            for name, method in methods.items():
-                fields = method(length, setup)
-                try:
-                    ask_all(results, f"{name} {length}", gpt, fields, asked, tokenizer, line, interrupted)
-                except ValueError as error:
-                    errors[f"{name} at {length}"] = shorten(str(error))
-                rows += [row_of(results.parts, name, length, file, questions[file], fields) for file in questions]
-            errors |= failed
-    if not results.parts:
-        raise ValueError(f"No question can be asked. {' '.join(errors.values())}")
-    result = {
-        "command": "python " + shlex.join(sys.argv), "machine": describe_machine(a["device"]),
-        "peak_memory": memory_in_use(), "rows": rows, "errors": errors, "answers": results.parts,
-    }  # fmt: skip
-    results.finish(result)
-    return {"arguments": a} | result
+    tasks = {file: task_of(file, pairs, results.arguments) for file, pairs in questions.items()}
+    return ask_methods(results, methods, setup, tasks, "answers")
 
 
-def room_of(file: str, a: dict[str, Any]) -> int:
-    from lit_swa.documents import METRICS
-
-    return a["max_new_tokens"] or METRICS[a["data"][file]].room
-
-
-def make_all(length: int, tokenizer, questions: dict[str, list], a: dict[str, Any]) -> tuple[dict, dict[str, str]]:
-    """("file key" -> (file, question, prompt), file and length -> why it is not asked)"""
-    from lit_swa.documents import make_prompt
-
-    asked, failed = {}, {}
-    for file, pairs in questions.items():
-        try:
-            for question, shown in pairs:
-                budget = length - room_of(file, a)
-                prompt = make_prompt(question, shown, tokenizer, budget, a["drop"], a["use_chat_template"])
-                asked[f"{file} {question.key}"] = (file, question, prompt)
-        except ValueError as error:
-            failed[f"{file} at {length}"] = str(error)
-    return asked, failed
-
-
-def ask_all(results, prefix: str, gpt, fields: dict[str, Any], asked, tokenizer, line, interrupted) -> None:
-    """Ask what results.parts has no answer to yet. Raises ValueError where the model cannot read it."""
-    from lit_swa.answers import answer_all
+def task_of(file: str, pairs: list, a: dict[str, Any]):
+    """The questions of a file. pairs: each with its examples."""
+    from lit_swa.answers import Question, Task
     from lit_swa.batches import Request
-    from lit_swa.documents import NEXT, cut_answer, judge
+    from lit_swa.documents import METRICS, NEXT, cut_answer, file_score, judge, make_prompt
 
-    a = results.arguments
+    metric = a["data"][file]
+    room = a["max_new_tokens"] or METRICS[metric].room
 
-    def keep(key: str, text: str) -> dict[str, Any]:
-        file, question, prompt = asked[key]
+    def make(length: int, tokenizer):
+        for question, shown in pairs:
+            prompt = make_prompt(question, shown, tokenizer, length - room, a["drop"], a["use_chat_template"])
+            request = Request(prompt.ids, room, stop=(f"\n{NEXT}",))
+            yield Question(request, functools.partial(keep, question, prompt))
+
+    def keep(question, prompt, text: str) -> dict[str, Any]:
         said = cut_answer(text)
-        scores = judge(a["data"][file], said, question.answers)
-        kept = {"scores": scores, "answer": said, "right": question.answers, "query": question.query}
-        return kept | {"prompt_tokens": len(prompt.ids), "cut_tokens": prompt.cut}
+        kept = {"scores": judge(metric, said, question.answers), "answer": said, "right": question.answers}
+        return kept | {"query": question.query, "prompt_tokens": len(prompt.ids), "cut_tokens": prompt.cut}
 
-    requests = {key: Request(p.ids, room_of(file, a), stop=(f"\n{NEXT}",)) for key, (file, _, p) in asked.items()}
-    answer_all(results, prefix, gpt, fields, requests, keep, tokenizer, line, interrupted)
+    def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+        cut = sum(part["cut_tokens"] > 0 for part in parts)
+        return {"score": file_score([part["scores"] for part in parts]), "questions": len(parts), "cut": cut}
 
-
-def row_of(parts: dict[str, Any], method: str, length: int, file: str, pairs: list, fields: dict) -> dict[str, Any]:
-    """The score of a file in per cent; None where it was not asked whole."""
-    from lit_swa.documents import file_score
-
-    found = [parts.get(f"{method} {length} {file} {question.key}") for question, _ in pairs]
-    row = {"method": method, "length": length, "task": task_name(file), "score": None, "fields": fields}
-    if None in found:
-        return row
-    cut = sum(part["cut_tokens"] > 0 for part in found)
-    return row | {"score": file_score([part["scores"] for part in found]), "questions": len(found), "cut": cut}
+    return Task(task_name(file), [question.key for question, _ in pairs], make, summary)
 
 
 def task_name(file: str) -> str:
@@ -213,15 +155,6 @@ def task_name(file: str) -> str:
     path = Path(file)
     usual = path.stem in ("test", "validation", "dev", "train")
     return path.parent.name if usual and path.parent.name else path.stem
-
-
-def report(result: dict[str, Any]) -> None:
-    """The table on stdout: methods and lengths, and the files of each."""
-    from lit_swa.answers import table
-
-    print("\n".join(table(result["rows"], digits=1)))
-    for what, why in result["errors"].items():
-        print(f"\n{what}: {why}")
 
 
 def draw(plt, result: dict[str, Any]):

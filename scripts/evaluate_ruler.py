@@ -1,5 +1,6 @@
 """RULER's tasks, for several ways to read long texts: python scripts/evaluate_ruler.py --data book.txt."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def main(
     """
     import hashlib
 
-    from lit_swa import evaluate
+    from lit_swa import answers, evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
@@ -99,7 +100,7 @@ def main(
             finished = run(results, chosen, setup, books, qa)
         else:
             print(f"{output} holds the results of these arguments already", file=sys.stderr)
-        report(finished)
+        answers.report(finished)
         draw_results(output, lambda plt: draw(plt, finished))
 
 
@@ -128,97 +129,32 @@ def choose_tasks(names: list[str] | None, qa: Path | None) -> list[str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------- the answers
-
-
 def run(results, methods: dict[str, Method], setup: Setup, books: list[Path], qa: Path | None) -> dict[str, Any]:
-    """Every method at every length, the short ones first; writes the results."""
-    import shlex
-
-    from lit_swa.checkpoint import load_model
-    from lit_swa.command_line import shorten
-    from lit_swa.formats.checkpoint import tokenizer_dir
-    from lit_swa.formats.tokenizer import Tokenizer
+    from lit_swa.answers import ask_methods
     from lit_swa.ruler import read_material
-    from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
 
     a, material = results.arguments, read_material(books, qa)
-    results.save()  # a disk that is full or read-only shows now and not after hours
-    tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
-    if a["use_chat_template"] and not tokenizer.has_chat_template:
-        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
-    gpt = load_model(a["checkpoint_dir"], a["dtype"], a["device"], **a["model"] or {})
-    line = ProgressLine(len(methods) * len(a["lengths"]) * len(a["tasks"]) * a["samples"], "questions",
-                        done=len(results.parts))  # fmt: skip
-    rows, errors = [], {}
-    with interruptible() as interrupted:
-        for length in a["lengths"]:
-            asked, failed = make_all(length, tokenizer, material, a)
-            for name, method in methods.items():
-                fields = method(length, setup)
-                try:
-                    ask_all(results, f"{name} {length}", gpt, fields, asked, tokenizer, line, interrupted)
-                except ValueError as error:
-                    errors[f"{name} at {length}"] = shorten(str(error))
-                rows += [row_of(results.parts, name, length, task, a["samples"], fields) for task in a["tasks"]]
-            errors |= failed
-    if not results.parts:
-        raise ValueError(f"No question can be asked. {' '.join(errors.values())}")
-    result = {
-        "command": "python " + shlex.join(sys.argv), "machine": describe_machine(a["device"]),
-        "peak_memory": memory_in_use(), "rows": rows, "errors": errors, "samples": results.parts,
-    }  # fmt: skip
-    results.finish(result)
-    return {"arguments": a} | result
+    return ask_methods(results, methods, setup, {name: task_of(name, material, a) for name in a["tasks"]}, "samples")
 
 
-def make_all(length: int, tokenizer, material, a: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(task and number -> the sample, task and length -> why there is none)"""
-    from lit_swa.ruler import make_sample
-
-    asked, failed = {}, {}
-    for task in a["tasks"]:
-        try:
-            for number in range(a["samples"]):
-                sample = make_sample(task, length, number, tokenizer, material, a["seed"], a["use_chat_template"])
-                asked[f"{task} {number}"] = sample
-        except ValueError as error:
-            failed[f"{task} at {length}"] = str(error)
-    return asked, failed
-
-
-def ask_all(results, prefix: str, gpt, fields: dict[str, Any], asked, tokenizer, line, interrupted) -> None:
-    """Ask what results.parts has no answer to yet. Raises ValueError where the model cannot read it."""
-    from lit_swa.answers import answer_all
+def task_of(name: str, material, a: dict[str, Any]):
+    from lit_swa.answers import Question, Task
     from lit_swa.batches import Request
-    from lit_swa.ruler import TASKS
+    from lit_swa.ruler import TASKS, make_sample
 
-    def judge(key: str, text: str) -> dict[str, Any]:
-        sample, score = asked[key], TASKS[key.split()[0]].score
-        part = {"score": score(text, sample.answers), "text": text, "answers": sample.answers}
+    task, n = TASKS[name], a["samples"]
+
+    def make(length: int, tokenizer):
+        for number in range(n):
+            sample = make_sample(name, length, number, tokenizer, material, a["seed"], a["use_chat_template"])
+            yield Question(Request(sample.ids, task.room), functools.partial(judge, sample))
+
+    def judge(sample, text: str) -> dict[str, Any]:
+        part = {"score": task.score(text, sample.answers), "text": text, "answers": sample.answers}
         return part | {"prompt_tokens": len(sample.ids)}
 
-    requests = {key: Request(sample.ids, TASKS[key.split()[0]].room) for key, sample in asked.items()}
-    answer_all(results, prefix, gpt, fields, requests, judge, tokenizer, line, interrupted)
-
-
-def row_of(parts: dict[str, Any], method: str, length: int, task: str, samples: int, fields: dict) -> dict[str, Any]:
-    """The score in per cent of a task; None where it was not asked."""
-    found = [parts.get(f"{method} {length} {task} {number}") for number in range(samples)]
-    score = None if None in found else 100 * sum(part["score"] for part in found) / samples
-    return {"method": method, "length": length, "task": task, "score": score, "fields": fields}
-
-
-# ----------------------------------------------------------------------------------------------------------- the answer
-
-
-def report(result: dict[str, Any]) -> None:
-    """The tables on stdout: methods and lengths, and the tasks of each."""
-    from lit_swa.answers import table
-
-    print("\n".join(table(result["rows"])))
-    for what, why in result["errors"].items():
-        print(f"\n{what}: {why}")
+    return Task(name, [str(number) for number in range(n)], make,
+                lambda parts: {"score": 100 * sum(part["score"] for part in parts) / n})  # fmt: skip
 
 
 def draw(plt, result: dict[str, Any]):
