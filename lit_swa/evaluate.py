@@ -340,8 +340,8 @@ def check_text_length(n_tokens: int, seq_len: int, data: object, prefix: Sequenc
     return room
 
 
-def check_context(config: Config, seq_len: int) -> None:
-    """Raises ValueError when a model of this config cannot read a window of seq_len tokens."""
+def check_context(config: Config, seq_len: int, name: str = "seq_len") -> None:
+    """Raises ValueError when a model of this config cannot read a window of seq_len tokens. name: of the argument."""
     check_no_prompt(config)
     if seq_len <= config.block_size:
         return
@@ -349,7 +349,7 @@ def check_context(config: Config, seq_len: int) -> None:
         model = GPT(config)
     if not model.unbounded(cached=False):
         raise ValueError(
-            f"seq_len={seq_len} is more than the context of {config.block_size} tokens: lower it, or raise the context "
+            f"{name}={seq_len} is more than the context of {config.block_size} tokens: lower it, or raise the context "
             f"with --model.block_size {seq_len} (best with --model.rope_scaling), or give every layer a window with "
             "--model.attention sliding --model.sliding_window_size S."
         )

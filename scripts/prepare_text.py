@@ -45,6 +45,7 @@ def main(
     """
     from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.checks import check_range
+    from lit_swa.data.corpora import find_corpora
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.directory import has_tokenizer
     from lit_swa.formats.download import find_checkpoint
@@ -52,6 +53,8 @@ def main(
 
     paths = [data] if isinstance(data, Path) else data or []
     check_sources(paths, output_dir, output, dataset, preset)
+    if preset:
+        find_corpora(preset)
     processes = processes or count_cores()
     check_range("processes", processes, 1, whole=True)
     if checkpoint_dir is None or not has_tokenizer(checkpoint_dir):  # a tokenizer needs no weights beside it

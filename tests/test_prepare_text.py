@@ -300,6 +300,9 @@ def test_other_mistakes_are_said_in_one_sentence(tmp_path, tiny_checkpoint, run_
         assert code == 2 and message in err and err.count("error:") == 1 and "Traceback" not in err, err
         for path in (tmp_path / "out").glob("*.json"):
             path.unlink()
+    monkeypatch.setattr("lit_swa.formats.download.find_checkpoint", lambda name: pytest.fail("fetched for nothing"))
+    code, _, err = run_script("scripts/prepare_text.py", "--preset", "pile", *out)
+    assert code == 2 and "preset='pile' is not known" in err
 
 
 # ------------------------------------------------------------------------------------------------ datasets and presets

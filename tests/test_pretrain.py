@@ -314,6 +314,8 @@ def test_wsd_keeps_the_rate_and_falls_to_zero():
     args = Pretraining(data="", lr_schedule="wsd", warmup_steps=2, decay_fraction=0.3)
     rates = [learning_rate(step, 10, args, 1.0) for step in range(10)]
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    args.decay_fraction = 0.0
+    assert learning_rate(9, 10, args, 1.0) == 1
 
 
 def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
@@ -337,7 +339,7 @@ def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
         ({"batch_size": 4, "micro_batch_size": 3}, "multiple"),
         ({"name": "x", "checkpoint_dir": "CHECKPOINT"}, "not both"),
         ({"name": "TinyLlama"}, "TinyLlama-1.1B"),
-        ({"block_length": 64}, "context of 32"),
+        ({"block_length": 64}, "block_length=64 is more than the context of 32"),
         ({"data": "nowhere.txt"}, "nowhere.txt"),
         ({"z_loss": -1}, "z_loss=-1"),
         ({"optimizer": "muon", "strategy": "fsdp"}, "whole matrices"),
@@ -358,6 +360,21 @@ def test_what_does_not_fit_is_said_in_a_sentence(pretrain, tiny_checkpoint, argu
     directory, err = pretrain(code=2, **arguments)
     assert said in err and err.count("error:") == 1 and "Traceback" not in err
     assert not (directory / "final").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"name": "TinyLlama"}, "TinyLlama-1.1B"),
+        ({"random_window": 2}, "no layer has one"),
+        ({"chunk_size": 4, "model.s2_attention": "true"}, "S2-Attn"),
+        ({"batch_size": 4, "micro_batch_size": 3}, "does not fit 1 processes"),
+    ],
+)
+def test_what_needs_no_text_is_refused_before_it_is_read(pretrain, text, arguments, said):
+    """Catches: a name with a slip in it that is told when hours of text have become tokens."""
+    directory, err = pretrain(code=2, data=text, tokenizer_dir=None, tokenizer_vocab_size=300, **arguments)
+    assert said in err and not directory.exists()
 
 
 def test_other_data_is_no_run_to_go_on_with(pretrain, text):

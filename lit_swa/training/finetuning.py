@@ -153,7 +153,7 @@ def describe_choices(run: Run) -> str:
 def read_data(args: Training, tokenizer: Tokenizer, config: Config) -> tuple[Dataset, Dataset | None]:
     """What is trained on, and what is validated on. Raises ValueError for data that would train nothing."""
     length = args.max_seq_length or config.block_size
-    check_context(config, length)
+    check_context(config, length, "max_seq_length")
     how = {"max_seq_length": length, "prompt_style": args.prompt_style, "preset": args.preset}
     data = load_dataset(args.data, tokenizer, mask_prompt=args.mask_prompt, limit=args.limit, **how)
     check_dataset(data, tokenizer)

@@ -236,7 +236,7 @@ def learning_rate(step: int, steps: int, args: Any, peak: float, scale: float = 
     if step < warmup:
         return peak * (step + 1) / warmup
     if args.lr_schedule == "wsd":
-        falling = max(1, round(args.decay_fraction * steps))
+        falling = max(1, round(args.decay_fraction * steps)) if args.decay_fraction > 0 else 0
         return peak * min(1.0, (steps - step) / (falling + 1))
     if args.lr_schedule != "cosine":
         return peak * (scale if args.lr_schedule == "plateau" else 1.0)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ from lit_swa.training.resuming import find_run
 from lit_swa.training.windows import Windows, plan_windows
 from lit_swa.utils import count_cores, count_processes
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 LESSON = {  # with a vocabulary of 1,024 about 1M weights
     "name": "lesson",
     "n_layer": 4,
@@ -66,8 +69,7 @@ class TokenFeed:
         self, args: Pretraining, directory: Path, tokenizer: Tokenizer, config: Config, block_length: int, device: str
     ) -> None:
         """device: cpu or cuda, for the micro-batch's size. Raises OSError or ValueError as TokenData does."""
-        most = MICRO_BATCH_TOKENS.get(device, MICRO_BATCH_TOKENS["cpu"]) // block_length
-        micro = args.micro_batch_size or largest_divisor(args.batch_size // processes_of(args), most)
+        micro = micro_batch_rows(args, block_length, device)
         self.data = TokenData(
             directory,
             block_length,
@@ -109,9 +111,11 @@ class TokenFeed:
         return self.micro_batch(0)
 
 
-def processes_of(args: Pretraining) -> int:
+def micro_batch_rows(args: Pretraining, block_length: int, device: str) -> int:
+    """Rows that are read at once. device: cpu or cuda."""
     devices, nodes = count_processes(args.devices, args.num_nodes)
-    return devices * nodes
+    most = MICRO_BATCH_TOKENS.get(device, MICRO_BATCH_TOKENS["cpu"]) // block_length
+    return args.micro_batch_size or largest_divisor(args.batch_size // (devices * nodes), most)
 
 
 def largest_divisor(n: int, most: int) -> int:
@@ -270,21 +274,14 @@ def prepare_pretraining(args: Pretraining) -> PretrainingRun:
         with fabric.rank_zero_first():
             base_dir = find_checkpoint(args.checkpoint_dir)
         check_checkpoint_dir(base_dir)
+    check_shape(args, find_config(args, base_dir, args.tokenizer_vocab_size), fabric)  # text to tokens may take hours
     with fabric.rank_zero_first():
         tokenizer = find_tokenizer(args, base_dir, out_dir)
         directory = find_tokens(args.data, out_dir / "tokens", tokenizer)
         valid_directory = args.validation_data and find_tokens(args.validation_data, out_dir / "validation", tokenizer)
-    config = load_config(base_dir).override(**args.model or {}) if base_dir else new_config(args, tokenizer)
-    block_length = args.block_length or min(config.block_size, LONGEST_BLOCK)
-    check_context(config, block_length)
-    if args.chunk_size is not None:
-        check_chunks(config)
+    config = find_config(args, base_dir, tokenizer.vocab_size)
+    block_length = block_length_of(args, config)
     feed = TokenFeed(args, directory, tokenizer, config, block_length, fabric.device.type)
-    if feed.micro_batches % fabric.world_size:
-        raise ValueError(
-            f"batch_size={args.batch_size} does not fit {fabric.world_size} processes with micro-batches of "
-            f"{feed.data.micro_batch_size} rows: make it a multiple of their product."
-        )
     run = PretrainingRun(
         args=args,
         fabric=fabric,
@@ -302,6 +299,30 @@ def prepare_pretraining(args: Pretraining) -> PretrainingRun:
     if note := describe_choices(run):
         run.log.say(note)
     return run
+
+
+def find_config(args: Pretraining, base_dir: Path | None, vocab_size: int) -> Config:
+    """The config to train: a checkpoint's, or a new one with a vocabulary of that size. Raises ValueError."""
+    return load_config(base_dir).override(**args.model or {}) if base_dir else new_config(args, vocab_size)
+
+
+def block_length_of(args: Pretraining, config: Config) -> int:
+    return args.block_length or min(config.block_size, LONGEST_BLOCK)
+
+
+def check_shape(args: Pretraining, config: Config, fabric: "Fabric") -> None:
+    """Raises ValueError for a model and rows that do not fit each other or the processes."""
+    block_length = block_length_of(args, config)
+    check_context(config, block_length, "block_length")
+    if args.chunk_size is not None:
+        check_chunks(config)
+    plan_windows(args, config, block_length)
+    rows = micro_batch_rows(args, block_length, fabric.device.type)
+    if args.batch_size % (rows * fabric.world_size):
+        raise ValueError(
+            f"batch_size={args.batch_size} does not fit {fabric.world_size} processes with micro-batches of {rows} "
+            "rows: make it a multiple of their product."
+        )
 
 
 def find_tokenizer(args: Pretraining, base_dir: Path | None, out_dir: Path) -> Tokenizer:
@@ -337,10 +358,10 @@ def find_tokens(data: str, written: Path, tokenizer: Tokenizer) -> Path:
     return written
 
 
-def new_config(args: Pretraining, tokenizer: Tokenizer) -> Config:
-    """The config of a named shape, or of a small one, with the tokenizer's vocabulary. Raises ValueError."""
-    rows = -(-tokenizer.vocab_size // ROUNDED) * ROUNDED
-    fields = {"vocab_size": tokenizer.vocab_size, "padded_vocab_size": rows}
+def new_config(args: Pretraining, vocab_size: int) -> Config:
+    """The config of a named shape, or of a small one, with a vocabulary of that size. Raises ValueError."""
+    rows = -(-vocab_size // ROUNDED) * ROUNDED
+    fields = {"vocab_size": vocab_size, "padded_vocab_size": rows}
     given = args.model or {}
     if "vocab_size" in given:
         fields["padded_vocab_size"] = None
