@@ -1,6 +1,5 @@
 """What scripts need that start the project's training scripts."""
 
-import gc
 import json
 import os
 import queue
@@ -65,12 +64,3 @@ def execute(command: list[str], log: Path | None = None, environment: dict[str, 
     if code:
         where = f"{log} says" if log else "it says above"
         raise ValueError(f"{command[0]} failed, as {where}: mend that, and the same command goes on.")
-
-
-def free_memory() -> None:
-    """Give back what a model held that is gone."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """What every script shares: the command line, errors for people."""
 
+import gc
 import inspect
 import io
 import math
@@ -316,6 +317,27 @@ def wait_for(device: "torch.device") -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], Any], device: "torch.device | str") -> float:
+    """Seconds from when the device has nothing else to do until it has done all of work()."""
+    import torch
+
+    place = torch.device(device)
+    wait_for(place)
+    started = time.perf_counter()
+    work()
+    wait_for(place)
+    return time.perf_counter() - started
+
+
+def release_memory() -> None:
+    """Give back what a model held that is gone."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def format_number(x: float, decimals: int = 2) -> str:

@@ -1,12 +1,13 @@
 """Measure a finetuning step against transformers + PEFT: python scripts/benchmark_finetune.py."""
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+from lit_swa.utils import release_memory, timed
 
 
 def main(
@@ -108,7 +109,7 @@ def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[st
         except (RuntimeError, ValueError) as e:
             row["error"] = " ".join(str(e).split())[:160]
             steps.pop(method, None)
-            release(device)
+            release_memory()
         rows[method] = row
     times: dict[str, list[float]] = {method: [] for method in steps}
     for _ in range(settings["repeats"]):
@@ -254,26 +255,6 @@ def first_steps(step: Callable[[], None], device: str, weights_gb: float) -> dic
     torch.cuda.reset_peak_memory_stats()
     row["second_s"] = timed(step, device)
     return row | {"memory_GB": (torch.cuda.max_memory_allocated() - before) / 1e9 + weights_gb}
-
-
-def timed(step: Callable[[], None], device: str) -> float:
-    import torch
-
-    started = time.perf_counter()
-    step()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def release(device: str) -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -136,7 +136,7 @@ def time_repeated(way, count: int, repeats: int, device) -> float:
     """Microseconds of one call of `count`."""
     import torch
 
-    from lit_swa.utils import wait_for
+    from lit_swa.utils import timed
 
     def run() -> None:
         for _ in range(count):
@@ -148,13 +148,7 @@ def time_repeated(way, count: int, repeats: int, device) -> float:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks its events meanwhile
             run()
         run = graph.replay
-    seconds = []
-    for _ in range(repeats + 1):
-        wait_for(device)
-        started = time.perf_counter()
-        run()
-        wait_for(device)
-        seconds.append(time.perf_counter() - started)
+    seconds = [timed(run, device) for _ in range(repeats + 1)]
     return median(seconds[1:]) / count * 1e6
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
+from lit_swa.utils import release_memory, timed
+
 
 class Method(NamedTuple):
     """How a step is made. Methods of one group take their turns beside each other, and share a model where they can."""
@@ -134,7 +136,7 @@ class Group:
             except (RuntimeError, ValueError) as error:
                 rows[name]["error"] = " ".join(str(error).split())[:200]
                 self.steps.pop(name, None)
-                release()
+                release_memory()
         times: dict[str, list[float]] = {name: [] for name in self.steps}
         for _ in range(self.settings["repeats"]):
             for name, step in self.steps.items():
@@ -146,7 +148,7 @@ class Group:
             self.trace("compiled", profile)
         self.own.clear()
         self.steps.clear()
-        release()
+        release_memory()
         return list(rows.values())
 
     def add(self, name: str) -> None:
@@ -276,25 +278,6 @@ def allocated(device: Any) -> int:
     import torch
 
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def timed(step: Callable[[], Any], device: Any) -> float:
-    from lit_swa.utils import wait_for
-
-    started = time.perf_counter()
-    step()
-    wait_for(device)
-    return time.perf_counter() - started
-
-
-def release() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Measure rounds of speculative decoding: python scripts/benchmark_speculative.py --name Mistral-7B-v0.1."""
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -265,17 +264,14 @@ def alternate(runs: dict, repeats: int, device) -> dict:
     """Median seconds of each, run alternately after two rounds of warming up."""
     from statistics import median
 
-    from lit_swa.utils import wait_for
+    from lit_swa.utils import timed
 
     times = {who: [] for who in runs}
     for turn in range(repeats + 2):
         for who, run in runs.items():
-            wait_for(device)
-            started = time.perf_counter()
-            run()
-            wait_for(device)
+            seconds = timed(run, device)
             if turn > 1:
-                times[who].append(time.perf_counter() - started)
+                times[who].append(seconds)
     return {who: median(seconds) for who, seconds in times.items()}
 
 

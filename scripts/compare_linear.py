@@ -331,9 +331,8 @@ def judge_all(runs: Runs, tokens, prefix, sizes):
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.judges import Judges
-    from lit_swa.runs import free_memory
     from lit_swa.tokenizer import Tokenizer
-    from lit_swa.utils import pick_dtype
+    from lit_swa.utils import pick_dtype, release_memory
 
     training = runs.training
     place = {"dtype": pick_dtype("auto", training["device"]), "device": training["device"]}
@@ -347,7 +346,7 @@ def judge_all(runs: Runs, tokens, prefix, sizes):
         row |= runs.measured(name) | judges(model)
         row["judge_seconds"] = time.perf_counter() - started
         del model
-        free_memory()
+        release_memory()
         print(f"{name}: {summary(row)}", file=sys.stderr, flush=True)
         yield row
 

@@ -129,10 +129,10 @@ def measure(
 
     from lit_swa.checkpoint import load_model
     from lit_swa.formats.files import read_json
-    from lit_swa.runs import execute, free_memory
+    from lit_swa.runs import execute
     from lit_swa.training.log import read_metrics
     from lit_swa.training.saving import RUN_FILE
-    from lit_swa.utils import pick_dtype
+    from lit_swa.utils import pick_dtype, release_memory
 
     trained, own = METHODS[name]
     row: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def measure(
     model = load_model(directory, pick_dtype("auto", device), device, **overrides)
     row["ppl"] = {str(n): read(model, tokens, cut, device) for n, cut in sorted(cuts.items())}
     del model
-    free_memory()
+    release_memory()
     return row
 
 

@@ -243,9 +243,8 @@ def measure(run: Path, device: str, tokens: Any, tokenizer: Any, pieces: Pieces)
 
     from lit_swa.checkpoint import load_model
     from lit_swa.evaluate import window_nll
-    from lit_swa.runs import free_memory
     from lit_swa.training.pretraining import token_bytes
-    from lit_swa.utils import pick_dtype
+    from lit_swa.utils import pick_dtype, release_memory
 
     longest, found = max(LENGTHS) * pieces.context, {}
     dtype = getattr(torch, pick_dtype("auto", device))
@@ -259,7 +258,7 @@ def measure(run: Path, device: str, tokens: Any, tokenizer: Any, pieces: Pieces)
             total += window_nll(model, idx, length - pieces.size).double().sum().item()
         found[str(length)] = total / math.log(2) / n_bytes
     del model
-    free_memory()
+    release_memory()
     return found
 
 

@@ -157,8 +157,7 @@ class Judge:
 
         from lit_swa.checkpoint import load_model
         from lit_swa.linear_formats import pack_for_cpu
-        from lit_swa.runs import free_memory
-        from lit_swa.utils import pick_dtype
+        from lit_swa.utils import pick_dtype, release_memory
 
         a = self.arguments
         row = {} if name in ("original", "untrained") else self.train(name)
@@ -176,7 +175,7 @@ class Judge:
         started = time.perf_counter()
         row |= {"passkeys": self.find(gpt), "passkey_seconds": time.perf_counter() - started}
         del gpt
-        free_memory()
+        release_memory()
         return row
 
     def train(self, name: str) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Measure what a plan for many GPUs is computed from: python scripts/measure_pieces.py --devices 2."""
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+from lit_swa.utils import release_memory, timed
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,7 @@ def time_step(
     if device.type == "cuda":
         found["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
     del run, update
-    release(device)
+    release_memory()
     return found
 
 
@@ -189,26 +190,6 @@ def spread(gpt: Any, strategy: str, ranks: "Ranks") -> Any:
             fully_shard(block, mesh=mesh)
         return fully_shard(gpt, mesh=mesh)
     return gpt
-
-
-def timed(work: Callable[[], Any], device: Any) -> float:
-    from lit_swa.utils import wait_for
-
-    wait_for(device)
-    started = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - started
-
-
-def release(device: "torch.device") -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -173,15 +172,9 @@ def measure(
 
 def fastest(run: Callable[[], None], device: "torch.device", repeats: int) -> float:
     """Seconds of the fastest of some calls, after one that does not count."""
-    from lit_swa.utils import wait_for
+    from lit_swa.utils import timed
 
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        run()
-        wait_for(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+    return min([timed(run, device) for _ in range(repeats + 1)][1:])
 
 
 if __name__ == "__main__":
