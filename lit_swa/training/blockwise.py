@@ -3,7 +3,6 @@
 A block alone is a GPT of its layers whose embedding gives rows of the block's inputs, and which nothing comes behind.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -55,7 +54,8 @@ from lit_swa.training.feed import MICRO_BATCH_TOKENS, ExampleFeed, ExampleValida
 from lit_swa.training.finetuning import read_data
 from lit_swa.training.linearizing import error_in_words, validate_transfer
 from lit_swa.training.loop import Progress, Run
-from lit_swa.training.resuming import difference, find_run, what_remains
+from lit_swa.training.resuming import difference, find_run
+from lit_swa.training.saving import note_validation
 from lit_swa.utils import ProgressLine, print_line
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -330,13 +330,6 @@ def evaluate_block(run: BlockRun, model: nn.Module, progress: Progress) -> float
     if run.valid is None:
         return None
     loss = validate_transfer(run.fabric, model, run.valid)
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"The validation loss after step {progress.step} is {loss}; {what_remains(run.out_dir)}. Lower "
-            "--learning_rate, or save the inputs again in another precision."
-        )
-    progress.note_validation(loss)
-    if progress.step == 0:
-        run.log.write(0, val_loss=loss)
+    note_validation(run, progress, loss, "--learning_rate, or save the inputs again in another precision")
     run.log.say(f"step {progress.step}: {error_in_words(loss, model)}")
     return loss

@@ -1,6 +1,5 @@
 """What the finetuning scripts share before and after their loops: data, tokenizer, base model, showing answers."""
 
-import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,8 +41,8 @@ from lit_swa.training.loss import differentiate_pieces_at_once
 from lit_swa.training.memory import choose_recompute
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
-from lit_swa.training.resuming import find_run, what_remains
-from lit_swa.training.saving import Saver, remove_old_run
+from lit_swa.training.resuming import find_run
+from lit_swa.training.saving import Saver, note_validation, remove_old_run
 from lit_swa.utils import format_number
 
 
@@ -261,14 +260,7 @@ def evaluate(run: Run, model: nn.Module, progress: Progress) -> float | None:
     if run.valid is None:
         return None
     loss = validate(run.fabric, model, run.valid)
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"The validation loss after step {progress.step} is {loss}; {what_remains(run.out_dir)}. Lower "
-            "--learning_rate, or look at the examples of the data that is held out."
-        )
-    progress.note_validation(loss)
-    if progress.step == 0:
-        run.log.write(0, val_loss=loss)
+    note_validation(run, progress, loss, "--learning_rate, or look at the examples of the data that is held out")
     said = f"validation loss {format_number(loss, 4)}, {run.loss_in_words(loss)}"
     run.log.say(f"step {progress.step}: {said}")
     if run.args.sample and run.fabric.is_global_zero and not is_sharded(run.fabric):

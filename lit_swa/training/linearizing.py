@@ -1,6 +1,5 @@
 """What finetune/linearize.py does before, between and behind its two loops."""
 
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -37,8 +36,8 @@ from lit_swa.training.distribution import loading_device, unwrapped
 from lit_swa.training.finetuning import Finetuning, prepare
 from lit_swa.training.log import Table, read_lines
 from lit_swa.training.loop import Progress, Run, Validation, validate
-from lit_swa.training.resuming import find_run, what_remains
-from lit_swa.training.saving import Saver
+from lit_swa.training.resuming import find_run
+from lit_swa.training.saving import Saver, note_validation
 from lit_swa.utils import ProgressLine, format_number, format_perplexity
 
 if TYPE_CHECKING:
@@ -168,16 +167,12 @@ def evaluate_transfer(run: Finetuning, model: nn.Module, progress: Progress) -> 
     if run.valid is None:
         return None
     loss = validate_transfer(run.fabric, model, run.valid)
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"The validation loss after step {progress.step} is {loss}; {what_remains(run.out_dir)}. Lower "
-            "--transfer_learning_rate, or look at the examples of the data that is held out."
-        )
-    progress.note_validation(loss)
+    note_validation(
+        run, progress, loss, "--transfer_learning_rate, or look at the examples of the data that is held out"
+    )
     nll = validate(run.fabric, unwrapped(model), run.valid)
     said = f"{error_in_words(loss, model)}, perplexity {format_perplexity(nll)}"
     if progress.step == 0:
-        run.log.write(0, val_loss=loss)
         said += f" (softmax attention: {format_perplexity(softmax_nll(run, model))})"
     run.log.say(f"step {progress.step}: {said}")
     return loss

@@ -311,3 +311,14 @@ def require_finite(run: Run, step: int, loss: float, norm: float, batches: Seque
         f"The {what} of step {step + 1} is {loss if what == 'loss' else norm}: it read the examples {shown} (counted "
         f"from 0) of the data; {what_remains(run.out_dir)}. Lower --learning_rate, or look at these examples."
     )
+
+
+def note_validation(run: Run, progress: Progress, loss: float, lower: str) -> None:
+    """Keep the loss of a validation, and write that before the first step. Raises ValueError if it is no number."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"The validation loss after step {progress.step} is {loss}; {what_remains(run.out_dir)}. Lower {lower}."
+        )
+    progress.note_validation(loss)
+    if progress.step == 0:
+        run.log.write(0, val_loss=loss)
