@@ -17,10 +17,8 @@ from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.linear_formats import pack_for_cpu
 from lit_swa.methods import Method, Setup
 from lit_swa.model import GPT
-from lit_swa.plots import model_of, set_title, short_count
+from lit_swa.plots import NONE, draw_shares, model_of, set_title
 from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
-
-NONE = "\u2013"  # where a question was not asked
 
 
 class Question(NamedTuple):
@@ -171,19 +169,8 @@ def heat_map(plt: Any, result: dict[str, Any], *title: str) -> Any:
     for axis, method in zip(axes[0], methods, strict=True):
         columns = [cells[method, length] for length in lengths]
         grid = [[float("nan") if column[task] is None else column[task] for column in columns] for task in tasks]
-        axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        write_cells(axis, grid)
-        axis.set_xticks(range(len(lengths)), map(short_count, lengths))
-        axis.set_yticks(range(len(tasks)), tasks)
+        draw_shares(axis, grid, lengths, tasks)
         axis.set(title=f"method {method}", xlabel="tokens")
         axis.title.set_size(10)
     set_title(figure, f"{model_of(a)}: {title[0]}", *title[1:])
     return figure
-
-
-def write_cells(axis: Any, grid: list[list[float]]) -> None:
-    for i, row in enumerate(grid):
-        for j, score in enumerate(row):
-            asked = score == score
-            colour = "white" if asked and score <= 50 else "black"
-            axis.text(j, i, f"{score:.0f}" if asked else NONE, ha="center", va="center", color=colour)

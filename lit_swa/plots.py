@@ -196,6 +196,21 @@ def check_output(output: Path) -> None:
         print(f"{MISSING} (now, or later for: python scripts/redraw.py --results {output})", file=sys.stderr)
 
 
+NONE = "\u2013"  # where nothing was measured
+
+
+def draw_shares(axis: Any, grid: list[list[float]], lengths: list[int], names: Sequence[str]) -> None:
+    """Shares in per cent, NaN where nothing was measured: a row for each name, a column for each length in tokens."""
+    axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for i, row in enumerate(grid):
+        for j, share in enumerate(row):
+            known = share == share
+            colour = "white" if known and share <= 50 else "black"
+            axis.text(j, i, f"{share:.0f}" if known else NONE, ha="center", va="center", color=colour)
+    axis.set_xticks(range(len(lengths)), map(short_count, lengths))
+    axis.set_yticks(range(len(grid)), names)
+
+
 def draw_results(output: Path, draw: Callable[[Any], Any]) -> None:
     """The picture of results, next to their file; says on stderr where both are."""
     picture = output.with_suffix(".png")

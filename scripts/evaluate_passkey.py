@@ -220,16 +220,11 @@ def draw_trials(axis, lengths: list[int], rows: list[dict[str, Any]], trials: li
 
 
 def draw_map(axis, lengths: list[int], depths: list[float], rows: list[dict[str, Any]]) -> None:
-    from lit_swa.plots import short_count
+    from lit_swa.plots import draw_shares
 
     cells = {(row["length"], row["depth"]): 100 * row["accuracy"] for row in rows}
     grid = [[cells[n, depth] for n in lengths] for depth in depths]
-    axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for i, row in enumerate(grid):
-        for j, found in enumerate(row):
-            axis.text(j, i, f"{found:.0f}", ha="center", va="center", color="black" if found > 50 else "white")
-    axis.set_xticks(range(len(lengths)), map(short_count, lengths))
-    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    draw_shares(axis, grid, lengths, [f"{depth:.0%}" for depth in depths])
 
 
 if __name__ == "__main__":

@@ -323,17 +323,12 @@ def look(name: str) -> dict[str, Any]:
 def draw_keys(axis, row: dict[str, Any], lengths: list[int], first: bool) -> None:
     """A cell for each length and depth: how many of its keys were found."""
     from lit_swa.passkey import accuracy_rows
-    from lit_swa.plots import short_count
+    from lit_swa.plots import draw_shares
 
     shares = {(r["length"], r["depth"]): 100 * r["accuracy"] for r in accuracy_rows(row["passkeys"])}
     depths = sorted({depth for _, depth in shares})
     grid = [[shares[n, depth] for n in lengths] for depth in depths]
-    axis.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for i, line in enumerate(grid):
-        for j, found in enumerate(line):
-            axis.text(j, i, f"{found:.0f}", ha="center", va="center", color="black" if found > 50 else "white")
-    axis.set_xticks(range(len(lengths)), map(short_count, lengths))
-    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if first else [])
+    draw_shares(axis, grid, lengths, [f"{depth:.0%}" for depth in depths] if first else [])
     axis.set(xlabel="length, tokens", title=row["model"], ylabel="depth of the key; % found" if first else "")
 
 
