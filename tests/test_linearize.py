@@ -427,6 +427,13 @@ def test_a_stage_can_be_left_out(linearize):
     made, transferred = stored(first / "final"), stored(first / "transfer" / "final")
     assert all(torch.equal(made[name], t) for name, t in transferred.items())
     linearize("first", stage2_steps=0, resume="auto", **arguments)
+    both, err = linearize("both", stage2_steps=0, **arguments)
+    _, err = linearize("both", code=2, stage2_steps=1, **arguments)
+    assert "both holds a run (final): --resume auto goes on" in err
+    linearize("both", stage2_steps=1, resume="auto", **arguments)  # stage 1 is not made again for it
+    assert any(not torch.equal(made[name], t) for name, t in stored(both / "final").items()) and rows_of(
+        both / "transfer" / "metrics.csv"
+    ) == rows_of(first / "transfer" / "metrics.csv")
     _, err = linearize("second", code=2, checkpoint_dir=first / "final", **arguments)
     assert "linear already (attention='linear'): --stage1_steps 0 goes on with stage 2" in err
     more = {"checkpoint_dir": first / "final", "stage1_steps": 0, "loss": "kl", "model.linear_window": None}

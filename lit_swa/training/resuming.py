@@ -7,6 +7,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,16 @@ def find_run(resume: str, out_dir: Path) -> Path | None:
             f"{out_dir} holds a run ({there}): --resume auto goes on with it, --resume restart deletes it, or choose "
             "another --out_dir."
         )
-    if not steps:
+    if not steps and not holds_no_step(final):
         raise ValueError(f"{out_dir} has a final model and no step to go on from: choose another --out_dir.")
-    return steps[-1]
+    return steps[-1] if steps else None
+
+
+def holds_no_step(final: Path) -> bool:
+    """True for the result of a run that was to make no step: one that makes some begins there, and replaces it."""
+    with suppress(ValueError, OSError, KeyError, TypeError):
+        return read_json(find_inside(final, RUN_FILE))["progress"]["step"] == 0
+    return False
 
 
 def what_remains(out_dir: Path) -> str:
