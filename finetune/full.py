@@ -22,13 +22,16 @@ def main(**training: Any) -> None:
 
     from lit_swa import train
     from lit_swa.checkpoint import save_checkpoint
-    from lit_swa.formats.quantized import quantization_of, require_dense
+    from lit_swa.formats.directory import open_weights, read_quantization
+    from lit_swa.formats.quantized import require_dense
     from lit_swa.utils import interruptible
 
     run = train.prepare(args, "full", rate=2e-5)
     fabric, feed = run.fabric, run.feed
+    open_weights(run.checkpoint_dir)  # refuses an adapter
+    stored = read_quantization(run.checkpoint_dir)
+    require_dense(stored, run.checkpoint_dir, "train beside its weights with finetune/lora.py")
     gpt = train.load_base(run)
-    require_dense(quantization_of(gpt), run.checkpoint_dir, "train beside its weights with finetune/lora.py")
     model = train.place(run, gpt)
     optimizer = fabric.setup_optimizers(train.build_optimizer(gpt, args, run.peak_rate))
 

@@ -108,6 +108,8 @@ class Loop:
             raise ValueError(f"recompute={self.recompute!r} does not fit: choose auto, all, none, offload or a number.")
         if self.shard_size is not None and self.strategy != "fsdp":
             raise ValueError(f"shard_size={self.shard_size} has no effect with strategy='ddp': use --strategy fsdp.")
+        if self.chunk_offload and self.chunk_size is None:
+            raise ValueError("chunk_offload has no effect without chunks: also set chunk_size.")
         if self.chunk_size is not None and self.strategy == "fsdp":
             raise ValueError("chunk_size needs the whole model on each device: use --strategy ddp, or leave it out.")
 

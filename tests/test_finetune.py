@@ -549,6 +549,8 @@ def test_gradients_are_clipped_to_the_norm(tiny_model):
         ({"shard_size": 2, "strategy": "fsdp"}, "shard_size=2 does not divide the 1 processes"),
         ({"shard_size": 1}, "no effect with strategy='ddp'"),
         ({"chunk_size": 5, "strategy": "fsdp"}, "chunk_size needs the whole model on each device"),
+        ({"chunk_offload": "true"}, "chunk_offload has no effect without chunks"),
+        ({"out_dir": __file__}, "is a file: give a directory as --out_dir"),
         ({"chunk_size": 5, "model.s2_attention": "true"}, "S2-Attn groups the tokens of a whole text"),
         ({"model.nope": 3}, "nope"),
         ({"prompt_style": "nope"}, "alpaca"),
@@ -558,6 +560,18 @@ def test_bad_arguments_are_refused_in_one_sentence(train, arguments, word):
     """Catches: a traceback."""
     directory, _, err = train(code=2, **arguments)
     assert word in err and err.startswith("error: ") and err.count("\n") == 1 and not (directory / "final").exists()
+
+
+def test_all_weights_are_trained_of_a_whole_checkpoint_only(train, run_script, tiny_checkpoint, data_file, tmp_path):
+    """Catches: a traceback where the model of an adapter, all of it frozen, or one in 8 bits is trained on."""
+    adapter = train(max_steps=1, limit=4)[0] / "final"
+    quantised = tmp_path / "quantised"
+    run_script("scripts/quantize.py", "--checkpoint_dir", tiny_checkpoint, "--output_dir", quantised)
+    for script in ("finetune/full.py", "pretrain/base.py"):
+        for directory, said in ((adapter, "is an adapter: make a checkpoint of it"), (quantised, "quantised already")):
+            given = ("--checkpoint_dir", directory, "--data", data_file, "--out_dir", tmp_path / "more")
+            code, _, err = run_script(script, *given, "--max_steps", 1)
+            assert code == 2 and said in err and not (tmp_path / "more").exists(), err
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

@@ -54,7 +54,7 @@ from lit_swa.training.feed import MICRO_BATCH_TOKENS, ExampleFeed, ExampleValida
 from lit_swa.training.finetuning import read_data
 from lit_swa.training.linearizing import error_in_words, validate_transfer
 from lit_swa.training.loop import Progress, Run
-from lit_swa.training.resuming import difference, find_run
+from lit_swa.training.resuming import difference, find_run, require_no_file
 from lit_swa.training.saving import note_validation
 from lit_swa.utils import ProgressLine, print_line
 
@@ -151,6 +151,7 @@ def load_embedding(checkpoint_dir: Path, dtype: torch.dtype, device: torch.devic
 def shard(args: Training, out_dir: Path, layers_per_block: int, only: int | None) -> None:
     """Split the checkpoint, one block or all."""
     check_range("layers_per_block", layers_per_block, 1, 4096)
+    require_no_file(out_dir)
     checkpoint_dir = find_base(args)
     base = load_config(checkpoint_dir)
     if LINEAR in base.layer_variants:

@@ -26,8 +26,9 @@ from lit_swa.evaluate import check_context
 from lit_swa.exact_chunks import check_chunks
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
-from lit_swa.formats.directory import has_tokenizer
+from lit_swa.formats.directory import has_tokenizer, open_weights, read_quantization
 from lit_swa.formats.download import find_checkpoint
+from lit_swa.formats.quantized import require_dense
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate_text
 from lit_swa.model import GPT
@@ -274,6 +275,8 @@ def prepare_pretraining(args: Pretraining) -> PretrainingRun:
         with fabric.rank_zero_first():
             base_dir = find_checkpoint(args.checkpoint_dir)
         check_checkpoint_dir(base_dir)
+        open_weights(base_dir)  # refuses an adapter
+        require_dense(read_quantization(base_dir), base_dir, "train the checkpoint that it was made of")
     check_shape(args, find_config(args, base_dir, args.tokenizer_vocab_size), fabric)  # text to tokens may take hours
     with fabric.rank_zero_first():
         tokenizer = find_tokenizer(args, base_dir, out_dir)

@@ -62,6 +62,7 @@ def find_run(resume: str, out_dir: Path) -> Path | None:
 
     Raises ValueError when a run is there and this one must not touch it, or cannot go on.
     """
+    require_no_file(out_dir)
     steps, final = saved_steps(out_dir), out_dir / "final"
     if resume == "restart" or not steps and not final.exists():
         return None
@@ -74,6 +75,11 @@ def find_run(resume: str, out_dir: Path) -> Path | None:
     if not steps and not holds_no_step(final):
         raise ValueError(f"{out_dir} has a final model and no step to go on from: choose another --out_dir.")
     return steps[-1] if steps else None
+
+
+def require_no_file(out_dir: Path) -> None:
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file: give a directory as --out_dir.")
 
 
 def holds_no_step(final: Path) -> bool:
