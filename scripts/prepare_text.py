@@ -55,7 +55,7 @@ def main(
     check_sources(paths, output_dir, output, dataset, preset)
     if preset:
         find_corpora(preset)
-    processes = processes or count_cores()
+    processes = count_cores() if processes is None else processes
     check_range("processes", processes, 1, whole=True)
     if checkpoint_dir is None or not has_tokenizer(checkpoint_dir):  # a tokenizer needs no weights beside it
         checkpoint_dir = find_checkpoint(checkpoint_dir)

@@ -252,6 +252,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_sentence(tmp_path, tiny_checkp
         ('{"text": "a", }\n', "a.jsonl line 41 is no JSON"),
         ('{"title": "x"}\n', "a.jsonl line 41 has the keys title: name the one of the text with --key"),
         ('{"text": 3}\n', "a.jsonl line 41, text is a int: it must be a text"),
+        ('{"text": "\\ud83d!"}\n', r"jsonl line 41, text has half a character, '.ud83d', which no tokenizer takes"),
         ("[1]\n", "a.jsonl line 41 is a list: it must be an object like"),
     ):
         (tmp_path / "a.jsonl").write_text("".join([*lines[:40], wrong, *lines[40:]]))
@@ -286,6 +287,7 @@ def test_other_mistakes_are_said_in_one_sentence(tmp_path, tiny_checkpoint, run_
         (["--data", tmp_path / "cut.jsonl.gz", *out], "cut.jsonl.gz is damaged"),
         (["--data", tmp_path / "none", *out], "none holds no text: give .txt, .jsonl"),
         (["--data", tmp_path / "a.pdf", *out], "There is no file"),
+        (["--data", data, "--output_dir", tmp_path / "x.parquet"], "x.parquet is a file: give a directory"),
         (["--data", data], "Give --output_dir, a directory for pretraining, or --output"),
         (["--data", data, "--dataset", "a/b", *out], "--dataset is read in place of --data"),
         (["--preset", "pile", *out], "preset='pile' is not known: choose from fineweb-edu, openwebtext"),
@@ -303,6 +305,8 @@ def test_other_mistakes_are_said_in_one_sentence(tmp_path, tiny_checkpoint, run_
     monkeypatch.setattr("lit_swa.formats.download.find_checkpoint", lambda name: pytest.fail("fetched for nothing"))
     code, _, err = run_script("scripts/prepare_text.py", "--preset", "pile", *out)
     assert code == 2 and "preset='pile' is not known" in err
+    code, _, err = run_script("scripts/prepare_text.py", "--data", data, *out, "--processes", 0)
+    assert code == 2 and "processes=0 does not fit" in err
 
 
 # ------------------------------------------------------------------------------------------------ datasets and presets

@@ -53,7 +53,20 @@ class Selection(NamedTuple):
         text = record[self.key]
         if not isinstance(text, str | None):
             raise ValueError(f"{where()}, {self.key} is a {type(text).__name__}: it must be a text.")
+        if text and not text.isascii() and (half := half_character(text)):
+            raise ValueError(
+                f"{where()}, {self.key} has half a character, {half!r}, which no tokenizer takes: mend or remove it."
+            )
         return text or ""
+
+
+def half_character(text: str) -> str:
+    """The first half of a surrogate pair that stands alone, as JSON can write it; "" if there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return ""
 
 
 class Part(NamedTuple):

@@ -174,6 +174,8 @@ def directory_lock(directory: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     with named_when_full(directory):
+        if directory.is_file():
+            raise ValueError(f"{directory} is a file: give a directory.")
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / LOCK_NAME, is_singleton=True)  # within one process, the blocks may be nested
         try:
