@@ -79,6 +79,7 @@ def main(
     first, second = train.prepare_stages(args, steps, transfer_learning_rate, transfer_schedule, keep_full)
     variants = softmax_variants(train.load_config(second.checkpoint_dir))  # what the teacher's layers are
     if first is not None:
+        train.require_older_keys(first, first.config, ends)
         if second.steps and not (first.out_dir / "final").exists():
             second.log.say("Stage 2 is tried first, so that it cannot fail after stage 1:")
             finetune(second, variants, lora, loss, keep_full, tried=True)

@@ -84,6 +84,7 @@ def train_block(
     from lit_swa.utils import interruptible
 
     run = train.prepare_block(args, out_dir, number, schedule)
+    train.require_older_keys(run, run.block.config, ends)
     fabric, feed = run.fabric, run.feed
     gpt = train.load_block_student(run)
     learners = AttentionTransfer(gpt, run.block.softmax, weights_ce)  # freezes all but the linear attention

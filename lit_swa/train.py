@@ -37,6 +37,7 @@ from lit_swa.training.linearizing import (
     load_student,
     place_transfer,
     prepare_stages,
+    require_older_keys,
     save_unchanged,
     validate_transfer,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "rehearse",
     "remove_old_run",
     "require_finite",
+    "require_older_keys",
     "resume_and_rehearse",
     "save_block",
     "save_inputs",

@@ -460,6 +460,10 @@ def test_what_does_not_fit_a_run_is_refused_in_a_sentence(linearize):
             {"resume": "auto", "keep_full": 1, "validation_fraction": 0},
             "keep_full measures each layer on held-out text",
         ),
+        (
+            {"resume": "auto", "model.linear_window": 60, "model.linear_sinks": 4},
+            "the window and the sinks hold 64, so",
+        ),
         ({"resume": "auto", "model.linear_off": "true"}, "linear_off switches off what stage 1 trains"),
         ({"resume": "auto", "targets": "head"}, "targets has no 'head' here"),
     ):

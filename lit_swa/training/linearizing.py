@@ -104,6 +104,16 @@ def require_parts(run: Finetuning, transfers: bool, keep_full: int) -> None:
         )
 
 
+def require_older_keys(run: Run, config: Config, dropout: tuple[float, float]) -> None:
+    """Raises ValueError where no text of stage 1 leaves a key to the linear part. dropout: of windows, at both ends."""
+    longest, exact = int(run.feed.dataset.lengths.max()), config.linear_window + config.linear_sinks
+    if longest <= exact and not any(dropout):
+        raise ValueError(
+            f"The longest text has {longest} tokens, and the window and the sinks hold {exact}, so the linear part "
+            "would learn nothing: give longer texts, a smaller --model.linear_window, or --window_dropout."
+        )
+
+
 def load_student(run: Finetuning) -> GPT:
     """The run's checkpoint with its linear layers, which have learned nothing yet where it had none."""
     fields = run.args.model or {}
