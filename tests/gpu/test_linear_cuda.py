@@ -25,4 +25,4 @@ def test_sums_of_fla_are_those_of_the_chunks(tiny_model, monkeypatch, fields):
         found.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
     for exact, plain, fast in zip(*found, strict=True):
         plain, fast = ((x.float() - exact.float()).square().mean().sqrt() for x in (plain, fast))
-        assert fast < 1.5 * plain + 1e-3 * exact.float().square().mean().sqrt()
+        assert fast < (1.25 if exact.numel() > 64 else 2) * plain + 1e-4 * exact.float().square().mean().sqrt()
