@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tiny import randomize
 
 from lit_swa import Config
 from lit_swa.checkpoint import convert_hf_checkpoint, export_hf_checkpoint, load_model
+from lit_swa.formats.convert import special_tokens
+from lit_swa.formats.hf_export import config_to_hf
 from lit_swa.rope import chunk_temperature
 
 transformers = pytest.importorskip("transformers")
@@ -34,6 +37,7 @@ FALCON = {"num_key_value_heads": None, "intermediate_size": None, "ffn_hidden_si
 GROUPS = {"new_decoder_architecture": True, "num_kv_heads": 2}
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 QWEN_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FULL = ["full_attention"] * 4
 LLAMA4 = EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 40, "attention_chunk_size": S, "floor_scale": 4}
 CASES = {  # name: the class of transformers, the fields that are not SHAPE's
     "smollm3": ("SmolLM3", {}),
@@ -57,6 +61,7 @@ CASES = {  # name: the class of transformers, the fields that are not SHAPE's
         "StableLm",
         {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
     ),
+    "stablelm, one key head": ("StableLm", {"qk_layernorm": True, "num_key_value_heads": 1}),
     "phi": ("Phi", {}),
     "phi, normed": ("Phi", {"qk_layernorm": True, **NO_GROUPS}),
     "phi 3": ("Phi3", {"sliding_window": S, **NO_GROUPS}),
@@ -64,6 +69,7 @@ CASES = {  # name: the class of transformers, the fields that are not SHAPE's
     "falcon 7b": ("Falcon", FALCON),
     "falcon 40b": ("Falcon", FALCON | GROUPS),
     "falcon 11b": ("Falcon", FALCON | GROUPS | {"num_ln_in_parallel_attn": 1}),
+    "falcon 40b, biases": ("Falcon", FALCON | GROUPS | {"bias": True}),
     "falcon, serial": ("Falcon", FALCON | {"parallel_attn": False, "multi_query": False, "bias": True}),
     "granite": ("Granite", GRANITE | {"attention_bias": True, "mlp_bias": True}),
     "granite swa": ("GraniteSWA", GRANITE | {"sliding_window": S, "layer_rope_theta": [10000.0, 0, 500.0, 10000.0]}),
@@ -75,6 +81,15 @@ CASES = {  # name: the class of transformers, the fields that are not SHAPE's
     "mixtral": ("Mixtral", EXPERTS | {"sliding_window": S}),
     "qwen 2 moe": ("Qwen2Moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "qwen 3 moe": ("Qwen3Moe", QWEN_EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "qwen 3 moe, windows": (
+        "Qwen3Moe",
+        QWEN_EXPERTS | {"use_sliding_window": True, "sliding_window": S, "max_window_layers": 2},
+    ),
+    "gemma 2, no windows": ("Gemma2", {"head_dim": 16, "layer_types": FULL}),
+    "afmoe, dense": (
+        "Afmoe",
+        {"num_dense_layers": 4, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": S},
+    ),
     "afmoe": (
         "Afmoe",
         {
@@ -88,7 +103,12 @@ CASES = {  # name: the class of transformers, the fields that are not SHAPE's
         },
     ),
     "gpt-oss": ("GptOss", EXPERTS | {"head_dim": 16, "sliding_window": S}),
+    "gpt-oss, plain": (
+        "GptOss",
+        EXPERTS | {"head_dim": 16, "layer_types": FULL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
     "llama 4": ("Llama4", LLAMA4),
+    "llama 4, no chunks": ("Llama4", LLAMA4 | {"no_rope_layers": [0] * 4}),
     "llama 4, yarn": ("Llama4", LLAMA4 | {"rope_parameters": YARN | {"factor": 8.0}}),
     "llama 4, every other": ("Llama4", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False}),
 }
@@ -145,6 +165,25 @@ def test_a_key_that_is_left_out_has_the_default_of_transformers(family: str):
         theirs = kind(**given).to_dict()
         told = {key: value for key, value in theirs.items() if key not in ("architectures", "quantization_config")}
         assert Config.from_hf(named | given) == Config.from_hf(named | told)
+
+
+def test_qwen_2_moe_has_the_windows_of_transformers_where_no_list_of_layers_is_given():
+    """Catches: the windows of Qwen 2, whose keys are called alike and mean other layers."""
+    given = SHAPE | {"use_sliding_window": True, "sliding_window": S, "max_window_layers": 3}
+    told = transformers.Qwen2MoeConfig(**given)
+    config = Config.from_hf({"architectures": ["Qwen2MoeForCausalLM"]} | given)
+    assert [f"{kind}_attention" for kind in config.layer_variants] == told.layer_types
+
+
+def test_an_export_takes_no_class_that_transformers_could_not_build():
+    """Catches: YaRN in Phi 3, which knows longrope alone; the padding of a class, 128004, in a vocabulary of 97."""
+    half = Config.from_hf(SHAPE | {"architectures": ["PhiForCausalLM"]}).override(rotary_percentage=0.5)
+    yarn = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+    llama = {"norm_class_name": "RMSNorm", "mlp_class_name": "GatedMLP", "parallel_residual": False}
+    plain = dict.fromkeys(("shared_norm", "attn_bias", "attn_proj_bias", "mlp_bias", "lm_head_bias"), False)
+    with pytest.raises(ValueError, match="No Hugging Face architecture"):
+        config_to_hf(replace(half, rope_scaling=yarn, **llama | plain))
+    assert special_tokens(Path("nowhere")) == {"pad_token_id": None}
 
 
 @torch.no_grad()
@@ -214,7 +253,7 @@ UNREAD = [
     ("gpt_oss", {"quantization_config": {"quant_method": "gptq"}}), ("llama4_text", {"sliding_window": 128}),
     ("gemma", {"use_bidirectional_attention": True}), ("smollm3", {"logit_scale": 2.0}),
     ("exaone4", {"layer_types": ["chunked_attention"] * 4}), ("olmo3", {"rope_parameters": {"rope_theta": 1e4}}),
-    ("phi3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}),
+    ("phi3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}), ("gemma3_text", {"attn_logit_softcapping": 20.0}),
 ]  # fmt: skip
 
 

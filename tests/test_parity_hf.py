@@ -217,7 +217,8 @@ GIVEN = {  # a model_type, its class, and a value for every key that is read, no
     "gemma2": ("Gemma2Config", GEMMA | {"rope_theta": 5e5}),
     "gemma3_text": (
         "Gemma3TextConfig",
-        GEMMA | {"rope_theta": 5e5, "rope_local_base_freq": 99.0, "sliding_window_pattern": 2, "layer_types": None},
+        {key: value for key, value in GEMMA.items() if key != "attn_logit_softcapping"}
+        | {"rope_theta": 5e5, "rope_local_base_freq": 99.0, "sliding_window_pattern": 2, "layer_types": None},
     ),
     "gpt_neox": (
         "GPTNeoXConfig",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -235,6 +236,15 @@ def with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, Laz
 # --------------------------------------------------------------------------------------------------------------- export
 
 
+def special_tokens(directory: Path) -> dict[str, Any]:
+    """The ids that generation_config.json names. The default that a class has for the padding may lie beyond the
+    vocabulary."""
+    there = (directory / "generation_config.json").exists()
+    generation = read_json(find_inside(directory, "generation_config.json")) if there else {}
+    names = "bos_token_id", "eos_token_id", "pad_token_id"
+    return {"pad_token_id": None} | {key: generation[key] for key in names if key in generation}
+
+
 def export_hf_checkpoint(
     checkpoint_dir: str | Path, output_dir: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -262,11 +272,7 @@ def export_hf_checkpoint(
         remove_leftovers(directory)
         (directory / "config.json").unlink(missing_ok=True)
         copy_tokenizer(source, directory)
-        if (directory / "generation_config.json").exists():
-            generation = read_json(find_inside(directory, "generation_config.json"))
-            hf |= {
-                key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation
-            }
+        hf |= special_tokens(directory)
         tensors = to_hf(tensors, config, hf["architectures"][0])
         write_weights(directory, "model", with_progress(tensors, "exporting"), max_shard_bytes)
         write_json(directory / "config.json", hf)

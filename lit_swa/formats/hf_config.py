@@ -175,6 +175,10 @@ def gemma3(hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"RoPE of the layers with a window has the type {str(local['rope_type'])[:40]!r}: none is read."
         )
+    if hf["attn_logit_softcapping"] is not None:
+        raise ValueError(
+            "attn_logit_softcapping is set, which transformers leaves out of Gemma 3: take the key out to do the same."
+        )
     return {
         **gemma2(hf | {"layer_types": hf.get("layer_types") or pattern}),
         "norm_qk": True,
@@ -185,7 +189,7 @@ def gemma3(hf: dict[str, Any]) -> dict[str, Any]:
 def gpt_neox(hf: dict[str, Any]) -> dict[str, Any]:
     without_layer_types(hf, "full_attention")
     rope, bias = read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}), hf["attention_bias"]
-    return {
+    return own_heads(hf) | {
         "norm_class_name": "LayerNorm",
         "mlp_class_name": "PlainMLP",
         "norm_eps": hf["layer_norm_eps"],
@@ -196,6 +200,12 @@ def gpt_neox(hf: dict[str, Any]) -> dict[str, Any]:
         "rope_base": float(rope["rope_theta"]),
         "rotary_percentage": float(rope.get("partial_rotary_factor", hf["rotary_pct"])),
     }
+
+
+def own_heads(hf: dict[str, Any]) -> dict[str, Any]:
+    """GPT-NeoX has a key head for each query head, and heads that share the width, whatever else config.json holds."""
+    heads = hf["num_attention_heads"]
+    return {"n_query_groups": heads, "head_size": hf["hidden_size"] // heads}
 
 
 def smollm3(hf: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +295,7 @@ def olmo3(hf: dict[str, Any]) -> dict[str, Any]:
 def stablelm(hf: dict[str, Any]) -> dict[str, Any]:
     parallel = hf["use_parallel_residual"]
     return {
+        "head_size": hf["hidden_size"] // hf["num_attention_heads"],
         "norm_class_name": "LayerNorm",
         "norm_eps": hf["layer_norm_eps"],
         "attn_bias": hf["use_qkv_bias"],
@@ -409,13 +420,19 @@ def qwen_moe(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def qwen2_moe(hf: dict[str, Any]) -> dict[str, Any]:
-    moe = qwen_moe(hf)
+    """A window without layer_types is that of every other layer, of those before max_window_layers."""
+    moe, windows = qwen_moe(hf), range(0, hf["max_window_layers"], 2) if hf["use_sliding_window"] else ()
+    types = [("full_attention", "sliding_attention")[i in windows] for i in range(hf["num_hidden_layers"])]
+    hf = hf | {"layer_types": hf.get("layer_types") or types}
     shared = {"shared_expert_size": hf["shared_expert_intermediate_size"], "shared_expert_gate": True} if moe else {}
     return qwen2(hf) | {"attn_bias": hf["qkv_bias"]} | moe | shared
 
 
 def qwen3_moe(hf: dict[str, Any]) -> dict[str, Any]:
-    return qwen3(hf) | qwen_moe(hf)
+    """All layers have the window, if use_sliding_window says so."""
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
+    without_layer_types(hf, "full_attention" if window is None else "sliding_attention")
+    return qwen3(hf | {"max_window_layers": 0}) | qwen_moe(hf)
 
 
 def afmoe(hf: dict[str, Any]) -> dict[str, Any]:

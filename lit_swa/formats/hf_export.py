@@ -53,7 +53,7 @@ def _qwen2(c: Config) -> dict[str, Any]:
 def _gemma2(c: Config) -> dict[str, Any]:
     scalar = c.head_size if c.attention_scores_scalar is None else c.attention_scores_scalar
     scalar = int(scalar) if scalar == int(scalar) else scalar  # transformers asks for an int
-    return _windows(c) | {
+    return _layers(c) | {
         "hidden_activation": ACTIVATIONS[c.activation], "attention_bias": c.attn_bias, "query_pre_attn_scalar": scalar,
         "attn_logit_softcapping": c.attention_logit_softcapping, "final_logit_softcapping": c.final_logit_softcapping,
     }  # fmt: skip
@@ -100,7 +100,8 @@ def _cohere2(c: Config) -> dict[str, Any]:
 
 
 def _layers(c: Config) -> dict[str, Any]:
-    return {key: value for key, value in _windows(c).items() if key in ("layer_types", "sliding_window")}
+    """Their classes make the mask of a window also where layer_types has none, so there is always a number."""
+    return {"layer_types": _windows(c)["layer_types"], "sliding_window": c.sliding_window_size or c.block_size}
 
 
 def _exaone4(c: Config) -> dict[str, Any]:
@@ -134,6 +135,8 @@ def _phi(c: Config) -> dict[str, Any]:
 
 
 def _phi3(c: Config) -> dict[str, Any]:
+    if (c.rope_scaling or {"type": "longrope"})["type"] != "longrope":
+        raise ValueError("its scaling of RoPE is longrope")
     lengths = {TRAINED_LENGTH: c.rope_scaling[TRAINED_LENGTH]} if TRAINED_LENGTH in (c.rope_scaling or {}) else {}
     return {"sliding_window": c.sliding_window_size, "partial_rotary_factor": c.rotary_percentage} | lengths
 
@@ -205,8 +208,10 @@ def _qwen3_moe(c: Config) -> dict[str, Any]:
 
 
 def _gpt_oss(c: Config) -> dict[str, Any]:
+    """Without a scaling it says so: its class has YaRN where nothing is said."""
     experts = _experts(c) | {"swiglu_limit": c.expert_limit, "swiglu_alpha": c.expert_slope}
-    return _layers(c) | experts | {"intermediate_size": c.expert_size, "attention_bias": c.attn_bias}
+    rope = {} if c.rope_scaling else {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}}
+    return _layers(c) | experts | rope | {"intermediate_size": c.expert_size, "attention_bias": c.attn_bias}
 
 
 def _afmoe(c: Config) -> dict[str, Any]:
@@ -216,12 +221,12 @@ def _afmoe(c: Config) -> dict[str, Any]:
     shared, rest = divmod(c.shared_expert_size or 0, c.expert_size or 1)
     if "GatedMLP" in mlps[dense:] or rest:
         raise ValueError("its layers without experts come first")
-    return _layers(c) | {
-        "sliding_window": c.sliding_window_size, "num_dense_layers": dense, "num_experts": c.n_expert,
-        "num_experts_per_tok": c.n_expert_per_token, "num_shared_experts": shared,
-        "moe_intermediate_size": c.expert_size, "route_scale": c.expert_scale, "mup_enabled": c.scale_embeddings,
-        "attention_bias": c.attn_bias,
+    experts = {} if c.n_expert is None else {
+        "num_experts": c.n_expert, "num_experts_per_tok": c.n_expert_per_token, "num_shared_experts": shared,
+        "moe_intermediate_size": c.expert_size, "route_scale": c.expert_scale,
     }  # fmt: skip
+    own = {"num_dense_layers": dense, "mup_enabled": c.scale_embeddings, "attention_bias": c.attn_bias}
+    return _layers(c) | experts | own
 
 
 def _llama4(c: Config) -> dict[str, Any]:
@@ -230,7 +235,8 @@ def _llama4(c: Config) -> dict[str, Any]:
     tempered = c.temperature_slope is not None
     return _experts(c) | {
         "intermediate_size": c.expert_size, "intermediate_size_mlp": c.intermediate_size, "moe_layers": moe,
-        "no_rope_layers": rotated, "use_qk_norm": c.norm_qk, "attention_chunk_size": c.attention_chunk_size,
+        "no_rope_layers": rotated, "use_qk_norm": c.norm_qk,
+        "attention_chunk_size": c.attention_chunk_size or c.block_size,
         "layer_types": [LAYER_TYPES.get(variant, variant) for variant in c.layer_variants],
         "attn_temperature_tuning": tempered, "attn_scale": c.temperature_slope if tempered else 0.1,
         "floor_scale": c.temperature_length or 8192, "attention_bias": c.attn_bias,

@@ -54,19 +54,29 @@ def has_neighbours(config: Config) -> bool:
 def hf_names_of(lit_name: str, config: Config, names: Names) -> tuple[str, ...]:
     """The Hugging Face weights that one lit weight is made of; () if it has no counterpart."""
     layer = re.search(r"\.h\.(\d+)\.", lit_name)
+    found, end = templates_of(lit_name, names)
+    found = tuple(name.replace("{i}", layer[1]) if layer else name for name in found)
+    if is_stack(lit_name, names):
+        [name] = found
+        own = layer_config(lit_name, config)
+        heads = own.n_head if ".norm_q" in lit_name else own.n_query_groups
+        count, mark = (config.n_expert or 0, "{e}") if "{e}" in name else (heads, "{h}")
+        found = tuple(name.replace(mark, str(n)) for n in range(count))
+    return tuple(name + end for name in found)
+
+
+def templates_of(lit_name: str, names: Names) -> tuple[tuple[str, ...], str]:
+    """The table's names for a lit weight, (): it has none, and what stands behind them."""
     module, _, suffix = lit_name.rpartition(".")
     for key, end in ((module, f".{suffix}"), (lit_name, "")):
-        found = names.table.get(key) or names.table.get(re.sub(r"\.h\.\d+\.", ".h.{i}.", key), ())
-        found = tuple(name.replace("{i}", layer[1]) if layer else name for name in found)
-        if len(found) == 1 and "{" in found[0]:
-            [name] = found
-            own = layer_config(lit_name, config)
-            heads = own.n_head if ".norm_q" in lit_name else own.n_query_groups
-            count, mark = (config.n_expert or 0, "{e}") if "{e}" in name else (heads, "{h}")
-            found = tuple(name.replace(mark, str(n)) for n in range(count))
-        if found:
-            return tuple(name + end for name in found)
-    return ()
+        if found := names.table.get(key) or names.table.get(re.sub(r"\.h\.\d+\.", ".h.{i}.", key)):
+            return found, end
+    return (), ""
+
+
+def is_stack(lit_name: str, names: Names) -> bool:
+    """True where each expert, or each head, has a weight of its own, be it a single one."""
+    return any("{e}" in name or "{h}" in name for name in templates_of(lit_name, names)[0])
 
 
 def layer_config(lit_name: str, config: Config) -> Config:
@@ -333,12 +343,12 @@ def _joined(
 ) -> LazyTensor:
     """One lit weight of the parts that it is made of. Raises ValueError for a shape that does not fit."""
     qkv, of_heads = ".qkv." in name, bool(EACH_HEAD.search(name)) and len(shape) == 3
-    stacked = not qkv and len(parts) > 1
+    stacked = is_stack(name, names)
     dtype = _checked(hf_name, parts, (shape[0], shape[2]) if of_heads else shape, stacked, where)
     H, G, D = config.n_head, config.n_query_groups, config.head_size
     if qkv and len(parts) == 3 and [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
         raise ValueError(f"{where} has other numbers of heads in layer weights such as {name} than in its config.json.")
-    if len(parts) == 1 and not qkv and not of_heads:
+    if len(parts) == 1 and not qkv and not of_heads and not stacked:
         return parts[0]
 
     def load() -> Tensor:
@@ -398,7 +408,7 @@ def _parts_of(
     """The weights of Hugging Face's that a lit weight holds, by name."""
     D = config.head_size
     if ".qkv." not in lit_name:
-        if len(wanted) > 1:  # a stack
+        if is_stack(lit_name, names):
             shape = tensor.shape[2:] if EACH_HEAD.search(lit_name) else tensor.shape[1:]
             parts = [tensor.rows(n, n + 1) for n in range(len(wanted))]
             return {n: LazyTensor(shape, p.dtype, lambda p=p: p.load().view(shape)) for n, p in zip(wanted, parts)}  # noqa: B905
