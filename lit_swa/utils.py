@@ -31,8 +31,9 @@ def run_script(main: Callable[..., Any]) -> None:
     A ValueError or an OSError is the user's to mend, and so is too little memory: one sentence goes to stderr, with
     exit code 2. Anything else is a bug of ours and keeps its traceback, as does everything when LIT_SWA_TRACEBACK=1 is
     set. Lines on a stderr that nobody reads any more change neither the work nor the exit code. Where the reader of
-    stdout has had enough (| head), the script ends without a word. Of several processes that torchrun has started, a
-    later one waits before it says its error: if the first has met the same, torchrun has ended it by then.
+    stdout has had enough (| head), the script ends without a word. Of several processes a later one waits before it
+    says its error: if the first has met one, torchrun has ended this one by then, or the first, which started it, is
+    gone.
     """
 
     from lit_swa.command_line import run_main
@@ -40,6 +41,7 @@ def run_script(main: Callable[..., Any]) -> None:
     if not isinstance(sys.stderr, Unbreakable):
         sys.stderr = Unbreakable(sys.stderr or open(os.devnull, "w"))  # None: it was closed before the start
     replace_characters()
+    parent = os.getppid()
     try:
         try:
             with sharing_cores():
@@ -50,8 +52,10 @@ def run_script(main: Callable[..., Any]) -> None:
     except BrokenPipeError:
         sys.exit(128 + 13)  # as a shell says of SIGPIPE
     except Exception as e:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
             time.sleep(PATIENCE)
+            if os.getppid() != parent:
+                sys.exit(2)
         sentence = error_sentence(e, main)
         if sentence is None or os.environ.get("LIT_SWA_TRACEBACK") == "1":
             raise

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 from jsonargparse import ArgumentError
 
+from lit_swa import utils
 from lit_swa.command_line import describe_fields, run_main
 from lit_swa.config import Config
 from lit_swa.texts import read_line, read_stdin
@@ -263,6 +264,19 @@ def test_a_message_has_a_bounded_length(monkeypatch, capsys):
         run_script(fail("the beginning " + "x y" * 500_000 + " the end"))
     error = capsys.readouterr().err
     assert len(error) < 700 and error.startswith("error: the beginning") and error.endswith("the end\n")
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
+def test_of_several_processes_the_first_says_an_error(monkeypatch, capsys, variable):
+    """Catches: a sentence, or the loss of the first process with its traceback, once more from each other process."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(utils, "PATIENCE", 0)
+    monkeypatch.setenv(variable, "1")
+    for parents, said in ((iter([7, 7]), "error: no text\n"), (iter([7, 1]), "")):
+        monkeypatch.setattr(os, "getppid", lambda parents=parents: next(parents))
+        with pytest.raises(SystemExit) as end:
+            run_script(fail("no text"))
+        assert end.value.code == 2 and capsys.readouterr().err == said
 
 
 def say(text: str, times: int = 1):
