@@ -23,7 +23,7 @@ from lit_swa.utils import check_devices, count_processes, pick_device
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-LONGEST_WAIT = timedelta(hours=6)  # so long the processes wait for the first, which reads the texts, or for each other
+MAX_WAIT = timedelta(hours=6)  # so long the processes wait for the first, which reads the texts, or for each other
 
 
 def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
@@ -56,7 +56,7 @@ def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
     if args.strategy == "fsdp":
         strategy = fsdp_strategy(count * num_nodes, args.shard_size)
     elif count * num_nodes > 1:
-        strategy = DDPStrategy(broadcast_buffers=False, timeout=LONGEST_WAIT)  # the only buffers are RoPE's frequencies
+        strategy = DDPStrategy(broadcast_buffers=False, timeout=MAX_WAIT)  # the only buffers are RoPE's frequencies
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
@@ -100,7 +100,7 @@ def fsdp_strategy(world_size: int, shard_size: int | None = None) -> Any:
     # Fabric's second dimension is there for tensors in parallel, and does for shards.
     sizes = (world_size, 1) if shard_size is None else (world_size // shard_size, shard_size)
     return ModelParallelStrategy(
-        shard, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1], timeout=LONGEST_WAIT
+        shard, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1], timeout=MAX_WAIT
     )
 
 
