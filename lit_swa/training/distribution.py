@@ -99,9 +99,7 @@ def fsdp_strategy(world_size: int, shard_size: int | None = None) -> Any:
 
     # Fabric's second dimension is there for tensors in parallel, and does for shards.
     sizes = (world_size, 1) if shard_size is None else (world_size // shard_size, shard_size)
-    return ModelParallelStrategy(
-        shard, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1], timeout=MAX_WAIT
-    )
+    return ModelParallelStrategy(shard, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1], timeout=MAX_WAIT)
 
 
 def is_sharded(fabric: "Fabric") -> bool:
