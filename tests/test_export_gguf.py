@@ -231,6 +231,8 @@ REFUSED = {
     "with beta_fast=16.0": CASES["qwen3"] | {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 16.0}},
     "tie_embeddings": CASES["olmo2"] | {"tie_embeddings": True},
     "64 layers": CASES["exaone4"] | {"attention": "sliding,full", "positions": "rope,none", "sliding_window_size": 6},
+    "rotary_percentage=0.5, which is 1 there": CASES["qwen3"] | {"rotary_percentage": 0.5},
+    "differs in positions": {"attention": "sliding", "sliding_window_size": 6, "positions": "none"},
     "n_head \\* head_size=128": CASES["olmo2"] | {"head_size": 32, "tie_embeddings": False},
 }
 

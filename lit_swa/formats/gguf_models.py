@@ -118,6 +118,7 @@ class Model(NamedTuple):
     neighbours: bool = False  # RoPE turns the elements 2j and 2j + 1
     fused: dict[str, tuple[str, ...]] = {}  # how weights are joined in writing
     square: bool = False  # n_head * head_size is n_embd
+    partial: bool = False  # llama.cpp computes a RoPE of a part of each head
     scalings: str = "linear yarn"  # of RoPE, that llama.cpp computes
     period: int | None = None  # every so many-th layer has no window, unless a pattern says otherwise; None: no windows
     always: bool = False  # some layer must have one
@@ -288,6 +289,14 @@ def no_windows(config: Config) -> str | None:
     return "windows, which llama.cpp does not compute there" if "sliding" in config.layer_variants else None
 
 
+def rope_nowhere(config: Config) -> str | None:
+    return "no layer with RoPE" if set(config.layer_positions) == {"none"} else None
+
+
+def rope_everywhere(config: Config) -> str | None:
+    return None if "none" in config.layer_positions else "no layer without RoPE"
+
+
 def rounded_yarn(config: Config) -> str | None:
     if (config.rope_scaling or {}).get("truncate", True):
         return None
@@ -311,22 +320,23 @@ MODELS: dict[str, Model] = {  # an export takes the first that holds all of its 
     "qwen3moe": Model(
         {"norm_qk": True}, keys=(*MOE, EXPERT_SIZE), more=lambda file, fields: moe_everywhere(fields)
     ),
-    "gemma": Model(GEMMA, found=""),
+    "gemma": Model(GEMMA, found="", partial=True),
     "gemma2": Model(
-        GEMMA2, found="", keys=CAPS, period=2, always=True, local_base=True, more=functools.partial(gemma_scores, 46)
+        GEMMA2, found="", keys=CAPS, period=2, always=True, local_base=True, partial=True,
+        more=functools.partial(gemma_scores, 46),
     ),
     "gemma3": Model(
         GEMMA2 | {"norm_qk": True}, found="", keys=(CAPS[1]._replace(default=None),), period=6, local_base=True,
-        unscaled=True, more=functools.partial(gemma_scores, 62),
+        unscaled=True, partial=True, more=functools.partial(gemma_scores, 62),
     ),
     "gptneox": Model(PLAIN | ALL_BIASES | {"activation": "gelu"}, found="", keys=(PARALLEL,), fused=FUSED_QKV,
-                     square=True),
+                     square=True, partial=True),
     "phi2": Model(PLAIN | ALL_BIASES | {"activation": "gelu_tanh", "parallel_residual": True, "shared_norm": True,
-                  "lm_head_bias": True}, found="", square=True),
+                  "lm_head_bias": True}, found="", square=True, partial=True),
     "phi3": Model(fused=FUSED_QKV | FUSED_MLP, square=True, scalings="linear yarn longrope", period=0,
-                  refuse=no_windows),
+                  partial=True, refuse=no_windows),
     "stablelm": Model(
-        LAYER_NORM | {"norm_qk_type": "each"}, found="attn_bias norm_qk", square=True, more=stablelm,
+        LAYER_NORM | {"norm_qk_type": "each"}, found="attn_bias norm_qk", square=True, partial=True, more=stablelm,
         more_keys=lambda c: {"use_parallel_residual": c.parallel_residual},
     ),
     "falcon": Model(
@@ -350,7 +360,7 @@ MODELS: dict[str, Model] = {  # an export takes the first that holds all of its 
     ),
     "granite_swa": Model(
         found=BIASES, keys=GRANITE, neighbours=True, scalings=LLAMA.scalings, period=4, always=True,
-        more=granite_swa, warn=newer,
+        more=granite_swa, warn=newer, refuse=rope_nowhere,
         more_keys=lambda c: {"attention.rope_pattern": [where == "rope" for where in c.layer_positions]},
     ),
     "gpt-oss": Model(
@@ -366,7 +376,7 @@ MODELS: dict[str, Model] = {  # an export takes the first that holds all of its 
         more=afmoe, more_keys=afmoe_keys,
     ),
     "llama4": Model(keys=(*MOE, EXPERT_SIZE), neighbours=True, scalings="linear llama3", period=4, more=llama4,
-                    more_keys=llama4_keys),
+                    more_keys=llama4_keys, refuse=rope_everywhere),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------- in
@@ -590,6 +600,8 @@ def _refused(config: Config, row: Model) -> str | None:
         return "no layer with a window"
     if row.square and config.n_head * config.head_size != config.n_embd:
         return f"n_head * head_size={config.n_head * config.head_size}, which is n_embd there"
+    if not row.partial and config.rope_n_elem != config.head_size:
+        return f"rotary_percentage={config.rotary_percentage:g}, which is 1 there"
     return row.refuse(config) or refuse_scaling(config, row.scalings)
 
 
