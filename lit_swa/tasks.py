@@ -10,6 +10,7 @@ by `as_lm` alone.
 Shapes: B texts, T tokens of the longest, n tokens whose log p is asked for.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -291,9 +292,14 @@ def read_question(line: str, where: str) -> dict[str, Any]:
     return {"question": question, "choices": choices, "answer": right}
 
 
-def local_task(path: Path) -> dict[str, Any]:
-    """The questions of a file as a task of lm-eval, which has the file's name."""
+def local_task(path: Path, num_fewshot: int = 0) -> dict[str, Any]:
+    """The questions of a file as a task of lm-eval, which has the file's name. Others of it are the examples."""
     docs = read_task_file(path)
+    if num_fewshot >= len(docs):
+        raise ValueError(
+            f"{path} has {len(docs)} questions, too few for num_fewshot={num_fewshot} beside each: lower it, or add "
+            "questions."
+        )
     means = {"aggregation": "mean", "higher_is_better": True}
     task: dict[str, Any] = {
         "task": path.stem, "custom_dataset": lambda **_: {"test": as_dataset(docs)}, "dataset_path": "",
@@ -311,9 +317,12 @@ def local_task(path: Path) -> dict[str, Any]:
 
 
 def as_dataset(docs: list[dict[str, Any]]) -> Any:
+    """Dataset.from_list would hash by pickling, which dill 0.4.1 cannot do with pyarrow 26."""
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
-    return Dataset.from_list(docs)
+    told = json.dumps(docs).encode()
+    return Dataset(InMemoryTable.from_pylist(docs), fingerprint=hashlib.sha256(told).hexdigest()[:16])
 
 
 def judge(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

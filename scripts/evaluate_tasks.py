@@ -65,7 +65,7 @@ def main(
                                ("max_length", max_length, 2)):  # fmt: skip
         if value is not None:
             evaluate.check_at_least(**{name: (value, least)})
-    chosen = choose_tasks(tasks, task_file)
+    chosen = choose_tasks(tasks, task_file, num_fewshot or 0)
     manager = open_tasks(include_path, chosen)
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
@@ -105,13 +105,13 @@ def hashes(task_file: list[Path] | Path | None, include_path: Path | None) -> di
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in [*as_list(task_file), *described]}
 
 
-def choose_tasks(tasks: list[str] | None, task_file: list[Path] | Path | None) -> dict[str, Any]:
+def choose_tasks(tasks: list[str] | None, task_file: list[Path] | Path | None, num_fewshot: int) -> dict[str, Any]:
     """Name -> what lm-eval is given for it. Raises ValueError where there is none, or two have one name."""
     from lit_swa.tasks import local_task
 
     chosen: dict[str, Any] = {}
     for name, task in [*((name, name) for name in tasks or ()),
-                       *((path.stem, local_task(path)) for path in as_list(task_file))]:  # fmt: skip
+                       *((path.stem, local_task(path, num_fewshot)) for path in as_list(task_file))]:  # fmt: skip
         if name in chosen:
             raise ValueError(f"Two tasks have the name {name!r}: leave one out, or rename its file.")
         chosen[name] = task

@@ -156,6 +156,9 @@ def test_the_script_says_what_is_missing(run_script, tmp_path):
     assert code == 2 and "error: There is no task: give --tasks" in err
     code, _, err = run_script(SCRIPT, "--task_file", tmp_path / "none.jsonl")
     assert code == 2 and "none.jsonl" in err and err.count("error:") == 1
+    (tmp_path / "one.jsonl").write_text('{"question": "a", "answer": "b"}')
+    code, _, err = run_script(SCRIPT, "--task_file", tmp_path / "one.jsonl", "--num_fewshot", "1")
+    assert code == 2 and "one.jsonl has 1 questions, too few for num_fewshot=1" in err
 
 
 def test_agreement_with_lm_evals_own_backend(tiny_checkpoint, tokenizer, tmp_path):
