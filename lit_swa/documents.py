@@ -284,16 +284,17 @@ def rouge_scorer() -> Any:
 class Metric(NamedTuple):
     score: Callable[[str, str], Any]  # of an answer and one that is right; a number, or several by name
     room: int  # tokens of an answer
+    fits: Callable[[str], Any] = str.strip  # of a right answer: what is empty holds nothing that is measured
 
 
 METRICS = {
     "f1": Metric(f1, 64),
     "em": Metric(exact_match, 64),
     "rouge": Metric(rouge, 128),
-    "letter": Metric(letter, 16),
-    "letters": Metric(letters, 32),
-    "number": Metric(number, 256),
-    "verdicts": Metric(verdicts, 32),
+    "letter": Metric(letter, 16, choices_of),
+    "letters": Metric(letters, 32, choices_of),
+    "number": Metric(number, 256, number_of),
+    "verdicts": Metric(verdicts, 32, lambda right: verdicts_of(right)[0]),
     "code": Metric(code_output, 256),
 }
 
@@ -321,6 +322,17 @@ def file_score(scores: Sequence[dict[str, float]]) -> float:
     return 100 * product ** (1 / len(means))
 
 
+def check_measure(file: str, metric: str, questions: Sequence[Question]) -> None:
+    """Raises ValueError where a right answer holds nothing that is measured: an answer that says as little would be
+    right."""
+    for question in questions:
+        if not any(METRICS[metric].fits(right) for right in question.answers):
+            raise ValueError(
+                f"data: {file} has the right answer {question.answers[0][:60]!r}, in which {metric} finds nothing to "
+                "measure: give the file another measure."
+            )
+
+
 def read_files(
     files: Mapping[str, str], shots: int, shot_files: Mapping[str, Path] | None, limit: int | None
 ) -> dict[str, list[tuple[Question, list[tuple[str, str]]]]]:
@@ -332,6 +344,7 @@ def read_files(
         if metric == "rouge":
             rouge_scorer()
         questions = read_questions(Path(file))
+        check_measure(file, metric, questions)
         pool = read_questions(Path(shot_files[file])) if shot_files and file in shot_files else questions
         made[file] = [(q, shown_before(q, pool, shots)) for q in questions[:limit]]
     if unknown := [file for file in shot_files or () if file not in files]:

@@ -107,6 +107,7 @@ def test_examples_are_of_other_documents(files):
         (({zero: "f1"}, 1, None, None), "no place for examples"),
         (({zero: "bleu"}, 0, None, None), "no measure 'bleu', choose from f1, em"),
         (({zero: "f1"}, 0, {leval: scrolls}, None), "none of the files of data"),
+        (({scrolls: "number"}, 0, None, None), "in which number finds nothing to measure"),
     ):
         with pytest.raises(ValueError, match=message):
             read_files(*given)
