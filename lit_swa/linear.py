@@ -216,7 +216,7 @@ class LinearAttention(Mixer):
         phi_q, phi_k = phi_q.unflatten(2, (N, C)), strips(phi_k, old, C)  # (B, H, N, C, F), (B, H, N, old, F)
         kernel, left = phi_q @ phi_k.mT, None
         if x.rates is not None:
-            fade, fade_q, fade_k, left = fading(x.rates[:, :, :read].unfold(2, old, C), C, behind)
+            fade, fade_q, fade_k, left = fading(strips(x.rates[:, :, :read], old, C), C, behind)
             kernel, phi_q, phi_k = kernel * fade, phi_q * fade_q, phi_k * fade_k
         kernel = kernel.masked_fill(~older[:, :old], 0)
         weights = weights + F.pad(kernel, (0, weights.size(-1) - old))
@@ -292,8 +292,19 @@ def fading(rates: Tensor, C: int, behind: int) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def strips(x: Tensor, size: int, step: int) -> Tensor:
-    """(B, H, T, D) -> (B, H, N, size, D): `size` tokens from every step-th on."""
-    return x.unfold(2, size, step).mT
+    """(B, H, T, ...) -> (B, H, N, size, ...): `size` tokens from every step-th on. They are put together from pieces
+    that do not overlap: of those that do, as x.unfold's, compiled code may add gradients up wrongly."""
+    N, T = (x.size(2) - size) // step + 1, x.size(2)
+    if N == 1:
+        return x[:, :, None, :size]
+    parts = []
+    for start in range(0, size, step):
+        width = min(step, size - start)
+        part = x[:, :, start : start + N * step]
+        if missing := max(0, start + N * step - T):  # of the last strip, which does not read them
+            part = torch.cat([part, part[:, :, :missing]], dim=2)
+        parts.append(part.unflatten(2, (N, step))[:, :, :, :width])
+    return torch.cat(parts, dim=3) if len(parts) > 1 else parts[0]
 
 
 def along_tokens(x: Tensor, order: Tensor) -> Tensor:
