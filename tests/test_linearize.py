@@ -134,6 +134,20 @@ def test_compiled_linear_attention_learns_the_same(monkeypatch):
     torch.testing.assert_close(*found)
 
 
+def test_few_lengths_are_compiled(monkeypatch, recwarn):
+    """Catches: texts of many lengths in a row, each of which is compiled, until torch gives up with a warning."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    torch._dynamo.reset()
+    counters.clear()
+    model = linear_model(softmax_model()).train()
+    idx, lengths = torch.randint(0, 97, (1, 120)), [[60, 30, 20, 10], [50, 40, 25, 5], [64, 33, 14, 9]]
+    expected = [model(idx, documents=n) for n in lengths]
+    compile_linear_attention(model)
+    for n, wanted in zip(lengths, expected, strict=True):
+        torch.testing.assert_close(model(idx, documents=n), wanted)
+    assert counters["stats"]["unique_graphs"] == 4 and not recwarn.list
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [150, 192])
 def test_compiled_code_has_the_gradients_of_what_it_was_made_of(length):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lit_swa.cpu_decode import COMPILERS
 from lit_swa.fast_attention import has_triton
@@ -27,12 +29,21 @@ class Compiled:
     """A function of a module, compiled where the module is in training. It generates and validates as it is written:
     the lengths that it meets there would compile it again and again."""
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any], dynamic: bool | None = None) -> None:
-        self.module, self.plain = module, function
-        self.compiled = torch.compile(function, backend=BACKEND, dynamic=dynamic)
+    def __init__(self, module: nn.Module, function: Callable[..., Any], shapes: int | None = None) -> None:
+        """shapes: of its arguments, so many are compiled, each for itself; None: whatever torch chooses."""
+        self.module, self.plain, self.shapes, self.seen = module, function, shapes, set()
+        self.compiled = torch.compile(function, backend=BACKEND, dynamic=None if shapes is None else False)
 
     def __call__(self, *args: Any) -> Any:
-        return (self.compiled if self.module.training else self.plain)(*args)
+        return (self.compiled if self.module.training and self.knows(args) else self.plain)(*args)
+
+    def knows(self, args: tuple[Any, ...]) -> bool:
+        if self.shapes is None:
+            return True
+        shape = tuple(x.shape for x in tree_leaves(args) if isinstance(x, Tensor))
+        if len(self.seen) < self.shapes:
+            self.seen.add(shape)
+        return shape in self.seen
 
 
 def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
@@ -56,10 +67,11 @@ def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
 
 
 def compile_linear_attention(model: GPT) -> None:
-    """Compile how linear layers read a piece of a text, for each length of a piece: texts of one length have two."""
+    """Compile how linear layers read a piece of a text, for the first lengths of pieces: texts of one length have up to
+    three. Of texts of many lengths, packed in rows, the others run as they are written."""
     for attn in model.layers:
         if isinstance(mixer := attn.mixer, LinearAttention):
-            mixer.attend_chunks = Compiled(mixer, mixer.attend_chunks, dynamic=False)
+            mixer.attend_chunks = Compiled(mixer, mixer.attend_chunks, shapes=4)
 
 
 def check_compiler(device: torch.device) -> None:

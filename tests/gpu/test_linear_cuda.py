@@ -1,16 +1,16 @@
-"""Linear attention by flash-linear-attention's kernels against its own chunks: pytest tests/gpu -q, on a GPU."""
+"""Linear attention compiled, and by flash-linear-attention's kernels, against itself: pytest tests/gpu -q, on a GPU."""
 
 import pytest
 import torch
 
 from lit_swa import fla_sums, linear
+from lit_swa.training.compiling import compile_linear_attention
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and fla_sums.INSTALLED), reason="needs a GPU and flash-linear-attention"
-)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDE = {"n_embd": 256, "n_head": 4, "n_query_groups": 2, "head_size": 64, "block_size": 1024}
 
 
+@pytest.mark.skipif(not fla_sums.INSTALLED, reason="needs flash-linear-attention")
 @pytest.mark.parametrize("fields", [{}, {"linear_gate": True, "linear_sinks": 3}], ids=["plain", "gate and sinks"])
 def test_sums_of_fla_are_those_of_the_chunks(tiny_model, monkeypatch, fields):
     """Catches: a kernel that takes other keys, gates or states; in bfloat16, where each may err as the other does."""
@@ -26,3 +26,19 @@ def test_sums_of_fla_are_those_of_the_chunks(tiny_model, monkeypatch, fields):
     for exact, plain, fast in zip(*found, strict=True):
         plain, fast = ((x.float() - exact.float()).square().mean().sqrt() for x in (plain, fast))
         assert fast < (1.25 if exact.numel() > 64 else 2) * plain + 1e-4 * exact.float().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("fields", [{}, {"linear_gate": True, "linear_sinks": 3}], ids=["plain", "gate and sinks"])
+def test_compiled_pieces_have_the_gradients_of_what_they_were_made_of(tiny_model, fields):
+    """Catches: a gradient that compiled code adds up wrongly."""
+    torch._dynamo.reset()
+    model = tiny_model(attention="linear", linear_window=48, **WIDE | fields).cuda().train()
+    idx, found = torch.randint(0, 97, (2, 900), device="cuda"), []
+    for compiles in (False, True):
+        if compiles:
+            compile_linear_attention(model)
+        model.zero_grad()
+        model(idx).square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
