@@ -111,7 +111,12 @@ def check_arguments(config, lengths: list[int], window: int, scored: int, passke
     check_range("lengths", len(lengths), 1)
     check_range("scored", scored, 1)
     check_range("keep_full", keep_full, 0, config.n_layer - 1)
-    check_range("window", window, 1, min(passkey_length, *(n - scored for n in lengths)) - 1)
+    check_range("window", window, 1)
+    if (shortest := min(passkey_length, *(n - scored for n in lengths))) <= window:
+        raise ValueError(
+            f"window={window} must be smaller than every prompt, and the shortest has {shortest} tokens: lower "
+            "--window or --scored, which is taken off each length, or raise --lengths or --passkey_length."
+        )
     if set(config.layer_variants) != {"full"}:
         raise ValueError(f"The checkpoint has attention={config.attention!r}: give one that attends in full.")
     if (longest := max(*lengths, passkey_length)) > config.block_size:

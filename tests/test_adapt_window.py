@@ -69,10 +69,11 @@ def check_perplexity(directory, text, row) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--window", 90], "window=90 does not fit"),
+        (["--window", 90], "window=90 must be smaller than every prompt"),
         (["--recipes", "[sliding,nearby]"], "There is no recipe 'nearby': choose from full, sliding"),
         (["--lengths", "[64,9999]"], "A length of 9999 tokens is more than the context of 512"),
         (["--keep_full", 2], "keep_full=2 does not fit"),
+        (["--scored", 80], "the shortest has -16 tokens: lower --window or --scored"),
     ],
 )
 def test_wrong_arguments(run_script, tiny_checkpoint, tmp_path, arguments, message):
