@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +23,9 @@ from lit_swa.texts import encode_text
 from lit_swa.tokenizer import Tokenizer
 
 ANSWER_FIELDS = ("completion", "prompt_tokens", "new_tokens", "finish_reason")  # and seed, which a prompt may have too
+FOR_ALL = {  # what other programs read of each prompt -> the argument that says it of all prompts
+    name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+} | dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_new_tokens")
 NO_MATTER = ("prompt", "num_samples", "device", "compile", "profile")  # arguments that change none of the answers
 
 
@@ -49,7 +53,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     for prompt in prompts:
         with naming(prompt):
             check_fields(prompt.fields)
+    warn_of_settings(prompts)
     return prompts
+
+
+def warn_of_settings(prompts: Sequence[Prompt]) -> None:
+    """Say at which line a field has the name of a setting, which is no prompt's own."""
+    for name, argument in FOR_ALL.items():
+        if where := next((prompt.where for prompt in prompts if name in prompt.fields), None):
+            own = ", or max_new_tokens in the line" if argument == "max_new_tokens" else ""
+            print(f'warning: {where}: "{name}" is not read: give --{argument}{own}.', file=sys.stderr)
 
 
 @contextmanager

@@ -254,6 +254,15 @@ def test_several_prompts_are_printed_as_single_ones(run_script, tiny_checkpoint)
     assert code == 0 and out == "".join(each) and "6 answers" in err and "4 rows" in err
 
 
+def test_a_setting_that_no_prompt_has_is_named(tmp_path, capsys):
+    """Catches: a file that asks for greedy text, as other programs read it, and is sampled without a word."""
+    read_prompts(write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", "temperature": 0, "id": 1}]))
+    assert (
+        capsys.readouterr().err
+        == f'warning: {tmp_path}/p.jsonl line 2: "temperature" is not read: give --temperature.\n'
+    )
+
+
 def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path, tiny_checkpoint, monkeypatch):
     """Catches: an answer lost or doubled, half a line that stays, a line that is whole but for its end."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here, and it takes most of the time
