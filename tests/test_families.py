@@ -266,6 +266,18 @@ def test_a_key_that_is_not_read_is_refused_by_name(kind: str, fields: dict):
         Config.from_hf(SHAPE | {"model_type": kind} | fields)
 
 
+def test_the_weight_that_does_not_fit_is_the_one_that_is_named(tmp_path: Path):
+    """Catches: q_proj blamed, with the rows of q, k and v together, where the number of key heads is wrong."""
+    build_reference("olmo 2").save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": 3}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"k_proj.weight as \[16, 48\] torch.float32, which does not fit the \[24, 48\]"
+    ):
+        convert_hf_checkpoint(tmp_path)
+
+
 NEAREST = {
     "Gemma3nForConditionalGeneration": "Gemma3ForConditionalGeneration",
     "Gemma4ForCausalLM": r"Gemma\w*ForCausalLM",

@@ -167,7 +167,7 @@ def to_lit(
             raise ValueError(f"{where} lacks the weight {missing[0]}: download it again, or correct config.json.")
         used.update(wanted)
         parts = tuple(found[name] for name in wanted)
-        result[lit_name] = _joined(lit_name, wanted[0], parts, shape, layer_config(lit_name, config), where, names)
+        result[lit_name] = _joined(lit_name, wanted, parts, shape, layer_config(lit_name, config), where, names)
     tied = hf_names_of("lm_head.weight", config, names) if config.tie_embeddings else ()
     left_over = [name for name in found if name not in used and name not in tied]
     if left_over:
@@ -334,7 +334,7 @@ def _packed(name: str, parts: list[LazyTensor], names: Names) -> LazyTensor:
 
 def _joined(
     name: str,
-    hf_name: str,
+    hf_names: tuple[str, ...],
     parts: tuple[LazyTensor, ...],
     shape: tuple[int, ...],
     config: Config,
@@ -343,11 +343,12 @@ def _joined(
 ) -> LazyTensor:
     """One lit weight of the parts that it is made of. Raises ValueError for a shape that does not fit."""
     qkv, of_heads = ".qkv." in name, bool(EACH_HEAD.search(name)) and len(shape) == 3
-    stacked = is_stack(name, names)
-    dtype = _checked(hf_name, parts, (shape[0], shape[2]) if of_heads else shape, stacked, where)
-    H, G, D = config.n_head, config.n_query_groups, config.head_size
-    if qkv and len(parts) == 3 and [part.shape[0] for part in parts] != [H * D, G * D, G * D]:
-        raise ValueError(f"{where} has other numbers of heads in layer weights such as {name} than in its config.json.")
+    stacked, D = is_stack(name, names), config.head_size
+    one = (shape[0], shape[2]) if of_heads else shape
+    asked = [one[1:]] * len(parts) if stacked else [one]
+    if qkv and len(parts) == 3:
+        asked = [(heads * D, *shape[1:]) for heads in (config.n_head, config.n_query_groups, config.n_query_groups)]
+    dtype = _checked(hf_names, parts, asked, where)
     if len(parts) == 1 and not qkv and not of_heads and not stacked:
         return parts[0]
 
@@ -368,15 +369,14 @@ def _joined(
 
 
 def _checked(
-    hf_name: str, parts: tuple[LazyTensor, ...], asked: tuple[int, ...], stacked: bool, where: object
+    hf_names: tuple[str, ...], parts: tuple[LazyTensor, ...], asked: list[tuple[int, ...]], where: object
 ) -> torch.dtype:
-    """The widest dtype of the parts, whose shapes make the one that is asked for. Raises ValueError if they do not."""
-    rows = len(parts) if stacked else sum(part.shape[0] if part.shape else 0 for part in parts)
+    """The widest dtype of the parts. Raises ValueError for one of another shape than is asked for."""
     dtype = parts[0].dtype
-    for part in parts:
-        if (rows, *part.shape[0 if stacked else 1 :]) != asked or not part.dtype.is_floating_point:
+    for name, part, shape in zip(hf_names, parts, asked, strict=True):
+        if part.shape != shape or not part.dtype.is_floating_point:
             raise ValueError(
-                f"{where} holds {hf_name} as {list(part.shape)} {part.dtype}, which does not fit the {list(asked)} "
+                f"{where} holds {name} as {list(part.shape)} {part.dtype}, which does not fit the {list(shape)} "
                 "that its config.json asks for: download it again, or correct config.json."
             )
         dtype = torch.promote_types(dtype, part.dtype) if dtype != part.dtype else dtype
