@@ -15,6 +15,7 @@ from lit_swa.checkpoint import convert_hf_checkpoint, export_hf_checkpoint, load
 from lit_swa.formats.convert import special_tokens
 from lit_swa.formats.hf_export import config_to_hf
 from lit_swa.rope import chunk_temperature
+from lit_swa.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 S, T = 6, 21  # a window, and a text that is longer
@@ -183,7 +184,15 @@ def test_an_export_takes_no_class_that_transformers_could_not_build():
     plain = dict.fromkeys(("shared_norm", "attn_bias", "attn_proj_bias", "mlp_bias", "lm_head_bias"), False)
     with pytest.raises(ValueError, match="No Hugging Face architecture"):
         config_to_hf(replace(half, rope_scaling=yarn, **llama | plain))
-    assert special_tokens(Path("nowhere")) == {"pad_token_id": None}
+    assert special_tokens(Path("nowhere")) == dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+
+
+def test_an_export_ends_a_text_where_its_tokenizer_does(tiny_checkpoint: Path, tmp_path: Path):
+    """Catches: the end of Llama's class, 2, in a model with a tokenizer of its own and no generation_config.json."""
+    export_hf_checkpoint(tiny_checkpoint, tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    end = Tokenizer(tiny_checkpoint).eos_id
+    assert end is not None and special_tokens(tmp_path)["eos_token_id"] == end
 
 
 @torch.no_grad()

@@ -49,6 +49,7 @@ from lit_swa.formats.hf_names import Names
 from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
 from lit_swa.formats.quantized import Quantization, dense_tensors
 from lit_swa.formats.reading import is_listed
+from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.formats.tokenizer_slow import check_slow_class
 
 # -------------------------------------------------------------------------------------------------------------- convert
@@ -237,12 +238,17 @@ def with_progress(tensors: Mapping[str, LazyTensor], what: str) -> dict[str, Laz
 
 
 def special_tokens(directory: Path) -> dict[str, Any]:
-    """The ids that generation_config.json names. The default that a class has for the padding may lie beyond the
-    vocabulary."""
+    """The ids that generation_config.json names, and else the tokenizer's end of a text. None stands for the others: a
+    class of transformers has defaults of its own, which may mean something else or lie beyond the vocabulary."""
     there = (directory / "generation_config.json").exists()
     generation = read_json(find_inside(directory, "generation_config.json")) if there else {}
-    names = "bos_token_id", "eos_token_id", "pad_token_id"
-    return {"pad_token_id": None} | {key: generation[key] for key in names if key in generation}
+    found = {name: generation.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if found["eos_token_id"] is None:
+        try:
+            found["eos_token_id"] = Tokenizer(directory).eos_id
+        except (ValueError, OSError):  # it is copied, and not read
+            pass
+    return found
 
 
 def export_hf_checkpoint(
