@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,6 +286,17 @@ def test_the_weight_that_does_not_fit_is_the_one_that_is_named(tmp_path: Path):
         ValueError, match=r"k_proj.weight as \[16, 48\] torch.float32, which does not fit the \[24, 48\]"
     ):
         convert_hf_checkpoint(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_said(tiny_checkpoint: Path, tmp_path: Path, capsys):
+    """Catches: another model's tokenizer, which shows at the first text with one of its later tokens only."""
+    build_reference("olmo 2").save_pretrained(tmp_path)
+    shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
+    convert_hf_checkpoint(tmp_path)
+    assert (
+        f"a tokenizer of {Tokenizer(tiny_checkpoint).vocab_size} tokens and an embedding of 97"
+        in capsys.readouterr().err
+    )
 
 
 NEAREST = {

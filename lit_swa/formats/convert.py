@@ -83,15 +83,27 @@ def convert_hf_checkpoint(
         if prepare is not None:
             config, tensors, stored = prepare(config, tensors)
         write_checkpoint(directory, with_progress(tensors, "converting"), config, max_shard_bytes, stored)
-    _warn_of_tokenizer(directory)
+    _warn_of_tokenizer(directory, config.padded_vocab_size)
 
 
-def _warn_of_tokenizer(directory: Path) -> None:
-    """Say at once that the tokenizer is of a kind that is not read: the weights are converted all the same."""
+def _warn_of_tokenizer(directory: Path, rows: int) -> None:
+    """Say at once that the tokenizer is of a kind that is not read, or has more ids than the embedding has rows: the
+    weights are converted all the same."""
     try:
         check_slow_class(directory)
     except (ValueError, OSError) as error:
         print(f"warning: {error}", file=sys.stderr)
+        return
+    try:
+        size = Tokenizer(directory).vocab_size
+    except (ValueError, OSError):  # said where it is used; some checkpoints have none
+        return
+    if size > rows:
+        print(
+            f"warning: {directory} has a tokenizer of {size} tokens and an embedding of {rows}: a text with a token "
+            f"from {rows} on will be refused. Is it another model's?",
+            file=sys.stderr,
+        )
 
 
 def open_source(directory: Path) -> tuple[Config, dict[str, LazyTensor], dict[str, str], str | Names]:
