@@ -368,7 +368,9 @@ def granite_swa(hf: dict[str, Any]) -> dict[str, Any]:
     if len(bases) != n:
         raise ValueError(f"layer_rope_theta names {len(bases)} layers, and num_hidden_layers is {n}.")
     if set(bases) - {0.0, base} and read_rope(hf).get("rope_type", "default") != "default":
-        raise ValueError("layer_rope_theta has several bases, and RoPE a scaling: only one of both is computed here.")
+        raise ValueError(
+            "layer_rope_theta has several bases beside a scaling of RoPE, which is not computed here: choose another model."
+        )
     names = {0.0: "none", base: "rope"}
     positions = ",".join(shortest_period([names.get(x, f"{x:.12g}") for x in bases]))
     fields = granite(hf) | {"sink_logits": True, "positions": positions}

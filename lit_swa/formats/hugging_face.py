@@ -173,7 +173,7 @@ def to_lit(
     if left_over:
         raise ValueError(
             f"{where} holds {len(left_over)} weights that the model in its config.json has no place for, such as "
-            f"{left_over[0][:80]}: this kind of model is not supported."
+            f"{left_over[0][:80]}: correct config.json, or take a model of a kind that is supported."
         )
     return result
 
