@@ -369,7 +369,7 @@ def granite_swa(hf: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"layer_rope_theta names {len(bases)} layers, and num_hidden_layers is {n}.")
     if set(bases) - {0.0, base} and read_rope(hf).get("rope_type", "default") != "default":
         raise ValueError(
-            "layer_rope_theta has several bases beside a scaling of RoPE, which is not computed here: choose another model."
+            "layer_rope_theta has several bases beside a scaling of RoPE, which is not computed: choose another model."
         )
     names = {0.0: "none", base: "rope"}
     positions = ",".join(shortest_period([names.get(x, f"{x:.12g}") for x in bases]))
