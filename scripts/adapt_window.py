@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lit_swa import GPT
 
 
+ANSWER_ROOM = 8  # tokens that are left for a pass key
+
+
 def main(
     data: list[Path] | Path,
     checkpoint_dir: Path | None = None,
@@ -66,7 +69,9 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import find_checkpoint
+    from lit_swa.formats.tokenizer import Tokenizer
     from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_machine, memory_in_use, pick_device, pick_dtype
 
@@ -91,6 +96,8 @@ def main(
         "weights": [evaluate.weights_identity(path) for path in (checkpoint_dir, *(adapters or {}).values())],
     }  # fmt: skip
     make_recipes(arguments, list(range(keep_full)), config.n_layer)  # wrong names show now
+    if passkeys:
+        passkey_prompt(Tokenizer(tokenizer_dir(checkpoint_dir)), 0, arguments)  # so does a text that is too short
     with evaluate.Results(output, arguments) as results:
         content = results.finished
         if content is None:
@@ -302,14 +309,20 @@ def score(model: "GPT", recipe: Recipe, ids: "torch.Tensor", scored: int) -> dic
     return found | {"cache_bytes": model.kv_cache_bytes()}
 
 
-def ask_passkey(model: "GPT", recipe: Recipe, tokenizer, number: int, a: dict[str, Any]) -> dict[str, Any]:
-    """One pass key, at a depth that the window does not reach from the text's end."""
-    from lit_swa.passkey import Trial, ask, build_prompt, find_answer
+def passkey_prompt(tokenizer, number: int, a: dict[str, Any]) -> tuple[list[int], int, float]:
+    """(ids of the prompt, the pass key, the depth). Raises ValueError when the length has no room for them."""
+    from lit_swa.passkey import Trial, build_prompt
 
     depth = (number + 0.5) / a["passkeys"] * (1 - a["window"] / a["passkey_length"])
-    trial, room = Trial(a["passkey_length"], depth, number), 8
-    ids, passkey, _ = build_prompt(trial, tokenizer, a["seed"], room)
-    answer = ask(session_of(model, recipe), tokenizer, ids, room)
+    return build_prompt(Trial(a["passkey_length"], depth, number), tokenizer, a["seed"], ANSWER_ROOM)
+
+
+def ask_passkey(model: "GPT", recipe: Recipe, tokenizer, number: int, a: dict[str, Any]) -> dict[str, Any]:
+    """One pass key, at a depth that the window does not reach from the text's end."""
+    from lit_swa.passkey import ask, find_answer
+
+    ids, passkey, depth = passkey_prompt(tokenizer, number, a)
+    answer = ask(session_of(model, recipe), tokenizer, ids, ANSWER_ROOM)
     return {"tokens": a["passkey_length"], "depth": depth, "answer": answer, "right": find_answer(answer) == passkey}
 
 

@@ -73,6 +73,7 @@ def check_perplexity(directory, text, row) -> None:
         (["--recipes", "[sliding,nearby]"], "There is no recipe 'nearby': choose from full, sliding"),
         (["--lengths", "[64,9999]"], "A length of 9999 tokens is more than the context of 512"),
         (["--keep_full", 2], "keep_full=2 does not fit"),
+        (["--passkey_length", 64], "A length of 64 tokens is too short: the task, the pass key and the question take"),
         (["--scored", 80], "the shortest has -16 tokens: lower --window or --scored"),
     ],
 )
