@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,21 @@ def test_wsd_keeps_the_rate_and_falls_to_zero():
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
     args.decay_fraction = 0.0
     assert learning_rate(9, 10, args, 1.0) == 1
+
+
+def test_a_wsd_run_becomes_longer_before_its_rate_falls(pretrain, tmp_path):
+    """Catches: a run whose first steps are those of a longer one and that may not become it, and one that may although
+    its rate has fallen."""
+    given = {"lr_schedule": "wsd", "decay_fraction": 0.5, "warmup_steps": 1, "save_interval": 2, "keep_last": 9}
+    short, _ = pretrain("short", **given)
+    longer, _ = pretrain("longer", **given | {"max_steps": 10})
+    (tmp_path / "on").mkdir()
+    shutil.copytree(short / "step-000002", tmp_path / "on/step-000002")
+    shutil.copy(short / "metrics.csv", tmp_path / "on")
+    on, err = pretrain("on", resume="auto", **given | {"max_steps": 10})
+    assert "going on from" in err and metrics(on) == metrics(longer)
+    _, err = pretrain("short", code=2, resume="auto", **given | {"max_steps": 10})
+    assert "step-000006 differs in its steps (6, now 10)" in err
 
 
 def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):

@@ -36,7 +36,7 @@ from lit_swa.formats.files import (
     write_safetensors,
 )
 from lit_swa.training.distribution import gather, reshard, trained_parameters, whole_weights
-from lit_swa.training.loop import Batch, Progress, Run
+from lit_swa.training.loop import Batch, Progress, Run, learning_rate
 from lit_swa.training.resuming import (
     RUN_FILE,
     STATE_FILE,
@@ -182,9 +182,11 @@ class Saver:
             record = read_json(find_inside(path, RUN_FILE))
         except ValueError:
             raise damaged(path, f"{RUN_FILE} cannot be read") from None
-        if unsaid := compare_identity(record.get("identity"), self.identity, path):
+        progress, identity = read_progress(record.get("progress"), path), record.get("identity")
+        if isinstance(identity, dict) and self.had_rates_of(identity.get("steps"), progress.step):
+            identity = identity | {"steps": self.identity["steps"]}
+        if unsaid := compare_identity(identity, self.identity, path):
             run.log.say(f"note: {path} does not say its {', '.join(unsaid)}, which cannot be compared")
-        progress = read_progress(record.get("progress"), path)
         if progress.step > run.steps:
             raise ValueError(f"{path} is beyond the {run.steps} steps of this run: raise --max_steps or --epochs.")
         restore(self.model, self.optimizer, path)
@@ -193,6 +195,16 @@ class Saver:
         self.forget_best(progress, record)
         run.log.say(self.end_of(progress) if run.is_over(progress) else f"going on from {path}")
         return progress
+
+    def had_rates_of(self, steps: object, done: int) -> bool:
+        """True if a run of so many steps has had, in those that are done, the learning rates of this one: with wsd it
+        may become longer or shorter until its rate falls."""
+        run = self.run
+        if run.args.lr_schedule != "wsd" or type(steps) is not int or steps < 1:
+            return False
+        return all(
+            learning_rate(n, steps, run.args, 1.0) == learning_rate(n, run.steps, run.args, 1.0) for n in range(done)
+        )
 
     def forget_best(self, progress: Progress, record: dict[str, Any]) -> None:
         """Look for the best validation loss anew where the one before cannot be compared, or its step was not kept."""
