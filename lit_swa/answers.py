@@ -3,7 +3,6 @@
 A row is {"method", "length", "task", "score" in per cent or None, ...}: evaluate_ruler.py, evaluate_documents.py.
 """
 
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from lit_swa.linear_formats import pack_for_cpu
 from lit_swa.methods import Method, Setup
 from lit_swa.model import GPT
 from lit_swa.plots import NONE, draw_shares, model_of, set_title
-from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
+from lit_swa.utils import ProgressLine, describe_command, describe_machine, interruptible, memory_in_use
 
 
 class Question(NamedTuple):
@@ -65,7 +64,7 @@ def ask_methods(
     if not results.parts:
         raise ValueError(f"No question can be asked. {' '.join(errors.values())}")
     result = {
-        "command": "python " + shlex.join(sys.argv), "machine": describe_machine(a["device"]),
+        "command": describe_command(), "machine": describe_machine(a["device"]),
         "peak_memory": memory_in_use(), "rows": rows, "errors": errors, kept: results.parts,
     }  # fmt: skip
     results.finish(result)

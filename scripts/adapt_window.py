@@ -65,15 +65,13 @@ def main(
         seed: The same seed gives the same pass keys.
         output: The JSON file for the results; the picture goes next to it, as .png.
     """
-    import shlex
-
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.tokenizer import Tokenizer
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_machine, memory_in_use, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, memory_in_use, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -102,7 +100,7 @@ def main(
         content = results.finished
         if content is None:
             rows, kept, harm = run(results, Texts(tokens, tuple(prefix), harm_texts, min(max(lengths), 4 * window)))
-            content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+            content = {"command": describe_command(), "machine": describe_machine(device)}
             content |= {"peak_memory": memory_in_use(), "kept": kept, "harm": harm, "rows": rows}
             results.finish(content)
         else:

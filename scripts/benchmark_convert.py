@@ -1,7 +1,6 @@
 """Measure the peak memory of converting: python scripts/benchmark_convert.py."""
 
 import multiprocessing
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,7 +38,7 @@ def main(
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
     from lit_swa.formats.places import locate
-    from lit_swa.utils import describe_machine
+    from lit_swa.utils import describe_command, describe_machine
 
     check_range("shard_MB", shard_MB, 1, 10**6)
     if not Path("/proc/self/status").exists():
@@ -49,7 +48,7 @@ def main(
         largest = write_source(config, locate(tokenizer_dir), Path(directory))
         rows = [measured(case, Path(directory), shard_MB * 10**6) for case in CASES]
     content = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": describe_command(),
         "machine": describe_machine("cpu"),
         "model": name,
         "largest_tensor_MB": round(largest / 1e6, 1),

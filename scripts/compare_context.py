@@ -114,11 +114,10 @@ def main(
 
 def run(results, arguments: dict[str, Any], methods: dict[str, Method], setup: Setup, tokens, cuts) -> dict[str, Any]:
     """Every method at every length, the short ones first; writes the results."""
-    import shlex
 
     from lit_swa.checkpoint import load_model
     from lit_swa.command_line import shorten
-    from lit_swa.utils import ProgressLine, describe_machine, interruptible, memory_in_use
+    from lit_swa.utils import ProgressLine, describe_command, describe_machine, interruptible, memory_in_use
 
     results.save()  # a disk that is full or read-only shows now and not after hours
     gpt = load_model(arguments["checkpoint_dir"], arguments["dtype"], arguments["device"], **arguments["model"] or {})
@@ -146,7 +145,7 @@ def run(results, arguments: dict[str, Any], methods: dict[str, Method], setup: S
     if all("error" in row for row in rows):
         raise ValueError(f"No method can read the text. {rows[0]['method']}: {rows[0]['error']}")
     result = {
-        "command": "python " + shlex.join(sys.argv),
+        "command": describe_command(),
         "machine": describe_machine(arguments["device"]),
         "peak_memory": memory_in_use(),
         "seconds": sum(row.get("seconds", 0.0) for row in rows),

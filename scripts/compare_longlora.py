@@ -65,7 +65,6 @@ def main(
         output: The JSON file; the picture goes next to it, as .png.
     """
     import math
-    import shlex
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
@@ -73,7 +72,7 @@ def main(
     from lit_swa.data import check_tokens
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_machine, pick_device
+    from lit_swa.utils import describe_command, describe_machine, pick_device
 
     chosen = list(METHODS) if methods is None else methods
     if unknown := [name for name in chosen if name not in METHODS]:
@@ -112,7 +111,7 @@ def main(
                 if name not in results.parts:
                     results.add(name, measure(name, training, fields, r, out_dir, tokens, cuts, device), every=0)
             rows = [{"method": name} | results.parts[name] for name in chosen]
-            command, machine = "python " + shlex.join(sys.argv), describe_machine(device)
+            command, machine = describe_command(), describe_machine(device)
             finished = {"command": command, "machine": machine, "rows": rows}
             results.finish(finished)
             finished["arguments"] = results.arguments

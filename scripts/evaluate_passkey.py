@@ -1,7 +1,6 @@
 """Hide a number in a long text and ask for it: python scripts/evaluate_passkey.py --lengths '[1024,2048,4096]'."""
 
 import hashlib
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +50,7 @@ def main(
     from lit_swa.passkey import accuracy_rows, plan_trials, spread_depths
     from lit_swa.plots import check_output, draw_results
     from lit_swa.texts import read_text
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -75,7 +74,7 @@ def main(
             plan = plan_trials(lengths, [None] if task == "passkey" else spread_depths(depths), trials)
             ask_all(plan, results, text)
             parts = [results.parts[trial.key] for trial in plan]
-            content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+            content = {"command": describe_command(), "machine": describe_machine(device)}
             content |= {"accuracy": accuracy_rows(parts), "trials": parts}
             results.finish(content)
         print("\n".join(table_of(content["accuracy"])))

@@ -110,13 +110,12 @@ def name_of(data: list[Path] | Path) -> str:
 
 def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], tokens, windows) -> dict[str, Any] | None:
     """Load the model, read the windows that are left, write the results. Returns None on all ranks but 0."""
-    import shlex
 
     from lit_swa.checkpoint import load_model
     from lit_swa.evaluate import pick_chunk_size
     from lit_swa.generate import require_activations
     from lit_swa.linear_formats import pack_for_cpu
-    from lit_swa.utils import describe_machine, memory_in_use
+    from lit_swa.utils import describe_command, describe_machine, memory_in_use
 
     if results:
         results.save()  # a disk that is full or read-only shows now and not after hours
@@ -134,7 +133,7 @@ def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], to
     sums = [window for a in windows.starts[::batch_size] for window in results.parts[str(a)]]
     seconds = results.parts["_seconds"]
     result = {
-        "command": "python " + shlex.join(sys.argv),
+        "command": describe_command(),
         "machine": describe_machine(ranks.device),
         "processes": ranks.count,
         "score": arguments["score"],

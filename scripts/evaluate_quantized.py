@@ -37,15 +37,13 @@ def main(
         dtype: What both models compute in: float32, bfloat16 or float16; auto is bfloat16 on a GPU, else float32.
         output: The JSON file for the results. Their picture is written next to it.
     """
-    import shlex
-
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
     from lit_swa.formats.directory import read_quantization
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.quantized import require_dense
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -69,7 +67,7 @@ def main(
         results.parts |= {row["key"]: row for row in content.get("rows", [])}
         if any(way["key"] not in results.parts for way in ways):
             compare_all(results, ways, tokens, cut)
-            content |= {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+            content |= {"command": describe_command(), "machine": describe_machine(device)}
         content["rows"] = [results.parts[way["key"]] for way in ways]
         results.finish(content)
         print("\n".join(table_of(content["rows"])))

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -57,7 +56,7 @@ def main(
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
     from lit_swa.texts import read_questions
-    from lit_swa.utils import describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -78,7 +77,7 @@ def main(
     with Results(output, arguments | settings) as results:
         finished = results.finished
         if finished is None:
-            content = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+            content = {"command": describe_command(), "machine": describe_machine(device)}
             content |= run_chat(results, questions) if data is None else run_text(results, tokens)
             results.finish(content)
         else:

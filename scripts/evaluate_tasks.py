@@ -49,14 +49,13 @@ def main(
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them), such as
             --model.attention sliding --model.sliding_window_size 1024.
     """
-    import shlex
 
     import torch
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, check_dtype
     from lit_swa.formats.download import find_checkpoint
-    from lit_swa.utils import describe_machine, memory_in_use, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, memory_in_use, pick_device, pick_dtype
 
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -81,7 +80,7 @@ def main(
         if content is None:
             run(results, chosen, manager)
             content = {
-                "command": "python " + shlex.join(sys.argv),
+                "command": describe_command(),
                 "machine": describe_machine(device),
                 "peak_memory": memory_in_use(),
                 "tasks": {name: results.parts[name] for name in chosen},

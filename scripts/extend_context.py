@@ -74,14 +74,12 @@ def main(
         output: The JSON file; the picture goes next to it, as .png.
         model: Other fields of the config, as --model.FIELD VALUE, such as --model.attention streaming,dual_chunk.
     """
-    import shlex
-
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.checks import check_range
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_machine, pick_device
+    from lit_swa.utils import describe_command, describe_machine, pick_device
 
     read_length = length if read_length is None else read_length
     lengths = [max(512, read_length // 4), read_length] if passkey_lengths is None else passkey_lengths
@@ -128,7 +126,7 @@ def main(
                 if name not in results.parts:
                     results.add(name, judge(name), every=0)
             names = ("original", "untrained", *rows)
-            finished = {"command": "python " + shlex.join(sys.argv), "machine": describe_machine(device)}
+            finished = {"command": describe_command(), "machine": describe_machine(device)}
             finished["rows"] = [{"model": name} | results.parts[name] for name in names]
             results.finish(finished)
             finished["arguments"] = results.arguments

@@ -1,7 +1,6 @@
 """Draw who sees whom, at which distance, and what a rolling cache holds: python scripts/plot_masks.py."""
 
 import math
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,6 +57,7 @@ def main(
         raise ValueError("tokens and cache_window must be between 1 and 100.")
     from lit_swa.formats.files import write_json
     from lit_swa.plots import require_matplotlib, save_picture
+    from lit_swa.utils import describe_command
 
     require_matplotlib()
     fields = {
@@ -70,7 +70,7 @@ def main(
         "s2_group_size": group,
     }
     (masks, distances), history, stretches = all_grids(tokens, fields), cache_history(cache_window), rope_stretches()
-    command, sizes = {"command": "python " + shlex.join(sys.argv)}, {"tokens": tokens, "fields": fields}
+    command, sizes = {"command": describe_command()}, {"tokens": tokens, "fields": fields}
     mask_records = {name: mask_record(grid) for name, grid in masks.items()}
     distance_records = {name: distance_record(grid) for name, grid in distances.items()}
     contents = {

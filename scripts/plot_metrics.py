@@ -1,6 +1,5 @@
 """Draw the losses of training runs: python scripts/plot_metrics.py --runs '[out/lora, out/full]'."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ def main(
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
     from lit_swa.plots import require_matplotlib, save_picture
+    from lit_swa.utils import describe_command
 
     require_matplotlib()
     if x not in ("step", "tokens", "seconds"):
@@ -32,7 +32,7 @@ def main(
         raise ValueError("runs is empty: give the directory of a run.")
     if output.suffix == ".json":
         raise ValueError(f"output={output} is where the figures would go: give a name that ends in .png.")
-    result = {"command": "python " + shlex.join(sys.argv), "axes": {"x": x, "smooth": smooth, "log": log}}
+    result = {"command": describe_command(), "axes": {"x": x, "smooth": smooth, "log": log}}
     result["runs"] = read_runs(runs)
     save_picture(output, lambda plt: draw(plt, result))
     write_json(output.with_suffix(".json"), result)

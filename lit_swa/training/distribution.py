@@ -46,9 +46,7 @@ def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
     if precision == "auto":
         precision = "bf16-true" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
     if kind == "cuda" and precision != "32-true":
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # what stays float32, as linear attention, is not finer than bfloat16
+        use_tf32()  # for what stays float32, as linear attention
     count, num_nodes = count_processes(args.devices, args.num_nodes)
     check_devices(device, count)
     devices = [int(device.split(":")[1])] if ":" in device and count == 1 else count

@@ -6,7 +6,6 @@ and its moments in float32, and run.json with the arguments and the progress.
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -51,7 +50,7 @@ from lit_swa.training.resuming import (
     step_dir,
     what_remains,
 )
-from lit_swa.utils import describe_machine, memory_in_use
+from lit_swa.utils import describe_command, describe_machine, memory_in_use
 
 FALLING = ("cosine", "wsd")  # schedules that depend on the number of the run's steps
 
@@ -154,7 +153,7 @@ class Saver:
 
     def record(self, progress: Progress, step: int) -> dict[str, Any]:
         return {
-            "command": "python " + shlex.join(sys.argv),
+            "command": describe_command(),
             "machine": describe_machine(str(self.run.fabric.device)),
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "memory": memory_in_use(),
