@@ -77,7 +77,7 @@ class KeyBorder:
         self.own: list[tuple[Tensor, Tensor]] | None = None  # of each part
 
     def exchange(self, k: Tensor, v: Tensor, plan: Exchange) -> tuple[Tensor, Tensor]:
-        """What waits elsewhere comes layer by layer, and its gradient goes back so: all layers' need not fit here."""
+        """What waits elsewhere comes here for its layer alone, and its gradient goes back so."""
         if self.own is None:  # not once more where the layer computes again in the backward
             self.own = [(part_of(k, part), part_of(v, part)) for part in self.parts]
         if not self.pieces:
@@ -119,11 +119,14 @@ class KeyStore:
                     yield piece, lo, hi
 
     def border(self, slots: BorderSlots, first: int, end: int) -> KeyBorder:
-        """What a chunk from `first` on sees, as leaves of its graph. end: where the chunks behind it begin."""
-        pieces = []
+        """What a chunk from `first` on sees, as leaves of its graph. end: where the chunks behind it begin.
+
+        Of all keys there may be more than the device holds: they, and their gradients, stay where they wait.
+        """
+        pieces, device = [], None if self.window is None else slots.pos.device
         for piece, lo, hi in self.found(first):
-            part = slice(lo - piece.lo, hi - piece.lo)
-            pieces.append(tuple(x[:, :, part].detach().requires_grad_() for x in piece.kv))
+            seen = [x[:, :, lo - piece.lo : hi - piece.lo].detach() for x in piece.kv]
+            pieces.append(tuple(x.to(device or x.device, non_blocking=True).requires_grad_() for x in seen))
         spans = ((max(a, first) - first, b - first) for a, b in self.ranges(end))
         return KeyBorder(slots, pieces, [slice(a, b) for a, b in spans if a < b])
 

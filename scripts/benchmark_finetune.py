@@ -53,7 +53,7 @@ def main(
         dtype: The dtype of the frozen weights, float32 or bfloat16. Trained weights are float32.
         compile: Compile the blocks of this project's models, as --compile of the finetuning scripts.
         memory_GB: How much of the GPU's memory may be taken, in 10^9 bytes. By default all of it.
-        repeats: How often each step is timed, after two that are not; 0: the second of these counts.
+        repeats: How often each step is timed, after two that are not; 0: one step is made, and counts.
         transformers: Measure transformers + PEFT too.
         output: The JSON file to write.
     """
@@ -105,7 +105,7 @@ def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[st
         row: dict[str, Any] = {"T": T, "method": method}
         try:
             steps[method], row["recompute"], row["weights_GB"] = build(method, T, base, device, settings, memory)
-            row |= first_steps(steps[method], device, row["weights_GB"])
+            row |= first_steps(steps[method], device, row["weights_GB"], only=settings["repeats"] == 0)
         except (RuntimeError, ValueError) as e:
             row["error"] = " ".join(str(e).split())[:160]
             steps.pop(method, None)
@@ -116,7 +116,7 @@ def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[st
         for method, step in steps.items():
             times[method].append(timed(step, device))
     for method, values in times.items():
-        seconds = sorted(values)[len(values) // 2] if values else rows[method]["second_s"]
+        seconds = sorted(values)[len(values) // 2] if values else rows[method]["first_s"]
         rows[method] |= {"step_s": seconds, "tok_s": T / seconds}
     return list(rows.values())
 
@@ -243,18 +243,21 @@ def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tup
     return step, hf["num_hidden_layers"], weights / 1e9
 
 
-def first_steps(step: Callable[[], None], device: str, weights_gb: float) -> dict[str, float]:
-    """Seconds of the first step, which compiles kernels, and of the second, and its memory, with the weights of its own
-    model only."""
+def first_steps(step: Callable[[], None], device: str, weights_gb: float, only: bool) -> dict[str, float]:
+    """Seconds of the first step, which compiles kernels and pins memory, and unless it is the only one of the second;
+    and the memory of the last of them, with the weights of its own model only."""
     import torch
 
-    row = {"first_s": timed(step, device)}
-    if not device.startswith("cuda"):
-        return row | {"second_s": timed(step, device)}
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    row["second_s"] = timed(step, device)
-    return row | {"memory_GB": (torch.cuda.max_memory_allocated() - before) / 1e9 + weights_gb}
+    row = {}
+    for name in ["first_s"] if only else ["first_s", "second_s"]:
+        before = 0
+        if device.startswith("cuda"):
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        row[name] = timed(step, device)
+    if device.startswith("cuda"):
+        row["memory_GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9 + weights_gb
+    return row
 
 
 def describe(row: dict[str, Any]) -> str:

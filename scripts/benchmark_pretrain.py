@@ -217,9 +217,11 @@ class Group:
         return {"model": model, "optimizer": build_optimizer(model, Pretraining(data=""), 1e-4), "losses": losses}
 
     def build_peer(self, method: Method) -> dict[str, Any]:
-        """The same shape in transformers, compiled."""
+        """The same shape in transformers, compiled. It is given a causal kernel: some of its releases (5.17) hand SDPA a
+        mask once they are compiled, which is slower."""
         import torch
-        from transformers import AutoModelForCausalLM, LlamaConfig
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         from lit_swa.arguments import Pretraining
         from lit_swa.formats.hugging_face import config_to_hf
@@ -230,15 +232,17 @@ class Group:
         if hf.pop("model_type") != "llama":
             raise ValueError("The peer is set up for shapes of the Llama family only: leave it out of --methods.")
         dtype = torch.float32 if method.group == "float32" else self.dtype
+        AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+        AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
         with self.device:
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**hf), dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**hf), dtype=dtype, attn_implementation="causal_sdpa")
         model.train()
         if self.settings["recompute"]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         compiled, ids = torch.compile(model), self.ids[:, :-1].contiguous()
         autocast = dtype != self.dtype
 
-        def loss() -> Any:  # with use_cache=False it would be given a mask in place of a causal kernel
+        def loss() -> Any:
             with torch.autocast(self.device.type, self.dtype, enabled=autocast):
                 return compiled(input_ids=ids, labels=ids).loss
 

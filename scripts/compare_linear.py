@@ -140,12 +140,12 @@ def main(
         content = results.finished or {"command": "", "machine": "", "rows": []}
         done = {row["method"]: row for row in content["rows"]}
         if any(name not in done for name in chosen):
-            content["command"] = describe_command("--only")
-            content["machine"] = describe_machine(device)
+            content["command"], machine = describe_command("--only"), describe_machine(device)
             runs = Runs(training, config.n_layer, out_dir, jobs, [name for name in chosen if name not in done])
             for row in judge_all(runs, held_out, prefix, sizes):
-                done[row["method"]] = row
+                done[row["method"]] = row | {"machine": machine}
                 content["rows"] = [done[name] for name in ROWS if name in done]
+                content["machine"] = ", ".join(dict.fromkeys(row["machine"] for row in content["rows"]))
                 results.finish(content)
         print("\n".join(table_of(content["rows"])))
         draw_results(output, lambda plt: draw(plt, {"arguments": results.arguments} | content))

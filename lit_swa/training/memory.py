@@ -43,7 +43,8 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
         limit = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - kept_between_chunks(run, model)
         if wanted == "auto" and is_sharded(run.fabric):  # the model may be larger than the device: nothing is tried
             shards = count_shards(run.fabric, run.args)
-            step = estimate_step(model, read_at_once(run), accumulates, run.fabric.autocast, shards)
+            batch = read_at_once(run).to(model.transformer.wte.weight.device)  # a model from a file waits on the CPU
+            step = estimate_step(model, batch, accumulates, run.fabric.autocast, shards)
             wanted = next((i for i in range(n) if step.weights + step.beside_weights(i) < limit), n)
         elif wanted == "auto" and hands_on_all(run, model):  # a later chunk takes more than the first, which is tried
             wanted = n

@@ -55,3 +55,21 @@ def test_compiled_steps_are_those_of_eager_ones(pretrain, arguments):
         assert compiled[name] == pytest.approx(eager[name], rel=rel, nan_ok=True)
     known = peak_flops(torch.device("cuda"), torch.bfloat16) is not None
     assert ("MFU" in said) == (known and "documents" not in arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"strategy": "fsdp"},
+        {"chunk_size": 512, "chunk_offload": "false"},
+        {"chunk_size": 512, "chunk_offload": "true"},
+    ],
+)
+def test_sharded_steps_and_chunks_are_those_of_whole_rows(pretrain, arguments):
+    """Catches: an estimate of a sharded model's memory that has the batch on another device, gradients of a window's
+    keys that come back from another device than they went to."""
+    windowed = {"model.attention": "sliding", "model.sliding_window_size": 256}
+    whole, _ = pretrain("whole", **windowed)
+    other, _ = pretrain("other", **windowed, **arguments)
+    for name, rel in (("loss", 1e-2), ("grad_norm", 5e-2), ("val_loss", 1e-2)):
+        assert other[name] == pytest.approx(whole[name], rel=rel, nan_ok=True)
