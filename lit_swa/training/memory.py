@@ -28,8 +28,9 @@ TILE = 2**14  # tokens that an MLP reads at once where activations are offloaded
 def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     """Let as many layers recompute their activations as --recompute says; returns how many.
 
-    auto: as many as it takes to leave some memory free with the longest micro-batch: a tenth of a GPU's, a quarter of a
-    CPU's, whose heap falls into pieces. accumulates: a step may read several micro-batches.
+    auto: as many as it takes to leave some memory free with the longest micro-batch, beside what other programs hold: a
+    tenth of a GPU's, a quarter of a CPU's, whose heap falls into pieces. accumulates: a step may read several
+    micro-batches.
     Raises ValueError when the step does not fit into the memory.
     """
     n, device = model.config.n_layer, run.fabric.device
@@ -40,7 +41,8 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     if device.type == "cuda" and offload:
         require_inputs(run, model)
     if device.type == "cuda":
-        limit = int(0.9 * torch.cuda.get_device_properties(device).total_memory) - kept_between_chunks(run, model)
+        here = torch.cuda.memory_allocated(device) + free_memory(device)
+        limit = here - torch.cuda.get_device_properties(device).total_memory // 10 - kept_between_chunks(run, model)
         if wanted == "auto" and is_sharded(run.fabric):  # the model may be larger than the device: nothing is tried
             shards = count_shards(run.fabric, run.args)
             batch = read_at_once(run).to(model.transformer.wte.weight.device)  # a model from a file waits on the CPU
