@@ -217,8 +217,8 @@ class Group:
         return {"model": model, "optimizer": build_optimizer(model, Pretraining(data=""), 1e-4), "losses": losses}
 
     def build_peer(self, method: Method) -> dict[str, Any]:
-        """The same shape in transformers, compiled. It is given a causal kernel: some of its releases (5.17) hand SDPA a
-        mask once they are compiled, which is slower."""
+        """The same shape in transformers, compiled. It is given a causal kernel: some of its releases (5.17) hand SDPA
+        a mask once they are compiled, which is slower."""
         import torch
         from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
