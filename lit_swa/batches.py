@@ -25,19 +25,21 @@ from torch import Tensor
 from lit_swa.checks import check_range
 from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 from lit_swa.generate import (
-    FEW_LOGITS,
     LIMITS,
     SMALLEST_CHUNK,
-    NonFiniteLogits,
     Sampling,
     Session,
     StopFinder,
     cache_bytes,
+    calm,
     check_prompt,
     check_stops,
+    context_of,
     describe_attention,
-    explain_overflow,
+    non_finite,
     prefill_chunk,
+    read_later,
+    token_stops,
 )
 from lit_swa.gpu_decode import WARM_UPS
 from lit_swa.machine import few_threads
@@ -88,7 +90,7 @@ class Text:
         self.ended = "" if self.count else "length"
         self.tokens: list[int] = []
         self.pieces: list[str] = []
-        self.token_stops = StopFinder([[s] if isinstance(s, int) else list(s) for s in stop_tokens], empty=[])
+        self.token_stops = StopFinder(token_stops(stop_tokens), empty=[])
         self.text_stops = StopFinder(list(request.stop), empty="")
         self.decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         for token in request.ids if tokenizer is not None and request.continues else ():
@@ -164,32 +166,21 @@ class RowSampler:
 
         What a row without a text gets means nothing.
         """
-        few = self.device.type == "cpu" and logits.numel() < FEW_LOGITS
-        with few_threads(1) if few else nullcontext():
-            return self.choose_tokens(logits, rows)
-
-    def choose_tokens(self, logits: Tensor, rows: slice) -> Tensor:
-        seen = None if self.seen is None else self.seen[rows]
-        noise = None
-        if self.sampling.temperature > 0:
-            noise = self.noise.draw(rows, logits.size(-1))  # the numbers that a Sampler takes for one text
-        token = self.sampling.choose(logits, noise, seen)
-        if seen is not None:
-            seen.scatter_(1, token, True)  # a view of self.seen
-        return token
+        with calm(logits):
+            seen, noise = None if self.seen is None else self.seen[rows], None
+            if self.sampling.temperature > 0:
+                noise = self.noise.draw(rows, logits.size(-1))  # the numbers that a Sampler takes for one text
+            token = self.sampling.choose(logits, noise, seen)
+            if seen is not None:
+                seen.scatter_(1, token, True)  # a view of self.seen
+            return token
 
 
 class Arriving(NamedTuple):
     """What the device has chosen, or is choosing, for some texts, and has not told the host yet."""
 
     texts: list[Text | None]
-    values: Tensor  # (n, 2) float32 on the host: the token, which fits below 2**24, and the sum of its logits
-    event: "torch.cuda.Event | None"  # when they are there
-
-    def tokens(self) -> list[tuple[float, float]]:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.values.tolist()
+    read: Callable[[], list[list[float]]]  # waits for each text's token and the sum of its logits
 
 
 class Batch:
@@ -431,8 +422,8 @@ class Batch:
         """Choose the next token of some rows from their logits (n, V); the host learns of it later."""
         token = self.sampler.choose(logits, rows)
         self.token[rows] = token
-        total = logits.sum(-1, keepdim=True, dtype=torch.float32)
-        self.arriving.append(Arriving(self.texts[rows], *send_to_host(torch.cat([token, total], dim=1))))
+        total = logits.sum(-1, keepdim=True, dtype=torch.float32)  # which holds every id below 2**24
+        self.arriving.append(Arriving(self.texts[rows], read_later(torch.cat([token, total], dim=1))))
         for row in range(rows.start, rows.stop):
             if (text := self.texts[row]) is not None:
                 text.begun += 1
@@ -442,11 +433,11 @@ class Batch:
     def take(self) -> Iterator[tuple[int, Answer]]:
         """Give the oldest tokens that are arriving to their texts; yields the answers that end with them."""
         arriving = self.arriving.popleft()
-        for text, (token, total) in zip(arriving.texts, arriving.tokens(), strict=True):
+        for text, (token, total) in zip(arriving.texts, arriving.read(), strict=True):
             if text is None or text.ended:
                 continue
             if not math.isfinite(total):  # then one of the logits is not
-                raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(self.model)}.")
+                raise non_finite(self.model)
             text.push(int(token))
             self.new_tokens += 1
             if text.ended:
@@ -454,16 +445,6 @@ class Batch:
                     self.end(self.texts.index(text))
                 self.answered += 1
                 yield text.index, text.answer
-
-
-def send_to_host(values: Tensor) -> "tuple[Tensor, torch.cuda.Event | None]":
-    """The values on the host, and the event after which they are there; None: they are."""
-    if values.device.type != "cuda":
-        return values.cpu(), None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event
 
 
 # -------------------------------------------------------------------------------------------------- some rows of caches
@@ -507,10 +488,6 @@ def require_room(model: GPT, requests: Sequence[Request]) -> int:
             check_range("seed", request.seed, *LIMITS["seed"])
         check_stops(request.stop)
     return max((len(r.ids) + max(0, count_tokens(r, context) - 1) for r in requests), default=1)
-
-
-def context_of(model: GPT) -> float:
-    return math.inf if model.rolls else model.config.block_size
 
 
 def rows_that_fit(model: GPT, room: int) -> int:

@@ -27,7 +27,7 @@ from lit_swa.formats.files import LazyTensor, write_json
 from lit_swa.formats.json_files import MAX_RESULT_BYTES, UNFIT, parse_json
 from lit_swa.formats.quantized import quantization_of
 from lit_swa.formats.reading import is_listed, read_bytes
-from lit_swa.generate import NonFiniteLogits, Session, explain_overflow, prefill_chunk
+from lit_swa.generate import Session, non_finite, prefill_chunk
 from lit_swa.model import GPT, Config
 from lit_swa.texts import encode_file, find_frame
 from lit_swa.utils import check_devices, count_processes
@@ -412,7 +412,7 @@ def pick_chunk_size(model: GPT, batch_size: int, seq_len: int) -> int:
 def require_finite(sums: Sequence[Sequence[float]], start: int, model: GPT) -> None:
     """Raises NonFiniteLogits when a sum of these windows, the first of which begins at token `start`, is not finite."""
     if not all(math.isfinite(x) for window in sums for x in window):
-        raise NonFiniteLogits(f"The window at token {start} has no finite perplexity: {explain_overflow(model)}.")
+        raise non_finite(model, f"The window at token {start} has no finite perplexity")
 
 
 def with_fields(model: GPT, **fields: Any) -> GPT:

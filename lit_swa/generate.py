@@ -8,7 +8,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from lit_swa.utils import format_rate, wait_for
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
-FEW_LOGITS = 2**20  # on a CPU one thread is as fast, and leaves none behind that spins on a core of the next step
+FEW_LOGITS = 2**20  # of which one thread of a CPU chooses a token as fast as several
 LIKELIEST = 256, 4096  # tokens to order: on a CPU 40 and 7 times as fast as ordering a vocabulary of 49152
 LIMITS = {  # field of Sampling -> least and greatest value, both allowed
     "temperature": (0, 1e4),
@@ -130,6 +130,12 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     return (probabilities / noise).argmax(dim=-1, keepdim=True)
 
 
+def calm(logits: Tensor) -> AbstractContextManager:
+    """Where tokens are chosen on a CPU: one thread, which leaves none that spins on a core of the next step."""
+    few = logits.device.type == "cpu" and logits.numel() < FEW_LOGITS
+    return few_threads(1) if few else nullcontext()
+
+
 class Sampler:
     """Chooses token after token of a batch: a Sampling, its random numbers, and the tokens that the sequences hold."""
 
@@ -150,21 +156,16 @@ class Sampler:
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next tokens (B, 1) for logits (B, V); they count as tokens of the sequences from now on."""
-        if logits.device.type == "cpu" and logits.numel() < FEW_LOGITS:
-            with few_threads(1):
-                return self.choose_token(logits)
-        return self.choose_token(logits)
-
-    def choose_token(self, logits: Tensor) -> Tensor:
-        noise = None
-        if self.sampling.temperature > 0 and self.noise is not None:
-            noise = self.noise.draw(slice(None), logits.size(-1))
-        elif self.sampling.temperature > 0:
-            noise = torch.empty_like(logits, dtype=torch.float32).exponential_(1, generator=self.generator)
-        token = self.sampling.choose(logits, noise, self.seen)
-        if self.seen is not None:
-            self.seen.scatter_(1, token, True)
-        return token
+        with calm(logits):
+            noise = None
+            if self.sampling.temperature > 0 and self.noise is not None:
+                noise = self.noise.draw(slice(None), logits.size(-1))
+            elif self.sampling.temperature > 0:
+                noise = torch.empty_like(logits, dtype=torch.float32).exponential_(1, generator=self.generator)
+            token = self.sampling.choose(logits, noise, self.seen)
+            if self.seen is not None:
+                self.seen.scatter_(1, token, True)
+            return token
 
 
 # -------------------------------------------------------------------------------------------------------------- session
@@ -445,6 +446,11 @@ def cut_last(ids: Ids) -> tuple[Ids | None, Ids]:
     return (head if any(head) else None), [sequence[-1:] for sequence in ids]
 
 
+def context_of(model: GPT) -> float:
+    """How many tokens of a text can be fed."""
+    return math.inf if model.rolls else model.config.block_size
+
+
 def context_error(model: GPT, tokens: int, what: str, new_tokens: int = 0) -> ValueError:
     """The error for a text of more tokens than the context. new_tokens: for which there should be room behind it."""
     return ValueError(
@@ -513,6 +519,11 @@ def prefill_chunk(model: GPT, batch_size: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------- stops
+
+
+def token_stops(stops: Iterable[int | Sequence[int]]) -> list[list[int]]:
+    """Ids, or sequences of ids, that end a text: each as a sequence."""
+    return [[s] if isinstance(s, int) else list(s) for s in stops]
 
 
 class StopFinder:
@@ -693,11 +704,11 @@ def generate(
     check_prompt(model, ids, max_new_tokens)
     session, stats = session or Session(model, decode=decode), stats or Stats()
     stats.prompt_tokens, stats.cached_tokens = len(ids), session.keep_prefix(ids)
-    context = math.inf if model.rolls else model.config.block_size
+    context = context_of(model)
     session.reserve(min(len(ids) + max_new_tokens, context))
     count = min(max_new_tokens, context + 1 - len(ids))  # the last one may follow the context: it is not fed
     sampler = Sampler(sampling or flat, [ids], model.config.vocab_size, session.device)
-    stops = StopFinder([[s] if isinstance(s, int) else list(s) for s in stop_tokens], empty=[])
+    stops = StopFinder(token_stops(stop_tokens), empty=[])
     return decode_loop(session, ids[stats.cached_tokens :], sampler, count, stops, should_stop, progress, stats)
 
 
@@ -726,6 +737,11 @@ def explain_overflow(model: GPT) -> str:
         return "the weights are damaged, convert or download them again"
     other = "float32 or bfloat16" if dtype == "float16" else "float32"
     return f"the activations are too large for {dtype} (use --dtype {other}), or the weights are damaged"
+
+
+def non_finite(model: GPT, what: str = "The logits are no finite numbers") -> NonFiniteLogits:
+    """The error, with its reason and remedy."""
+    return NonFiniteLogits(f"{what}: {explain_overflow(model)}.")
 
 
 def why_cut(session: Session, count: int) -> str:
@@ -764,7 +780,7 @@ def decode_loop(
         logits = session.feed(token) if ahead else None
         chosen, total = read()  # only here the host waits for the device
         if not math.isfinite(total):  # then one of the logits is not
-            raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(session.model)}.")
+            raise non_finite(session.model)
         now = time.perf_counter()
         stats.count(now - started)
         released, found = stops.push([int(chosen)])  # float32 holds every id below 2**24

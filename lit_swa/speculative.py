@@ -21,7 +21,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,20 +39,20 @@ from lit_swa.formats.checkpoint import tokenizer_dir
 from lit_swa.formats.download import find_checkpoint
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import (
-    FEW_LOGITS,
-    NonFiniteLogits,
     Sampler,
     Sampling,
     Session,
     Stats,
     StopFinder,
+    calm,
     check_prompt,
+    context_of,
     draw,
-    explain_overflow,
+    non_finite,
+    token_stops,
     why_cut,
 )
 from lit_swa.linear_formats import dense_weight, is_experts, pack_for_cpu, weighty_layers
-from lit_swa.machine import few_threads
 from lit_swa.model import GPT, KVCache, Slots, SoftmaxAttention
 from lit_swa.rope import Span
 from lit_swa.speed import mark, seconds_between, step_bytes
@@ -149,12 +148,6 @@ def run_step(model: GPT, decode: Step | None, idx: Tensor, input_pos: Tensor) ->
     return (decode if short else model)(idx, input_pos)[..., : model.config.vocab_size]
 
 
-def calm(logits: Tensor) -> AbstractContextManager:
-    """Where tokens are chosen on a CPU: one thread, which leaves none that spins on a core of the next step."""
-    few = logits.device.type == "cpu" and logits.numel() < FEW_LOGITS
-    return few_threads(1) if few else nullcontext()
-
-
 # --------------------------------------------------------------------------------------------------------------- drafts
 
 
@@ -205,7 +198,7 @@ class ModelDraft(Draft):
         vocab_size: how many tokens both models know, where their configs are padded to different numbers.
         """
         self.session, self.model, self.vocab_size = session, session.model, vocab_size
-        self.context = math.inf if session.model.rolls else session.model.config.block_size
+        self.context = context_of(session.model)
 
     def check(self, target: GPT, longest: int) -> None:
         sizes = self.model.config.vocab_size, target.config.vocab_size
@@ -620,10 +613,10 @@ def speculate(
         )
     stats.draft_model, stats.prompt_tokens = draft.model, sum(len(ids) for ids in prompts)
     stats.cached_tokens = session.keep_prefix(prompts[0]) if len(prompts) == 1 else session.reset() or 0
-    context, longest = math.inf if model.rolls else model.config.block_size, max(len(ids) for ids in prompts)
+    context, longest = context_of(model), max(len(ids) for ids in prompts)
     limits = Limits(k, context, int(min(longest + max_new_tokens + k, context)))
     session.reserve(limits.room)
-    stops = [[s] if isinstance(s, int) else list(s) for s in stop_tokens]
+    stops = token_stops(stop_tokens)
     texts = [Text(ids, int(min(max_new_tokens, context + 1 - len(ids))), stops) for ids in prompts]
     sampler = Sampler(sampling, prompts, model.config.vocab_size, session.device)
     return decode_rounds(session, draft, texts, sampler, limits, should_stop, progress, stats)
@@ -693,7 +686,7 @@ def read_round(
     for text, (*tokens, accepted, proposed, finite) in zip(texts, rows, strict=True):
         before, going = len(text.ids), not text.ended
         if going and not finite:
-            raise NonFiniteLogits(f"The logits are no finite numbers: {explain_overflow(run.target.model)}.")
+            raise non_finite(run.target.model)
         passed.append(text.take(tokens[: accepted + 1]))
         new.append(text.ids[before:])
         if going and run.rounds:

@@ -27,7 +27,7 @@ from lit_swa.batches import Batch, Request
 from lit_swa.config import check_no_prompt
 from lit_swa.evaluate import PROJECT_ELEMENTS, pick_chunk_size
 from lit_swa.formats.tokenizer import Tokenizer
-from lit_swa.generate import NonFiniteLogits, Sampling, Session, explain_overflow
+from lit_swa.generate import Sampling, Session, context_of, non_finite
 from lit_swa.model import GPT
 from lit_swa.texts import read_text
 from lit_swa.utils import ProgressLine
@@ -102,7 +102,7 @@ class Reader:
         which is endless where every layer's cache rolls."""
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.device = model.transformer.wte.weight.device
-        self.max_length = max_length or (math.inf if model.rolls else model.config.block_size)
+        self.max_length = max_length or context_of(model)
         first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if first is None:
             raise ValueError(
@@ -182,7 +182,7 @@ class Reader:
             own = slice(stop - row.n, stop)
             found.append((logp[i, own].double().sum().item(), bool(likeliest[i, own].all())))
         if not all(math.isfinite(score) for score, _ in found):
-            raise NonFiniteLogits(f"A text has no finite log-likelihood: {explain_overflow(self.model)}.")
+            raise non_finite(self.model, "A text has no finite log-likelihood")
         return found
 
     def written(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
