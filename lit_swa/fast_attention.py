@@ -46,7 +46,7 @@ class Faster(NamedTuple):
     """What takes the place of the plain steps."""
 
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]  # for rope.apply_rope
-    causal: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # for model.causal_attention
+    causal: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # for s2.causal_attention
     attend: Callable[..., Tensor] | None = None  # (queries of each part, k, v, learned sink logits or None) -> outputs
     n_queries: int = 0  # how many queries, from the first on, attend() answers; the plain steps do the rest
 
@@ -102,9 +102,8 @@ def gpu_tools(choice: str, T: int, cached: bool, hopper: bool, window: int) -> T
     corners = hopper and window >= LONG_CALL
     # Flex is the faster, and compiles every new shape: a prompt's odd length is not worth that.
     if has_triton() and (not cached or T >= 8 * LONG_CALL):
-        return Tools(
-            merge, "flex", LONG_CALL, corners, hopper and cudnn_window is not None and cudnn_window.is_installed()
-        )
+        cudnn = hopper and cudnn_window is not None and cudnn_window.is_installed()
+        return Tools(merge, "flex", LONG_CALL, corners, cudnn)
     return Tools(merge, "flash", 1, corners)
 
 
@@ -197,10 +196,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: 
     flat = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # (B * T, H, D)
     y = varlen_attn(*flat, starts * T, starts * L, T, L, scale=scale, window_size=(left, 0))
     return y.view(B, T, H, D).transpose(1, 2)
-
-
-def has_cudnn_window() -> bool:
-    return cudnn_window is not None and cudnn_window.is_installed()
 
 
 @functools.cache
@@ -365,12 +360,10 @@ def merge_blocks(pairs: "Pairs", bands: Sequence[bool], corners: bool) -> list[M
     alike = T
     if windowed:
         alike = pairs.window if corners else MASKED_BLOCK
-    size = FOLDS * alike if corners else alike
+    cuts = cut_between([0, *block_edges(pairs, corners), T], FOLDS * alike if corners else alike)
     shared: dict[int, Tensor | None] = {}
     blocks = []
-    for start, stop in reversed(
-        cut_between([0, *block_edges(pairs, corners), T], size)
-    ):  # most keys first, for `shared`
+    for start, stop in reversed(cuts):  # most keys first, for `shared`
         folds = max(1, (stop - start) // alike)
         one = slice(start, start + (stop - start) // folds)
         strips = [
