@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lit_swa.batches import Batch, Request
 from lit_swa.checkpoint import load_model
 from lit_swa.command_line import shorten
-from lit_swa.evaluate import Results, with_fields
+from lit_swa.evaluate import Results, check_chat_template, with_fields
 from lit_swa.formats.checkpoint import tokenizer_dir
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.linear_formats import pack_for_cpu
@@ -44,8 +44,7 @@ def ask_methods(
     a = results.arguments
     results.save()  # a disk that is full or read-only shows now and not after hours
     tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
-    if a["use_chat_template"] and not tokenizer.has_chat_template:
-        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
+    check_chat_template(tokenizer, a["use_chat_template"])
     gpt = load_model(a["checkpoint_dir"], a["dtype"], a["device"], **a["model"] or {})
     number = len(methods) * len(a["lengths"]) * sum(len(task.keys) for task in tasks.values())
     line = ProgressLine(number, "questions", done=len(results.parts))

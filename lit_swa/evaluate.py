@@ -22,7 +22,7 @@ from lit_swa.checks import check_range
 from lit_swa.config import check_no_prompt
 from lit_swa.data.token_files import check_tokens as check_tokens  # scripts take it from here
 from lit_swa.data.token_files import open_token_file
-from lit_swa.formats.checkpoint import build_model, check_tensors
+from lit_swa.formats.checkpoint import build_model, check_dtype, check_tensors
 from lit_swa.formats.files import LazyTensor, write_json
 from lit_swa.formats.json_files import MAX_RESULT_BYTES, UNFIT, parse_json
 from lit_swa.formats.quantized import quantization_of
@@ -30,7 +30,7 @@ from lit_swa.formats.reading import is_listed, read_bytes
 from lit_swa.generate import Session, non_finite, prefill_chunk
 from lit_swa.model import GPT, Config
 from lit_swa.texts import encode_file, find_frame
-from lit_swa.utils import check_devices, count_processes
+from lit_swa.utils import check_devices, count_processes, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -307,6 +307,23 @@ def spread_windows(
     count = min(count, last + 1)  # so many can begin at different tokens
     starts = [last * i // max(1, count - 1) for i in range(count)]
     return Windows(starts, seq_len, max(1, len(prefix)), bucket, tuple(prefix))
+
+
+def pick_place(device: str, dtype: str) -> tuple[str, str]:
+    """The device and the dtype of these names, of which "auto" is what suits this machine. Raises ValueError for what
+    it lacks."""
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    check_dtype(dtype, device)
+    return device, dtype
+
+
+def check_chat_template(tokenizer: "Tokenizer", wanted: bool) -> None:
+    """Raises ValueError where questions are to be asked within a chat template, and the tokenizer has none."""
+    if wanted and not tokenizer.has_chat_template:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.checkpoint_dir} has no chat template: leave --use_chat_template out."
+        )
 
 
 def check_cut(seq_len: int, stride: int, score: str, bucket: int | None) -> None:

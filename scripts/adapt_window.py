@@ -66,16 +66,14 @@ def main(
         output: The JSON file for the results; the picture goes next to it, as .png.
     """
     from lit_swa import evaluate
-    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.tokenizer import Tokenizer
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_command, describe_machine, memory_in_use, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, memory_in_use
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    check_dtype(dtype, device)
+    device, dtype = evaluate.pick_place(device, dtype)
     lengths = sorted(set([1024, 2048, 4096] if lengths is None else lengths))
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     for path in (checkpoint_dir, *(adapters or {}).values()):

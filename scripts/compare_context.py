@@ -66,14 +66,11 @@ def main(
     import torch
 
     from lit_swa import evaluate
-    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import pick_device, pick_dtype
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    check_dtype(dtype, device)
+    device, dtype = evaluate.pick_place(device, dtype)
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir, tokenizer=False)
     config = load_config(checkpoint_dir).override(**model or {})

@@ -73,15 +73,12 @@ def main(
     import hashlib
 
     from lit_swa import answers, evaluate
-    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.documents import read_files
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import pick_device, pick_dtype
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    check_dtype(dtype, device)
+    device, dtype = evaluate.pick_place(device, dtype)
     evaluate.check_at_least(shots=(shots, 0), limit=(limit or 1, 1), batch_size=(batch_size or 1, 1),
                             max_new_tokens=(max_new_tokens or 1, 1))  # fmt: skip
     questions = read_files(data, shots, shot_files, limit)

@@ -140,10 +140,10 @@ def ask_all(plan: list, results, text: str) -> None:
 
 def check_prompts(plan: list, tokenizer, a: dict[str, Any], words: list[str]) -> None:
     """Raises ValueError, before a model is loaded, when a length or the haystack is too short."""
+    from lit_swa.evaluate import check_chat_template
     from lit_swa.passkey import build_prompt
 
-    if a["use_chat_template"] and not tokenizer.has_chat_template:
-        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
+    check_chat_template(tokenizer, a["use_chat_template"])
     for trial in (plan[0], plan[-1]):
         build_prompt(trial, tokenizer, a["seed"], a["max_new_tokens"], words, a["use_chat_template"])
 

@@ -65,13 +65,10 @@ def main(
     import torch
 
     from lit_swa import evaluate
-    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.formats.download import find_checkpoint
-    from lit_swa.utils import pick_device, pick_dtype
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    check_dtype(dtype, device)
+    device, dtype = evaluate.pick_place(device, dtype)
     stride = seq_len if stride is None else stride
     evaluate.check_cut(seq_len, stride, score, bucket)
     evaluate.check_at_least(batch_size=(batch_size, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))

@@ -38,16 +38,14 @@ def main(
         output: The JSON file for the results. Their picture is written next to it.
     """
     from lit_swa import evaluate
-    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.formats.directory import read_quantization
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.quantized import require_dense
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    check_dtype(dtype, device)
+    device, dtype = evaluate.pick_place(device, dtype)
     check_output(output)
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)

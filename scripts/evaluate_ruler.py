@@ -67,14 +67,11 @@ def main(
     import hashlib
 
     from lit_swa import answers, evaluate
-    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype, load_config
+    from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import pick_device, pick_dtype
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    check_dtype(dtype, device)
+    device, dtype = evaluate.pick_place(device, dtype)
     books, tasks = find_books(data), choose_tasks(tasks, qa)
     evaluate.check_at_least(samples=(samples, 1), batch_size=(batch_size or 1, 1))
     checkpoint_dir = find_checkpoint(checkpoint_dir)

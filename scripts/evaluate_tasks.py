@@ -53,13 +53,11 @@ def main(
     import torch
 
     from lit_swa import evaluate
-    from lit_swa.checkpoint import check_checkpoint_dir, check_dtype
+    from lit_swa.checkpoint import check_checkpoint_dir
     from lit_swa.formats.download import find_checkpoint
-    from lit_swa.utils import describe_command, describe_machine, memory_in_use, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine, memory_in_use
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    check_dtype(dtype, device)
+    device, dtype = evaluate.pick_place(device, dtype)
     for name, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1),
                                ("max_length", max_length, 2)):  # fmt: skip
         if value is not None:
@@ -150,6 +148,7 @@ def run(results, chosen: dict[str, Any], manager) -> None:
     import lm_eval
 
     from lit_swa.checkpoint import load_model
+    from lit_swa.evaluate import check_chat_template
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.tokenizer import Tokenizer
     from lit_swa.linear_formats import pack_for_cpu
@@ -159,8 +158,7 @@ def run(results, chosen: dict[str, Any], manager) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about options of its own command
     results.save()  # a disk that is full or read-only shows now and not after hours
     tokenizer = Tokenizer(tokenizer_dir(a["checkpoint_dir"]))
-    if a["use_chat_template"] and not tokenizer.has_chat_template:
-        raise ValueError(f"The tokenizer of {a['checkpoint_dir']} has no chat template: leave --use_chat_template out.")
+    check_chat_template(tokenizer, a["use_chat_template"])
     gpt = load_model(a["checkpoint_dir"], a["dtype"], a["device"], quantize=a["quantize"], **a["model"])
     pack_for_cpu(gpt)
     lm = as_lm(Reader(gpt, tokenizer, a["batch_size"], a["max_length"]))
