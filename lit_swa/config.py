@@ -286,6 +286,13 @@ def tiled(pattern: str, n: int) -> list[str]:
     return [names[i % len(names)] for i in range(n)]
 
 
+def join_pattern(names: Sequence[str]) -> str:
+    """The shortest pattern that tiles to the names of the layers."""
+    n = len(names)
+    periods = (p for p in range(1, n) if all(names[i] == names[i % p] for i in range(n)))
+    return ",".join(names[: next(periods, n)])
+
+
 def number_list(field: str, text: str) -> list[int]:
     """The numbers of a comma list, one of BY_LAYER. Raises ValueError for what is none."""
     least, most = RANGES[BY_LAYER[field]]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from lit_swa.config import join_pattern as join_pattern  # linearize.py takes it from here
 from lit_swa.model import GPT, Mixer
 
 
@@ -39,10 +40,3 @@ def harm_of_each(
         if tell is not None:
             tell(len(losses))
     return before, losses
-
-
-def join_pattern(variants: Sequence[str]) -> str:
-    """The shortest pattern that tiles to these variants."""
-    n = len(variants)
-    period = next(p for p in range(1, n + 1) if all(variants[i] == variants[i % p] for i in range(n)))
-    return ",".join(variants[:period])

@@ -116,7 +116,7 @@ def plan_quantization(directory: Path, output_dir: Path, mode: str, group_size: 
     config, tensors = load_config(directory), open_weights(directory)
     check_tensors(config, tensors, directory)
     stored = Quantization(mode, choose_group(config, mode, group_size))
-    needed = expected_bytes(config, stored, tensors["transformer.wte.weight"].dtype)
+    needed = expected_bytes(config, stored, tensors[EMBEDDING].dtype)
     require_space(writable_place(output_dir), sum(needed.values()))
     return stored
 
@@ -269,7 +269,7 @@ def calibrated(linear: nn.Linear, hessian: Tensor | None, group_size: int) -> In
 def own_text(directory: Path, device: torch.device, windows: int, tokens: int, seed: int, show: Show) -> Tensor:
     """A text that the model writes itself, (windows, tokens), to calibrate on where none is given: each window begins
     with a token at random, and goes on with what is sampled."""
-    dtype = open_weights(directory)["transformer.wte.weight"].dtype
+    dtype = open_weights(directory)[EMBEDDING].dtype
     model = load_model(directory, dtype, device)
     model.set_kv_cache(windows, tokens)
     generator = torch.Generator(device).manual_seed(seed)

@@ -137,7 +137,7 @@ class Recipe(NamedTuple):
 
 def make_recipes(a: dict[str, Any], kept: list[int], n_layer: int) -> dict[str, Recipe]:
     """All recipes by their names. kept: the layers that keep full attention in some."""
-    from lit_swa.mixers import join_pattern
+    from lit_swa.config import join_pattern
 
     def pattern(full: list[int]) -> str:
         return join_pattern(["full" if i in full else "streaming" for i in range(n_layer)])

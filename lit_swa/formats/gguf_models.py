@@ -16,11 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_swa.config import Config
+from lit_swa.config import Config, join_pattern
 from lit_swa.formats.gguf import GGUFFile
 from lit_swa.formats.gguf_rope import canonical_scaling, read_scaling, refuse_scaling, scaling_keys, scaling_tensors
 from lit_swa.formats.hf_export import NOT_EXPORTED, canonical
-from lit_swa.formats.hf_fields import shortest_period
 from lit_swa.formats.hf_names import LIT, Names, Table, by_layer, layer
 
 # ------------------------------------------------------------------------------------------------------------ the names
@@ -193,9 +192,9 @@ def afmoe(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
     shared = file.get("afmoe.expert_shared_count", int, 0)
     if file.get("afmoe.expert_gating_func", int, 2) != 2 or not file.get("afmoe.expert_weights_norm", bool, False):
         raise ValueError(f"{file.path} weights its experts in a way that is not read: convert the original checkpoint.")
-    mlps = shortest_period(["GatedMLP" if i < dense else "MoE" for i in range(n)])
+    mlps = join_pattern(["GatedMLP" if i < dense else "MoE" for i in range(n)])
     return every_fourth_without(file, fields) | {
-        "mlp_class_name": ",".join(mlps), "expert_weights": "biased", "shared_expert_size": shared * size or None,
+        "mlp_class_name": mlps, "expert_weights": "biased", "shared_expert_size": shared * size or None,
     }  # fmt: skip
 
 
@@ -217,7 +216,7 @@ def llama4(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
     moe = ["MoE" if step > 0 and (i + 1) % step == 0 else "GatedMLP" for i in range(n)]
     normed = {"norm_qk": True, "norm_qk_type": "plain"} if fields["n_expert"] != 128 else {}
     return every_fourth_without(file, fields) | normed | {
-        "mlp_class_name": ",".join(shortest_period(moe)), "expert_weights": "sigmoid",
+        "mlp_class_name": join_pattern(moe), "expert_weights": "sigmoid",
         "shared_expert_size": fields["expert_size"],
         "attention": fields.get("attention", "full").replace("sliding", "chunked"), "sliding_window_size": None,
         "attention_chunk_size": 8192, "temperature_slope": 0.1, "temperature_length": 8192, "temperature_offset": 1,
@@ -499,7 +498,7 @@ def _windows(file: GGUFFile, row: Model, fields: dict[str, Any]) -> dict[str, An
     layers = _windowed_layers(file, fields["n_layer"], row.period)
     if window < 1 or not any(layers):
         return {"sliding_window_size": None}
-    pattern = ",".join(shortest_period(["sliding" if windowed else "full" for windowed in layers]))
+    pattern = join_pattern(["sliding" if windowed else "full" for windowed in layers])
     result = {"attention": pattern, "sliding_window_size": window}
     base = file.get(f"{arch}.rope.freq_base", float, 10000.0)
     local = file.get(f"{arch}.rope.freq_base_swa", float, base if arch != "gemma3" else 10000.0)

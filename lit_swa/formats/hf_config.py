@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_swa.config import RANGES, TRAINED_LENGTH
+from lit_swa.config import RANGES, TRAINED_LENGTH, join_pattern
 from lit_swa.formats.hf_fields import (
     ROPE_KEYS,
     common_fields,
     read_activation,
     read_rope,
     refuse_unread,
-    shortest_period,
     window_fields,
     without_layer_types,
 )
@@ -166,15 +165,21 @@ def gemma2(hf: dict[str, Any]) -> dict[str, Any]:
     } | window_fields(hf, pattern, hf["sliding_window"])
 
 
-def gemma3(hf: dict[str, Any]) -> dict[str, Any]:
-    every = hf["sliding_window_pattern"]
-    pattern = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(hf["num_hidden_layers"])]
+def local_base(hf: dict[str, Any], plain: float) -> float:
+    """The base of RoPE in the layers with a window; plain: where they have none of their own. Raises ValueError for a
+    scaling, which is read for the other layers alone."""
     local = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
-    local = {"rope_theta": hf["rope_local_base_freq"]} | local
     if local.get("rope_type", "default") != "default":
         raise ValueError(
             f"RoPE of the layers with a window has the type {str(local['rope_type'])[:40]!r}: none is read."
         )
+    return float(local.get("rope_theta", plain))
+
+
+def gemma3(hf: dict[str, Any]) -> dict[str, Any]:
+    every = hf["sliding_window_pattern"]
+    pattern = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(hf["num_hidden_layers"])]
+    base = local_base(hf, hf["rope_local_base_freq"])
     if hf["attn_logit_softcapping"] is not None:
         raise ValueError(
             "attn_logit_softcapping is set, which transformers leaves out of Gemma 3: take the key out to do the same."
@@ -182,7 +187,7 @@ def gemma3(hf: dict[str, Any]) -> dict[str, Any]:
     return {
         **gemma2(hf | {"layer_types": hf.get("layer_types") or pattern}),
         "norm_qk": True,
-        "rope_local_base_freq": float(local["rope_theta"]),
+        "rope_local_base_freq": base,
     }
 
 
@@ -223,7 +228,7 @@ def position_pattern(rotated: list[Any], n_layer: int) -> str:
     """Config's positions of a list that has 1 for a layer with RoPE, and 0 for one without."""
     if len(rotated) != n_layer or not all(r in (0, 1) for r in rotated):
         raise ValueError(f"no_rope_layers must have 0 or 1 for each of the {n_layer} layers.")
-    return ",".join(shortest_period(["rope" if r else "none" for r in rotated]))
+    return join_pattern(["rope" if r else "none" for r in rotated])
 
 
 def gemma(hf: dict[str, Any]) -> dict[str, Any]:
@@ -283,12 +288,7 @@ def olmo2(hf: dict[str, Any]) -> dict[str, Any]:
 def olmo3(hf: dict[str, Any]) -> dict[str, Any]:
     """A scaling of RoPE counts for the layers without a window."""
     types = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(hf["num_hidden_layers"])]
-    local = (hf.get("rope_parameters") or {}).get("sliding_attention") or {}
-    if local.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"RoPE of the layers with a window has the type {str(local['rope_type'])[:40]!r}: none is read."
-        )
-    base = float(local.get("rope_theta", hf["rope_theta"]))
+    base = local_base(hf, hf["rope_theta"])
     return olmo2(hf) | {"rope_local_base_freq": base} | window_fields(hf, types, hf["sliding_window"])
 
 
@@ -372,7 +372,7 @@ def granite_swa(hf: dict[str, Any]) -> dict[str, Any]:
             "layer_rope_theta has several bases beside a scaling of RoPE, which is not computed: choose another model."
         )
     names = {0.0: "none", base: "rope"}
-    positions = ",".join(shortest_period([names.get(x, f"{x:.12g}") for x in bases]))
+    positions = join_pattern([names.get(x, f"{x:.12g}") for x in bases])
     fields = granite(hf) | {"sink_logits": True, "positions": positions}
     return fields | window_fields(hf, types, hf["sliding_window"])
 
@@ -401,7 +401,7 @@ def experts(hf: dict[str, Any], count: int, layers: list[bool] | None = None) ->
     if not any(layers):
         return {}
     return {
-        "mlp_class_name": ",".join(shortest_period(["MoE" if moe else "GatedMLP" for moe in layers])),
+        "mlp_class_name": join_pattern(["MoE" if moe else "GatedMLP" for moe in layers]),
         "n_expert": count,
         "n_expert_per_token": hf["num_experts_per_tok"],
         "balancing_loss": float(hf["router_aux_loss_coef"] or 0.0),

@@ -4,7 +4,7 @@ not be left unread."""
 import re
 from typing import Any
 
-from lit_swa.config import ROPE_SCALING_KEYS, TRAINED_LENGTH
+from lit_swa.config import ROPE_SCALING_KEYS, TRAINED_LENGTH, join_pattern
 
 # What changes the attention or the size of what flows through a model has one of these in its key's name.
 ATTENTION_KEY = re.compile(
@@ -155,7 +155,7 @@ def window_fields(hf: dict[str, Any], layer_types: list[str], window: int | None
             raise ValueError(f"layer_types has {str(kind)[:40]!r}: only {' and '.join(names)} are supported.")
     if len(given) != hf["num_hidden_layers"]:
         raise ValueError(f"layer_types names {len(given)} layers, and num_hidden_layers is {hf['num_hidden_layers']}.")
-    pattern = {"attention": ",".join(shortest_period([names[t] for t in given]))}
+    pattern = {"attention": join_pattern([names[t] for t in given])}
     if "sliding_attention" not in given:
         return pattern
     if window is None:
@@ -170,11 +170,3 @@ def without_layer_types(hf: dict[str, Any], kind: str) -> None:
             f"layer_types has {str(other[0])[:40]!r}, and the layers of this architecture are all {kind}: choose the "
             "architecture that is meant, or take the key out."
         )
-
-
-def shortest_period(pattern: list[str]) -> list[str]:
-    """The shortest list that, tiled and cut, gives the pattern."""
-    for p in range(1, len(pattern)):
-        if all(pattern[i] == pattern[i % p] for i in range(len(pattern))):
-            return pattern[:p]
-    return pattern

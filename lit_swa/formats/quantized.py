@@ -21,11 +21,11 @@ from lit_swa.formats.files import LazyTensor
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.linear_formats import is_experts, weighty_layers
 from lit_swa.model import GPT
+from lit_swa.quantize import HEAD
 from lit_swa.weight_only import GROUP_SIZES, Int4Linear, Int8Linear, WeightOnlyLinear, check_group
 
 FIELD = "quantization"  # in lit_config.json
 GROUPED = {"int8": False, "int4": True, "int4-hqq": True, "int4-gptq": True}  # mode -> whether it has groups
-HEAD = "lm_head"
 REMEDY = "update this package, or quantise the original checkpoint with scripts/quantize.py"
 
 
