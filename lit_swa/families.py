@@ -348,7 +348,7 @@ QWEN_1M = {
     "dual_chunk_size": 253952, "dual_chunk_local": 8192, "dual_chunk_temperature_slope": 0.1,
     "dual_chunk_temperature_power": 2.0,
 }  # fmt: skip
-QWEN25 = ("0.5", "1.5", "3", "7", "14", "32", "72")
+QWEN25_SIZES = ("0.5", "1.5", "3", "7", "14", "32", "72")
 SHORTER, SMALL_EPS = {"block_size": 32768}, {"norm_eps": 1e-6}  # of Qwen2.5's finetuned models
 # Other names of the same shapes: finetuned models, and the names of lit-gpt. A field that differs stands behind.
 SAME: dict[str, tuple[str, dict[str, Any]]] = {
@@ -407,7 +407,8 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}-Instruct": (name, {}) for name in (
         "Meta-Llama-3-8B", "Meta-Llama-3-70B", "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B", "Llama-3.2-1B",
         "Llama-3.2-3B", "SmolLM2-135M", "SmolLM2-360M", "SmolLM2-1.7B")},
-    **{f"Qwen2.5-{n}B-Instruct": (f"Qwen2.5-{n}B", SHORTER | (SMALL_EPS if n in ("32", "72") else {})) for n in QWEN25},
+    **{f"Qwen2.5-{n}B-Instruct": (f"Qwen2.5-{n}B", SHORTER | (SMALL_EPS if n in ("32", "72") else {}))
+       for n in QWEN25_SIZES},
     **{f"Llama-3-{size}{kind}": (f"Meta-Llama-3-{size}", {}) for size in ("8B", "70B") for kind in ("", "-Instruct")},
     "Llama-3.3-70B-Instruct": ("Llama-3.1-70B", {}),
     "Llama-3.1-Nemotron-70B-Instruct-HF": ("Llama-3.1-70B", {}),
@@ -426,7 +427,8 @@ SAME: dict[str, tuple[str, dict[str, Any]]] = {
     "mathstral-7B-v0.1": ("Mistral-7B-v0.3", {}),
     "Mistral-Large-Instruct-2411": ("Mistral-Large-Instruct-2407", {}),
     "Mixtral-8x22B-Instruct-v0.1": ("Mixtral-8x22B-v0.1", {"vocab_size": 32768}),
-    **{f"Qwen2.5-Coder-{n}B{kind}": (f"Qwen2.5-{n}B", SHORTER) for n in QWEN25[:-1] for kind in ("", "-Instruct")},
+    **{f"Qwen2.5-Coder-{n}B{kind}": (f"Qwen2.5-{n}B", SHORTER)
+       for n in QWEN25_SIZES[:-1] for kind in ("", "-Instruct")},
     "Qwen2.5-Coder-32B-Instruct": ("Qwen2.5-32B", SHORTER | SMALL_EPS),
     **{f"Qwen2.5-Math-{n}B{kind}": (f"Qwen2.5-{n}B", {"rope_base": 1e4, "block_size": 4096})
        for n in ("1.5", "7", "72") for kind in ("", "-Instruct")},

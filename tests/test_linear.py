@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_swa import GPT, Config, fla_sums, linear
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.cpu_decode import compile_for_cpu
-from lit_swa.formats.hugging_face import config_to_hf
+from lit_swa.formats.hf_export import config_to_hf
 from lit_swa.generate import Session, cache_bytes, describe_attention, generate
 from lit_swa.linear import LinearAttention
 from lit_swa.lora import LoRAConfig, add_lora, lora_linears, merge_lora

@@ -10,7 +10,7 @@ from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model
-from lit_swa.formats.hugging_face import config_to_hf
+from lit_swa.formats.hf_export import config_to_hf
 from lit_swa.rope import ROPE_SCALINGS, RoPE, rope_attention_factor, rope_frequencies
 
 TRAINED = 32

@@ -44,9 +44,9 @@ from lit_swa.formats.files import (
     write_weights,
 )
 from lit_swa.formats.hf_config import find_architecture, language_model
-from lit_swa.formats.hf_export import CHUNKS
+from lit_swa.formats.hf_export import CHUNKS, config_to_hf
 from lit_swa.formats.hf_names import Names
-from lit_swa.formats.hugging_face import config_to_hf, have_two_embeddings, to_hf, to_lit
+from lit_swa.formats.hugging_face import have_two_embeddings, to_hf, to_lit
 from lit_swa.formats.quantized import Quantization, dense_tensors
 from lit_swa.formats.reading import is_listed
 from lit_swa.formats.tokenizer import Tokenizer

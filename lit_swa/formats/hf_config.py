@@ -1,6 +1,6 @@
 """How the config.json of each Hugging Face architecture is read, as fields of Config: a row of ARCHITECTURES each.
 
-What the files of its weights are called is in hf_names.py, and what an export writes in hugging_face.py.
+What the files of its weights are called is in hf_names.py, and the config.json that an export writes in hf_export.py.
 """
 
 import difflib

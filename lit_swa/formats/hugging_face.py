@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from lit_swa.config import Config
 from lit_swa.formats.files import LazyTensor
 from lit_swa.formats.hf_export import architecture_of
-from lit_swa.formats.hf_export import config_to_hf as config_to_hf
 from lit_swa.formats.hf_names import Names, names_of
 from lit_swa.linear_formats import group_rows
 from lit_swa.model import GPT

@@ -33,28 +33,17 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     micro-batches.
     Raises ValueError when the step does not fit into the memory.
     """
-    n, device = model.config.n_layer, run.fabric.device
+    n, asked = model.config.n_layer, run.args.recompute
     recompute_blocks(model, 0)
-    wanted, offload = run.args.recompute, run.args.recompute == "offload"
-    wanted = {"all": n, "none": 0, "offload": n}.get(wanted, wanted)
-    wanted = wanted if wanted == "auto" else min(int(wanted), n)
-    if device.type == "cuda" and offload:
-        require_inputs(run, model)
-    if device.type == "cuda":
-        here = torch.cuda.memory_allocated(device) + free_memory(device)
-        limit = here - torch.cuda.get_device_properties(device).total_memory // 10 - kept_between_chunks(run, model)
-        if wanted == "auto" and is_sharded(run.fabric):  # the model may be larger than the device: nothing is tried
-            shards = count_shards(run.fabric, run.args)
-            batch = read_at_once(run).to(model.transformer.wte.weight.device)  # a model from a file waits on the CPU
-            step = estimate_step(model, batch, accumulates, run.fabric.autocast, shards)
-            wanted = next((i for i in range(n) if step.weights + step.beside_weights(i) < limit), n)
-        elif wanted == "auto" and hands_on_all(run, model):  # a later chunk takes more than the first, which is tried
-            wanted = n
-        elif wanted == "auto":
-            wanted = fitting_recompute(model, read_at_once(run).to(device), limit)
+    number = {"all": n, "none": 0, "offload": n}.get(asked, asked)
+    wanted = number if number == "auto" else min(int(number), n)
+    if run.fabric.device.type == "cuda":
+        if asked == "offload":
+            require_inputs(run, model)
+        wanted = fitting_on_gpu(run, model, wanted, accumulates)
     else:
         wanted = fitting_on_cpu(run, model, wanted, accumulates)
-    recompute_blocks(model, wanted, offload)
+    recompute_blocks(model, wanted, offload=asked == "offload")
     return wanted
 
 
@@ -101,6 +90,23 @@ def kept_between_chunks(run: Run, model: GPT) -> int:
     remedy += f"a larger --chunk_size, or a smaller window or {run.args.LENGTH}"
     require_memory(needed, torch.device("cpu") if waits else device, what, remedy)
     return beside if waits else needed + beside
+
+
+def fitting_on_gpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -> int:
+    """How many layers recompute: as many as are wanted or, for auto, as fit. Raises ValueError as kept_between_chunks
+    does."""
+    device, n = run.fabric.device, model.config.n_layer
+    here = torch.cuda.memory_allocated(device) + free_memory(device)
+    limit = here - torch.cuda.get_device_properties(device).total_memory // 10 - kept_between_chunks(run, model)
+    if wanted != "auto":
+        return wanted
+    if is_sharded(run.fabric):  # the model may be larger than the device: nothing is tried
+        batch = read_at_once(run).to(model.transformer.wte.weight.device)  # a model from a file waits on the CPU
+        step = estimate_step(model, batch, accumulates, run.fabric.autocast, count_shards(run.fabric, run.args))
+        return next((i for i in range(n) if step.weights + step.beside_weights(i) < limit), n)
+    if hands_on_all(run, model):  # a later chunk takes more than the first, which is tried
+        return n
+    return fitting_recompute(model, read_at_once(run).to(device), limit)
 
 
 def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -> int:
