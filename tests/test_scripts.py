@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import pkgutil
+import re
 import runpy
 import signal
 import subprocess
@@ -18,8 +19,12 @@ from lit_swa.model import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
-    str(p.relative_to(ROOT)) for folder in ("generate", "pretrain", "scripts") for p in (ROOT / folder).glob("*.py")
+    str(p.relative_to(ROOT))
+    for folder in ("generate", "finetune", "pretrain", "scripts")
+    for p in (ROOT / folder).glob("*.py")
 )
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tutorials").glob("*.md"))]
+FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 
 
 def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdin: str = "") -> int:
@@ -63,6 +68,42 @@ def test_help_is_complete_and_needs_no_torch(script, helps):
     for option in options:
         description = option.split(" ", 2)[2].rpartition("(")[0]
         assert len(description) > 10 and "type:" in option, f"not described: {option}"
+
+
+def commands_of(page: str) -> list[tuple[str, str]]:
+    """(script, its arguments) of every command in a page, in a block or within a line."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = "\n".join(block for block in FENCED.findall(text) if block.startswith("```bash"))
+    blocks = re.sub(r"'[^']*'", "''", blocks.replace("\\\n", " "))  # what is quoted may hold line ends, and is no flag
+    lines = blocks.splitlines() + [" ".join(code.split()) for code in re.findall(r"`([^`]*)`", FENCED.sub("", text))]
+    found = [re.search(r"(?:python|nproc_per_node \d+) ((?:\w+/)+\w+\.py)([^#|]*)", line) for line in lines]
+    return [(match[1], match[2]) for match in found if match and not match[1].startswith("tests/")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_can_be_typed(page, helps):
+    """Catches: a page that names a script or a flag which has another name now."""
+    for script, arguments in commands_of(page):
+        assert script in helps or script.startswith("scripts/peers/"), f"there is no {script}"
+        for flag in re.findall(r"(?<!\S)--(\w+)(?![\w.])", arguments):
+            assert re.search(rf"--{flag}\b", helps[script]), f"{script} has no --{flag}"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_somewhere(page):
+    """Catches: a file that was moved, or a heading that was reworded, which a page still points to."""
+    here = ROOT / page
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", FENCED.sub("", here.read_text(encoding="utf-8"))):
+        name, _, anchor = link.partition("#")
+        target = here.parent / name if name else here
+        assert target.exists(), f"there is no {link}"
+        assert not anchor or anchor in headings(target), f"{link} is no heading"
 
 
 def test_every_module_imports():
