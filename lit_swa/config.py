@@ -447,7 +447,10 @@ def check_values(config: Config) -> None:
             raise ValueError(f"{name}={short(getattr(config, name))} does not fit: choose from {', '.join(choices)}.")
     check_heads(config)
     if config.padded_vocab_size < config.vocab_size:
-        raise ValueError(f"padded_vocab_size={config.padded_vocab_size} is less than vocab_size={config.vocab_size}.")
+        raise ValueError(
+            f"padded_vocab_size={config.padded_vocab_size} is less than vocab_size={config.vocab_size}: raise it, or "
+            "leave it out."
+        )
     if config.rope_n_elem % 2:
         raise ValueError(
             f"rotary_percentage={config.rotary_percentage} of head_size={config.head_size} is "
@@ -522,7 +525,9 @@ def check_experts(config: Config) -> None:
     if config.n_expert is not None:
         require_beside("moe", "n_expert")
     if config.n_expert is not None and config.n_expert_per_token > config.n_expert:
-        raise ValueError(f"n_expert_per_token={config.n_expert_per_token} is more than n_expert={config.n_expert}.")
+        raise ValueError(
+            f"n_expert_per_token={config.n_expert_per_token} is more than n_expert={config.n_expert}: lower it."
+        )
     if config.shared_expert_gate and config.shared_expert_size is None:
         raise ValueError("shared_expert_gate needs shared_expert_size: set it.")
 
@@ -627,7 +632,7 @@ def check_rope_scaling(config: Config) -> None:
     kind, given = scaling["type"], set(scaling) - {"type"}
     needed, welcome = ROPE_SCALING_KEYS[kind]
     if needed - given:
-        raise ValueError(f"rope_scaling of type {kind!r} needs {', '.join(sorted(needed - given))}.")
+        raise ValueError(f"rope_scaling of type {kind!r} needs {', '.join(sorted(needed - given))}: add it.")
     if given - needed - welcome:
         unknown, known = ", ".join(sorted(given - needed - welcome))[:80], ", ".join(sorted(needed | welcome))
         raise ValueError(f"rope_scaling of type {kind!r} has no {unknown}: it takes {known}.")
@@ -641,7 +646,7 @@ def check_scaling_fits(kind: str, scaling: dict, config: Config) -> None:
     if kind == "llama3" and scaling["high_freq_factor"] < scaling["low_freq_factor"]:
         raise ValueError("rope_scaling high_freq_factor must not be less than low_freq_factor.")
     if kind in ("ntk", "dynamic") and config.rope_n_elem < 4:
-        raise ValueError(f"rope_scaling of type {kind!r} needs at least 4 elements of a head that RoPE rotates.")
+        raise ValueError(f"rope_scaling of type {kind!r} needs 4 elements of a head that RoPE rotates: use linear.")
     if kind == "yarn" and config.rope_base <= 1 or kind == "longrope" and scaling[TRAINED_LENGTH] <= 1:
         raise ValueError(f"rope_scaling of type {kind!r} needs rope_base and the trained length to be more than 1.")
     names = {*config.layer_variants, *config.prompt_variants}

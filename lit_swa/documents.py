@@ -152,7 +152,10 @@ def make_prompt(
     while len(ids) > budget:  # what is cut is encoded anew, and may then have more tokens than before
         kept = min(kept - 1, kept - (len(ids) - budget))
         if kept < 1:
-            raise ValueError(f"{budget} tokens have no room for the question {question.key!r} and any of its document.")
+            raise ValueError(
+                f"{budget} tokens have no room for the question {question.key!r} and any of its document: raise "
+                "--lengths, or lower --shots."
+            )
         ids = encode(question.gap.join(map(tokenizer.decode, parts(document, kept, drop))).strip())
     return Prompt(ids, len(document) - kept)
 
@@ -348,7 +351,7 @@ def read_files(
         pool = read_questions(Path(shot_files[file])) if shot_files and file in shot_files else questions
         made[file] = [(q, shown_before(q, pool, shots)) for q in questions[:limit]]
     if unknown := [file for file in shot_files or () if file not in files]:
-        raise ValueError(f"shot_files names {unknown[0]}, which is none of the files of data.")
+        raise ValueError(f"shot_files names {unknown[0]}, which is none of the files of data: choose from them.")
     return made
 
 

@@ -348,7 +348,9 @@ def check_text_length(n_tokens: int, seq_len: int, data: object, prefix: Sequenc
     """How many tokens of the text a window holds. Raises ValueError when the text has fewer, or there is none."""
     room = seq_len - len(prefix)
     if room < 1:
-        raise ValueError(f"seq_len={seq_len} has no room behind the {len(prefix)} tokens that a text begins with.")
+        raise ValueError(
+            f"seq_len={seq_len} has no room behind the {len(prefix)} tokens that a text begins with: raise it."
+        )
     if n_tokens < room:
         raise ValueError(
             f"{data} gives {n_tokens} tokens and a window has {room}: read shorter windows (--seq_len, or "

@@ -97,7 +97,7 @@ def block_linears(model: GPT) -> dict[str, nn.Module]:
     """The linear layers and experts of the blocks, by name. Raises ValueError if there are none."""
     linears = {f"transformer.h.{name}": layer for name, layer in weighty_layers(model.transformer.h).items()}
     if not linears:
-        raise ValueError("The model's blocks have no linear layers that could be quantised.")
+        raise ValueError("The model's blocks have no linear layers that could be quantised: leave it as it is.")
     return linears
 
 

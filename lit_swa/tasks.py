@@ -106,7 +106,8 @@ class Reader:
         first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if first is None:
             raise ValueError(
-                f"{tokenizer.checkpoint_dir} names neither a BOS nor an EOS token, which texts begin with."
+                f"{tokenizer.checkpoint_dir} names neither a BOS nor an EOS token, which texts begin with: name one in "
+                "its tokenizer_config.json."
             )
         self.prefix = first
 

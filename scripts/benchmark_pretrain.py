@@ -82,7 +82,7 @@ def main(
     if unknown := [m for m in chosen if m not in METHODS]:
         raise ValueError(f"There is no method {unknown[0]!r}: choose from {', '.join(METHODS)}.")
     if "window" in chosen and not (window and window < length):
-        raise ValueError(f"The method window needs a --window of less than the {length} tokens of a row.")
+        raise ValueError(f"The method window needs a window: give a --window of less than {length}, a row's tokens.")
     use_whole_memory()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)

@@ -111,7 +111,7 @@ def counts(devices: list[int] | None, device: str) -> list[int]:
     there = torch.cuda.device_count() if device == "cuda" else 2
     chosen = sorted({n for n in (1, 2, 4, 8) if n <= there} if devices is None else set(devices))
     if chosen[:1] != [1]:
-        raise ValueError("devices needs 1, which the others are compared with.")
+        raise ValueError("devices needs 1, which the others are compared with: add it.")
     check_devices(device, chosen[-1])
     return chosen
 

@@ -84,7 +84,7 @@ def way_of(name: str) -> dict[str, Any]:
     mode, _, group = name.partition(":")
     if mode not in MODES:
         if not Path(name).is_dir():
-            raise ValueError(f"{name} is neither a directory nor one of {', '.join(MODES)}.")
+            raise ValueError(f"{name} is no directory and no mode: give one, or choose from {', '.join(MODES)}.")
         check_checkpoint_dir(name, tokenizer=False)
         return {"name": name, "key": weights_identity(Path(name)), "load": {"checkpoint_dir": name}}
     if group and not group.isdecimal():

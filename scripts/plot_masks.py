@@ -159,7 +159,9 @@ def unit_of_distance(config: "Config") -> float:
     plain = rope_frequencies(build_config("full"))
     ratios = rope_frequencies(config) / plain
     if not ratios.allclose(ratios[:, :1]):
-        raise ValueError("This scaling changes each frequency by another factor, so no one distance says it.")
+        raise ValueError(
+            "This scaling changes each frequency by another factor, so no one distance says it: use linear."
+        )
     return float(ratios[0, 0])
 
 

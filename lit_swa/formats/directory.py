@@ -197,7 +197,10 @@ def check_shapes(
                 "download it again, or leave the config's fields as they were."
             )
     if left_over := [name for name in shapes if name not in expected]:
-        raise ValueError(f"{where} has the weight {left_over[0][:80]}, which its config has no place for.")
+        raise ValueError(
+            f"{where} has the weight {left_over[0][:80]}, which its config has no place for: convert or download it "
+            "again, or leave the config's fields as they were."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------- save

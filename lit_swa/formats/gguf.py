@@ -61,7 +61,10 @@ class GGUFFile:
         if kind is float and type(value) in (int, float):
             value = shortest(value)
         if value is not default and type(value) is not kind:
-            raise ValueError(f"{self.path} gives {key} as {str(value)[:80]!r}, which is no {kind.__name__}.")
+            raise ValueError(
+                f"{self.path} gives {key} as {str(value)[:80]!r}, which is no {kind.__name__}: download it again, or "
+                "convert the original checkpoint."
+            )
         return value
 
     def numbers(self, name: str) -> list[float]:
@@ -153,7 +156,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise FileNotFoundError(f"There is no file {path}: give the name of a GGUF file.")
     require_regular(path)
     if path.stat().st_size < 24:
         raise ValueError(f"{path} is not a GGUF file: it is shorter than a GGUF header.")
@@ -202,7 +205,7 @@ def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int,
     for name, shape, type_id, offset in sorted(infos, key=lambda info: info[3]):
         where = f"{file.path} is damaged: tensor {name[:80]!r}"
         if name in file.tensors:
-            raise ValueError(f"{where} is there twice.")
+            raise ValueError(f"{where} is there twice; download it again.")
         if type_id not in GGML_QUANT_SIZES:
             raise ValueError(
                 f"{file.path} holds tensor {name[:80]!r} in number format {type_id}, which the installed "
@@ -210,10 +213,10 @@ def _place_tensors(file: GGUFFile, infos: list, data_start: int, alignment: int,
             )
         block, block_bytes = GGML_QUANT_SIZES[type_id]
         if 0 in shape or shape[-1] % block or offset % alignment:
-            raise ValueError(f"{where} has the impossible shape {shape} or offset {offset}.")
+            raise ValueError(f"{where} has the impossible shape {shape} or offset {offset}; download it again.")
         start, n_bytes = data_start + offset, math.prod(shape) // block * block_bytes
         if start < end_of_previous:
-            raise ValueError(f"{where} lies on top of another one.")
+            raise ValueError(f"{where} lies on top of another one; download it again.")
         if start + n_bytes > file_bytes:
             raise ValueError(
                 f"{file.path} is truncated: tensor {name[:80]!r} ends at byte {start + n_bytes}, the file "

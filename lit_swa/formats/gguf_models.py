@@ -419,7 +419,8 @@ def fields_of(file: GGUFFile) -> dict[str, Any]:
         fields[key.field] = read_key(file, key)
     if not 0 < fields["n_layer"] <= len(file.tensors):  # before any list of that length is made
         raise ValueError(
-            f"{file.path} holds {len(file.tensors)} tensors and says that it has {fields['n_layer']} layers."
+            f"{file.path} holds {len(file.tensors)} tensors and says that it has {fields['n_layer']} layers: download "
+            "it again."
         )
     fields |= _heads_and_norms(file, fields)
     fields |= {name: _is_found(file, name) for name in row.found.split()}
@@ -427,7 +428,10 @@ def fields_of(file: GGUFFile) -> dict[str, Any]:
     fields |= read_scaling(file, fields)
     fields |= row.more(file, fields)
     if row.unscaled is False and fields.get("rope_local_base_freq") and fields["rope_scaling"]:
-        raise ValueError(f"{file.path} scales RoPE at a second base, {arch}.rope.freq_base_swa, which is not computed.")
+        raise ValueError(
+            f"{file.path} scales RoPE at a second base, {arch}.rope.freq_base_swa, which is not computed: choose "
+            "another model."
+        )
     _refuse_unread_keys(file)
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -438,7 +442,7 @@ def read_key(file: GGUFFile, key: Key) -> Any:
     try:
         return value if value is None else key.back(value)
     except (ZeroDivisionError, OverflowError):
-        raise ValueError(f"{file.path} gives {name} as {value}, which no model has.") from None
+        raise ValueError(f"{file.path} gives {name} as {value}, which no model has: download it again.") from None
 
 
 def _heads_and_norms(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:

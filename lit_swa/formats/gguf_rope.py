@@ -32,7 +32,7 @@ def read_scaling(file: GGUFFile, fields: dict[str, Any]) -> dict[str, Any]:
             ", which is not read from GGUF files: convert the model's Hugging Face checkpoint instead."
         )
     if not 0 <= factor < 1e9:
-        raise ValueError(f"{file.path} scales RoPE by a factor of {factor:g}, which no model has.")
+        raise ValueError(f"{file.path} scales RoPE by a factor of {factor:g}, which no model has: download it again.")
     if kind == "yarn":
         found = _yarn(file, factor or 1.0, trained, attention)
         return {"rope_scaling": found, "block_size": max(context, int(trained * found["factor"]))}

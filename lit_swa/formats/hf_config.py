@@ -45,7 +45,10 @@ def config_from_hf(path_or_dict: str | Path | dict[str, Any]) -> dict[str, Any]:
         return common_fields(hf) | architecture.fields(hf)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {str(error)[:160]}"
-        raise ValueError(f"The Hugging Face config of a {name} holds a value that does not fit ({reason}).") from None
+        raise ValueError(
+            f"The Hugging Face config of a {name} holds a value that does not fit ({reason}): mend it, or download it "
+            "again."
+        ) from None
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -130,7 +133,7 @@ def dual_chunk_fields(chunks: dict[str, Any]) -> dict[str, Any]:
     """
     known = ("chunk_size", "local_size", TRAINED_LENGTH)
     if missing := [key for key in known if type(chunks.get(key)) is not int]:
-        raise ValueError(f"dual_chunk_attention_config has no {missing[0]}, a number of tokens.")
+        raise ValueError(f"dual_chunk_attention_config has no {missing[0]}: add it, a number of tokens.")
     if unread := [key for key, value in chunks.items() if key not in known and value]:
         raise ValueError(
             f"dual_chunk_attention_config has {unread[0][:60]}, which is not computed here: take it out to attend to "
@@ -366,7 +369,7 @@ def granite_swa(hf: dict[str, Any]) -> dict[str, Any]:
     types = ["sliding_attention" if i % 4 else "full_attention" for i in range(n)]
     bases = [float(x or 0) for x in hf["layer_rope_theta"] or [base] * n]
     if len(bases) != n:
-        raise ValueError(f"layer_rope_theta names {len(bases)} layers, and num_hidden_layers is {n}.")
+        raise ValueError(f"layer_rope_theta names {len(bases)} layers, and num_hidden_layers is {n}: mend one of them.")
     if set(bases) - {0.0, base} and read_rope(hf).get("rope_type", "default") != "default":
         raise ValueError(
             "layer_rope_theta has several bases beside a scaling of RoPE, which is not computed: choose another model."

@@ -102,7 +102,10 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     parameters, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     by_kind = any(isinstance(value, dict) for value in parameters.values())
     if by_kind != bool("rope_local_base_freq" in hf and parameters):  # Gemma 3 has one for each kind of layer
-        raise ValueError("rope_parameters has full_attention and sliding_attention for Gemma 3 and OLMo 3 only.")
+        raise ValueError(
+            "rope_parameters has full_attention and sliding_attention for Gemma 3 and OLMo 3, and for no other: give "
+            "this architecture one set of them, and those both."
+        )
     rope = (parameters.get("full_attention") or {}) | scaling if by_kind else scaling or parameters
     return {"rope_theta": hf["rope_theta"]} | rope
 
@@ -154,12 +157,15 @@ def window_fields(hf: dict[str, Any], layer_types: list[str], window: int | None
         if kind not in names:
             raise ValueError(f"layer_types has {str(kind)[:40]!r}: only {' and '.join(names)} are supported.")
     if len(given) != hf["num_hidden_layers"]:
-        raise ValueError(f"layer_types names {len(given)} layers, and num_hidden_layers is {hf['num_hidden_layers']}.")
+        raise ValueError(
+            f"layer_types names {len(given)} layers, and num_hidden_layers is {hf['num_hidden_layers']}: mend one of "
+            "them."
+        )
     pattern = {"attention": join_pattern([names[t] for t in given])}
     if "sliding_attention" not in given:
         return pattern
     if window is None:
-        raise ValueError("layer_types has layers with sliding_attention, and sliding_window gives them no window.")
+        raise ValueError("layer_types has layers with sliding_attention, and they have no window: set sliding_window.")
     return pattern | {"sliding_window_size": window}
 
 

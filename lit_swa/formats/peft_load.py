@@ -119,7 +119,7 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
     file, tensors = open_tensors(directory, PEFT_STEM)
     if file is None:
         raise FileNotFoundError(
-            f"{directory} holds {PEFT_CONFIG}, and its weights {PEFT_STEM}.safetensors are missing."
+            f"{directory} holds {PEFT_CONFIG}, and its weights {PEFT_STEM}.safetensors are missing: put them there."
         )
     modules = hf_modules(model)
     lora, saved, left = sort_tensors(tensors, modules)
@@ -132,7 +132,10 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
     more_file, more = open_tensors(directory, LONGLORA_STEM)
     _, also_saved, left = sort_tensors(more, modules)
     if left:
-        raise ValueError(f"{more_file} holds {left[0][:120]!r}, which this model has no place for.")
+        raise ValueError(
+            f"{more_file} holds {left[0][:120]!r}, which this model has no place for: give the base that it was "
+            "trained on."
+        )
     if any(name.startswith(("transformer.wte.", "lm_head.")) for name, _ in (*saved, *also_saved)):
         require_own_embedding(model, f"load {directory}, which trains both, without it")
     config = config_of(peft, path)
@@ -184,7 +187,7 @@ def matches(target: str, name: str, part: str) -> bool:
 
 def find_adapter_config(directory: Path) -> Path:
     if not directory.is_dir():
-        raise FileNotFoundError(f"There is no adapter directory {directory}.")
+        raise FileNotFoundError(f"There is no adapter directory {directory}: give one.")
     if not (directory / PEFT_CONFIG).exists():
         raise FileNotFoundError(f"{directory} holds no {PEFT_CONFIG}: it is no LoRA adapter.")
     return find_inside(directory, PEFT_CONFIG)
@@ -205,7 +208,7 @@ def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
     if peft.get("bias", "none") != "none":
         raise ValueError(f"{path} has bias={str(peft['bias'])[:40]!r}: only 'none' is supported.")
     if peft.get("fan_in_fan_out"):
-        raise ValueError(f"{path} has fan_in_fan_out, which no supported model needs.")
+        raise ValueError(f"{path} has fan_in_fan_out, which no supported model needs: set it to false.")
     if (start := str(peft.get("init_lora_weights"))[:40]).lower() not in KEEPS_BASE:
         raise ValueError(
             f"{path} has init_lora_weights={start!r}, so the adapter belongs to a changed base: make it a plain LoRA "
@@ -213,7 +216,7 @@ def check_peft_config(peft: Mapping[str, Any], path: Path) -> None:
         )
     unknown = [key for key, value in peft.items() if key not in KNOWN_PEFT_KEYS and value not in (None, False, [])]
     if unknown:
-        raise ValueError(f"{path} asks for {unknown[0][:60]}, which is not supported.")
+        raise ValueError(f"{path} asks for {unknown[0][:60]}, which is not supported: merge it with PEFT.")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = peft.get(key) or {}
         if not isinstance(pattern, dict) or any(type(v) not in (int, float) for v in pattern.values()):
@@ -283,7 +286,7 @@ def sort_tensors(
 def check_complete(lora: Mapping[str, Found], modules: Iterable[str], peft: Mapping[str, Any], file: Path) -> None:
     """Every changed module has its A and B, and the config names those that are changed, and no other."""
     if not lora:
-        raise ValueError(f"{file} holds no LoRA for any layer of this model.")
+        raise ValueError(f"{file} holds no LoRA for any layer of this model: give the base that it was trained on.")
     for name, found in lora.items():
         for kind in ("lora_A", "lora_B", *(("lora_magnitude_vector",) if peft.get("use_dora") else ())):
             if kind not in found.tensors:
@@ -403,7 +406,9 @@ def read_saved(adapter: Adapter, saved: Mapping[tuple[str, bool], LazyTensor], m
         try:
             shape = tuple(model.get_parameter(name).shape)
         except AttributeError:
-            raise ValueError(f"{file} holds {name}, which this model has no place for.") from None
+            raise ValueError(
+                f"{file} holds {name}, which this model has no place for: give the base that it was trained on."
+            ) from None
         vocabulary = name in ("transformer.wte.weight", "lm_head.weight")
         if vocabulary and tensor.shape[1:] == shape[1:] and tensor.shape[:1] > shape[:1]:
             adapter.rows = max(adapter.rows, tensor.shape[0])

@@ -18,8 +18,8 @@ def find_inside(directory: Path, name: str, folder: str = "") -> Path:
     path, root = directory / folder / name, directory.resolve()
     if not path.exists():
         if path.is_symlink():
-            raise FileNotFoundError(f"{path} is a link to a file that does not exist.")
-        raise FileNotFoundError(f"{path} is missing.")
+            raise FileNotFoundError(f"{path} is a link to a file that does not exist: put the file there.")
+        raise FileNotFoundError(f"{path} is missing: put it there.")
     blobs = [root.parents[1] / "blobs"] if root.parent.name == "snapshots" else []
     if path.resolve().parent not in (root, root / folder, *blobs):
         raise ValueError(f"{path} is a link that leads out of its directory: put a copy of the file there (cp -L).")
@@ -39,9 +39,9 @@ def require_regular(path: Path) -> None:
     """Raises FileNotFoundError or ValueError for what must not be opened (a pipe would wait, a device has no end), and
     for what only stands for the file."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing.")
+        raise FileNotFoundError(f"{path} is missing: put it there.")
     if not path.is_file():
-        raise ValueError(f"{path} is not a regular file.")
+        raise ValueError(f"{path} is not a regular file: put one there.")
     if path.stat().st_size <= POINTER_BYTES:
         with open(path, "rb") as stream, named_when_unread(path):
             if stream.read(len(POINTER)) == POINTER:

@@ -153,7 +153,7 @@ def _extra_tokens(config: dict[str, Any], named: dict[str, AddedToken], where: A
         named.update({name: _added_token(token, f"extra_special_tokens in {where}") for name, token in value.items()})
         return []
     if not isinstance(value, list):
-        raise ValueError(f"extra_special_tokens in {where} is a {type(value).__name__}, not a list.")
+        raise ValueError(f"extra_special_tokens in {where} is a {type(value).__name__}: it must be a list.")
     return [_added_token(token, f"extra_special_tokens in {where}") for token in value]
 
 
@@ -161,7 +161,7 @@ def _recorded_tokens(recorded_by_id: Any, where: Any) -> list[AddedToken]:
     try:
         by_id = sorted((int(token_id), token) for token_id, token in recorded_by_id.items())
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"added_tokens_decoder in {where} is not an object from token ids to tokens.") from None
+        raise ValueError(f"added_tokens_decoder in {where} must be an object from token ids to tokens.") from None
     require_sane_ids(f"added_tokens_decoder in {where}", [token_id for token_id, _ in by_id])
     return [_added_token(token, f"added_tokens_decoder in {where}", special=False) for _, token in by_id]
 
@@ -169,7 +169,7 @@ def _recorded_tokens(recorded_by_id: Any, where: Any) -> list[AddedToken]:
 def _legacy_added_tokens(path: Path, specials: set[str]) -> list[AddedToken]:
     ids = read_small_json(path)
     if not all(type(token_id) is int for token_id in ids.values()):
-        raise ValueError(f"{path} is not an object from tokens to token ids.")
+        raise ValueError(f"{path} must be an object from tokens to token ids.")
     require_sane_ids(path, ids.values())
     contents = sorted((content for content in ids if content), key=ids.__getitem__)
     return [AddedToken(c, special=c in specials, normalized=c not in specials) for c in contents]
@@ -224,5 +224,5 @@ def _named_templates(value: Any, path: Path) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = {item.get("name"): item.get("template") for item in value if isinstance(item.get("name"), str)}
     if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
-        raise ValueError(f"chat_template in {path} is neither a template nor a list of objects with name and template.")
+        raise ValueError(f"chat_template in {path} must be a template, or a list of objects with name and template.")
     return value
