@@ -597,7 +597,7 @@ def check_linear(config: Config) -> None:
     """Linear attention: keys are rotated once, and a query sees something."""
     if config.sink_logits or config.temperature_slope is not None:
         name = "learned sink logits" if config.sink_logits else "temperature by position"
-        raise ValueError(f"Linear attention has no {name}: give this model a pattern without linear.")
+        raise ValueError(f"Linear attention has no {name}, and this model has: leave its attention as it is.")
     kind = (config.rope_scaling or {}).get("type")
     if kind in LENGTH_DEPENDENT:
         raise ValueError(

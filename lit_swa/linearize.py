@@ -36,6 +36,9 @@ SCALE = 1000.0  # of the mean squared error, as in LoLCATs: a rate and a bound o
 def linear_config(base: Config, fields: dict[str, Any]) -> Config:
     """The config of a checkpoint with linear attention and these fields changed. Where they do not say which layers
     become linear, all that attend in full do. Raises ValueError for what cannot become linear."""
+    for name in ("n_layer", "linear_teacher"):
+        if fields.get(name, (now := getattr(base, name))) != now:
+            raise ValueError(f"{name}={fields[name]!r} is not the checkpoint's own, {now!r}: leave --model.{name} out.")
     if fields.get("s2_attention", base.s2_attention):
         raise ValueError("s2_attention groups the tokens of softmax attention in training: --model.s2_attention false.")
     if "attention" not in fields and LINEAR not in base.layer_variants:
@@ -53,7 +56,7 @@ def linear_config(base: Config, fields: dict[str, Any]) -> Config:
     for i, (before, after) in enumerate(zip(base.layer_variants, config.layer_variants, strict=True)):
         check_layer(i, before, after)
         learned |= {before} if after == LINEAR else set()
-    return config.override(linear_teacher=base.attention) if "sliding" in learned else config
+    return config.override(linear_teacher=join_pattern(softmax_variants(base))) if "sliding" in learned else config
 
 
 def check_layer(i: int, before: str, after: str) -> None:

@@ -233,6 +233,7 @@ REFUSED = {
     "64 layers": CASES["exaone4"] | {"attention": "sliding,full", "positions": "rope,none", "sliding_window_size": 6},
     "rotary_percentage=0.5, which is 1 there": CASES["qwen3"] | {"rotary_percentage": 0.5},
     "differs in positions": {"attention": "sliding", "sliding_window_size": 6, "positions": "none"},
+    "export the softmax checkpoint that was made linear": {"attention": "linear"},
     "n_head \\* head_size=128": CASES["olmo2"] | {"head_size": 32, "tie_embeddings": False},
 }
 

@@ -310,6 +310,8 @@ def test_what_is_saved_is_the_model_with_its_lora(tmp_path):
         ({}, {"attention": "linear,streaming", "sliding_window_size": 4}, "Layer 1 would be streaming and is full"),
         ({}, {"attention": "full"}, "has no linear layer"),
         ({"s2_attention": True}, {}, "--model.s2_attention false"),
+        ({}, {"n_layer": 3}, "n_layer=3 is not the checkpoint's own, 2: leave --model.n_layer out"),
+        ({}, {"linear_teacher": "sliding"}, "linear_teacher='sliding' is not the checkpoint's own, None"),
     ],
 )
 def test_what_cannot_become_linear_is_refused(before, fields, words):
@@ -330,6 +332,9 @@ def test_a_linear_checkpoint_knows_that_its_teachers_had_windows():
         assert torch.equal(model(idx), base(idx))
     keep_softmax(model, [0], variants)
     assert model.config.layer_variants == ["sliding", "linear", "full"]
+    half = linear_config(base.config, {})  # the layer with a window stays, and becomes linear later
+    assert (half.attention, half.linear_teacher) == ("sliding,linear,linear", None)
+    assert linear_config(half, {"attention": "linear"}).linear_teacher == "sliding,full,full"
     with pytest.raises(ValueError, match="linear layers learn from full ones"):
         config.override(linear_teacher="streaming")
 
@@ -497,6 +502,7 @@ def test_what_does_not_fit_a_run_is_refused_in_a_sentence(linearize):
         ),
         ({"resume": "auto", "model.linear_off": "true"}, "linear_off switches off what stage 1 trains"),
         ({"resume": "auto", "targets": "head"}, "targets has no 'head' here"),
+        ({"resume": "auto", "max_seq_length": 600}, "max_seq_length=600 is more than the context of 512"),
     ):
         _, err = linearize(code=2, max_steps=1, **change)
         assert words in err.splitlines()[-1], err

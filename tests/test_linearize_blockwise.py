@@ -21,7 +21,7 @@ from lit_swa.formats.files import open_safetensors
 from lit_swa.linearize import AttentionTransfer, linear_config, make_linear
 from lit_swa.training import block_inputs, linearizing, memory
 from lit_swa.training.block_inputs import Inputs, Texts, make_table
-from lit_swa.training.blocks import plan_blocks, split_checkpoint
+from lit_swa.training.blocks import Block, plan_blocks, split_checkpoint
 from lit_swa.training.blockwise import Saving, load_block_student, make_inputs
 from lit_swa.training.log import read_metrics
 
@@ -262,6 +262,39 @@ def test_a_block_goes_on_to_the_same_losses(blockwise, tmp_path):
         assert again == rows
 
 
+@pytest.mark.parametrize("left", [-8, None])
+def test_a_block_with_broken_weights_is_written_again(blockwise, tmp_path, left):
+    """Catches: a block that is named in an error, and that no command repairs; one that is whole and written again."""
+    blockwise("shard")
+    path = tmp_path / "blocks" / "block-000" / "lit_model.safetensors"
+    expected = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(expected[:left])
+    blockwise("inputs", 0)
+    assert "block-000 is damaged: it has no proper weight" in blockwise("inputs", 1, code=2)
+    assert "1 of 3 blocks are to be written" in blockwise("shard")
+    assert path.read_bytes() == expected and "0 of 3 blocks" in blockwise("shard")
+
+
+def test_a_block_knows_nothing_of_other_layers_teachers():
+    """Catches: a block of one linear layer that is told to have learned from the first layer's attention."""
+    base = tiny_config(n_layer=3, attention="streaming,sliding,full", sliding_window_size=4)
+    config = linear_config(base, {"attention": "streaming,linear,linear"})
+    blocks = [Block(n, 1, "weights", base.attention, config.to_dict()) for n in range(3)]
+    assert [block.part_of(block.softmax).attention for block in blocks] == ["streaming", "sliding", "full"]
+    assert [block.part_of(["linear"]).attention for block in blocks[1:]] == ["linear"] * 2
+
+
+def test_a_longer_context_is_that_of_the_blocks(blockwise, tmp_path):
+    """Catches: texts refused that the blocks were made for, or cut to the context of the checkpoint."""
+    blockwise("shard", **{"model.block_size": 600})
+    text = tmp_path / "book.txt"
+    text.write_text("the quick brown fox " * 600)
+    blockwise("inputs", 0, data=text, max_seq_length=None, limit=2)
+    assert (
+        json.loads((tmp_path / "blocks" / "block-000" / "inputs" / "inputs.json").read_text())["max_seq_length"] == 600
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------- plan
 
 
@@ -322,6 +355,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(blockwise, tmp_path, checkpo
     refused("block-000/inputs is missing", "inputs", 1)
     refused("belongs to another split (layers_per_block=2, now 3)", "shard", layers_per_block=3)
     refused("belongs to another split (linear_window=4, now 5)", "shard", **{"model.linear_window": 5})
+    refused("its config asks for [32, 48]", "shard", name="other", **{"model.intermediate_size": 32})
     refused("--step train does not read --data: give it to inputs", "train", 0, data=data_file)
     refused("--step shard does not read --max_steps: give it to train", "shard", max_steps=3)
     refused("--step train does not read --chunk_size: leave it out", "train", 0, chunk_size=4)
@@ -337,6 +371,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(blockwise, tmp_path, checkpo
     refused("block-001/train/final is missing: train each block", "stitch")
     shutil.move(tmp_path / "kept", out_dir / "block-001" / "train")
     blockwise("stitch")
+    learned = out_dir / "block-001" / "train" / "final" / "features.safetensors"
+    shutil.move(learned, tmp_path / "kept")
+    refused("features.safetensors is missing or damaged: train block 1 again with --resume restart", "stitch")
+    shutil.move(tmp_path / "kept", learned)
 
     shutil.copytree(out_dir, tmp_path / "stale")
     shutil.rmtree(tmp_path / "stale" / "block-001" / "inputs")

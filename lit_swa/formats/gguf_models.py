@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from lit_swa.config import Config, join_pattern
 from lit_swa.formats.gguf import GGUFFile
 from lit_swa.formats.gguf_rope import canonical_scaling, read_scaling, refuse_scaling, scaling_keys, scaling_tensors
-from lit_swa.formats.hf_export import NOT_EXPORTED, canonical
+from lit_swa.formats.hf_export import NOT_EXPORTED, canonical, require_softmax
 from lit_swa.formats.hf_names import LIT, Names, Table, by_layer, layer
 
 # ------------------------------------------------------------------------------------------------------------ the names
@@ -575,6 +575,7 @@ def find_architecture(config: Config, tensors: Callable[[str], dict[str, Any]]) 
     tensors: for an architecture, the name and TensorInfo of every tensor. Each candidate is read back, so a field that
     it cannot hold is noticed. Raises ValueError, naming such a field, when none does.
     """
+    require_softmax(config)
     unlike: list[tuple[list[str], str]] = []
     for architecture, row in MODELS.items():
         try:

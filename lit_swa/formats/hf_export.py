@@ -297,6 +297,7 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     Each candidate is read back by Config.from_hf, so a field that it cannot express is noticed. Raises ValueError,
     naming such a field, when no architecture fits.
     """
+    require_softmax(config)
     unlike = []
     for architecture, model_type, fields_of in EXPORTS:
         try:
@@ -313,6 +314,15 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         f"No Hugging Face architecture computes what this config asks for; {architecture} comes nearest and "
         f"differs in {', '.join(fields[:4])}."
     )
+
+
+def require_softmax(config: Config) -> None:
+    """Raises ValueError for linear attention, which no other program computes."""
+    if "linear" in config.layer_variants:
+        raise ValueError(
+            "Linear attention is computed here alone, so it is not exported: export the softmax checkpoint that was "
+            "made linear."
+        )
 
 
 def architecture_of(config: Config) -> str:

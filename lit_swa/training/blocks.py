@@ -12,6 +12,7 @@ Weights are read and written one at a time.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ class Block:
             if getattr(self.config, field) is not None:
                 numbers = [getattr(self.config.of_layer(i), name) for i in self.layers]
                 fitting |= {field: ",".join(map(str, numbers)), name: max(numbers)}
+        fitting |= {"linear_teacher": None}  # its pattern counts the whole model's layers
         return self.config.override(**fitting, scale_embeddings=False, embedding_multiplier=1.0, tie_embeddings=False)
 
     def local(self, name: str) -> str:
@@ -165,7 +167,7 @@ def parse_block(out_dir: Path, number: int) -> Block:
 def plan_blocks(checkpoint_dir: Path, config: Config, layers_per_block: int) -> list[Block]:
     """The blocks of a checkpoint that becomes linear as config says. Raises ValueError for a damaged one."""
     base, tensors = load_config(checkpoint_dir), open_weights(checkpoint_dir)
-    check_tensors(base, tensors, checkpoint_dir)
+    check_tensors(config.override(attention=base.attention), tensors, checkpoint_dir)
     count, identity = -(-base.n_layer // layers_per_block), base_identity(checkpoint_dir)
     return [Block(n, layers_per_block, identity, base.attention, config.to_dict()) for n in range(count)]
 
@@ -181,7 +183,7 @@ def split_checkpoint(
     refuse_others(out_dir, blocks, replace)
     tensors = open_weights(checkpoint_dir)
     chosen = [block for block in blocks if only in (None, block.number)]
-    left = [block for block in chosen if block.number not in there(out_dir)]
+    left = [block for block in chosen if not is_whole(out_dir, block, tensors)]
     sizes = {block.number: sum(tensors[name].n_bytes for name in block.names(tensors)) for block in left}
     say(f"{len(left)} of {len(chosen)} blocks are to be written: {format_bytes(sum(sizes.values()))}.")
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -193,6 +195,15 @@ def split_checkpoint(
             write_weights(directory, STEM, {name: tensors[name] for name in block.names(tensors)}, MAX_SHARD_BYTES)
             write_json(directory / BLOCK_FILE, asdict(block))
         say(f"{directory}: layers {describe(block.layers)}, {format_bytes(sizes[block.number])}")
+
+
+def is_whole(out_dir: Path, block: Block, tensors: Mapping[str, LazyTensor]) -> bool:
+    """True if the block is there, with all its weights. tensors: the checkpoint's."""
+    directory, shapes = block_dir(out_dir, block.number), {name: tensors[name].shape for name in block.names(tensors)}
+    with suppress(ValueError, OSError):
+        held = {name: tensor.shape for name, tensor in open_weights(directory).items()}
+        return (directory / BLOCK_FILE).is_file() and held == shapes
+    return False
 
 
 def refuse_others(out_dir: Path, blocks: Sequence[Block], replace: bool) -> None:
@@ -231,12 +242,15 @@ def feature_shapes(block: Block) -> dict[str, tuple[int, ...]]:
 
 
 def read_features(directory: Path, block: Block) -> dict[str, LazyTensor]:
-    """Raises FileNotFoundError or ValueError when they are not all there, or not numbers."""
-    path = find_inside(directory, FEATURES_FILE)
-    tensors, shapes = open_safetensors(path), feature_shapes(block)
+    """Raises ValueError when they are not all there, or not numbers."""
+    path, shapes, remedy = directory / FEATURES_FILE, feature_shapes(block), f"train block {block.number} again"
+    try:
+        tensors = open_safetensors(find_inside(directory, FEATURES_FILE))
+    except (ValueError, OSError):
+        raise ValueError(f"{path} is missing or damaged: {remedy} with --resume restart.") from None
     for name in sorted(tensors.keys() | shapes.keys()):
         if name not in tensors or tensors[name].shape != shapes.get(name) or not tensors[name].dtype.is_floating_point:
-            raise ValueError(f"{path} has no proper {name[:80]!r}: train block {block.number} again.")
+            raise ValueError(f"{path} has no proper {name[:80]!r}: {remedy} with --resume restart.")
         load_finite(tensors[name], name, path)
     return tensors
 

@@ -105,7 +105,10 @@ def load_block(
     """A block alone, its layers of these variants of softmax attention: tokens are numbers of rows of `inputs`."""
     directory = block_dir(out_dir, block.number)
     model = headless(block.part_of(variants), Rows(inputs, dtype, device))
-    stored = open_weights(directory)
+    try:
+        stored = open_weights(directory)
+    except (ValueError, OSError):  # named below
+        stored = {}
     tensors = {block.local(name): stored[name] for name in block.names(stored)}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for name in sorted(shapes.keys() | tensors.keys()):
@@ -217,7 +220,7 @@ def plan_saving(args: Training, out_dir: Path, only: int | None) -> tuple[Saving
     if args.devices * args.num_nodes > 1:
         raise ValueError("--step inputs reads with one device: leave devices out.")
     fabric, dtype = start_fabric(args)
-    base = load_config(checkpoint_dir)
+    base = first.config.override(attention=first.attention)
     texts = Texts(*read_data(args, Tokenizer(checkpoint_dir), base))
     length = args.max_seq_length or min(int(texts.lengths.max()), base.block_size)
     identity = {"base": first.base, **texts.identity, "mixed_precision": args.precision == "bf16-mixed"}
@@ -293,7 +296,7 @@ def prepare_block(args: Training, out_dir: Path, number: int, schedule: str | No
     if not block.linear_layers:
         raise ValueError(f"Block {number} has no layer that becomes linear: it stays as it is.")
     if args.strategy == "fsdp":
-        raise ValueError("strategy='fsdp' does not fit: a device holds a whole block. Use ddp, or smaller blocks.")
+        raise ValueError("strategy='fsdp' does not fit, as a device holds a whole block: use ddp, or smaller blocks.")
     directory = block_dir(out_dir, number)
     find_run(args.resume, directory / TRAIN)
     inputs = Inputs(directory / INPUTS)

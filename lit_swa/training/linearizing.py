@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_swa.arguments import Training
 from lit_swa.config import Config
+from lit_swa.evaluate import check_context
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import load_config, load_model
 from lit_swa.formats.files import find_inside, read_json, write_json
@@ -60,13 +61,13 @@ def prepare_stages(
 
     if args.strategy == "fsdp":
         raise ValueError(
-            "strategy='fsdp' does not fit: each device holds the whole model here. Use ddp; or --stage2_steps 0, and "
-            "then finetune/lora.py with fsdp."
+            "strategy='fsdp' does not fit, since each device holds the whole model here: use ddp, or --stage2_steps 0 "
+            "and then finetune/lora.py with fsdp."
         )
     out_dir, first = args.out_dir or Path("out/linearize"), None
     checked = out_dir if steps[1] != 0 or steps[0] == 0 else out_dir / "transfer"  # where a run may go on
     later = replace(args, max_steps=steps[1] or args.max_steps)
-    configure = partial(configured, transfers=steps[0] != 0, keep_full=keep_full)
+    configure = partial(configured, transfers=steps[0] != 0, keep_full=keep_full, longest=args.max_seq_length or 0)
     second = prepare(replace(later, out_dir=checked), "linearize", 1e-4, small_rate=1e-3, configure=configure)
     require_parts(second, steps[0] != 0, keep_full)
     if steps[0] != 0:
@@ -80,8 +81,9 @@ def prepare_stages(
     return first, second
 
 
-def configured(base: Config, fields: dict[str, Any], transfers: bool, keep_full: int) -> Config:
-    """linear_config for a run. transfers: it has a stage 1. Raises ValueError for what the run cannot do."""
+def configured(base: Config, fields: dict[str, Any], transfers: bool, keep_full: int, longest: int) -> Config:
+    """linear_config for a run. transfers: it has a stage 1. longest: tokens of a text, if that is said. Raises
+    ValueError for what the run cannot do."""
     if transfers and LINEAR in base.layer_variants:
         raise ValueError(
             f"The checkpoint's attention is linear already (attention={base.attention!r}): --stage1_steps 0 goes on "
@@ -90,6 +92,8 @@ def configured(base: Config, fields: dict[str, Any], transfers: bool, keep_full:
     config = linear_config(base, fields)
     if keep_full >= (there := config.layer_variants.count(LINEAR)):
         raise ValueError(f"keep_full={keep_full} leaves none of {there} layers linear: keep fewer.")
+    if transfers:  # the softmax model reads the texts too
+        check_context(base.override(block_size=config.block_size), longest, "max_seq_length")
     return config
 
 
