@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_swa import model as model_file
-from lit_swa.config import IGNORED, Config, tiled
+from lit_swa.config import IGNORED, Config, join_pattern, tiled
 from lit_swa.exact_chunks import HandedOn
 from lit_swa.linear import LinearAttention
 from lit_swa.lora import without_lora
-from lit_swa.mixers import harm_of_each, join_pattern, mixing_with
+from lit_swa.mixers import harm_of_each, mixing_with
 from lit_swa.model import GPT, Mixer, SoftmaxAttention, softcap, visible
 from lit_swa.rope import apply_rope
 

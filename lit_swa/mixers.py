@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from lit_swa.config import join_pattern as join_pattern  # linearize.py takes it from here
 from lit_swa.model import GPT, Mixer
 
 
