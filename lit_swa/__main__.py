@@ -40,9 +40,9 @@ def describe_devices() -> Iterator[str]:
         return
     import torch
 
-    from lit_swa.memory import free_memory
+    from lit_swa.memory import free_memory, machine_memory
 
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    total = machine_memory()
     memory = f", {total / 1e9:.1f} GB, {free_memory(torch.device('cpu')) / 1e9:.1f} GB of them free" if total else ""
     yield f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores{memory}"
     for index in range(torch.cuda.device_count()):

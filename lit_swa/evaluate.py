@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -389,14 +389,19 @@ def window_nll(model: GPT, idx: Tensor, first: int = 1, chunk_size: int = 0) -> 
     Logits exist for a piece of the text at a time, and only where a target follows.
     """
     check_no_prompt(model.config)
+    return torch.cat([nll_of_states(model, x, idx, a, first) for a, x in read_states(model, idx, chunk_size)], dim=1)
+
+
+def read_states(model: GPT, idx: Tensor, chunk_size: int) -> Iterator[tuple[int, Tensor]]:
+    """(position of its first token, hidden states (B, t, C)) of each chunk of idx (B, T), cut as in window_nll."""
     B, T = idx.shape
     if not 0 < chunk_size < T:
-        return nll_of_states(model, model.hidden_states(idx), idx, 0, first)
+        yield 0, model.hidden_states(idx)
+        return
     session = Session(model, batch_size=B)
     session.reserve(T)
-    starts = range(0, T, chunk_size)
-    chunks = [nll_of_states(model, session.hidden_states(idx[:, a : a + chunk_size]), idx, a, first) for a in starts]
-    return torch.cat(chunks, dim=1)
+    for start in range(0, T, chunk_size):
+        yield start, session.hidden_states(idx[:, start : start + chunk_size])
 
 
 def nll_of_states(model: GPT, x: Tensor, idx: Tensor, start: int, first: int) -> Tensor:

@@ -233,7 +233,7 @@ def add(block: Block, residual: Tensor, linear: nn.Module, y: Tensor, norm: nn.M
 
 def mix_experts(moe: nn.Module, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
     """MoE.mix: few tokens by kernels that read the chosen experts' weights where they are."""
-    kernels, name = gpu_kernels(), ACTIVATION_NAMES.get(ACTIVATIONS[moe.config.activation])
+    kernels, name = gpu_kernels(), moe.config.activation
     stacks = (moe.fc_1, moe.fc_2), (moe.proj, moe.proj)
     if chosen.numel() > moe.config.n_expert:  # what is recorded, so that its kernels are compiled before
         return moe.mix_all(x, weights, chosen)

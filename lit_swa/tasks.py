@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lit_swa.batches import Batch, Request
 from lit_swa.config import check_no_prompt
-from lit_swa.evaluate import PROJECT_ELEMENTS, pick_chunk_size
+from lit_swa.evaluate import PROJECT_ELEMENTS, pick_chunk_size, read_states
 from lit_swa.formats.tokenizer import Tokenizer
-from lit_swa.generate import Sampling, Session, context_of, non_finite
+from lit_swa.generate import Sampling, context_of, non_finite
 from lit_swa.model import GPT
 from lit_swa.texts import read_text
 from lit_swa.utils import ProgressLine
@@ -55,25 +55,13 @@ def token_scores(model: GPT, idx: Tensor, first: int, chunk_size: int = 0) -> tu
     vocab_size = model.config.vocab_size
     size = max(1, PROJECT_ELEMENTS.get(idx.device.type, 2**27) // (len(idx) * model.config.padded_vocab_size))
     logp, likeliest = [], []
-    for start, x in states(model, idx[:, :-1], chunk_size):
+    for start, x in read_states(model, idx[:, :-1], chunk_size):
         for a in range(max(start, first - 1), start + x.size(1), size):
             logits = model.project(x[:, a - start : a - start + size])[..., :vocab_size].float()  # padding is no token
             target = idx[:, a + 1 : a + 1 + logits.size(1), None]
             logp.append(logits.log_softmax(dim=-1).gather(-1, target)[..., 0])
             likeliest.append(logits.argmax(dim=-1) == target[..., 0])
     return torch.cat(logp, dim=1), torch.cat(likeliest, dim=1)
-
-
-def states(model: GPT, idx: Tensor, chunk_size: int) -> Iterator[tuple[int, Tensor]]:
-    """(position of its first token, hidden states (B, t, C)) of each chunk of idx (B, T)."""
-    B, T = idx.shape
-    if not 0 < chunk_size < T:
-        yield 0, model.hidden_states(idx)
-        return
-    session = Session(model, batch_size=B)
-    session.reserve(T)
-    for start in range(0, T, chunk_size):
-        yield start, session.hidden_states(idx[:, start : start + chunk_size])
 
 
 def groups(lengths: Sequence[int], most_rows: float, most_tokens: int, equal: bool) -> Iterator[list[int]]:
