@@ -93,8 +93,12 @@ def find_architecture(hf: dict[str, Any]) -> str:
 
 def llama(hf: dict[str, Any]) -> dict[str, Any]:
     without_layer_types(hf, "full_attention")
-    bias = hf["attention_bias"]
-    return {"attn_bias": bias, "attn_proj_bias": bias, "mlp_bias": hf["mlp_bias"]}
+    return biases(hf) | {"mlp_bias": hf["mlp_bias"]}
+
+
+def biases(hf: dict[str, Any]) -> dict[str, Any]:
+    """Those of the attention."""
+    return {"attn_bias": hf["attention_bias"], "attn_proj_bias": hf["attention_bias"]}
 
 
 def mistral(hf: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +113,7 @@ def qwen2(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def qwen3(hf: dict[str, Any]) -> dict[str, Any]:
-    bias = hf["attention_bias"]
-    return {"norm_qk": True, "attn_bias": bias, "attn_proj_bias": bias} | qwen_attention(hf)
+    return {"norm_qk": True} | biases(hf) | qwen_attention(hf)
 
 
 def qwen_attention(hf: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +155,6 @@ def dual_chunk_fields(chunks: dict[str, Any]) -> dict[str, Any]:
 
 def gemma2(hf: dict[str, Any]) -> dict[str, Any]:
     pattern = [("sliding_attention", "full_attention")[i % 2] for i in range(hf["num_hidden_layers"])]
-    bias = hf["attention_bias"]
     return {
         "norm_unit_offset": True,
         "post_attention_norm": True,
@@ -160,8 +162,7 @@ def gemma2(hf: dict[str, Any]) -> dict[str, Any]:
         "scale_embeddings": True,
         # Old Gemma configs say "gelu" in hidden_act and mean the tanh form, so only hidden_activation is read.
         "activation": read_activation(hf["hidden_activation"] or "gelu_pytorch_tanh"),
-        "attn_bias": bias,
-        "attn_proj_bias": bias,
+        **biases(hf),
         "attention_scores_scalar": hf["query_pre_attn_scalar"],
         "attention_logit_softcapping": hf["attn_logit_softcapping"],
         "final_logit_softcapping": hf["final_logit_softcapping"],
@@ -196,13 +197,12 @@ def gemma3(hf: dict[str, Any]) -> dict[str, Any]:
 
 def gpt_neox(hf: dict[str, Any]) -> dict[str, Any]:
     without_layer_types(hf, "full_attention")
-    rope, bias = read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}), hf["attention_bias"]
+    rope = read_rope(hf | {"rope_theta": hf["rotary_emb_base"]})
     return own_heads(hf) | {
         "norm_class_name": "LayerNorm",
         "mlp_class_name": "PlainMLP",
         "norm_eps": hf["layer_norm_eps"],
-        "attn_bias": bias,
-        "attn_proj_bias": bias,
+        **biases(hf),
         "mlp_bias": True,
         "parallel_residual": hf["use_parallel_residual"],
         "rope_base": float(rope["rope_theta"]),
@@ -218,13 +218,12 @@ def own_heads(hf: dict[str, Any]) -> dict[str, Any]:
 
 def smollm3(hf: dict[str, Any]) -> dict[str, Any]:
     """no_rope_layers has 1 for a layer with RoPE. Those without it have the window, if there is one."""
-    n, every, bias = hf["num_hidden_layers"], hf["no_rope_layer_interval"], hf["attention_bias"]
+    n, every = hf["num_hidden_layers"], hf["no_rope_layer_interval"]
     rotated = hf["no_rope_layers"] or [int((i + 1) % every != 0) for i in range(n)]
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
     types = ["full_attention" if r or window is None else "sliding_attention" for r in rotated]
-    return {"attn_bias": bias, "attn_proj_bias": bias, "mlp_bias": hf["mlp_bias"]} | {
-        "positions": position_pattern(rotated, n), **window_fields(hf, types, window),
-    }  # fmt: skip
+    fields = biases(hf) | {"mlp_bias": hf["mlp_bias"], "positions": position_pattern(rotated, n)}
+    return fields | window_fields(hf, types, window)
 
 
 def position_pattern(rotated: list[Any], n_layer: int) -> str:
@@ -239,10 +238,6 @@ def gemma(hf: dict[str, Any]) -> dict[str, Any]:
     without_layer_types(hf, "full_attention")
     fields = {"norm_unit_offset": True, "scale_embeddings": True}
     return fields | biases(hf) | {"activation": read_activation(hf["hidden_activation"] or "gelu_pytorch_tanh")}
-
-
-def biases(hf: dict[str, Any]) -> dict[str, Any]:
-    return {"attn_bias": hf["attention_bias"], "attn_proj_bias": hf["attention_bias"]}
 
 
 def cohere(hf: dict[str, Any]) -> dict[str, Any]:
