@@ -439,6 +439,19 @@ def require_finite(sums: Sequence[Sequence[float]], start: int, model: GPT) -> N
         raise non_finite(model, f"The window at token {start} has no finite perplexity")
 
 
+def read_windows(model: GPT, windows: Windows, tokens: np.ndarray, device: str) -> dict[str, Any]:
+    """The summary of `windows` of a stream of `tokens`, read one by one, each in as few calls as the memory allows.
+
+    Raises NonFiniteLogits for a window that has no finite perplexity.
+    """
+    chunk_size, sums = pick_chunk_size(model, 1, windows.seq_len), []
+    for start in windows.starts:
+        nll = window_nll(model, windows.batch(tokens, [start], device), windows.first, chunk_size)
+        sums += windows.sums(nll)
+        require_finite(sums[-1:], start, model)
+    return windows.summary(sums)
+
+
 def with_fields(model: GPT, **fields: Any) -> GPT:
     """A model that shares the weights of this one, with some fields of the config changed.
 

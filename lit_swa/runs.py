@@ -5,6 +5,7 @@ import os
 import queue
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,3 +65,26 @@ def execute(command: list[str], log: Path | None = None, environment: dict[str, 
     if code:
         where = f"{log} says" if log else "it says above"
         raise ValueError(f"{command[0]} failed, as {where}: mend that, and the same command goes on.")
+
+
+def train(command: list[str], run: Path) -> dict[str, Any]:
+    """Execute a finetuning script whose out_dir is `run`, or go on with it, and tell what the training took.
+
+    Given are the command as typed, the loss of each step, the tokens, the seconds of all steps, the median of the
+    steps' tokens per second, and the memory. Raises what `execute` does.
+    """
+    from lit_swa.formats.files import read_json
+    from lit_swa.training.log import read_metrics
+    from lit_swa.training.resuming import RUN_FILE
+
+    execute(command)
+    metrics = read_metrics(run)
+    steps = zip([0.0, *metrics["tokens"]], metrics["tokens"], metrics["seconds"], strict=False)
+    return {
+        "command": shlex.join(["python", *command]),
+        "loss": metrics["loss"],
+        "trained_tokens": int(metrics["tokens"][-1]),
+        "seconds": sum(metrics["seconds"]),
+        "tok_s": statistics.median((after - before) / s for before, after, s in steps),
+        "memory": read_json(run / "final" / RUN_FILE)["memory"],
+    }

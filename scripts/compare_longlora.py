@@ -123,14 +123,9 @@ def measure(
     name: str, training: dict[str, Any], fields: dict[str, Any], r: int, out_dir: Path, tokens, cuts, device: str
 ) -> dict[str, Any]:
     """Train in this way and measure the perplexity of the result: a row of the table."""
-    import shlex
-    import statistics
-
+    from lit_swa import runs
     from lit_swa.checkpoint import load_model
-    from lit_swa.formats.files import read_json
-    from lit_swa.runs import execute
-    from lit_swa.training.log import read_metrics
-    from lit_swa.training.saving import RUN_FILE
+    from lit_swa.evaluate import read_windows
     from lit_swa.utils import pick_dtype, release_memory
 
     trained, own = METHODS[name]
@@ -139,16 +134,11 @@ def measure(
     if trained is not None:
         run = out_dir / name.replace(" ", "-")
         command = training_command(trained, training | {"out_dir": run}, fields | own, r)
-        execute(command)
-        metrics = read_metrics(run)
-        row = {"command": shlex.join(["python", *command]), "loss": metrics["loss"]}
-        steps = zip([0.0, *metrics["tokens"]], metrics["tokens"], metrics["seconds"], strict=False)
-        row["tok_s"] = statistics.median((after - before) / s for before, after, s in steps)
-        row["memory"] = read_json(run / "final" / RUN_FILE)["memory"]
+        row = runs.train(command, run)
         directory, overrides = run / "final", {}
     print(f"reading with {name}", file=sys.stderr)
     model = load_model(directory, pick_dtype("auto", device), device, **overrides)
-    row["ppl"] = {str(n): read(model, tokens, cut, device) for n, cut in sorted(cuts.items())}
+    row["ppl"] = {str(n): read_windows(model, cut, tokens, device)["ppl"] for n, cut in sorted(cuts.items())}
     del model
     release_memory()
     return row
@@ -163,17 +153,6 @@ def training_command(trained: str, training: dict[str, Any], fields: dict[str, A
         options |= {"r": r, "alpha": 2 * r} | ({"extra_trainable": trained} if trained else {})
     options |= {f"model.{name}": value for name, value in fields.items()}
     return ["finetune/full.py" if trained == "full" else "finetune/lora.py", *typed(options)]
-
-
-def read(model, tokens, cut, device: str) -> float:
-    """Perplexity of all windows."""
-    from lit_swa.evaluate import pick_chunk_size, require_finite, window_nll
-
-    chunk_size, sums = pick_chunk_size(model, 1, cut.seq_len), []
-    for start in cut.starts:
-        sums += cut.sums(window_nll(model, cut.batch(tokens, [start], device), cut.first, chunk_size))
-        require_finite(sums[-1:], start, model)
-    return cut.summary(sums)["ppl"]
 
 
 def report(result: dict[str, Any]) -> None:

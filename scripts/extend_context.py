@@ -154,6 +154,7 @@ class Judge:
         import time
 
         from lit_swa.checkpoint import load_model
+        from lit_swa.evaluate import read_windows
         from lit_swa.linear_formats import pack_for_cpu
         from lit_swa.utils import pick_dtype, release_memory
 
@@ -169,7 +170,7 @@ class Judge:
         dtype = {"32-true": "float32", "bf16-true": "bfloat16"}.get(precision) or pick_dtype("auto", self.device)
         gpt, started = load_model(directory, dtype, self.device, **fields), time.perf_counter()
         pack_for_cpu(gpt)
-        row |= self.read(gpt) | {"read_seconds": time.perf_counter() - started}
+        row |= read_windows(gpt, self.cut, self.tokens, self.device) | {"read_seconds": time.perf_counter() - started}
         started = time.perf_counter()
         row |= {"passkeys": self.find(gpt), "passkey_seconds": time.perf_counter() - started}
         del gpt
@@ -178,41 +179,13 @@ class Judge:
 
     def train(self, name: str) -> dict[str, Any]:
         """Train it, and tell what that took."""
-        import shlex
-        import statistics
-
-        from lit_swa.formats.files import read_json
-        from lit_swa.runs import execute, typed
-        from lit_swa.training.log import read_metrics
-        from lit_swa.training.saving import RUN_FILE
+        from lit_swa import runs
 
         a, run = self.arguments, self.out_dir / name.replace(" ", "-")
         length, batch_size = a["rows"][name]
         options = a["training"] | {"max_seq_length": length, "batch_size": batch_size, "out_dir": run}
         options |= {f"model.{field}": value for field, value in a["fields"].items()}
-        command = [f"finetune/{a['method']}.py", *typed(options)]
-        execute(command)
-        metrics = read_metrics(run)
-        tokens = zip([0.0, *metrics["tokens"]], metrics["tokens"], metrics["seconds"], strict=False)
-        return {
-            "command": shlex.join(["python", *command]),
-            "loss": metrics["loss"],
-            "trained_tokens": int(metrics["tokens"][-1]),
-            "seconds": sum(metrics["seconds"]),
-            "tok_s": statistics.median((after - before) / s for before, after, s in tokens),
-            "memory": read_json(run / "final" / RUN_FILE)["memory"],
-        }
-
-    def read(self, gpt) -> dict[str, Any]:
-        """Perplexity by position."""
-        from lit_swa.evaluate import pick_chunk_size, require_finite, window_nll
-
-        chunk_size, sums = pick_chunk_size(gpt, 1, self.cut.seq_len), []
-        for start in self.cut.starts:
-            nll = window_nll(gpt, self.cut.batch(self.tokens, [start], self.device), self.cut.first, chunk_size)
-            sums += self.cut.sums(nll)
-            require_finite(sums[-1:], start, gpt)
-        return self.cut.summary(sums)
+        return runs.train([f"finetune/{a['method']}.py", *runs.typed(options)], run)
 
     def find(self, gpt) -> list[dict[str, Any]]:
         """The answers to all pass keys."""
