@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 import weakref
@@ -780,25 +779,13 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, tiny_
 # -------------------------------------------------------------------------------------------------------------- scripts
 
 
-def run_script(name: str, *arguments: str) -> None:
-    """What `python scripts/NAME ARGUMENTS` does, in this process."""
-    argv, path = sys.argv, sys.path[:]
-    sys.argv = [name, *arguments]
-    try:
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-    finally:
-        sys.argv, sys.path[:] = argv, path
-
-
-def test_scripts_convert_export_and_end_in_one_sentence(tmp_path: Path, capsys) -> None:
+def test_scripts_convert_export_and_end_in_one_sentence(tmp_path: Path, run_script) -> None:
     """Would catch scripts that lose an argument, print more than the directory, or end in a traceback."""
     hf, out = str(tmp_path / "hf"), str(tmp_path / "out")
     hf_model("llama", tmp_path / "hf")
-    capsys.readouterr()
-    run_script("convert_hf.py", "--checkpoint_dir", hf)
-    run_script("export_hf.py", "--checkpoint_dir", hf, "--output_dir", out)
-    assert capsys.readouterr().out == f"{hf}\n{out}\n" and (tmp_path / "out/model.safetensors").exists()
-    with pytest.raises(SystemExit) as stop:
-        run_script("convert_hf.py", "--checkpoint_dir", str(tmp_path / "nowhere"))
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and printed.out == "" and len(printed.err.strip().splitlines()) == 1
+    code, printed, _ = run_script("scripts/convert_hf.py", "--checkpoint_dir", hf)
+    assert (code, printed) == (0, f"{hf}\n")
+    code, printed, _ = run_script("scripts/export_hf.py", "--checkpoint_dir", hf, "--output_dir", out)
+    assert (code, printed) == (0, f"{out}\n") and (tmp_path / "out/model.safetensors").exists()
+    code, printed, err = run_script("scripts/convert_hf.py", "--checkpoint_dir", tmp_path / "nowhere")
+    assert (code, printed) == (2, "") and len(err.strip().splitlines()) == 1

@@ -165,6 +165,7 @@ def test_a_configuration_file_that_would_hang_or_crash_is_refused(parse, tmp_pat
 
 
 def test_stars_and_brackets_in_a_configuration_files_text_are_text(parse, tmp_path):
+    """Catches: an asterisk taken for an alias of YAML, a bracket for a list, of which only so many are allowed."""
     (tmp_path / "c.yaml").write_text("system: '" + "*a [b] " * 300 + "'\n")
     assert parse("--config", str(tmp_path / "c.yaml"))["system"] == "*a [b] " * 300
 

@@ -417,6 +417,7 @@ def test_kept_parts_and_results_that_no_run_wrote_end_in_a_sentence(llama, ppl, 
 
 
 def test_a_pipe_in_place_of_results_is_not_waited_for(tmp_path):
+    """Catches: opening a pipe, which hangs until another process writes into it."""
     os.mkfifo(tmp_path / "o.json.partial")
     with pytest.raises(ValueError, match="damaged"):
         evaluate.Results(tmp_path / "o.json", {})
