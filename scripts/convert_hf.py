@@ -28,7 +28,7 @@ def main(
     from lit_swa.quantize_checkpoint import quantized_on_the_way
 
     if quantize is None and group_size is not None:
-        raise ValueError(f"group_size={group_size} has no effect without groups: add --quantize int4 or int4-hqq.")
+        raise ValueError(f"group_size={group_size} has no effect without --quantize int4 or int4-hqq: add one of them.")
     checkpoint_dir = locate(checkpoint_dir, convert=True)
     prepare = quantize and functools.partial(quantized_on_the_way, mode=quantize, group_size=group_size)
     convert_hf_checkpoint(checkpoint_dir, prepare=prepare)
