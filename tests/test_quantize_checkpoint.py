@@ -276,7 +276,7 @@ def test_what_cannot_be_written_is_refused_before_any_work(quantized, checkpoint
         assert f"{tmp_path} cannot be written to" in refused(checkpoint, "--mode", "int8")
     with monkeypatch.context() as patched:
         patched.setattr("lit_swa.formats.files.shutil.disk_usage", lambda path: SimpleNamespace(free=10**4))
-        assert "its disk has 0.00 GB left" in refused(checkpoint, "--mode", "int8")
+        assert "its disk has 0.0 MB left" in refused(checkpoint, "--mode", "int8")
     monkeypatch.setattr("lit_swa.memory.SLACK", (1.0, 0))
     monkeypatch.setattr("lit_swa.memory.free_memory", lambda device, swap: 0)
     assert "use a machine with more memory" in refused(checkpoint, "--mode", "int8")

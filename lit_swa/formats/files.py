@@ -193,7 +193,7 @@ def require_space(directory: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if n_bytes > free:
         raise OSError(
-            f"{directory} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left: free some space."
+            f"{directory} needs {format_bytes(n_bytes)} and its disk has {format_bytes(free)} left: free some space."
         )
 
 
