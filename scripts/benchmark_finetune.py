@@ -218,7 +218,7 @@ def build_peer(T: int, device: str, settings: dict[str, Any], dtype: Any) -> tup
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from lit_swa import Config
-    from lit_swa.formats.hugging_face import config_to_hf
+    from lit_swa.formats.hf_export import config_to_hf
 
     fields = {"n_layer": settings["n_layer"]} if settings["n_layer"] else {}
     hf = config_to_hf(Config.from_name(settings["name"], block_size=T, **fields))

@@ -224,7 +224,7 @@ class Group:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         from lit_swa.arguments import Pretraining
-        from lit_swa.formats.hugging_face import config_to_hf
+        from lit_swa.formats.hf_export import config_to_hf
         from lit_swa.train import build_optimizer
 
         hf = config_to_hf(self.config)

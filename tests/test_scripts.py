@@ -1,5 +1,6 @@
 """The command lines: what they print where, their errors, and a chat that survives Ctrl-C."""
 
+import ast
 import importlib
 import importlib.util
 import io
@@ -68,6 +69,27 @@ def test_help_is_complete_and_needs_no_torch(script, helps):
     for option in options:
         description = option.split(" ", 2)[2].rpartition("(")[0]
         assert len(description) > 10 and "type:" in option, f"not described: {option}"
+
+
+def test_every_name_that_is_imported_is_there():
+    """Catches: a name that moved, and is missed only when a function of a script imports it."""
+    folders, missing = ("lit_swa", "scripts", "generate", "finetune", "pretrain"), []
+    for path in [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(("lit_swa", "scripts")):
+                continue
+            try:
+                module = importlib.import_module(node.module)
+            except ModuleNotFoundError as error:  # triton, where there is no GPU
+                assert not error.name.startswith(("lit_swa", "scripts")), f"{path}: {error}"
+                continue
+            names = [name.name for name in node.names if name.name != "*" and not hasattr(module, name.name)]
+            missing += [
+                f"{path.relative_to(ROOT)}, line {node.lineno}: {node.module}.{name}"
+                for name in names
+                if not hasattr(module, "__path__") or importlib.util.find_spec(f"{node.module}.{name}") is None
+            ]
+    assert not missing, missing
 
 
 def commands_of(page: str) -> list[tuple[str, str]]:

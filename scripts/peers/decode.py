@@ -20,7 +20,8 @@ from torch import Tensor
 from lit_swa.formats.files import LazyTensor, as_lazy
 from lit_swa.formats.gguf_export import infos, tensors_of, write_gguf
 from lit_swa.formats.gguf_models import find_architecture
-from lit_swa.formats.hugging_face import config_to_hf, expected_shapes, to_hf
+from lit_swa.formats.hf_export import config_to_hf
+from lit_swa.formats.hugging_face import expected_shapes, to_hf
 from lit_swa.generate import Sampler, Sampling
 from lit_swa.linear_formats import dense_weight, is_linear
 from lit_swa.model import GPT
