@@ -456,10 +456,11 @@ def untrained(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_stage_can_be_left_out(linearize):
-    """Catches: a linear checkpoint that cannot be finetuned, or that begins anew; a stage that is made all the same."""
+    """Catches: a linear checkpoint that cannot be finetuned, or that begins anew; a stage that is made all the same, or
+    whose rate is told as chosen."""
     arguments = {"max_steps": 2}
     first, err = linearize("first", stage2_steps=0, **arguments)
-    assert "Stage 2" not in err
+    assert "Stage 2" not in err and "chosen: --warmup_steps 1 of 2\n" in err and "--learning_rate" not in err
     made, transferred = stored(first / "final"), stored(first / "transfer" / "final")
     assert all(torch.equal(made[name], t) for name, t in transferred.items())
     linearize("first", stage2_steps=0, resume="auto", **arguments)

@@ -129,9 +129,8 @@ def prepare(
         data=data,
     )
     run.log.say(data.report + ("" if held_out is None else f" {len(held_out)} more are held out for validation."))
-    for note in (describe_choices(run), unheard_end(data, tokenizer)):
-        if note:
-            run.log.say(note)
+    if note := unheard_end(data, tokenizer):
+        run.log.say(note)
     return run
 
 
@@ -240,7 +239,9 @@ def resume_and_rehearse(
     progress = saver.resume()
     if run.is_over(progress):
         return progress
-    run.log.say(run.samples())
+    for note in (describe_choices(run), run.samples()):
+        if note:
+            run.log.say(note)
     rehearse(run, model, validate, saver.save_model, load)
     if not run.args.dry_run:
         remove_old_run(run)
