@@ -1,10 +1,14 @@
 """Models of random weights, to measure speed and memory with: they do not depend on the weights' values."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lit_swa.config import Config
+from lit_swa.formats.checkpoint import load_model
+from lit_swa.formats.download import find_checkpoint
 from lit_swa.formats.hugging_face import empty_model
 from lit_swa.model import GPT
 from lit_swa.parallel import ALONE, Rank, connect, shrink
@@ -42,3 +46,23 @@ def random_model(
     if rank.size > 1:
         connect(model, rank)
     return model
+
+
+def named_or_loaded(
+    name: str | None,
+    checkpoint_dir: Path | None,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    **overrides: Any,
+) -> GPT:
+    """A model to measure: of a named shape with random weights, or, where there is no name, a checkpoint's.
+
+    checkpoint_dir: None for the model that is downloaded once; the other arguments, and what is raised, are those of
+        lit_swa.checkpoint.load_model.
+    """
+    if name is not None:
+        return random_model(Config.from_name(name, **overrides), getattr(torch, dtype), device, quantize, group_size)
+    found, how = find_checkpoint(checkpoint_dir), {"quantize": quantize, "group_size": group_size}
+    return load_model(found, dtype, device, **how, **overrides)

@@ -175,19 +175,17 @@ def build(task: Task) -> Callable[[], float | None]:
 
     from lit_swa.checkpoint import load_model
     from lit_swa.generate import Sampling
-    from lit_swa.quantize import quantize_linears
     from scripts.peers.decode import Cell, LlamaCpp, Transformers
 
     dtype, quantize, gguf = MODES[task.mode]
-    weights = load_model(task.checkpoint_dir, dtype=dtype, device="cpu")
+    peer = task.way in ("llama.cpp", "transformers")  # which quantise in ways of their own
+    weights = load_model(task.checkpoint_dir, dtype, "cpu", quantize=None if peer else quantize)
     ids = torch.randint(0, weights.config.vocab_size, (1, task.position), generator=torch.Generator().manual_seed(1))
     cell = Cell(1, task.position, task.steps)
     if task.way == "llama.cpp":
         return LlamaCpp(weights, Sampling(), gguf, task.position + task.steps).decode(ids, cell)
     if task.way == "transformers":
         return Transformers(weights, Sampling()).decode(ids, cell)
-    if quantize is not None:
-        quantize_linears(weights, quantize, getattr(torch, dtype))
     return ours(weights, task.way == "compiled", ids, cell)
 
 

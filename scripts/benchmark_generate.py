@@ -169,23 +169,11 @@ class Source(NamedTuple):
 
 def load(source: Source):
     """The model, before anything makes it faster."""
-    import torch
-
-    from lit_swa import Config
-    from lit_swa.checkpoint import load_model
-    from lit_swa.formats.download import find_checkpoint
-    from lit_swa.quantize import quantize_linears
-    from lit_swa.random_model import random_model
+    from lit_swa.random_model import named_or_loaded
 
     mode = MODES[source.mode]
-    if source.name is not None:
-        config, dtype = Config.from_name(source.name, **source.overrides), getattr(torch, mode.dtype)
-        return random_model(config, dtype, source.device, mode.quantize, mode.group_size)
-    found = find_checkpoint(source.checkpoint_dir)
-    model = load_model(found, dtype=mode.dtype, device=source.device, **source.overrides)
-    if mode.quantize is not None:
-        quantize_linears(model, mode.quantize, getattr(torch, mode.dtype), group_size=mode.group_size)
-    return model
+    how = (mode.dtype, source.device, mode.quantize, mode.group_size)
+    return named_or_loaded(source.name, source.checkpoint_dir, *how, **source.overrides)
 
 
 def copy_of(model):

@@ -55,6 +55,7 @@ def main(
 
     from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
+    from lit_swa.random_model import named_or_loaded
     from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
 
     arguments = {key: value for key, value in locals().items() if isinstance(value, (int, float, str, list, dict))}
@@ -65,7 +66,8 @@ def main(
     ks, rows = speculative_k or [4], []
     room = context + (steps + 2) * (max(ks) + 1)
     with torch.inference_mode():
-        target = load(checkpoint_dir, name, dtype, device, quantize, {"block_size": room} | (model or {}))
+        overrides = {"block_size": room} | (model or {})
+        target = named_or_loaded(name, checkpoint_dir, dtype, device, quantize, **overrides)
         session = open_session(target, batch_size, context, room, max(ks), compile)
         proposer = open_draft(draft, session, draft_window, context, room, compile)
         for k in ks:
@@ -78,30 +80,6 @@ def main(
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
-
-
-def load(
-    checkpoint_dir: Path | None,
-    name: str | None,
-    dtype: str,
-    device: str,
-    quantize: str | None,
-    overrides: dict[str, Any],
-):
-    import torch
-
-    from lit_swa import Config
-    from lit_swa.checkpoint import load_model
-    from lit_swa.formats.download import find_checkpoint
-    from lit_swa.quantize import quantize_linears
-    from lit_swa.random_model import random_model
-
-    if name is not None:
-        return random_model(Config.from_name(name, **overrides), getattr(torch, dtype), device, quantize)
-    model = load_model(find_checkpoint(checkpoint_dir), dtype=dtype, device=device, **overrides)
-    if quantize is not None:
-        quantize_linears(model, quantize, getattr(torch, dtype))
-    return model
 
 
 def open_session(target, batch_size: int, context: int, room: int, k: int, compile: bool):
