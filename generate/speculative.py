@@ -16,8 +16,9 @@ def main(
     draft_window: int = 512,
     **generation: Any,
 ) -> None:
-    """Print each prompt and its completion on stdout, as generate/base.py does, by speculative decoding: a draft
-    proposes tokens, and the model keeps those that it would have chosen. Statistics go to stderr.
+    """Print each prompt and its completion on stdout, as generate/base.py does, by speculative decoding.
+
+    A draft proposes tokens, and the model keeps those that it would have chosen. Statistics go to stderr.
 
     Args:
         draft_checkpoint_dir: A smaller model with the same tokenizer, which is the draft.

@@ -44,11 +44,10 @@ def main(
     busy: int = 1,
     output: Path = Path("tutorials/results/benchmark_cpu.json"),
 ) -> None:
-    """Print tokens per second of greedy decoding on a CPU, alone and while other programs keep some cores busy, beside
-    transformers and llama.cpp.
+    """Print tokens per second of greedy decoding on a CPU: of this project, transformers and llama.cpp.
 
-    Each way runs in a process of its own, and all processes take turns: `repeats` rounds alone, then as many beside the
-    busy programs. Medians are given.
+    They are measured alone and while other programs keep some cores busy. Each way runs in a process of its own, and
+    all processes take turns: `repeats` rounds alone, then as many beside the busy programs. Medians are given.
 
     Args:
         checkpoint_dir: A checkpoint's directory or name. By default SmolLM2-135M-Instruct, which is downloaded once.

@@ -52,8 +52,10 @@ def main(
     out_dir: Path = Path("out/scaling"),
     output: Path = Path("tutorials/results/scaling.json"),
 ) -> None:
-    """Print tables of decode in tensor parallelism, of training steps beside what scripts/plan_training.py predicts, of
-    a run resumed on fewer devices, and of blocks that are linearised at the same time.
+    """Print tables of what several GPUs do together: decode, training steps, resuming and linearising.
+
+    Decode is in tensor parallelism, training steps stand beside what scripts/plan_training.py predicts, a run is
+    resumed on fewer devices, and blocks are linearised at the same time.
 
     Each measurement is a script of the project, whose command is printed, and is kept in out_dir: the same command goes
     on. Decode and training steps use random weights and tokens.

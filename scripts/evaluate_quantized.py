@@ -17,8 +17,10 @@ def main(
     dtype: str = "auto",
     output: Path = Path("out/evaluate_quantized.json"),
 ) -> None:
-    """Print, for each way to hold the weights, the perplexity of a text, how far its predictions are from the dense
-    model's (the mean KL divergence, and how often the likeliest token is the same), and the bytes of the linear layers.
+    """Print, for each way to hold the weights, the perplexity of a text, and how far it is from the dense model.
+
+    The distance is the mean KL divergence of its predictions, and how often the likeliest token is the same. The bytes
+    of the linear layers are given too.
 
     Both models read the same windows of the text, and every token of a window but its first counts. What an earlier run
     on the same windows has measured, interrupted or not, is not measured again.

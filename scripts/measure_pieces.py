@@ -33,8 +33,9 @@ def main(
     output: Path = Path("tutorials/results/measure_pieces.json"),
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Write the seconds of a training step of one device, of the same step under DDP and FSDP on all devices, and those
-    of exchanges between them, for scripts/plan_training.py. Weights are random, and so are the tokens.
+    """Write the seconds of training steps, and of exchanges between devices, for scripts/plan_training.py.
+
+    The step is that of one device, and of all of them under DDP and FSDP. Weights are random, and so are the tokens.
 
     A step reads one micro-batch, forward and backward, and updates the weights as pretrain/base.py does: weights,
     gradients and the moments of AdamW in float32, products in `dtype`. With one device nothing is exchanged.

@@ -28,8 +28,9 @@ def main(
     repeats: int = 3,
     model: dict[str, Any] | None = None,
 ) -> None:
-    """Print a table of what a model takes to become linear block by block. One of its layers, with random weights, is
-    measured on this device, so no checkpoint is needed.
+    """Print a table of what a model takes to become linear block by block.
+
+    One of its layers, with random weights, is measured on this device, so no checkpoint is needed.
 
     The hours are those of one device like this; blocks train side by side. Stage 2 is not among them.
 

@@ -58,8 +58,9 @@ for script in {SCRIPTS!r}:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_complete_and_needs_no_torch(script, helps):
-    """Catches: a heavy import at the top of a script, and an argument without a description."""
+    """Catches: a heavy import at the top of a script, an argument without a description, half of a first sentence."""
     assert script in helps, helps["error"]
+    assert helps[script].partition("\n\noptions:")[0].endswith("."), "its first sentence is longer than a line"
     options = [
         " ".join(block.split())
         for block in helps[script].split("\n  --")[1:]
