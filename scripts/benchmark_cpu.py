@@ -194,7 +194,7 @@ def ours(model, compiled: bool, ids, cell) -> Callable[[], None]:
     from lit_swa.generate import Sampler, Sampling, Session
     from lit_swa.linear_formats import pack_for_cpu
 
-    session = Session(model, decode=compile_decode(model) if compiled else None)
+    session = Session(model, lookahead=cell.steps, decode=compile_decode(model) if compiled else None)
     if not compiled:
         pack_for_cpu(model)
     session.reserve(cell.position + cell.steps)

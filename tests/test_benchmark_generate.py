@@ -145,3 +145,9 @@ def test_the_file_for_llama_cpp_holds_the_weights(tiny_model, tmp_path):
     ):
         with pytest.raises(LeftOut, match=message):
             write_file(tiny_model(**fields), tmp_path / "n.gguf", "F32")
+
+
+def test_a_model_that_no_peer_has_is_measured_without_them(script, tiny_model):
+    """Catches: a benchmark that ends with another program's refusal, or measures it on another model."""
+    wanted = {"transformers": True, "llama.cpp": False, "gpt-fast": None}
+    assert script.peers(tiny_model(attention="linear"), script.MODES["fp32"], Sampling(), 9, wanted) == {}

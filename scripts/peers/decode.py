@@ -55,6 +55,7 @@ class Transformers:
     reads, batches = True, True
 
     def __init__(self, weights: GPT, sampling: Sampling) -> None:
+        """Raises LeftOut for a model that transformers has not."""
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -63,8 +64,12 @@ class Transformers:
         if config.tie_embeddings:
             del state["lm_head.weight"]
         lazy = {k: LazyTensor(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}
+        try:
+            fields = config_to_hf(config)
+        except ValueError as error:
+            raise LeftOut(str(error)) from None
         with torch.device(weight.device):
-            shape = AutoConfig.for_model(**config_to_hf(config))
+            shape = AutoConfig.for_model(**fields)
             self.model = AutoModelForCausalLM.from_config(shape, dtype=weight.dtype).eval()
         self.model.load_state_dict({n: t.load() for n, t in to_hf(lazy, config).items()}, strict=False)
         self.model.tie_weights()
