@@ -177,21 +177,20 @@ class LinearAttention(Mixer):
         most = PIECE_ELEMENTS[x.q.device.type == "cuda"]
         size = C * max(1, most // (B * H * (C * (C + plan.lag) + 4 * D * D)))  # a chunk's weights, and two states
         cuts = [*range(0, T - T % C, size), *([T - T % C] if T % C else []), T]
-        again = functools.partial(checkpoint, self.attend_flat, use_reentrant=False, preserve_rng_state=False)
-        run = again if len(cuts) > 3 and torch.is_grad_enabled() else self.attend_flat
+        again = functools.partial(checkpoint, self.attend_chunks, use_reentrant=False, preserve_rng_state=False)
+        run = again if len(cuts) > 3 and torch.is_grad_enabled() else self.attend_chunks
         for a, b in itertools.pairwise(cuts):
             y, *state = run(min(C, b - a), plan.lag - plan.window, *state, *x.cut(a, b))
             outputs.append(y)
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], tuple(state)
 
-    def attend_flat(self, C: int, behind: int, state: Tensor, norm: Tensor, *tokens: Tensor | None) -> tuple:
-        """attend_chunks() with each tensor as an argument of its own: where a whole block computes again too, only such
-        are given up in between."""
-        y, state = self.attend_chunks(Tokens(*tokens), (state, norm), C, behind)
-        return y, *state
+    def attend_chunks(self, C: int, behind: int, total: Tensor, norm: Tensor, *tokens: Tensor | None) -> tuple:
+        """attend() for N chunks of C queries: the outputs and both parts of the state. Each tensor is an argument of
+        its own: where a whole block computes again too, only such are given up in between.
 
-    def attend_chunks(self, x: "Tokens", state: State, C: int, behind: int) -> tuple[Tensor, State]:
-        """attend() for N chunks of C queries. behind: the newest older entry of a chunk's query c is behind + c."""
+        behind: the newest older entry of a chunk's query c is behind + c. total, norm: the state. tokens: Tokens.
+        """
+        x, state = Tokens(*tokens), (total, norm)
         (_, H, T, _), lag, device = x.q.shape, x.k.size(2) - x.q.size(2), x.q.device
         q, k, v, sink_k, sink_v = (widened(t, x.q.dtype, H) for t in (x.q, x.k, x.v, x.sink_k, x.sink_v))
         N, width, old = T // C, C + lag, C + max(0, behind)  # entries that a chunk reads; that some queries call older
@@ -204,15 +203,15 @@ class LinearAttention(Mixer):
             values = torch.cat([values, sink_v[:, :, None].expand(-1, -1, N, -1, -1)], dim=-2)
         weights = self.exact_weights(q, strips(k, width, C), sink_k, exact)
         if self.config.linear_off:
-            return normalised(weights @ values, weights.sum(-1)), state
+            return normalised(weights @ values, weights.sum(-1)), *state
         read = T + old - C
         phi_q = features(q.flatten(2, 3), self.feature_q, self.config)  # (B, H, T, F)
         phi_k = features(k[:, :, :read], self.feature_k, self.config) * x.valid[:, None, :read, None]
         if N > 1 and behind == 0 and (sums := fast_sums(x.q)):
             rates = None if x.rates is None else x.rates[:, :, :T]
-            y, total, state = sums(*(t.to(x.q.dtype) for t in (phi_q, phi_k, v[:, :, :T])), rates, state)
-            y, total = y.unflatten(2, (N, C)), total.unflatten(2, (N, C))
-            return normalised(weights @ values + y, weights.sum(-1) + total), state
+            y, norms, state = sums(*(t.to(x.q.dtype) for t in (phi_q, phi_k, v[:, :, :T])), rates, state)
+            y, norms = y.unflatten(2, (N, C)), norms.unflatten(2, (N, C))
+            return normalised(weights @ values + y, weights.sum(-1) + norms), *state
         phi_q, phi_k = phi_q.unflatten(2, (N, C)), strips(phi_k, old, C)  # (B, H, N, C, F), (B, H, N, old, F)
         kernel, left = phi_q @ phi_k.mT, None
         if x.rates is not None:
@@ -222,7 +221,7 @@ class LinearAttention(Mixer):
         weights = weights + F.pad(kernel, (0, weights.size(-1) - old))
         before, norms, state = run_states(phi_k[..., :C, :], v[:, :, :T].unflatten(2, (N, C)), left, state)
         y = weights @ values + phi_q @ before  # (B, H, N, C, D)
-        return normalised(y, weights.sum(-1) + (phi_q @ norms[..., None]).squeeze(-1)), state
+        return normalised(y, weights.sum(-1) + (phi_q @ norms[..., None]).squeeze(-1)), *state
 
     def exact_weights(self, q: Tensor, k: Tensor, sink_k: Tensor, exact: Tensor) -> Tensor:
         """g exp(s_ij - c_i) where exact (1 or B, N, C, width + n) says so, else 0: (B, H, N, C, width + n)."""
