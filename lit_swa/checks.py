@@ -16,3 +16,10 @@ def check_range(name: str, value: Any, least: float, most: float | None = None, 
     else:
         limits = f"be a whole number from {least} to {most}" if whole else f"lie between {least} and {most}"
     raise ValueError(f"{name}={value!r} does not fit: it must {limits}.")
+
+
+def check_at_least(**limits: tuple[float | None, float]) -> None:
+    """name=(value, least): raises ValueError, naming the argument, for a value below the least. None was not given."""
+    for name, (value, least) in limits.items():
+        if value is not None:
+            check_range(name, value, least)

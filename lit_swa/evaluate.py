@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_swa.checks import check_range
+from lit_swa.checks import check_at_least
 from lit_swa.config import check_no_prompt
 from lit_swa.data.token_files import check_tokens as check_tokens  # scripts take it from here
 from lit_swa.data.token_files import open_token_file
@@ -328,7 +328,7 @@ def check_chat_template(tokenizer: "Tokenizer", wanted: bool) -> None:
 
 def check_cut(seq_len: int, stride: int, score: str, bucket: int | None) -> None:
     """Raises ValueError for arguments of full_windows that do not fit each other."""
-    check_at_least(seq_len=(seq_len, 2), stride=(stride, 1), bucket=(1 if bucket is None else bucket, 1))
+    check_at_least(seq_len=(seq_len, 2), stride=(stride, 1), bucket=(bucket, 1))
     if score not in ("all", "last"):
         raise ValueError(f"score={score!r} does not fit: choose all or last.")
     if stride > seq_len:
@@ -336,12 +336,6 @@ def check_cut(seq_len: int, stride: int, score: str, bucket: int | None) -> None
             f"stride={stride} is more than seq_len={seq_len}: tokens between the windows would be left out; "
             "give a stride of at most seq_len."
         )
-
-
-def check_at_least(**limits: tuple[int, int]) -> None:
-    """name=(value, least): raises ValueError for a value that is less than the least that is allowed."""
-    for name, (value, least) in limits.items():
-        check_range(name, value, least)
 
 
 def check_text_length(n_tokens: int, seq_len: int, data: object, prefix: Sequence[int] = ()) -> int:

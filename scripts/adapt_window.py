@@ -67,6 +67,7 @@ def main(
     """
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.checkpoint import tokenizer_dir
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def main(
         check_checkpoint_dir(path)
     config = load_config(checkpoint_dir)
     check_arguments(config, lengths, window, scored, passkey_length, keep_full)
-    evaluate.check_at_least(texts=(texts, 1), passkeys=(passkeys, 0), harm_texts=(harm_texts, 1))
+    check_at_least(texts=(texts, 1), passkeys=(passkeys, 0), harm_texts=(harm_texts, 1))
     check_output(output)
     tokens, prefix = evaluate.read_stream(data, checkpoint_dir, config.vocab_size)
     arguments = {
@@ -109,12 +110,10 @@ def main(
 
 def check_arguments(config, lengths: list[int], window: int, scored: int, passkey_length: int, keep_full: int) -> None:
     """Raises ValueError for what does not fit, before a model is loaded."""
-    from lit_swa.checks import check_range
+    from lit_swa.checks import check_at_least, check_range
 
-    check_range("lengths", len(lengths), 1)
-    check_range("scored", scored, 1)
+    check_at_least(lengths=(len(lengths), 1), scored=(scored, 1), window=(window, 1))
     check_range("keep_full", keep_full, 0, config.n_layer - 1)
-    check_range("window", window, 1)
     if (shortest := min(passkey_length, *(n - scored for n in lengths))) <= window:
         raise ValueError(
             f"window={window} must be smaller than every prompt, and the shortest has {shortest} tokens: lower "

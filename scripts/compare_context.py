@@ -67,6 +67,7 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
 
@@ -77,9 +78,7 @@ def main(
     trained = config.block_size if trained_length is None else trained_length
     lengths = [trained // 2, trained, 2 * trained, 4 * trained] if lengths is None else lengths
     window = max(1, trained // 2) if window is None else window
-    evaluate.check_at_least(
-        trained_length=(trained, 1), window=(window, 1), last=(last, 1), chunk_size=(chunk_size or 0, 0)
-    )
+    check_at_least(trained_length=(trained, 1), window=(window, 1), last=(last, 1), chunk_size=(chunk_size, 0))
     check_output(output)
     setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
     chosen = choose_methods(methods, custom or {})

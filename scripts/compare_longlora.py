@@ -68,7 +68,7 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
-    from lit_swa.checks import check_range
+    from lit_swa.checks import check_at_least
     from lit_swa.data import check_tokens
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
@@ -83,8 +83,7 @@ def main(
     config = load_config(checkpoint_dir)
     context = 4 * config.block_size if context is None else context
     lengths = [context // 4, context // 2, context] if lengths is None else lengths
-    for argument, value, least in (("context", context, 16), ("steps", steps, 1), ("r", r, 1)):
-        check_range(argument, value, least)
+    check_at_least(context=(context, 16), steps=(steps, 1), r=(r, 1))
     if not lengths or max(lengths) > context:
         raise ValueError(f"lengths={lengths} does not fit: give lengths of at most the context of {context} tokens.")
     check_output(output)

@@ -81,16 +81,16 @@ def main(
     import shlex
 
     from lit_swa import evaluate
-    from lit_swa.checks import check_range
+    from lit_swa.checks import check_at_least, check_range
     from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_command, describe_machine, pick_device
 
     chosen = list(ROWS) if only is None else only
     if unknown := [name for name in chosen if name not in ROWS]:
         raise ValueError(f"There is no model {unknown[0]!r}: choose from {', '.join(ROWS)}.")
-    for name, value in {"tokens": tokens, "batch_size": batch_size, "targets": targets, "jobs": jobs}.items():
-        check_range(name, value, 1)
-    check_range("context", context, 16)
+    check_at_least(
+        tokens=(tokens, 1), batch_size=(batch_size, 1), targets=(targets, 1), jobs=(jobs, 1), context=(context, 16)
+    )
     check_range("window", window, 16, context)
     check_output(output)
     device = pick_device(device)

@@ -47,13 +47,12 @@ def main(
         max_mb: The largest file to accept, in MB.
         pause: Seconds to wait between two books, to spare the site.
     """
-    from lit_swa.checks import check_range
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.files import directory_lock
 
     if not ids or min(ids) < 1:
         raise ValueError(f"ids={ids} does not fit: give the numbers of some books, as --ids '[158,36]'.")
-    for name, value, least in (("timeout", timeout, 0.01), ("max_mb", max_mb, 0.001), ("pause", pause, 0)):
-        check_range(name, value, least)
+    check_at_least(timeout=(timeout, 0.01), max_mb=(max_mb, 0.001), pause=(pause, 0))
     if not base_url.startswith(("https://", "http://")):
         raise ValueError(f"base_url={base_url!r} does not fit: it must begin with https:// or http://.")
     with directory_lock(output_dir):

@@ -74,13 +74,13 @@ def main(
 
     from lit_swa import answers, evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.checks import check_at_least
     from lit_swa.documents import read_files
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
 
     device, dtype = evaluate.pick_place(device, dtype)
-    evaluate.check_at_least(shots=(shots, 0), limit=(limit or 1, 1), batch_size=(batch_size or 1, 1),
-                            max_new_tokens=(max_new_tokens or 1, 1))  # fmt: skip
+    check_at_least(shots=(shots, 0), limit=(limit, 1), batch_size=(batch_size, 1), max_new_tokens=(max_new_tokens, 1))
     questions = read_files(data, shots, shot_files, limit)
     if len(names := set(map(task_name, data))) < len(data):
         raise ValueError(f"Some files of data have one name ({', '.join(sorted(names))} are all): rename one.")
@@ -90,7 +90,7 @@ def main(
     trained = config.block_size if trained_length is None else trained_length
     lengths = sorted(set([trained, 2 * trained] if lengths is None else lengths))
     window = max(1, trained // 2) if window is None else window
-    evaluate.check_at_least(trained_length=(trained, 1), window=(window, 1), lengths=(min(lengths, default=0), 1))
+    check_at_least(trained_length=(trained, 1), window=(window, 1), lengths=(min(lengths, default=0), 1))
     check_output(output)
     setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
     chosen = choose_methods(["rope", "dual_chunk"] if methods is None else methods, custom or {})

@@ -83,17 +83,16 @@ def main(
 
 def check_arguments(task: str, lengths: list[int], depths: int | None, trials: int, max_new_tokens: int) -> int | None:
     """The number of depths, with its default. Raises ValueError for what does not fit, before a model is loaded."""
-    from lit_swa.checks import check_range
+    from lit_swa.checks import check_at_least
 
     if not lengths:
         raise ValueError("There is no length to try: give some with --lengths '[1024,2048]'.")
     if task == "passkey" and depths is not None:
         raise ValueError(f"depths={depths} has no effect with the task passkey: add --task needle.")
     depths = 16 if depths is None and task == "needle" else depths
-    values = {"lengths": min(lengths), "depths": depths, "trials": trials, "max_new_tokens": max_new_tokens}
-    for name, value in values.items():
-        if value is not None:
-            check_range(name, value, 1)
+    check_at_least(
+        lengths=(min(lengths), 1), depths=(depths, 1), trials=(trials, 1), max_new_tokens=(max_new_tokens, 1)
+    )
     if (count := len(lengths) * (depths or 1) * trials) > 10**6:
         raise ValueError(f"That makes {count:,} questions, and 1,000,000 are the most: lower --trials or --depths.")
     return depths

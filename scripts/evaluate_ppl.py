@@ -66,13 +66,15 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.download import find_checkpoint
 
     device, dtype = evaluate.pick_place(device, dtype)
     stride = seq_len if stride is None else stride
     evaluate.check_cut(seq_len, stride, score, bucket)
-    evaluate.check_at_least(batch_size=(batch_size, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
-    evaluate.check_at_least(chunk_size=(chunk_size or 0, 0))
+    check_at_least(
+        batch_size=(batch_size, 1), devices=(devices, 1), num_nodes=(num_nodes, 1), chunk_size=(chunk_size, 0)
+    )
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir, tokenizer=False)
     config = load_config(checkpoint_dir).override(**model or {})

@@ -68,19 +68,20 @@ def main(
 
     from lit_swa import answers, evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
 
     device, dtype = evaluate.pick_place(device, dtype)
     books, tasks = find_books(data), choose_tasks(tasks, qa)
-    evaluate.check_at_least(samples=(samples, 1), batch_size=(batch_size or 1, 1))
+    check_at_least(samples=(samples, 1), batch_size=(batch_size, 1))
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     check_checkpoint_dir(checkpoint_dir)
     config = load_config(checkpoint_dir).override(**model or {})
     trained = config.block_size if trained_length is None else trained_length
     lengths = sorted(set([trained // 2, trained, 2 * trained] if lengths is None else lengths))
     window = max(1, trained // 2) if window is None else window
-    evaluate.check_at_least(trained_length=(trained, 1), window=(window, 1), lengths=(min(lengths, default=0), 1))
+    check_at_least(trained_length=(trained, 1), window=(window, 1), lengths=(min(lengths, default=0), 1))
     check_output(output)
     setup = Setup(trained, window, n_sink_tokens, dual_chunk_size, dual_chunk_local)
     chosen = choose_methods(list(USUAL) if methods is None else methods, custom or {})

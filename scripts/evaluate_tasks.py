@@ -54,14 +54,14 @@ def main(
 
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.utils import describe_command, describe_machine, memory_in_use
 
     device, dtype = evaluate.pick_place(device, dtype)
-    for name, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1),
-                               ("max_length", max_length, 2)):  # fmt: skip
-        if value is not None:
-            evaluate.check_at_least(**{name: (value, least)})
+    check_at_least(
+        num_fewshot=(num_fewshot, 0), limit=(limit, 1), batch_size=(batch_size, 1), max_length=(max_length, 2)
+    )
     chosen = choose_tasks(tasks, task_file, num_fewshot or 0)
     manager = open_tasks(include_path, chosen)
     checkpoint_dir = find_checkpoint(checkpoint_dir)

@@ -76,19 +76,17 @@ def main(
     """
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
-    from lit_swa.checks import check_range
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_command, describe_machine, pick_device
 
     read_length = length if read_length is None else read_length
     lengths = [max(512, read_length // 4), read_length] if passkey_lengths is None else passkey_lengths
-    for argument, value, least in (
-        ("length", length, 16), ("read_length", read_length, 16), ("steps", steps, 1), ("batch_size", batch_size, 1),
-        ("short_length", 16 if short_length is None else short_length, 16), ("depths", depths, 0),
-        ("trials", trials, 1),
-    ):  # fmt: skip
-        check_range(argument, value, least)
+    check_at_least(
+        length=(length, 16), read_length=(read_length, 16), steps=(steps, 1), batch_size=(batch_size, 1),
+        short_length=(short_length, 16), depths=(depths, 0), trials=(trials, 1),
+    )  # fmt: skip
     if short_length is not None and length % short_length:
         raise ValueError(f"short_length={short_length} does not fit: it must divide the length of {length} tokens.")
     device, checkpoint_dir = pick_device(device), find_checkpoint(checkpoint_dir)

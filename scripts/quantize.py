@@ -40,7 +40,7 @@ def main(
     """
     import torch
 
-    from lit_swa.evaluate import check_at_least
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.places import locate
     from lit_swa.quantize_checkpoint import GPTQ, plan_quantization, quantize_checkpoint
     from lit_swa.utils import ProgressLine, pick_device
