@@ -3,11 +3,11 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
-
 
 CALLS = 4  # in a row, in one timing on a GPU
 
@@ -204,19 +204,25 @@ def peers(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callab
         ways[f"window {W} as a dense mask"] = dense
     groups = round(1 / settings["s2_group_ratio"])
     if T % (2 * groups) == 0:
-
-        def roll_and_flash() -> torch.Tensor:
-            """As LongLoRA does it: half of the heads rolled by half a group, all groups in one batch."""
-            g, half = T // groups, settings["n_head"] // 2
-            shifted = (q, k.repeat_interleave(R, dim=1), v.repeat_interleave(R, dim=1))
-            shifted = (torch.cat([x[:, :half], x[:, half:].roll(-g // 2, dims=2)], dim=1) for x in shifted)
-            cut = (x.unflatten(2, (groups, g)).transpose(1, 2).flatten(0, 1) for x in shifted)
-            y = F.scaled_dot_product_attention(*cut, is_causal=True)
-            y = y.unflatten(0, (1, groups)).transpose(1, 2).flatten(2, 3)
-            return torch.cat([y[:, :half], y[:, half:].roll(g // 2, dims=2)], dim=1)
-
-        ways["LongLoRA's S2 (roll + flash)"] = roll_and_flash
+        ways["LongLoRA's S2 (roll + flash)"] = partial(roll_and_flash, q, k, v, groups)
     return ways
+
+
+def roll_and_flash(q, k, v, groups: int):
+    """S2-Attn as LongLoRA does it: half of the heads rolled by half a group, all groups in one batch.
+
+    q: (1, H, T, D). k, v: (1, G, T, D). Twice the number of groups divides T.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    g, half, R = q.size(2) // groups, q.size(1) // 2, q.size(1) // k.size(1)
+    shifted = (q, k.repeat_interleave(R, dim=1), v.repeat_interleave(R, dim=1))
+    shifted = (torch.cat([x[:, :half], x[:, half:].roll(-g // 2, dims=2)], dim=1) for x in shifted)
+    cut = (x.unflatten(2, (groups, g)).transpose(1, 2).flatten(0, 1) for x in shifted)
+    y = F.scaled_dot_product_attention(*cut, is_causal=True)
+    y = y.unflatten(0, (1, groups)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([y[:, :half], y[:, half:].roll(g // 2, dims=2)], dim=1)
 
 
 def first_calls(way: Callable, inputs: list, grad, device: str, backward: bool) -> dict:

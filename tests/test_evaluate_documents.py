@@ -203,3 +203,5 @@ def test_the_script(run_script, tiny_checkpoint, files, tmp_path):
     given = {str(tmp_path / name): metric for name, metric in twice.items()}
     code, _, err = run_script(SCRIPT, "--checkpoint_dir", tiny_checkpoint, "--data", json.dumps(given))
     assert code == 2 and "Some files of data have one name" in err
+    code, _, err = run_script(SCRIPT, "--checkpoint_dir", tiny_checkpoint, "--data", json.dumps(given), "--limit", 0)
+    assert code == 2 and "limit=0 does not fit: it must be at least 1" in err

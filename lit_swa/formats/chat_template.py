@@ -196,15 +196,37 @@ def _rendered(compiled: Callable[[str], Any], source: str, variables: dict[str, 
 def _template_environment() -> Any:
     """jinja2 as chat templates expect it: with the functions, the filter and the tag that transformers gives them."""
     import jinja2
-    from jinja2.ext import Extension, loopcontrols
+    from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
         raise ImportError(f"jinja2 {jinja2.__version__} has known holes, run pip install 'jinja2>=3.1.6'")
 
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks what the model wrote; the text is the same without it."""
+    def raise_exception(message: Any) -> None:
+        raise ValueError(message)
 
+    def to_json(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # jinja2's own filter escapes for HTML; models were trained on plain JSON
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    extensions = [_generation_tag(), loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = to_json
+    environment.globals |= {  # functions only: a template gets no class to climb from
+        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
+        "namespace": _namespaces(),
+        "raise_exception": raise_exception,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+    }
+    return environment
+
+
+def _generation_tag() -> type:
+    """{% generation %} ... {% endgeneration %} marks what the model wrote; the text is the same without it."""
+    import jinja2
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
@@ -212,9 +234,14 @@ def _template_environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
 
-    class Namespace(jinja2.utils.Namespace):
-        """Without names that begin with an underscore."""
+    return Generation
 
+
+def _namespaces() -> Callable[..., Any]:
+    """A function, and so no class, that makes namespaces without names that begin with an underscore."""
+    import jinja2
+
+    class Namespace(jinja2.utils.Namespace):
         def __setitem__(self, name: str, value: Any) -> None:
             if isinstance(name, str) and name.startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the name {name!r}")
@@ -226,23 +253,7 @@ def _template_environment() -> Any:
             space[name] = value
         return space
 
-    def raise_exception(message: Any) -> None:
-        raise ValueError(message)
-
-    def to_json(x: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # jinja2's own filter escapes for HTML; models were trained on plain JSON
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    extensions = [Generation, loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = to_json
-    environment.globals |= {  # functions only: a template gets no class to climb from
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),
-        "namespace": namespace,
-        "raise_exception": raise_exception,
-        "strftime_now": lambda format: datetime.now().strftime(format),
-    }
-    return environment
+    return namespace
 
 
 def _import_late_modules(compiled: Callable[[str], Any]) -> None:

@@ -116,26 +116,16 @@ def read_adapter(directory: Path, model: GPT) -> Adapter:
     path = find_adapter_config(directory)
     peft = read_json(path)
     check_peft_config(peft, path)
-    file, tensors = open_tensors(directory, PEFT_STEM)
+    modules = hf_modules(model)
+    why = "the adapter was made for another model, or changes what is not supported"
+    file, lora, saved = open_sorted(directory, PEFT_STEM, modules, why)
     if file is None:
         raise FileNotFoundError(
             f"{directory} holds {PEFT_CONFIG}, and its weights {PEFT_STEM}.safetensors are missing: put them there."
         )
-    modules = hf_modules(model)
-    lora, saved, left = sort_tensors(tensors, modules)
-    if left:
-        raise ValueError(
-            f"{file} holds {left[0][:120]!r}, which this model has no place for: the adapter was made for another "
-            "model, or changes what is not supported."
-        )
     check_complete(lora, modules, peft, file)
-    more_file, more = open_tensors(directory, LONGLORA_STEM)
-    _, also_saved, left = sort_tensors(more, modules)
-    if left:
-        raise ValueError(
-            f"{more_file} holds {left[0][:120]!r}, which this model has no place for: give the base that it was "
-            "trained on."
-        )
+    why = "give the base that it was trained on"
+    more_file, _, also_saved = open_sorted(directory, LONGLORA_STEM, modules, why)
     if any(name.startswith(("transformer.wte.", "lm_head.")) for name, _ in (*saved, *also_saved)):
         require_own_embedding(model, f"load {directory}, which trains both, without it")
     config = config_of(peft, path)
@@ -251,6 +241,20 @@ def open_tensors(directory: Path, stem: str) -> tuple[Path | None, dict[str, Laz
                     raise ValueError(f"{path} holds {name[:120]!r} as {tensor.dtype}: weights must be real numbers.")
             return path, tensors
     return None, {}
+
+
+def open_sorted(
+    directory: Path, stem: str, modules: Mapping[str, tuple[str, int, int]], why: str
+) -> tuple[Path | None, dict[str, Found], dict[tuple[str, bool], LazyTensor]]:
+    """(the file, None if there is none; its LoRA and its whole weights, as sort_tensors sorts them).
+
+    Raises ValueError for a tensor that the model has no place for. why: what may have led to one, or what to do.
+    """
+    file, tensors = open_tensors(directory, stem)
+    lora, saved, left = sort_tensors(tensors, modules)
+    if left:
+        raise ValueError(f"{file} holds {left[0][:120]!r}, which this model has no place for: {why}.")
+    return file, lora, saved
 
 
 def sort_tensors(
