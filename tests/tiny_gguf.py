@@ -1,6 +1,7 @@
 """Tiny GGUF files with random weights, written by the gguf library itself."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,55 @@ def add_tokenizer(writer: Any, kind: str, pre: str | None) -> int:
     return len(tokens)
 
 
+def add_sizes(writer: Any, architecture: str, rope_theta: float) -> None:
+    """Write the metadata of SHAPE."""
+    writer.add_name("tiny")
+    writer.add_block_count(SHAPE["n_layer"])
+    writer.add_context_length(64)
+    writer.add_embedding_length(SHAPE["n_embd"])
+    writer.add_feed_forward_length(SHAPE["n_ff"])
+    writer.add_head_count(SHAPE["n_head"])
+    writer.add_head_count_kv(SHAPE["n_kv"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(rope_theta)
+    if architecture == "llama":
+        writer.add_rope_dimension_count(SHAPE["head_dim"])
+    else:
+        writer.add_key_length(SHAPE["head_dim"])
+        writer.add_value_length(SHAPE["head_dim"])
+    if architecture.startswith("gemma"):
+        writer.add_sliding_window(8)
+
+
+def shapes_of(architecture: str, n_vocab: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, number format) of each weight."""
+    s = SHAPE
+    n_embd, q, kv = s["n_embd"], s["n_head"] * s["head_dim"], s["n_kv"] * s["head_dim"]
+    yield "token_embd.weight", (n_vocab, n_embd), "Q8_0"
+    for i in range(s["n_layer"]):
+        yield f"blk.{i}.attn_norm.weight", (n_embd,), "F32"
+        yield f"blk.{i}.attn_q.weight", (q, n_embd), "Q4_1"
+        yield f"blk.{i}.attn_k.weight", (kv, n_embd), "F16"
+        yield f"blk.{i}.attn_v.weight", (kv, n_embd), "Q8_0"
+        yield f"blk.{i}.attn_output.weight", (n_embd, q), "BF16"
+        if architecture == "qwen2":
+            for part, rows in (("q", q), ("k", kv), ("v", kv)):
+                yield f"blk.{i}.attn_{part}.bias", (rows,), "F32"
+        if architecture in ("qwen3", "gemma3"):
+            yield f"blk.{i}.attn_q_norm.weight", (s["head_dim"],), "F32"
+            yield f"blk.{i}.attn_k_norm.weight", (s["head_dim"],), "F32"
+        if architecture.startswith("gemma"):
+            yield f"blk.{i}.post_attention_norm.weight", (n_embd,), "F32"
+            yield f"blk.{i}.post_ffw_norm.weight", (n_embd,), "F32"
+        yield f"blk.{i}.ffn_norm.weight", (n_embd,), "F32"
+        yield f"blk.{i}.ffn_gate.weight", (s["n_ff"], n_embd), "Q4_0"
+        yield f"blk.{i}.ffn_up.weight", (s["n_ff"], n_embd), "Q5_1"
+        yield f"blk.{i}.ffn_down.weight", (n_embd, s["n_ff"]), "Q4_1"
+    yield "output_norm.weight", (n_embd,), "F32"
+    if architecture in ("llama", "qwen2"):
+        yield "output.weight", (n_vocab, n_embd), "Q8_0"
+
+
 def write_tiny_gguf(
     path: Path,
     architecture: str = "llama",
@@ -89,24 +139,9 @@ def write_tiny_gguf(
     import gguf
     from gguf import GGMLQuantizationType as Q
 
-    s, rng = SHAPE, np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
-    writer.add_name("tiny")
-    writer.add_block_count(s["n_layer"])
-    writer.add_context_length(64)
-    writer.add_embedding_length(s["n_embd"])
-    writer.add_feed_forward_length(s["n_ff"])
-    writer.add_head_count(s["n_head"])
-    writer.add_head_count_kv(s["n_kv"])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(rope_theta)
-    if architecture == "llama":
-        writer.add_rope_dimension_count(s["head_dim"])
-    else:
-        writer.add_key_length(s["head_dim"])
-        writer.add_value_length(s["head_dim"])
-    if architecture.startswith("gemma"):
-        writer.add_sliding_window(8)
+    add_sizes(writer, architecture, rope_theta)
     for key, value in metadata.items():
         getattr(writer, f"add_{key}")(value)
     n_vocab = add_tokenizer(writer, tokenizer, pre)
@@ -122,43 +157,14 @@ def write_tiny_gguf(
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", np.array(rope_freqs, dtype=np.float32))
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
-
-    def add(name: str, shape: tuple[int, ...], kind: Q = Q.F32, scale: float = 0.1) -> None:
-        data = (rng.standard_normal(shape) * scale).astype(np.float32)
-        if "norm" in name:
-            data += 1.0
-        kind = Q.F32 if exact else kind
-        if kind == Q.F16:
-            writer.add_tensor(name, data.astype(np.float16))
-        elif kind == Q.F32:
+    for name, shape, kind in shapes_of(architecture, n_vocab):
+        data = (rng.standard_normal(shape) * 0.1).astype(np.float32) + np.float32("norm" in name)
+        if exact or kind == "F32":
             writer.add_tensor(name, data)
+        elif kind == "F16":
+            writer.add_tensor(name, data.astype(np.float16))
         else:
-            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
-
-    n_embd, q, kv = s["n_embd"], s["n_head"] * s["head_dim"], s["n_kv"] * s["head_dim"]
-    add("token_embd.weight", (n_vocab, n_embd), Q.Q8_0)
-    for i in range(s["n_layer"]):
-        add(f"blk.{i}.attn_norm.weight", (n_embd,))
-        add(f"blk.{i}.attn_q.weight", (q, n_embd), Q.Q4_1)
-        add(f"blk.{i}.attn_k.weight", (kv, n_embd), Q.F16)
-        add(f"blk.{i}.attn_v.weight", (kv, n_embd), Q.Q8_0)
-        add(f"blk.{i}.attn_output.weight", (n_embd, q), Q.BF16)
-        if architecture == "qwen2":
-            for part, rows in (("q", q), ("k", kv), ("v", kv)):
-                add(f"blk.{i}.attn_{part}.bias", (rows,))
-        if architecture in ("qwen3", "gemma3"):
-            add(f"blk.{i}.attn_q_norm.weight", (s["head_dim"],))
-            add(f"blk.{i}.attn_k_norm.weight", (s["head_dim"],))
-        if architecture.startswith("gemma"):
-            add(f"blk.{i}.post_attention_norm.weight", (n_embd,))
-            add(f"blk.{i}.post_ffw_norm.weight", (n_embd,))
-        add(f"blk.{i}.ffn_norm.weight", (n_embd,))
-        add(f"blk.{i}.ffn_gate.weight", (s["n_ff"], n_embd), Q.Q4_0)
-        add(f"blk.{i}.ffn_up.weight", (s["n_ff"], n_embd), Q.Q5_1)
-        add(f"blk.{i}.ffn_down.weight", (n_embd, s["n_ff"]), Q.Q4_1)
-    add("output_norm.weight", (n_embd,))
-    if architecture in ("llama", "qwen2"):
-        add("output.weight", (n_vocab, n_embd), Q.Q8_0)
+            writer.add_tensor(name, gguf.quants.quantize(data, Q[kind]), raw_dtype=Q[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
