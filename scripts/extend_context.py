@@ -79,7 +79,7 @@ def main(
     from lit_swa.checks import check_at_least
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
-    from lit_swa.utils import describe_command, describe_machine, pick_device
+    from lit_swa.utils import pick_device
 
     read_length = length if read_length is None else read_length
     lengths = [max(512, read_length // 4), read_length] if passkey_lengths is None else passkey_lengths
@@ -118,18 +118,24 @@ def main(
     with evaluate.Results(output, arguments) as results:
         finished = results.finished
         if finished is None:
-            results.save()  # a disk that is full shows now and not after the training
-            judge = Judge(results, tokens, cut, device)
-            for name in ("original", "untrained", *rows):
-                if name not in results.parts:
-                    results.add(name, judge(name), every=0)
-            names = ("original", "untrained", *rows)
-            finished = {"command": describe_command(), "machine": describe_machine(device)}
-            finished["rows"] = [{"model": name} | results.parts[name] for name in names]
-            results.finish(finished)
-            finished["arguments"] = results.arguments
+            finished = run(results, tokens, cut, device)
         report(finished)
         draw_results(output, lambda plt: draw(plt, finished))
+
+
+def run(results, tokens, cut, device: str) -> dict[str, Any]:
+    """The results: the figures of each model, of which those that were measured before are kept."""
+    from lit_swa.utils import describe_command, describe_machine
+
+    results.save()  # a disk that is full shows now and not after the training
+    judge, names = Judge(results, tokens, cut, device), ("original", "untrained", *results.arguments["rows"])
+    for name in names:
+        if name not in results.parts:
+            results.add(name, judge(name), every=0)
+    finished = {"command": describe_command(), "machine": describe_machine(device)}
+    finished["rows"] = [{"model": name} | results.parts[name] for name in names]
+    results.finish(finished)
+    return finished | {"arguments": results.arguments}
 
 
 class Judge:
