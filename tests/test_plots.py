@@ -35,7 +35,8 @@ def figures():
         return figure if change else kept.setdefault(name, figure)
 
     draw.draw_of, draw.pyplot = redraw.draw_of, plt
-    yield draw
+    with plt.rc_context({"figure.max_open_warning": 0}):  # they are kept
+        yield draw
     plt.close("all")
 
 
