@@ -493,6 +493,8 @@ def expand_mixtures(given: Place | Mapping[Place, float]) -> dict[Path | TokenDi
         parts: dict[Path | TokenDirectory, float] = {directory: 1.0}
         if isinstance(directory, Path) and (directory / MIXTURE).is_file():
             content = read_json(find_inside(directory, MIXTURE))
+            if not content:
+                raise ValueError(f'{directory / MIXTURE} names no directory: give some weights, as {{"web": 0.7}}.')
             for part, share in content.items():
                 check_range(f"The weight of {part} in {directory / MIXTURE}", share, 1e-9)
             parts = {find_part(directory, part): share for part, share in content.items()}

@@ -53,7 +53,9 @@ def run_script(main: Callable[..., Any]) -> None:
         sys.exit(128 + 13)  # as a shell says of SIGPIPE
     except Exception as e:
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":
-            time.sleep(PATIENCE)
+            limit = time.monotonic() + 5 * PATIENCE
+            while time.monotonic() < limit and os.getppid() == parent:
+                time.sleep(PATIENCE / 20)
             if os.getppid() != parent:
                 sys.exit(2)
         sentence = error_sentence(e, main)
@@ -144,6 +146,11 @@ def count_processes(devices: int, num_nodes: int) -> tuple[int, int]:
         starter, world = "srun", int(env["SLURM_STEP_NUM_TASKS"])
         per_node = world // int(env.get("SLURM_STEP_NUM_NODES", "1"))
     else:
+        if num_nodes > 1 and "MASTER_ADDR" not in env:
+            raise ValueError(
+                f"num_nodes={num_nodes} would wait for other machines without end: start the processes with torchrun "
+                "or srun, and leave num_nodes out."
+            )
         return devices, num_nodes
     if devices * num_nodes not in (1, world):
         raise ValueError(
@@ -280,11 +287,13 @@ class ProgressLine:
         self.started = time.perf_counter()
         self.shown = -1e9 if total is not None else self.started
 
-    def show(self, done: int, text: str = "", *, tokens: int | None = None, seconds: float | None = None) -> None:
+    def show(
+        self, done: int, text: str = "", *, tokens: int | None = None, seconds: float | None = None, later: float = 0.0
+    ) -> None:
         """Say that `done` units of the total are done. text: put in between, such as "ppl 12.3".
 
         tokens: what tokens per second counts, by default the units; 0: nothing. seconds: how long the work took, by
-            default the time since this object was made.
+            default the time since this object was made. later: seconds that something else will take until the end.
         """
         now, finished = time.perf_counter(), self.total is not None and done >= self.total
         if now - self.shown < (0.1 if sys.stderr.isatty() else self.interval) and not finished:
@@ -297,7 +306,7 @@ class ProgressLine:
             parts = [f"{done} {self.what}", text, rate, memory_in_use()]
         else:
             share = f"{done / max(1, self.total):.1%}"
-            eta = format_seconds((self.total - done) * seconds / units if units > 0 else math.inf)
+            eta = format_seconds((self.total - done) * seconds / units + later if units > 0 else math.inf)
             parts = [f"{self.what} {done}/{self.total} {share}", text, rate, memory_in_use(), f"eta {eta}"]
         print_line(" | ".join(part for part in parts if part), stays=finished)
 

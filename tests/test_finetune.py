@@ -631,7 +631,11 @@ def test_two_processes_make_the_losses_of_one(train, strategy, script, launcher,
 
 
 def test_processes_that_others_started_are_counted(monkeypatch):
-    """Catches: processes of torchrun or SLURM that take themselves for the only one."""
+    """Catches: processes of torchrun or SLURM that take themselves for the only one; one that waits for nobody."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="num_nodes=2 would wait for other machines without end: start"):
+        count_processes(4, 2)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     assert count_processes(4, 2) == (4, 2)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert count_processes(2, 1) == (2, 1)

@@ -106,6 +106,18 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, tiny_checkpoint, 
         assert len(index["shards"]) > 3  # parts that several processes can share
 
 
+def test_a_zst_file_that_ends_too_early_is_refused(tmp_path):
+    """Catches: the rest of a file that was not fetched to its end, lost in silence; a second frame that is not read."""
+    texts, path = make_texts(40), tmp_path / "a.jsonl.zst"
+    data = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    frames = [pytest.importorskip("zstandard").ZstdCompressor().compress(piece) for piece in (data[:999], data[999:])]
+    for cut, content in ((False, frames[0] + frames[1]), (True, frames[0] + frames[1][:-9])):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="zst is damaged .it ends within") if cut else contextlib.nullcontext():
+            [part] = sources.cut_files([path], Selection())
+            assert [text for text, _ in sources.read_part(part, Selection())] == texts
+
+
 def test_lines_are_read_once(tmp_path, monkeypatch):
     """Catches: a line that begins exactly where a part does, and is read by both parts or by none."""
     texts = make_texts(12, longest=3)
@@ -266,6 +278,17 @@ def test_what_is_wrong_with_a_file_is_said_in_one_sentence(tmp_path, tiny_checkp
         path.unlink()
     out = run_job(tmp_path, tiny_checkpoint, [tmp_path / "a.jsonl"], message[:20], processes)
     assert documents_of(out) == encoded(tiny_checkpoint, make_texts(60))
+
+
+def test_a_failure_leaves_nothing_half_written(tmp_path, tiny_checkpoint, small_parts, monkeypatch):
+    """Catches: what the other processes were writing, which takes room on a disk that is full."""
+    lines = write_jsonl(tmp_path / "a.jsonl", make_texts(99, longest=9)).read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join([*lines[:7], "broken\n", *lines[7:]]))  # behind what is encoded first
+    whole = DocumentEncoder.encode
+    monkeypatch.setattr(DocumentEncoder, "encode", lambda *given: (time.sleep(0.2), whole(*given))[1])
+    with pytest.raises(ValueError, match="line 8 is no JSON"):
+        run_job(tmp_path, tiny_checkpoint, [tmp_path / "a.jsonl"], processes=2)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lit_swa.lock", "job.json"]
 
 
 def test_other_mistakes_are_said_in_one_sentence(tmp_path, tiny_checkpoint, run_script, monkeypatch):

@@ -1,6 +1,7 @@
 """pretrain/base.py: from a text to a model that generates, in runs of a few steps of a tiny model."""
 
 import csv
+import itertools
 import math
 import os
 import re
@@ -35,6 +36,7 @@ from lit_swa.training.flops import token_flops
 from lit_swa.training.loop import learning_rate
 from lit_swa.training.loss import differentiate_pieces_at_once
 from lit_swa.training.pretraining import TokenFeed, add_z_loss, token_bytes
+from lit_swa.training.resuming import compare_identity
 from lit_swa.training.windows import Windows, changed_window
 
 pytest.importorskip("lightning")
@@ -322,7 +324,7 @@ def test_wsd_keeps_the_rate_and_falls_to_zero():
 def test_a_wsd_run_becomes_longer_before_its_rate_falls(pretrain, tmp_path):
     """Catches: a run whose first steps are those of a longer one and that may not become it, and one that may although
     its rate has fallen."""
-    given = {"lr_schedule": "wsd", "decay_fraction": 0.5, "warmup_steps": 1, "save_interval": 2, "keep_last": 9}
+    given = {"lr_schedule": "wsd", "decay_fraction": 0.5, "save_interval": 2, "keep_last": 9}  # a warmup of one step
     short, _ = pretrain("short", **given)
     longer, _ = pretrain("longer", **given | {"max_steps": 10})
     (tmp_path / "on").mkdir()
@@ -332,6 +334,17 @@ def test_a_wsd_run_becomes_longer_before_its_rate_falls(pretrain, tmp_path):
     assert "going on from" in err and metrics(on) == metrics(longer)
     _, err = pretrain("short", code=2, resume="auto", **given | {"max_steps": 10})
     assert "step-000006 differs in its steps (6, now 10)" in err
+    _, err = pretrain("on", code=2, resume="auto", **given | {"max_steps": 20})
+    assert "differs in its optimiser (warmup_steps=1, now 2)" in err
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Catches: a rate that an older version wrote without its name and that stops a run, or that may be another one."""
+    names = ("learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "beta2", "grad_clip")
+    now = {"optimiser": dict(zip(names, (0.003, "wsd", 4, 0.1, 0.95, 1.0), strict=True))}
+    assert compare_identity({"optimiser": [0.003, "wsd", None, 0.1, 0.95, 1.0]}, now, tmp_path) == []
+    with pytest.raises(ValueError, match="its optimiser .beta2=0.9, now 0.95.: use"):
+        compare_identity({"optimiser": [0.003, "wsd", 4, 0.1, 0.9, 1.0]}, now, tmp_path)
 
 
 def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
@@ -393,6 +406,30 @@ def test_what_needs_no_text_is_refused_before_it_is_read(pretrain, text, argumen
     assert said in err and not directory.exists()
 
 
+def test_a_model_that_does_not_fit_is_refused_before_text_becomes_tokens(pretrain, text, tiny_checkpoint):
+    """Catches: ids without a row, or weights that a field leaves without a place, told when hours of text are read."""
+    directory, err = pretrain(code=2, data=text, **{"model.vocab_size": 280})
+    assert "and the model's has 280: leave --model.vocab_size out" in err and not directory.exists()
+    given = {"data": text, "checkpoint_dir": tiny_checkpoint, "tokenizer_dir": None, "shape": {"n_layer": 1}}
+    directory, err = pretrain(code=2, **given)
+    assert "which its config has no place for" in err and not directory.exists()
+
+
+def test_a_text_under_another_key_is_told_with_its_remedy(pretrain, tmp_path):
+    """Catches: a file's own fault told as one of the tokenizer, and an argument that this script has not."""
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    _, err = pretrain(code=2, data=tmp_path / "a.jsonl", tokenizer_dir=None, tokenizer_vocab_size=300)
+    assert f"error: {tmp_path / 'a.jsonl'} line 1 has the keys content: name the one of the text with --key of" in err
+
+
+def test_the_time_to_go_counts_validations(pretrain, monkeypatch):
+    """Catches: half a minute to go, told of a run whose validations take minutes. Here each takes 100 seconds."""
+    clock = itertools.count(0, 100).__next__
+    monkeypatch.setattr("lit_swa.training.finetuning.time", SimpleNamespace(perf_counter=clock))
+    _, err = pretrain(max_steps=6, eval_interval=3)
+    assert re.search(r"step 1/6 .* eta 2m[45]\ds", err), err
+
+
 def test_other_data_is_no_run_to_go_on_with(pretrain, text):
     """Catches: a resumed run that silently reads something else."""
     pretrain(max_steps=2)
@@ -402,6 +439,16 @@ def test_other_data_is_no_run_to_go_on_with(pretrain, text):
     for changed in changes:
         _, err = pretrain(code=2, max_steps=2, resume="auto", **changed)
         assert f"differs in its {words[next(iter(changed))]}" in err
+
+
+def test_other_weights_of_a_mixture_are_named(pretrain, tokens, tmp_path):
+    """Catches: a resumed run with other weights, refused with two hashes."""
+    for name in "ab":
+        shutil.copytree(tokens[1], tmp_path / "mix" / name)
+    for code, weights, arguments in ((0, '{"a": 3, "b": 1}', {}), (2, '{"a": 1, "b": 1}', {"resume": "auto"})):
+        (tmp_path / "mix/mixture.json").write_text(weights)
+        _, err = pretrain(code=code, data=tmp_path / "mix", max_steps=1, **arguments)
+    assert "differs in its weights ([0.75, 0.25], now [0.5, 0.5])" in err
 
 
 def test_processes_that_do_not_share_a_step_evenly_are_refused(pretrain, monkeypatch):

@@ -149,6 +149,9 @@ def test_sources_come_by_their_weights(tmp_path):
     (tmp_path / "mixture.json").write_text('{"../a": 1.0}')
     with pytest.raises(ValueError, match="names '../a', which is no directory in it"):
         TokenData(tmp_path, 9, 10)
+    (tmp_path / "mixture.json").write_text("{}")
+    with pytest.raises(ValueError, match="mixture.json names no directory: give some weights"):
+        TokenData(tmp_path, 9, 10)
 
 
 def test_a_saved_state_goes_on_with_the_next_batch(numbered):

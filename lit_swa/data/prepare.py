@@ -273,10 +273,11 @@ def write_parts(job: Job, parts: list[Part], processes: int, encoder: DocumentEn
             counts = work_alone(job, parts, todo, encoder, progress)
     except KeyboardInterrupt:
         progress.clear()
-        remove_leftovers(job.directory)
         done = sum((job.directory / record_name(i)).is_file() for i in range(len(parts)))
         print_line(f"{done} of {len(parts)} parts are done: the same command goes on with the others.")
         raise
+    finally:
+        remove_leftovers(job.directory)  # of processes that were ended
     progress.clear()
     return counts
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import io
 import json
 import mmap
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from lit_swa.texts import decode_text, read_text
 SMALLEST_PART, LARGEST_PART, PARTS = 2**20, 2**28, 64  # bytes; how many parts an input of medium size has
 HUGE_TEXT = 2**26  # bytes of a text without a separator that is read piece by piece
 HUB = "hf://datasets"
+KEY = "--key of scripts/prepare_text.py"  # which pretrain/base.py has not
 TABLES = (".json", ".csv")  # read as a whole, and only where they are named: a directory has them for other reasons
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json"}
 
@@ -44,7 +44,7 @@ class Selection(NamedTuple):
             raise ValueError(f'{where()} is a {type(record).__name__}: it must be an object like {{"text": ...}}.')
         if self.key not in record:
             there = ", ".join(map(str, list(record)[:12])) or "none"
-            raise ValueError(f"{where()} has the keys {there}: name the one of the text with --key.")
+            raise ValueError(f"{where()} has the keys {there}: name the one of the text with {KEY}.")
         if self.left_out is not None:
             outer, inner, value = self.left_out
             found = record.get(outer)
@@ -137,7 +137,7 @@ def row_groups(file: Path, n_bytes: int, step: int, selection: Selection) -> lis
         meta, parts, start, size = parquet.metadata, [], 0, 0
         names = parquet.schema_arrow.names
         if selection.key not in names:
-            raise ValueError(f"{file} has the columns {', '.join(names[:12])}: name the one of the text with --key.")
+            raise ValueError(f"{file} has the columns {', '.join(names[:12])}: name the one of the text with {KEY}.")
         for i in range(meta.num_row_groups):
             group = meta.row_group(i)
             columns = (group.column(c) for c in range(group.num_columns))
@@ -236,29 +236,52 @@ def count_lines(file: str, at: int) -> int:
 
 def read_compressed(part: Part, selection: Selection) -> Iterator[Document]:
     """The lines of a compressed JSON Lines file. Their bytes are counted as they are in the file."""
-    with open(part.file, "rb") as raw, decompressed(part.file, raw) as stream:
-        done = number = 0
+    with open(part.file, "rb") as raw:
+        lines, done, number = compressed_lines(part.file, raw), 0, 0
         while True:
             try:
-                line = stream.readline()
+                line = next(lines, None)
             except Exception as error:  # noqa: B902 - of gzip, zlib or zstandard
                 reason = " ".join(str(error).split())[:80]
                 raise ValueError(f"{part.file} is damaged ({reason}): fetch it again.") from None
-            if not line:
+            if line is None:
                 return
             number, before, done = number + 1, done, raw.tell()
             yield line_text(line, selection, lambda n=number: f"{part.file} line {n}"), done - before
 
 
-def decompressed(file: str, raw: BinaryIO) -> BinaryIO:
+def compressed_lines(file: str, raw: BinaryIO) -> Iterator[bytes]:
     if file.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        return iter(gzip.GzipFile(fileobj=raw))
     try:
         import zstandard
     except ImportError:
         raise ValueError(f"{file} is compressed by zstd: to read it, run pip install zstandard.") from None
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return io.BufferedReader(reader)  # type: ignore[return-value]
+    return cut_lines(read_frames(raw, zstandard.ZstdDecompressor))
+
+
+def read_frames(raw: BinaryIO, new: Callable[[], Any]) -> Iterator[bytes]:
+    """What the frames of a zstd file hold. zstandard's own reader takes a file that ends within one for a whole one."""
+    frame, block = None, b""
+    while block := block or raw.read(2**14):
+        frame = frame or new().decompressobj()
+        yield frame.decompress(block)
+        frame, block = (None, frame.unused_data) if frame.eof else (frame, b"")
+    if frame is not None:
+        raise EOFError("it ends within a frame")
+
+
+def cut_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines with their ends."""
+    pieces: list[bytes] = []  # of a line that goes on in the next block
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        pieces.append(first)
+        for other in others:
+            yield b"".join(pieces) + b"\n"
+            pieces = [other]
+    if rest := b"".join(pieces):
+        yield rest
 
 
 def read_row_groups(part: Part, selection: Selection) -> Iterator[Document]:

@@ -45,7 +45,7 @@ def train_tokenizer(
         min_frequency=2,
         show_progress=False,
     )
-    with one_sentence_errors("be trained on this text"):
+    with one_sentence_errors("be trained on this text", (OSError, ValueError)):  # which are those of reading
         tokenizer.train_from_iterator(read_pieces(files, selection, int(max_mb * 1e6)), trainer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

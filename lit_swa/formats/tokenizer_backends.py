@@ -29,8 +29,8 @@ MAX_FOLLOWED = 100  # rules whose characters are followed one by one through the
 
 
 @contextlib.contextmanager
-def one_sentence_errors(task: str) -> Iterator[None]:
-    """Turns whatever the libraries raise into a ValueError of one sentence.
+def one_sentence_errors(task: str, others: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns whatever the libraries raise into a ValueError of one sentence. others: what passes as it is.
 
     The Rust library raises bare `Exception`, and where it panics a `PanicException`, which derives from
     BaseException, so that `except Exception` does not catch it.
@@ -38,7 +38,7 @@ def one_sentence_errors(task: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)):
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, *others)):
             raise
         raise ValueError(f"The tokenizer cannot {task}: {one_line(str(error))}.") from None
 

@@ -1,6 +1,7 @@
 """What the finetuning scripts share before and after their loops: data, tokenizer, base model, showing answers."""
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -260,12 +261,14 @@ def evaluate(run: Run, model: nn.Module, progress: Progress) -> float | None:
     """Measure the validation loss, tell it, and show what the model writes. None if nothing is validated on."""
     if run.valid is None:
         return None
+    started = time.perf_counter()
     loss = validate(run.fabric, model, run.valid)
     note_validation(run, progress, loss, "--learning_rate, or look at the examples of the data that is held out")
     said = f"validation loss {format_number(loss, 4)}, {run.loss_in_words(loss)}"
     run.log.say(f"step {progress.step}: {said}")
     if run.args.sample and run.fabric.is_global_zero and not is_sharded(run.fabric):
         run.show_sample(unwrapped(model))
+    run.log.validating = (time.perf_counter() - started) / run.eval_interval
     return loss
 
 

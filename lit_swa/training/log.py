@@ -89,6 +89,7 @@ class Log:
         self.beside: Callable[[float], dict[str, float]] = lambda val_loss: {}  # columns that follow from it
         self.token_share: float | None = None  # of what the devices compute in a second: what a token takes
         self.tokens: int | None = None  # before the last step
+        self.validating = 0.0  # seconds that the validations take, for each step
         if active and args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -108,7 +109,8 @@ class Log:
             self.write(progress.step, **values, seconds=progress.step_seconds, **more)
         if self.active:
             text = f"loss {format_number(loss, 3)} | {progress.step_seconds * 1e3:.0f} ms{self.share(progress)}"
-            self.line.show(progress.step, text, tokens=progress.tokens, seconds=progress.seconds)
+            later = (self.line.total - progress.step) * self.validating
+            self.line.show(progress.step, text, tokens=progress.tokens, seconds=progress.seconds, later=later)
 
     def share(self, progress: "Progress") -> str:
         """The model FLOP utilisation of the step, where the devices' peak is known."""

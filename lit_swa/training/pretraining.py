@@ -21,12 +21,13 @@ from lit_swa.arguments import Pretraining
 from lit_swa.config import IGNORED, Config
 from lit_swa.data.prepare import make_jobs, prepare
 from lit_swa.data.sources import Selection
+from lit_swa.data.token_files import model_vocab_size
 from lit_swa.data.train_tokenizer import train_tokenizer
 from lit_swa.evaluate import check_context
 from lit_swa.exact_chunks import check_chunks
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
-from lit_swa.formats.directory import has_tokenizer, open_weights, read_quantization
+from lit_swa.formats.directory import check_tensors, has_tokenizer, open_weights, read_quantization
 from lit_swa.formats.download import find_checkpoint
 from lit_swa.formats.quantized import require_dense
 from lit_swa.formats.tokenizer import Tokenizer
@@ -90,7 +91,9 @@ class TokenFeed:
     @property
     def identity(self) -> dict[str, Any]:
         held_out = [int(n) for n in self.held_out]
-        return {**self.data.identity(), "documents": self.data.documents, "held_out": held_out}
+        weights = [source.weight for source in self.data.sources]
+        mixed = {"weights": weights} if len(weights) > 1 else {}  # before the data, whose hash depends on them
+        return {**mixed, **self.data.identity(), "documents": self.data.documents, "held_out": held_out}
 
     def micro_batch(self, number: int) -> Batch:
         size = self.data.micro_batch_size
@@ -275,14 +278,16 @@ def prepare_pretraining(args: Pretraining) -> PretrainingRun:
         with fabric.rank_zero_first():
             base_dir = find_checkpoint(args.checkpoint_dir)
         check_checkpoint_dir(base_dir)
-        open_weights(base_dir)  # refuses an adapter
+        tensors = open_weights(base_dir)  # refuses an adapter
         require_dense(read_quantization(base_dir), base_dir, "train the checkpoint that it was made of")
+        check_tensors(find_config(args, base_dir, 0), tensors, base_dir)
     check_shape(args, find_config(args, base_dir, args.tokenizer_vocab_size), fabric)  # text to tokens may take hours
     with fabric.rank_zero_first():
         tokenizer = find_tokenizer(args, base_dir, out_dir)
+        config = find_config(args, base_dir, tokenizer.vocab_size)
+        check_vocabulary(tokenizer, config, base_dir)
         directory = find_tokens(args.data, out_dir / "tokens", tokenizer)
         valid_directory = args.validation_data and find_tokens(args.validation_data, out_dir / "validation", tokenizer)
-    config = find_config(args, base_dir, tokenizer.vocab_size)
     block_length = block_length_of(args, config)
     feed = TokenFeed(args, directory, tokenizer, config, block_length, fabric.device.type)
     run = PretrainingRun(
@@ -325,6 +330,16 @@ def check_shape(args: Pretraining, config: Config, fabric: "Fabric") -> None:
         raise ValueError(
             f"batch_size={args.batch_size} does not fit {fabric.world_size} processes with micro-batches of {rows} "
             "rows: make it a multiple of their product."
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Config, base_dir: Path | None) -> None:
+    """Raises ValueError where the tokenizer has ids that the model has no rows for."""
+    if (size := model_vocab_size(tokenizer)) > config.vocab_size:
+        remedy = "leave --model.vocab_size out" if base_dir is None else "give the model's own tokenizer"
+        raise ValueError(
+            f"The vocabulary of {tokenizer.checkpoint_dir} has {size} tokens, and the model's has "
+            f"{config.vocab_size}: {remedy}."
         )
 
 

@@ -21,7 +21,7 @@ from lit_swa.training.loop import Progress
 
 STATE_FILE, RUN_FILE = "state.safetensors", "run.json"
 STEP_NAME = re.compile(r"step-([0-9]{6,12})")
-NEW_IN_IDENTITY = ("base", "model", "windows")  # runs that were saved before they belonged to it go on
+NEW_IN_IDENTITY = ("base", "model", "windows", "weights")  # runs that were saved before they belonged to it go on
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight
 MUON_MOMENTS = ("momentum_buffer",)  # and what Muon does
 
@@ -127,6 +127,9 @@ def compare_identity(before: object, now: Mapping[str, Any], path: Path) -> list
     """Raises ValueError when a step belongs to another run. Returns what it does not say: an older version wrote it."""
     if not isinstance(before, dict) or now.keys() - before.keys() - set(NEW_IN_IDENTITY):
         raise damaged(path, f"{RUN_FILE} does not say which run it is of")
+    if isinstance(values := before.get("optimiser"), list):  # of older versions: without names, as it was typed
+        named = zip(now["optimiser"].items(), values, strict=False)
+        before = before | {"optimiser": {name: value if was is None else was for (name, value), was in named}}
     for key, value in now.items():
         if key in before and before[key] != value:
             raise ValueError(

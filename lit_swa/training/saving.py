@@ -35,7 +35,7 @@ from lit_swa.formats.files import (
     write_safetensors,
 )
 from lit_swa.training.distribution import gather, reshard, trained_parameters, whole_weights
-from lit_swa.training.loop import Batch, Progress, Run, learning_rate
+from lit_swa.training.loop import Batch, Progress, Run, learning_rate, warmup_steps
 from lit_swa.training.resuming import (
     RUN_FILE,
     STATE_FILE,
@@ -287,10 +287,13 @@ def identity_of(run: Run, method: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must have in common with the run that was saved."""
     args = run.args
     names = ("lr_schedule", "warmup_steps", "weight_decay", "beta2", "grad_clip")
+    optimiser = {"learning_rate": run.peak_rate, **{name: getattr(args, name) for name in names}}
+    if args.lr_schedule == "wsd":  # whose run may become longer, and has the warmup of the shorter one then
+        optimiser["warmup_steps"] = warmup_steps(run.steps, args)
     return {
         "method": method,
         **run.identity(),
-        "optimiser": [run.peak_rate, *(getattr(args, name) for name in names)],
+        "optimiser": optimiser,
         "precision": str(run.dtype).removeprefix("torch.") if args.precision != "bf16-mixed" else "bf16-mixed",
         "steps": run.steps if args.lr_schedule in FALLING else None,
     }
