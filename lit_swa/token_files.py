@@ -40,7 +40,6 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 STARTS = np.dtype("<u8")
 OPEN_FILES = 256  # shards that are mapped at once: each takes a file descriptor
 CYCLE = 2**16  # samples in which a mixture's weights are met exactly
-MASK = np.uint64(2**64 - 1)
 
 # -------------------------------------------------------------------------------------------------------------- writing
 
