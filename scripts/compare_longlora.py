@@ -69,7 +69,6 @@ def main(
     from lit_swa import evaluate
     from lit_swa.checkpoint import check_checkpoint_dir, load_config
     from lit_swa.checks import check_at_least
-    from lit_swa.data import check_tokens
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_command, describe_machine, pick_device
@@ -99,7 +98,7 @@ def main(
     fields = {"block_size": max(context, config.block_size), "rope_scaling": scaling}
     arguments = {
         "methods": chosen, "training": training, "fields": fields, "r": r, "lengths": list(cuts), "out_dir": out_dir,
-        "eval_sha256": check_tokens(tokens, config.vocab_size, eval_data),
+        "eval_sha256": evaluate.check_tokens(tokens, config.vocab_size, eval_data),
         "weights": evaluate.weights_identity(checkpoint_dir),
     }  # fmt: skip
     with evaluate.Results(output, arguments) as results:

@@ -226,7 +226,7 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
 
     from lit_swa.config import check_no_prompt
     from lit_swa.evaluate import perplexity
-    from lit_swa.generate import Session, explain_overflow
+    from lit_swa.generate import Session, non_finite
     from lit_swa.utils import format_perplexity, wait_for
 
     check_no_prompt(gpt.config)
@@ -250,7 +250,7 @@ def read(gpt, tokens, chunk: int, bucket: int, line, interrupted) -> list[dict[s
             ms = 1e3 * (time.perf_counter() - started) / (stop - start)
             nll = float(total) / (stop - start)
             if not math.isfinite(nll):
-                raise ValueError(f"From token {start} on there is no finite perplexity: {explain_overflow(gpt)}.")
+                raise non_finite(gpt, f"From token {start} on there is no finite perplexity")
             seen += float(total)
             buckets.append({"start": start, "stop": stop, "nll": nll, "ppl": perplexity(nll), "ms_per_token": ms})
             line.show(stop, f"ppl {format_perplexity(seen / stop)}")
