@@ -148,8 +148,7 @@ def read_tokens(
         lit_swa/data/token_files.py), which is mapped into memory and not read.
     Raises ValueError or OSError in one sentence.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} does not fit: it must be at least 1.")
+    check_at_least(max_tokens=(max_tokens, 1))
     files = find_data(data)
     if files[0].suffix == ".bin":
         return open_token_file(files[0], vocab_size)[:max_tokens]

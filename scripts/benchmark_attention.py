@@ -55,6 +55,7 @@ def main(
     """
     import torch
 
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.files import write_json
     from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
@@ -68,8 +69,7 @@ def main(
         "s2_group_ratio": s2_group_ratio, "backend": backend, "repeats": repeats,
     }  # fmt: skip
     lengths = lengths or ([8192, 32768, 65536, 131072] if cuda else [1024, 2048, 4096, 8192])
-    if min(lengths) < 2 or repeats < 1:
-        raise ValueError("lengths must be at least 2 and repeats at least 1.")
+    check_at_least(lengths=(min(lengths), 2), repeats=(repeats, 1))
     check_output(output)
     rows: list[dict] = []
     slow: set[str] = set()

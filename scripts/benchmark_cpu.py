@@ -60,6 +60,7 @@ def main(
         busy: How many programs keep a core busy each.
         output: Where the JSON goes.
     """
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.files import write_json
     from lit_swa.utils import describe_command, describe_machine
@@ -69,8 +70,7 @@ def main(
     for name, (values, known) in wanted.items():
         if unknown := [value for value in values if value not in known]:
             raise ValueError(f"{name}: there is no {unknown[0]!r}: choose from {', '.join(known)}.")
-    if min(position, steps, repeats) < 1 or busy < 0:
-        raise ValueError("position, steps and repeats must be at least 1, and busy at least 0.")
+    check_at_least(position=(position, 1), steps=(steps, 1), repeats=(repeats, 1), busy=(busy, 0))
     command = describe_command("--output")
     arguments = {"position": position, "steps": steps, "repeats": repeats, "busy": busy}
     result = {"command": command, "machine": describe_machine("cpu"), "arguments": arguments, "rows": []}

@@ -92,6 +92,7 @@ def main(
     """
     import torch
 
+    from lit_swa.checks import check_at_least
     from lit_swa.formats.files import write_json
     from lit_swa.formats.quantized import quantization_of
     from lit_swa.generate import Sampling
@@ -102,9 +103,14 @@ def main(
 
     device, sampling = pick_device(device), Sampling(temperature, top_k)
     modes = pick_modes(modes, dtypes, device)
-    cells = [Cell(b, p, steps) for b in batch_size or [1] for p in positions or [256, 4000]]
-    if min(min(map(min, cells)), repeats) < 1 or prompt_tokens < 0 or not (eager or compile):
-        raise ValueError("positions, batch_size, steps and repeats must be at least 1, and eager or compile true.")
+    batches, positions = batch_size or [1], positions or [256, 4000]
+    check_at_least(
+        batch_size=(min(batches), 1), positions=(min(positions), 1), steps=(steps, 1), repeats=(repeats, 1),
+        prompt_tokens=(prompt_tokens, 0),
+    )  # fmt: skip
+    if not (eager or compile):
+        raise ValueError("There is no step to time: set eager or compile to true.")
+    cells = [Cell(b, p, steps) for b in batches for p in positions]
     check_output(output)
     asked = {"checkpoint_dir": checkpoint_dir and str(checkpoint_dir), "name": name, "model": model, "repeats": repeats,
              "attentions": attentions}  # fmt: skip

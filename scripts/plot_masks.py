@@ -53,12 +53,13 @@ def main(
         group: The s2_group_size.
         cache_window: The sliding window of the cache, which has twice as many slots.
     """
-    if min(tokens, cache_window) < 1 or max(tokens, cache_window) > 100:
-        raise ValueError("tokens and cache_window must be between 1 and 100.")
+    from lit_swa.checks import check_range
     from lit_swa.formats.files import write_json
     from lit_swa.plots import require_matplotlib, save_picture
     from lit_swa.utils import describe_command
 
+    check_range("tokens", tokens, 1, 100)
+    check_range("cache_window", cache_window, 1, 100)
     require_matplotlib()
     fields = {
         "sliding_window_size": window,

@@ -101,7 +101,8 @@ def test_logits_that_are_no_numbers_are_said(tiny_model, run_script, tmp_path):
     [
         (["--modes", "int3"], "There is no mode 'int3': choose from fp32, bf16,"),
         (["--modes", "bf16", "--dtypes", "float32"], "give modes alone"),
-        (["--batch_size", "0"], "must be at least 1"),
+        (["--batch_size", "0"], "batch_size=0 does not fit: it must be at least 1"),
+        (["--prompt_tokens", "-1"], "prompt_tokens=-1 does not fit: it must be at least 0"),
         (["--eager", "false"], "eager or compile"),
         (["--output", "b.png"], "ends in .json"),
     ],
