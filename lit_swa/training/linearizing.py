@@ -58,12 +58,13 @@ def prepare_stages(
     steps: of each stage; None: as args say; 0: the stage is left out. rate, schedule: those of the first stage.
     keep_full: how many layers will stay softmax. Raises ValueError or OSError for what does not fit.
     """
-
     if args.strategy == "fsdp":
         raise ValueError(
             "strategy='fsdp' does not fit, since each device holds the whole model here: use ddp, or --stage2_steps 0 "
             "and then finetune/lora.py with fsdp."
         )
+    if args.chunk_size is not None and steps[1] == 0:
+        raise ValueError("chunk_size cuts the texts of stage 2 alone, and --stage2_steps is 0: leave --chunk_size out.")
     out_dir, first = args.out_dir or Path("out/linearize"), None
     checked = out_dir if steps[1] != 0 or steps[0] == 0 else out_dir / "transfer"  # where a run may go on
     later = replace(args, max_steps=steps[1] or args.max_steps)
