@@ -18,11 +18,12 @@ INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("fla", "
 State = tuple[Tensor, Tensor]
 
 
-def older_sums(q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:
-    """For query i the sums of d_ij q_i . k_j v_j and of d_ij q_i . k_j over the keys j <= i and the state before them.
+def older_sums(q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    """For query i the sums of q_i . k_j v_j and of q_i . k_j over the keys j <= i and the state before them.
 
-    q, k: features (B, H, T, F). v: (B, H, T, D). rates: (B, H, T), a_t; None: nothing fades. state: (B, H, F, D) and
-    (B, H, F), float32. Returns (B, H, T, D) and (B, H, T), float32, and the state behind the call.
+    q, k: features (B, H, T, F). v: (B, H, T, D). state: (B, H, F, D) and (B, H, F), float32. Returns (B, H, T, D) and
+    (B, H, T), float32, and the state behind the call. Gates are not for it: with Triton 3.4 to 3.7.0 on a Hopper, the
+    kernels of 2026 refuse their backward, which would be wrong (fla-org/flash-linear-attention, issue 640).
     """
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -30,7 +31,6 @@ def older_sums(q: Tensor, k: Tensor, v: Tensor, rates: Tensor | None, state: Sta
     both = torch.cat([v, F.pad(torch.ones_like(v[..., :1]), (0, ONES - 1))], dim=-1)
     held = torch.cat([total, F.pad(norm[..., None], (0, ONES - 1))], dim=-1)
     q, k, both = (x.transpose(1, 2).contiguous() for x in (q, k, both))
-    g = None if rates is None else -rates.transpose(1, 2).to(total.dtype).contiguous()
-    y, held = chunk_simple_gla(q, k, both, g=g, scale=1.0, initial_state=held.contiguous(), output_final_state=True)
+    y, held = chunk_simple_gla(q, k, both, scale=1.0, initial_state=held.contiguous(), output_final_state=True)
     y = y.transpose(1, 2).to(total.dtype)
     return y[..., :D], y[..., D], (held[..., :D], held[..., D])

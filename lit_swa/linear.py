@@ -207,9 +207,8 @@ class LinearAttention(Mixer):
         read = T + old - C
         phi_q = features(q.flatten(2, 3), self.feature_q, self.config)  # (B, H, T, F)
         phi_k = features(k[:, :, :read], self.feature_k, self.config) * x.valid[:, None, :read, None]
-        if N > 1 and behind == 0 and (sums := fast_sums(x.q)):
-            rates = None if x.rates is None else x.rates[:, :, :T]
-            y, norms, state = sums(*(t.to(x.q.dtype) for t in (phi_q, phi_k, v[:, :, :T])), rates, state)
+        if N > 1 and behind == 0 and x.rates is None and (sums := fast_sums(x.q)):
+            y, norms, state = sums(*(t.to(x.q.dtype) for t in (phi_q, phi_k, v[:, :, :T])), state)
             y, norms = y.unflatten(2, (N, C)), norms.unflatten(2, (N, C))
             return normalised(weights @ values + y, weights.sum(-1) + norms), *state
         phi_q, phi_k = phi_q.unflatten(2, (N, C)), strips(phi_k, old, C)  # (B, H, N, C, F), (B, H, N, old, F)

@@ -11,9 +11,9 @@ WIDE = {"n_embd": 256, "n_head": 4, "n_query_groups": 2, "head_size": 64, "block
 
 
 @pytest.mark.skipif(not fla_sums.INSTALLED, reason="needs flash-linear-attention")
-@pytest.mark.parametrize("fields", [{}, {"linear_gate": True, "linear_sinks": 3}], ids=["plain", "gate and sinks"])
+@pytest.mark.parametrize("fields", [{}, {"linear_sinks": 3}], ids=["plain", "sinks"])
 def test_sums_of_fla_are_those_of_the_chunks(tiny_model, monkeypatch, fields):
-    """Catches: a kernel that takes other keys, gates or states; in bfloat16, where each may err as the other does."""
+    """Catches: a kernel that takes other keys or states; in bfloat16, where each may err as the other does."""
     model = tiny_model(attention="linear", linear_window=48, **WIDE | fields).cuda()
     idx, found = torch.randint(0, 97, (2, 900), device="cuda"), []
     for dtype, sums in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, fla_sums.older_sums)):
