@@ -76,10 +76,12 @@ def main(
         raise ValueError(f"There is no strategy {unknown[0]!r} to measure: choose from ddp, fsdp, hybrid.")
     if "hybrid" in strategies and (devices < 4 or devices % 2):
         raise ValueError(f"hybrid needs an even number of devices, 4 or more, and there are {devices}.")
+    shapes = {length: Config.from_name(name, **{"block_size": length} | (model or {})) for length in lengths}
+    if device == "cpu" and lora_r is None:  # a GPU says that it is full; a machine may end any of its programs
+        require_room(shapes, micro_batch_tokens, devices)
     ranks = launch_ranks(device, devices)
     rows: list[dict[str, Any]] = []
-    for length in lengths:
-        config = Config.from_name(name, **{"block_size": length} | (model or {}))
+    for length, config in shapes.items():
         for strategy in ["one", *(strategies if ranks.count > 1 else ())]:
             row = {"name": name, "model": model or {}, "length": length, "rows": micro_batch_tokens // length}
             row |= {"strategy": strategy, "processes": 1 if strategy == "one" else ranks.count, "lora_r": lora_r}
@@ -96,6 +98,19 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, content | {"compile": compile, "steps": rows, "exchanges": exchanges})
     ranks.leave()
+
+
+def require_room(shapes: "dict[int, Config]", tokens: int, processes: int) -> None:
+    """Raises ValueError where the memory does not hold the steps of all processes. shapes: by the length of rows."""
+    import torch
+
+    from lit_swa.memory import require_memory
+    from lit_swa.training.plan import Plan
+
+    for length, config in shapes.items():
+        one = Plan(config, "ddp", length, tokens // length, 1).memory(processes, processes)
+        remedy = "give fewer --micro_batch_tokens or --devices, or another --name"
+        require_memory(processes * one, torch.device("cpu"), f"A step of {tokens} tokens on each device", remedy)
 
 
 # ----------------------------------------------------------------------------------------------------------- the steps

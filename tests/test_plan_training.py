@@ -201,8 +201,8 @@ def test_the_table_is_printed_and_errors_are_told(run_script, tmp_path):
         assert code == 2 and words in err and "Traceback" not in err
 
 
-def test_pieces_are_measured(run_script, tmp_path):
-    """Catches: a step that is not timed, and a file that the plan cannot read."""
+def test_pieces_are_measured(run_script, tmp_path, monkeypatch):
+    """Catches: a step that is not timed, a file that the plan cannot read, a machine whose memory runs full."""
     shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "intermediate_size": 64, "vocab_size": 64}
     fields = [word for name, value in shape.items() for word in (f"--model.{name}", value)]
     measure = ["scripts/measure_pieces.py", "--name", "pythia-14m", *fields, "--lengths", "[16]", "--device", "cpu"]
@@ -212,3 +212,7 @@ def test_pieces_are_measured(run_script, tmp_path):
     assert row["step_s"] >= row["micro_s"] > 0
     config = Config.from_name("pythia-14m", block_size=16, **shape)
     assert row["weights"] == Plan(config, "ddp", 16, 1, 1).weights
+    monkeypatch.setattr("lit_swa.memory.SLACK", (1.0, 0))
+    monkeypatch.setattr("lit_swa.memory.free_memory", lambda *given, **how: 10**6)
+    code, _, err = run_script(*measure, "--micro_batch_tokens", 32, "--devices", 2)
+    assert code == 2 and "A step of 32 tokens on each device would take" in err and "--micro_batch_tokens or" in err
