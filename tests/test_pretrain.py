@@ -84,7 +84,8 @@ def metrics(directory):
 
 
 def test_a_text_becomes_a_model_that_generates(pretrain, text, run_script):
-    """Catches: a loss that does not fall, and a final/ without its tokenizer or with other weights."""
+    """Catches: a loss that does not fall, a final/ without its tokenizer or with other weights, and a run started anew
+    with the tokenizer of another size that lies there."""
     found = {"data": text, "tokenizer_dir": None, "tokenizer_vocab_size": 300, "learning_rate": 1e-2}
     found |= {"max_steps": 30, "eval_interval": 30, "save_interval": 30}
     directory, err = pretrain(**found, sample="true")
@@ -94,6 +95,9 @@ def test_a_text_becomes_a_model_that_generates(pretrain, text, run_script):
     command = ["--checkpoint_dir", directory / "final", "--prompt", "7 sheep", "--temperature", "0"]
     rc, out, err = run_script("generate/base.py", *command, "--max_new_tokens", "8")
     assert rc == 0 and out.startswith("7 sheep and"), err
+    for size in (290, 400):
+        _, err = pretrain(code=2, **found | {"tokenizer_vocab_size": size}, resume="restart")
+        assert f"tokenizer was trained to at most 300 tokens, and tokenizer_vocab_size is {size}: choose" in err
 
 
 @pytest.mark.parametrize(

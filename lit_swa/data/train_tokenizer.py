@@ -14,6 +14,7 @@ from lit_swa.texts import read_blocks
 from lit_swa.utils import ProgressLine
 
 END = "<|endoftext|>"
+ASKED = "largest_vocab_size"  # in tokenizer_config.json: how many tokens were asked for, of which a text may give fewer
 LEAST = 257  # the 256 bytes and END
 PIECE = 2**16  # characters that the library is given at once
 DIGITS = r"\p{N}"  # each digit is a token of its own, so that numbers are read in the same way wherever they stand
@@ -53,6 +54,7 @@ def train_tokenizer(
         "eos_token": END,
         "pad_token": None,
         "clean_up_tokenization_spaces": False,
+        ASKED: vocab_size,
     }
     with directory_lock(output_dir):
         write_json(output_dir / "tokenizer_config.json", config)

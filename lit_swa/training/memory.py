@@ -131,7 +131,9 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
     name = "A chunk of the longest micro-batch" if kept else "The longest micro-batch"
     between = f" and {format_bytes(here * kept)} that chunks keep for each other" if kept else ""
     what = f"{name} ({batch.idx.numel()} tokens), with gradients and moments beside weights of {weights}{between},"
-    require_memory(needed[wanted], fabric.device, what, training_remedy(run.args, needed, wanted, free))
+    remedy = training_remedy(run.args, needed, wanted, free)
+    remedy = f"use a larger --chunk_size or a smaller window, or {remedy.removeprefix('use ')}" if kept else remedy
+    require_memory(needed[wanted], fabric.device, what, remedy)
     if 4 * needed[wanted] > free or run.args.dry_run:
         return_what_is_freed()
     program = here * program_bytes(model, step.weights)

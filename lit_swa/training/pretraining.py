@@ -22,13 +22,14 @@ from lit_swa.config import IGNORED, Config
 from lit_swa.data.prepare import make_jobs, prepare
 from lit_swa.data.sources import Selection
 from lit_swa.data.token_files import model_vocab_size
-from lit_swa.data.train_tokenizer import train_tokenizer
+from lit_swa.data.train_tokenizer import ASKED, train_tokenizer
 from lit_swa.evaluate import check_context
 from lit_swa.exact_chunks import check_chunks
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
 from lit_swa.formats.directory import check_tensors, has_tokenizer, open_weights, read_quantization
 from lit_swa.formats.download import find_checkpoint
+from lit_swa.formats.files import read_json
 from lit_swa.formats.quantized import require_dense
 from lit_swa.formats.tokenizer import Tokenizer
 from lit_swa.generate import generate_text
@@ -353,11 +354,12 @@ def find_tokenizer(args: Pretraining, base_dir: Path | None, out_dir: Path) -> T
     made = out_dir / "tokenizer"
     if not has_tokenizer(made):
         train_tokenizer([Path(args.data)], args.tokenizer_vocab_size, made)
-    tokenizer = Tokenizer(made)
-    if tokenizer.vocab_size > args.tokenizer_vocab_size:
+    tokenizer, wanted = Tokenizer(made), args.tokenizer_vocab_size
+    asked = read_json(made / "tokenizer_config.json").get(ASKED) or max(wanted, tokenizer.vocab_size)
+    if asked != wanted:
         raise ValueError(
-            f"{made} has {tokenizer.vocab_size} tokens, more than tokenizer_vocab_size={args.tokenizer_vocab_size}: "
-            "choose another --out_dir, or give it as --tokenizer_dir."
+            f"{made} was trained to at most {asked} tokens, and tokenizer_vocab_size is {wanted}: choose another "
+            "--out_dir, or give it as --tokenizer_dir."
         )
     return tokenizer
 
