@@ -356,7 +356,7 @@ def test_two_processes_give_one_process_result_to_the_last_bit(llama, tmp_path, 
         "arguments": results_of(tmp_path / "one.json")["arguments"],
         "parts": {"_chunk_size": 0, "_seconds": 1.0},
     }
-    partial["parts"]["0"] = [[1.0] * 8, [2.0] * 8]  # a false part, to see that it is taken over and not read again
+    partial["parts"]["0"] = [[1.0] * 4, [2.0] * 4]  # false sums, to see that they are taken over and not read again
     (tmp_path / "two.json").unlink()
     (tmp_path / "two.json.partial").write_text(json.dumps(partial))
     done = start(tmp_path / "two.json", *command, options=options)
