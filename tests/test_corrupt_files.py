@@ -213,15 +213,11 @@ def child(kind: str, count: int, seed: int) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tally, bad, most_calls = {"loaded": 0, "refused": 0}, [], 0
         for n in range(count):
-            directory = attack(
-                kind,
-                pristine,
-                work,
-                random.Random(f"{kind} {seed} {n}"),
-                bomb=n == 0 and (count > 100 or kind == "safetensors"),
-            )
+            bomb = n == 0 and (count > 100 or kind == "safetensors")
+            directory = attack(kind, pristine, work, random.Random(f"{kind} {seed} {n}"), bomb)
             result, calls = count_calls(lambda directory=directory: outcome(kind, directory))
-            most_calls = max(most_calls, calls)
+            if not (bomb and kind == "gguf"):  # whose strings are as many as a file may hold, each read by some calls
+                most_calls = max(most_calls, calls)
             if result in tally:
                 tally[result] += 1
             else:

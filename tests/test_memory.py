@@ -294,7 +294,11 @@ def test_on_a_cpu_as_many_layers_recompute_as_the_memory_demands(tiny_model, mon
 @pytest.mark.parametrize(
     "device, offload, words",
     [
-        ("cpu", False, "A chunk of the longest .* and 213 kB that chunks keep for .* use a larger --chunk_size or a smaller"),
+        (
+            "cpu",
+            False,
+            "A chunk of the longest .* and 213 kB that chunks keep for .* use a larger --chunk_size or a smaller",
+        ),
         ("cuda", True, "What chunks of 8 tokens keep of a text of 200 would take .* use a larger --chunk_size"),
         ("cuda", False, "What chunks of 8 tokens keep of a text of 200 would .* use --chunk_offload true, a larger"),
     ],
