@@ -81,6 +81,8 @@ def error_sentence(error: Exception, main: Callable[..., Any]) -> str | None:
     shared = [field for name in names if name in SHARED for field in SHARED[name].__dataclass_fields__]
     if (sentence := memory_sentence(error, [*names, *shared])) is not None:
         return sentence
+    if isinstance(error, OSError) and error.errno and error.filename:  # the system's own: what, and no remedy
+        return shorten(f"{error.filename} cannot be used ({error.strerror}): check the path, its rights and its disk.")
     hint = " (--help lists the arguments)" if isinstance(error, ArgumentError) else ""
     return f"{shorten(str(error))}{hint}" if isinstance(error, (ArgumentError, ValueError, OSError)) else None
 

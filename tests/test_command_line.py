@@ -267,13 +267,30 @@ def test_a_message_has_a_bounded_length(monkeypatch, capsys):
     assert len(error) < 700 and error.startswith("error: the beginning") and error.endswith("the end\n")
 
 
+def test_an_error_of_the_system_has_a_remedy(monkeypatch, capsys, tmp_path):
+    """Catches: a number of the system's in place of a sentence, with nothing to do about it."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+    def main() -> None:
+        open(tmp_path)
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path} cannot be used (Is a directory): check the path, its rights and its disk.\n"
+    )
+
+
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
 def test_of_several_processes_the_first_says_an_error(monkeypatch, capsys, variable):
     """Catches: a sentence, or the loss of the first process with its traceback, once more from each other process."""
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    monkeypatch.setattr(utils, "PATIENCE", 0)
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
     monkeypatch.setenv(variable, "1")
-    for parents, said in ((iter([7, 7]), "error: no text\n"), (iter([7, 1]), "")):
+    late = iter([7, 7, 7, 7, 1, 1])  # the first one needs longer than PATIENCE to meet its error, and to end
+    for patience, parents, said in ((0, iter([7, 7]), "error: no text\n"), (0, iter([7, 1]), ""), (99, late, "")):
+        monkeypatch.setattr(utils, "PATIENCE", patience)
         monkeypatch.setattr(os, "getppid", lambda parents=parents: next(parents))
         with pytest.raises(SystemExit) as end:
             run_script(fail("no text"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from lit_swa.config import IGNORED
-from lit_swa.formats.files import TEMPORARY, directory_lock, require_space
+from lit_swa.formats.files import TEMPORARY, directory_lock, format_bytes, require_space
 from lit_swa.training.distribution import unwrapped, whole_weights
 from lit_swa.training.loop import Run
 from lit_swa.training.resuming import all_steps
@@ -44,7 +44,7 @@ def rehearse(
         run.log.say(
             f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} weights are trained. The longest row has "
             f"{tokens} tokens: {seconds:.1f} s, {memory_in_use()} of memory. The disk needs "
-            f"{needed / 1e9:.2f} GB under {out_dir}. {run.steps} steps of {run.feed.batch_size} rows."
+            f"{format_bytes(needed)} under {out_dir}. {run.steps} steps of {run.feed.batch_size} rows."
         )
         require_space(out_dir, needed - bytes_of_run(out_dir))  # which the new steps replace
     fabric.barrier()
