@@ -217,6 +217,11 @@ class Pretraining(Loop):
             raise ValueError("A model has a shape already: give --name or --checkpoint_dir, not both.")
         if self.window_schedule is not None and self.random_window is not None:
             raise ValueError("window_schedule and random_window are two ways to choose a step's window: give one.")
+        if self.decay_fraction != type(self).decay_fraction and self.lr_schedule != "wsd":
+            raise ValueError(
+                f"decay_fraction={self.decay_fraction} has no effect with lr_schedule={self.lr_schedule!r}: use "
+                "--lr_schedule wsd."
+            )
         if self.optimizer == "muon" and self.strategy == "fsdp":
             raise ValueError("muon needs whole matrices on each device: use --strategy ddp, or --optimizer adamw.")
 

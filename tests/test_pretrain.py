@@ -376,6 +376,7 @@ def test_a_checkpoint_is_trained_on(pretrain, text, tiny_checkpoint):
         ({"data": "nowhere.txt"}, "nowhere.txt"),
         ({"z_loss": -1}, "z_loss=-1"),
         ({"optimizer": "muon", "strategy": "fsdp"}, "whole matrices"),
+        ({"decay_fraction": 0.3}, "no effect with lr_schedule='cosine': use --lr_schedule wsd"),
         ({"random_window": 2}, "no layer has one"),
         ({"random_window": 2, "model.layer_windows": "4,6"} | WINDOW, "gives each its own"),
         ({"random_window": 6} | WINDOW, "nothing to draw from"),
