@@ -148,7 +148,8 @@ def test_every_script_with_a_checkpoint_finds_it_by_name() -> None:
     blockwise.py for blocks.py."""
     files = [path for folder in ("generate", "scripts", "lit_swa/training") for path in (ROOT / folder).glob("*.py")]
     taking = {path.stem: text for path in files if re.search(r"\bcheckpoint_dir: Path", text := path.read_text())}
-    finder = re.compile(r"(find_checkpoint|locate)\((\w+\.)*checkpoint_dir")
+    ways = r"(find_checkpoint|locate)\(", r"named_or_loaded\((\w+\.)*name, "
+    finder = re.compile(rf"({'|'.join(ways)})(\w+\.)*checkpoint_dir")
     assert {name for name, text in taking.items() if not finder.search(text)} == {"download", "blocks"}
     assert {"chat", "finetuning", "evaluate_ppl", "convert_hf", "merge_lora", "export_hf"} < set(taking)
     assert finder.search((ROOT / "lit_swa/completion.py").read_text())  # for the scripts that take Generation
