@@ -22,8 +22,8 @@ def older_sums(q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, T
     """For query i the sums of q_i . k_j v_j and of q_i . k_j over the keys j <= i and the state before them.
 
     q, k: features (B, H, T, F). v: (B, H, T, D). state: (B, H, F, D) and (B, H, F), float32. Returns (B, H, T, D) and
-    (B, H, T), float32, and the state behind the call. Gates are not for it: with Triton 3.4 to 3.7.0 on a Hopper, the
-    kernels of 2026 refuse their backward, which would be wrong (fla-org/flash-linear-attention, issue 640).
+    (B, H, T), float32, and the state behind the call. There are no gates: with Triton 3.4 to 3.7.0 on a Hopper, the
+    kernels refuse their backward, which would be wrong (fla-org/flash-linear-attention, issue 640).
     """
     from fla.ops.simple_gla import chunk_simple_gla
 

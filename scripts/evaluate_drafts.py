@@ -41,6 +41,7 @@ def main(
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """
     from lit_swa.checkpoint import load_model
+    from lit_swa.evaluate import pick_place
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.formats.files import write_json
     from lit_swa.generate import Sampling, Session
@@ -48,10 +49,9 @@ def main(
     from lit_swa.speculative import SELF_DRAFTS, SpeculativeStats, make_draft, speculate
     from lit_swa.texts import encode_file
     from lit_swa.tokenizer import Tokenizer
-    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine
 
-    device = pick_device(device)
-    dtype, ks = pick_dtype(dtype, device), speculative_k or [4]
+    (device, dtype), ks = pick_place(device, dtype), speculative_k or [4]
     checkpoint_dir = find_checkpoint(checkpoint_dir)
     target = load_model(checkpoint_dir, dtype=dtype, device=device, **(model or {}))
     pack_for_cpu(target)

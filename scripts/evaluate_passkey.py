@@ -45,15 +45,14 @@ def main(
             --model.block_size 16384 to read texts longer than those of training.
     """
     from lit_swa.checkpoint import check_checkpoint_dir
-    from lit_swa.evaluate import Results, weights_identity
+    from lit_swa.evaluate import Results, pick_place, weights_identity
     from lit_swa.formats.download import find_checkpoint
     from lit_swa.passkey import accuracy_rows, plan_trials, spread_depths
     from lit_swa.plots import check_output, draw_results
     from lit_swa.texts import read_text
-    from lit_swa.utils import describe_command, describe_machine, pick_device, pick_dtype
+    from lit_swa.utils import describe_command, describe_machine
 
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
+    device, dtype = pick_place(device, dtype)
     lengths = sorted(set([1024, 2048, 4096] if lengths is None else lengths))
     depths = check_arguments(task, lengths, depths, trials, max_new_tokens)
     check_output(output)

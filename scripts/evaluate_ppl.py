@@ -109,7 +109,6 @@ def name_of(data: list[Path] | Path) -> str:
 
 def run(ranks, results, arguments: dict[str, Any], overrides: dict[str, Any], tokens, windows) -> dict[str, Any] | None:
     """Load the model, read the windows that are left, write the results. Returns None on all ranks but 0."""
-
     from lit_swa.checkpoint import load_model
     from lit_swa.evaluate import pick_chunk_size
     from lit_swa.generate import require_activations

@@ -107,7 +107,8 @@ def test_all_ways_and_judges(compare, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code, words", [(130, "interrupted"), (2, "linearize.py failed, as it says above")])
 def test_a_comparison_goes_on(compare, tmp_path, monkeypatch, code, words):
-    """Catches: finished ways that are lost with one that failed, others that are begun behind it."""
+    """Catches: finished ways that are lost with one that failed, others that are begun behind it; a machine that is
+    told as that of all rows."""
 
     def fails(command, **options):
         if "--model.linear_off" in command:
@@ -115,10 +116,14 @@ def test_a_comparison_goes_on(compare, tmp_path, monkeypatch, code, words):
         return in_this_process(command, **options)
 
     monkeypatch.setattr("lit_swa.plots.has_matplotlib", lambda: False)
+    monkeypatch.setattr("lit_swa.utils.describe_machine", lambda device: "one machine")
     got, _, err = compare("--only", "[swap, window]", execute=fails)
     assert got == code and words in err
+    monkeypatch.setattr("lit_swa.utils.describe_machine", lambda device: "another")
     assert compare("--only", "[swap, window]")[0] == 0
-    assert {"swap", "window"} <= set(rows_of(tmp_path / "c.json"))
+    rows = rows_of(tmp_path / "c.json")
+    assert (rows["swap"]["machine"], rows["window"]["machine"]) == ("one machine", "another")
+    assert json.loads((tmp_path / "c.json").read_text())["machine"] == "one machine, another"
     assert sum("swap" in " ".join(command) for command in compare.ran) == 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiled import check_gradients
 from tiny import randomize, tiny_config
 from torch._dynamo.utils import counters
 
@@ -152,17 +153,8 @@ def test_few_lengths_are_compiled(monkeypatch, recwarn):
 @pytest.mark.parametrize("length", [150, 192])
 def test_compiled_code_has_the_gradients_of_what_it_was_made_of(length):
     """Catches: sums over overlapping views, in which Inductor's threads overwrite each other's numbers and memory."""
-    torch._dynamo.reset()
     model = linear_model(softmax_model(), linear_sinks=1, linear_gate=True, linear_window=20).float().train()
-    idx, found = torch.randint(0, 97, (2, length)), []
-    for compiles in (False, True):
-        if compiles:
-            compile_linear_attention(model)
-        model.zero_grad()
-        model(idx).square().mean().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    for plain, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    check_gradients(model, torch.randint(0, 97, (2, length)), 1e-4)
 
 
 def test_the_softmax_model_is_untouched_and_nothing_is_kept():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from compiled import check_gradients
 
 from lit_swa import fla_sums, linear
-from lit_swa.training.compiling import compile_linear_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDE = {"n_embd": 256, "n_head": 4, "n_query_groups": 2, "head_size": 64, "block_size": 1024}
@@ -31,14 +31,5 @@ def test_sums_of_fla_are_those_of_the_chunks(tiny_model, monkeypatch, fields):
 @pytest.mark.parametrize("fields", [{}, {"linear_gate": True, "linear_sinks": 3}], ids=["plain", "gate and sinks"])
 def test_compiled_pieces_have_the_gradients_of_what_they_were_made_of(tiny_model, fields):
     """Catches: a gradient that compiled code adds up wrongly."""
-    torch._dynamo.reset()
     model = tiny_model(attention="linear", linear_window=48, **WIDE | fields).cuda().train()
-    idx, found = torch.randint(0, 97, (2, 900), device="cuda"), []
-    for compiles in (False, True):
-        if compiles:
-            compile_linear_attention(model)
-        model.zero_grad()
-        model(idx).square().mean().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    for plain, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+    check_gradients(model, torch.randint(0, 97, (2, 900), device="cuda"), 1e-3)
