@@ -374,7 +374,7 @@ class Batch:
         lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
         n, longest = len(prompts), max(map(len, prompts))
         surplus = longest - min(map(len, prompts))
-        fits = n * longest <= self.chunk and not self.model.depends_on_length
+        fits = n * longest <= self.chunk and not self.model.rope.depends_on_length()
         if surplus and fits and self.model.can_take_back(surplus):
             padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], device=self.device)
             x = Session(self.model, n).hidden_states(padded, prompt=True)

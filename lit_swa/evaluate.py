@@ -418,7 +418,7 @@ def pick_chunk_size(model: GPT, batch_size: int, seq_len: int) -> int:
 
     Also 0 for a model whose tokens depend on the length read so far, since chunks would make another text of a window.
     """
-    if model.depends_on_length:
+    if model.rope.depends_on_length():
         return 0
     most = 4096  # the most that prefill_chunk allows; short sequences in a batch take as much memory as one long one
     if prefill_chunk(model, batch_size * math.ceil(seq_len / most)) >= min(most, seq_len):

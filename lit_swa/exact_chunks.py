@@ -390,7 +390,7 @@ class ExactChunks(nn.Module):
         """Hidden states (B, T, C) of a chunk that begins at position `first`."""
         model, T = self.module, idx.size(1)
         span = Span(True, first, first + T - 1, contiguous=True, fresh=first == 0, looked=True)
-        span = span._replace(dtype=model.transformer.wte.weight.dtype)
+        span = span._replace(dtype=model.dtype)
         pos, plans = torch.arange(first, first + T, device=idx.device)[None], {}
         for attn, border in zip(model.layers, borders, strict=True):
             if attn.mixer.kind not in plans:

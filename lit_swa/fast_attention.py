@@ -380,15 +380,15 @@ def merge_blocks(pairs: "Pairs", bands: Sequence[bool], corners: bool) -> list[M
 def block_edges(pairs: "Pairs", corners: bool) -> list[int]:
     """Where, among the queries, merged blocks end: at the variant's edges and, where corners are cut, at windows.
 
-    Windows are counted from the first key that is in one. A query of the first sees all keys before it; the others are
-    alike but for the call's first and last, of which a part may be missing.
+    Windows are counted from the call's first query that has a whole window of keys before it; an earlier one sees all
+    keys. So a long text's pieces are cut alike, and a kernel that plans for each shape plans few.
     """
     first, config = pairs.layout.first, pairs.config
     stop, edges_of = first + pairs.q_pos.size(1), pairs.row.edges or (lambda a, b, c: ())
     edges = set(edges_of(first, stop, config))
     if corners:
         window, lead = pairs.window, max(edges_of(0, stop, config), default=0)
-        begin = lead + max(1, -(-(first - lead) // window)) * window
+        begin = max(first, lead + window)
         edges |= {x for x in (begin, stop - (stop - begin) % window) if begin <= x < stop}
     return [edge - first for edge in sorted(edges)]
 

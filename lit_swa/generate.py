@@ -324,7 +324,7 @@ class Session:
 
     def call_size(self, T: int, shown: bool) -> int:
         """How many of the T next tokens of a sequence to feed in one call. shown: somebody watches the progress."""
-        if self.model.depends_on_length:
+        if self.model.rope.depends_on_length():
             return T  # read in pieces, a token would count as one of a shorter text
         if self.chunk_size is not None:
             return self.chunk_size
@@ -468,7 +468,7 @@ def cache_bytes(model: GPT, batch_size: int, length: int, lookahead: int = 0) ->
         if getattr(attn.mixer, "device", weight.device) != weight.device:  # of a model on several devices
             continue
         heads, beside = (attn.n_head, attn.n_query_groups), first.get(attn.mixer.kind)
-        cache = attn.mixer.new_cache(batch_size, length, lookahead, heads, beside, device="meta", dtype=weight.dtype)
+        cache = attn.mixer.new_cache(batch_size, length, lookahead, heads, beside, device="meta", dtype=model.dtype)
         first.setdefault(attn.mixer.kind, cache)
         held |= {id(buffer): buffer for buffer in cache.buffers()}  # shared ones once
     return sum(buffer.nbytes for buffer in held.values())

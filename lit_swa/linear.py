@@ -42,8 +42,8 @@ else:  # copied beside a script of another project
     from model import Mixer, softcap
     from rope import RoPE, Span, apply_rope, join_angles
 
-CHUNKS = 64, 128, 256  # queries of a chunk: as many as a window has keys, of these
-PIECE_ELEMENTS = 2**23, 2**28  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
+CHUNKS = 128, 256  # queries of a chunk: as many as a window has keys, of these
+PIECE_ELEMENTS = 2**23, 2**29  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
 NEW_MIX = math.log(0.1 / 0.9)  # g = 0.1 in a new layer
 
 State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over keys, with and without their values

@@ -183,7 +183,7 @@ class GPT(nn.Module):
         else:
             span = find_span(pos, options.get("input_pos_maxp1"))
         checks.check_call(self, idx.shape, pos.shape, span, cached)
-        span = span._replace(dtype=self.transformer.wte.weight.dtype, prompt=options.get("prompt", False))
+        span = span._replace(dtype=self.dtype, prompt=options.get("prompt", False))
         pos, plans = pos.view(-1, T), {}  # (1, T): the same for every sequence, or (B, T)
         checks.check_kept(self, pos, span)
         for block in self.transformer.h:
@@ -199,6 +199,11 @@ class GPT(nn.Module):
             return calls[lengths[0]]
         mixers = {attn.mixer.kind: attn.mixer for attn in self.layers}
         return Call({k: mixer.join([(n, calls[n].plans[k]) for n in lengths]) for k, mixer in mixers.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks compute in. Weights may be wider while they are trained (training/precision.py)."""
+        return getattr(self.transformer.wte, "compute_dtype", self.transformer.wte.weight.dtype)
 
     @property
     def layers(self) -> "list[CausalSelfAttention]":
@@ -224,11 +229,6 @@ class GPT(nn.Module):
     def rolls(self) -> bool:
         """True if no layer's cache grows with the text, so that a text may have any length."""
         return all(attn.mixer.rolls for attn in self.layers)
-
-    @property
-    def depends_on_length(self) -> bool:
-        """True if a token is read differently in a longer text (dynamic RoPE scalings): prompts are then read whole."""
-        return self.rope.depends_on_length()
 
     def unbounded(self, cached: bool) -> bool:
         """True if text of any length can be read. A cache must roll for that, and hold a whole window."""
@@ -262,7 +262,7 @@ class GPT(nn.Module):
         self.clear_kv_cache()
         self.cache_batch_size, self.max_seq_length, self.lookahead = batch_size, max_seq_length, lookahead
         weight, first = self.transformer.wte.weight, {}  # the first cache of each kind shares what does not differ
-        self.cache_place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        self.cache_place = {"device": device or weight.device, "dtype": dtype or self.dtype}
         for attn in self.layers:
             heads, beside = (attn.n_head, attn.n_query_groups), first.get(attn.mixer.kind)
             size = (batch_size, max_seq_length, lookahead, heads)

@@ -23,7 +23,7 @@ class Span(NamedTuple):
     contiguous: bool = False  # in every sequence each position is the one before + 1
     fresh: bool = False  # every sequence is at 0 .. T - 1: nothing cached matters
     looked: bool = False  # the host looked at the positions, so it may look at the cache too
-    dtype: torch.dtype = torch.float32  # of the weights
+    dtype: torch.dtype = torch.float32  # what the model computes in
     prompt: bool = False  # the caller says that the tokens are a prompt
 
 

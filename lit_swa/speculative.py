@@ -414,7 +414,7 @@ def streaming_copy(target: GPT, window: int, n_sinks: int = 4) -> GPT:
     Raises ValueError for a target without such layers: a draft that reads as much as the target is of no use.
     """
     check_range("draft_window", window, 1)
-    if target.depends_on_length:
+    if target.rope.depends_on_length():
         raise ValueError(
             "The streaming draft reads keys as the target caches them, and a RoPE scaling that depends on the text's "
             "length rotates them later: use --draft lookup or --draft self-int4."

@@ -142,7 +142,7 @@ class Reader:
         rows, scores = [self.fit(row) for row in rows], [(0.0, True)] * len(rows)
         line, done = ProgressLine(len(rows), "texts"), 0
         lengths, most = [len(row.ids) for row in rows], CALL_TOKENS.get(self.device.type, CALL_TOKENS["cpu"])
-        for group in groups(lengths, self.batch_size or math.inf, most, self.model.depends_on_length):
+        for group in groups(lengths, self.batch_size or math.inf, most, self.model.rope.depends_on_length()):
             for i, score in zip(group, self.score_group([rows[i] for i in group]), strict=True):
                 scores[i] = score
             done += len(group)

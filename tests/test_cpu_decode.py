@@ -66,7 +66,7 @@ def test_a_step_gives_the_plain_models_logits(tiny_model, fields, batch, ragged)
     model, T = tiny_model(**fields), 30
     idx = torch.randint(0, 97, (batch, T))
     expected = model(idx)
-    if model.depends_on_length:  # read whole, the angles would be those of the longest text
+    if model.rope.depends_on_length():  # read whole, the angles would be those of the longest text
         model.set_kv_cache(batch, T)
         expected = torch.cat([model(idx[:, t : t + 1], torch.tensor([t])) for t in range(T)], dim=1)
     model.set_kv_cache(batch, T, lookahead=2)

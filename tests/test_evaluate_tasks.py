@@ -69,7 +69,7 @@ def test_each_text_scores_as_it_does_alone(tiny_model, tokenizer, monkeypatch, f
         Row([chance.randrange(320) for _ in range(chance.choice([4, 9, 30]))], chance.randint(1, 3)) for _ in range(9)
     ]
     greedy = rows[0].ids + list(generate(model, rows[0].ids, 5))
-    if chunk_size and not model.depends_on_length:
+    if chunk_size and not model.rope.depends_on_length():
         monkeypatch.setattr(tasks, "pick_chunk_size", lambda *a: chunk_size)
     found = Reader(model, tokenizer, batch_size=4).score([*rows, Row(greedy, 5)])
     expected = [score_alone(model, *row) for row in [*rows, Row(greedy, 5)]]

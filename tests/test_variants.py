@@ -261,6 +261,17 @@ def test_windows_cut_into_triangles_equal_masked_ones(variant, S, n_sinks, first
     assert most_folds == FOLDS if S == 2 else most_folds > 1 or S == 13  # several windows in one call of the kernel
 
 
+def test_the_pieces_of_a_long_text_are_cut_alike():
+    """Catches: windows counted from the text's beginning, so that cuDNN plans other shapes for each piece."""
+    config, row, cuts = Config(attention="streaming", sliding_window_size=13, block_size=400), VARIANTS["streaming"], []
+    for first in (32, 64, 96):
+        pos, span = torch.arange(first + 32)[None], Span(True, first, first + 31, contiguous=True)
+        pairs = Pairs(row, config, pos[:, first:], pos, span, Layout(first, first), True, 13, 4)
+        blocks = merge_blocks(pairs, [is_band(pairs, part) for part in row.parts], corners=True)
+        cuts.append([(b.queries, b.folds, [s.keys.stop - s.keys.start for s in b.strips]) for b in blocks])
+    assert cuts[0] == cuts[1] == cuts[2] and cuts[0][0][1] == 2
+
+
 def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model, steps):
     """Catches: the test above comparing the plain steps with themselves, and masks where rectangles would do."""
     model, pos = tiny_model(**DUAL, dual_chunk_size=6, dual_chunk_local=3), torch.arange(T)[None]

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_config
 
 from lit_swa import GPT
+from lit_swa.training.precision import train_in_float32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -101,6 +102,20 @@ def test_gradients_equal_plain_steps(name, backend):
         m(idx).float().square().mean().backward()
     for (key, a), (_, b) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert (a.grad.float() - b.grad).norm() < 0.06 * b.grad.norm(), key
+
+
+@pytest.mark.parametrize("name", ["sliding", "wide", "streaming, wide"])
+def test_weights_that_are_trained_in_float32_keep_the_kernels(name):
+    """Catches: kernels chosen by the weights' dtype, so that full finetuning reads windows by plain steps."""
+    model, plain = pair(name, "auto")
+    train_in_float32(model.requires_grad_(True).train(), torch.bfloat16)
+    idx = torch.randint(0, 2000, (1, T), device="cuda")
+    (plan,) = model.plan_call(idx, None).plans.values()
+    assert plan.faster.attend is not None and plan.faster.n_queries > 2000
+    for m in (model, plain.train()):
+        m(idx).float().square().mean().backward()
+    for (key, a), (_, b) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert a.dtype == torch.float32 and (a.grad - b.grad).norm() < 0.06 * b.grad.norm(), key
 
 
 @pytest.mark.parametrize("name", ["streaming", "dual_chunk", "full"])
