@@ -358,8 +358,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         (B, T, _), H, G = x.shape, self.n_head, self.n_query_groups
-        qkv = self.clip(self.qkv(x)).view(B, T, H + 2 * G, -1).transpose(1, 2)  # (B, H + 2G, T, D)
-        q, k, v = qkv.split((H, G, G), dim=1)
+        qkv = self.clip(self.qkv(x)).view(B, T, H + 2 * G, -1)
+        q, k, v = [part.transpose(1, 2) for part in qkv.split((H, G, G), dim=2)]  # (B, H or G, T, D)
         q, k = self.norm_q(q), self.norm_k(k)
         cache = self.kv_cache if call.cached else None
         y = self.mixer(q, k, v, call.plans[self.mixer.kind], cache).transpose(1, 2).flatten(2)  # (B, T, H * D)

@@ -123,7 +123,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = cos.size(-1)
     head = x if n == x.size(-1) else x[..., :n]
     head = head.to(torch.promote_types(x.dtype, torch.float32))
-    rotated = (head * cos + head.roll(n // 2, dims=-1) * sin).to(x.dtype)  # sin holds the signs of both halves
+    crossed = head.roll(n // 2, dims=-1) * sin  # sin holds the signs of both halves
+    rotated = (head * cos + crossed).to(x.dtype)  # in this order the gradient lies in memory as x does
     return rotated if n == x.size(-1) else torch.cat([rotated, x[..., n:]], dim=-1)
 
 

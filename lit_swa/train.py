@@ -53,6 +53,7 @@ from lit_swa.training.loop import (
     steps,
     validate,
 )
+from lit_swa.training.loss import differentiate_pieces_at_once
 from lit_swa.training.memory import fitting_recompute, recompute_blocks
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.pretraining import new_model, prepare_pretraining, tell_pretrained
@@ -74,6 +75,7 @@ __all__ = [
     "check_arguments",
     "choose_softmax",
     "clip_gradients",
+    "differentiate_pieces_at_once",
     "dropout_of",
     "evaluate",
     "evaluate_block",

@@ -106,6 +106,7 @@ def measure(T: int, chosen: list[str], base: Any, device: str, settings: dict[st
         try:
             steps[method], row["recompute"], row["weights_GB"] = build(method, T, base, device, settings, memory)
             row |= first_steps(steps[method], device, row["weights_GB"], only=settings["repeats"] == 0)
+            print(f"{method} at {T}: {progress(row)}", file=sys.stderr, flush=True)
         except (RuntimeError, ValueError) as e:
             row["error"] = " ".join(str(e).split())[:160]
             steps.pop(method, None)
@@ -132,13 +133,14 @@ def build(
         return build_peer(T, device, settings, dtype)
     from lit_swa.arguments import Training
     from lit_swa.data import Example
-    from lit_swa.train import build_optimizer, join_examples, recompute_blocks
+    from lit_swa.train import build_optimizer, differentiate_pieces_at_once, join_examples, recompute_blocks
     from lit_swa.training.compiling import compile_blocks, compile_linear_attention
 
     model, loss = build_ours(method, T, base, settings)
     weights = sum(p.nbytes for p in model.parameters())
     ids = torch.randint(0, model.config.vocab_size, (T,), dtype=torch.int32).numpy()
     batch = join_examples([Example(ids, ids)], [0]).to(torch.device(device))
+    differentiate_pieces_at_once(model)
     n = layers_again(method, model, batch, weights, settings, peer_memory)
     recompute_blocks(model, n, offload=method.endswith("offload"))
     if settings["compile"]:
@@ -258,6 +260,13 @@ def first_steps(step: Callable[[], None], device: str, weights_gb: float, only: 
     if device.startswith("cuda"):
         row["memory_GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9 + weights_gb
     return row
+
+
+def progress(row: dict[str, Any]) -> str:
+    """What is known of a method before the steps that count."""
+    again = f", the second {row['second_s']:.1f} s" if "second_s" in row else ""
+    memory = f", {row['memory_GB']:.1f} GB" if "memory_GB" in row else ""
+    return f"the first step took {row['first_s']:.1f} s{again}{memory}"
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -133,6 +133,7 @@ class Group:
             try:
                 self.add(name)
                 rows[name] |= self.first_steps(name)
+                print(f"{name}: first step {rows[name]['first_s']:.1f} s", file=sys.stderr, flush=True)
             except (RuntimeError, ValueError) as error:
                 rows[name]["error"] = " ".join(str(error).split())[:200]
                 self.steps.pop(name, None)
@@ -181,7 +182,7 @@ class Group:
 
         from lit_swa import GPT
         from lit_swa.arguments import Pretraining
-        from lit_swa.train import build_optimizer, recompute_blocks, train_in_float32
+        from lit_swa.train import build_optimizer, differentiate_pieces_at_once, recompute_blocks, train_in_float32
         from lit_swa.training.compiling import compile_blocks
         from lit_swa.training.windows import set_window
 
@@ -195,6 +196,7 @@ class Group:
         model.train()
         if method.group == "float32":
             train_in_float32(model, self.dtype)
+        differentiate_pieces_at_once(model)
         blocks, plain_losses = model.transformer.h, model.token_losses
         recompute_blocks(model, n)
         eager = [block.__dict__.get("forward", block.forward) for block in blocks]

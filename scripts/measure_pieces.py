@@ -162,7 +162,13 @@ def build(
     from lit_swa import GPT
     from lit_swa.arguments import Pretraining
     from lit_swa.lora import LoRAConfig, add_lora
-    from lit_swa.train import build_optimizer, clip_gradients, recompute_blocks, train_in_float32
+    from lit_swa.train import (
+        build_optimizer,
+        clip_gradients,
+        differentiate_pieces_at_once,
+        recompute_blocks,
+        train_in_float32,
+    )
     from lit_swa.training.compiling import compile_blocks
 
     with torch.device(ranks.device):
@@ -173,6 +179,7 @@ def build(
         gpt.to(dtype)
         add_lora(gpt, LoRAConfig(r=row["lora_r"]))
     train_in_float32(gpt.train(), dtype)
+    differentiate_pieces_at_once(gpt)
     recompute_blocks(gpt, 0)
     if compiled:
         compile_blocks(gpt)
