@@ -1,11 +1,12 @@
 """Measure decoding on a CPU, alone and beside other programs: python scripts/benchmark_cpu.py."""
 
 import multiprocessing
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -133,7 +134,9 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, task), daemon=True)
-        self.process.start()
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: Ctrl-C ends its parent, and
+        self.process.start()  # that ends it
+        signal.signal(signal.SIGINT, interrupt)
 
     def rate(self, loaded: bool) -> float:
         """Tokens per second of one run. loaded: other programs run as well."""
@@ -152,7 +155,7 @@ def serve(pipe: Connection, task: Task) -> None:
     from lit_swa.machine import sharing_cores
     from scripts.peers.decode import LeftOut
 
-    with torch.inference_mode():
+    with torch.inference_mode(), suppress(EOFError, BrokenPipeError):  # the parent is gone
         try:
             run = build(task)
         except (ImportError, LeftOut) as reason:

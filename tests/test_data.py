@@ -903,8 +903,11 @@ def test_a_dataset_that_cannot_be_learned_from_is_refused(tokenizer, tiny_checkp
 
 def test_shown_examples_mark_what_is_trained_and_cannot_harm_a_terminal(tokenizer, tmp_path):
     """Catches: marks on the prompt, a page for each sample, escape sequences of a stranger's file."""
-    rows = [{"instruction": "x" * 5000, "output": "Me\x1b[2J."}, ROWS[0], ROWS[1], ROWS[2]]
-    data = load(write(tmp_path / "a.json", rows), tokenizer, max_seq_length=8192)
+    long = {"instruction": "".join(f"word{n} " for n in range(1500)), "output": "Me."}
+    rows = [{"instruction": "x" * 5000, "output": "Me\x1b[2J."}, ROWS[0], long, ROWS[2]]
+    data = load(write(tmp_path / "a.json", rows), tokenizer, max_seq_length=16384)
+    shown = show_examples(data, tokenizer, 4, terminal=False)
+    assert "word0 word1" in shown and "tokens ... " in shown and "word1499" in shown and len(shown) < 4000
     shown = show_examples(data, tokenizer, 2, terminal=False)
     assert "[[Me\\x1b[2J.<|im_end|>]]" in shown and "\x1b" not in shown and len(shown) < 2000
     assert shown.count("[[") == 2 and "example 1 of 4" in shown and "example 4 of 4" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 
@@ -13,6 +14,7 @@ from lit_swa.formats.tokenizer import StreamDecoder, Tokenizer
 
 MARKS = {True: ("\033[7m", "\033[27m"), False: ("[[", "]]")}
 SHOWN_CHARS = 240  # at each end of a stretch of text
+SHOWN_TOKENS = 1024  # at each end, of which these characters are taken
 
 
 def show_examples(dataset: Dataset, tokenizer: Tokenizer, n: int = 3, terminal: bool | None = None) -> str:
@@ -25,22 +27,26 @@ def show_examples(dataset: Dataset, tokenizer: Tokenizer, n: int = 3, terminal: 
     shown = []
     for i in chosen:
         ids, labels = dataset[i]
-        decoder, text = StreamDecoder(tokenizer, skip_special_tokens=False), ""
-        trained = labels != IGNORED
+        text, trained = "", labels != IGNORED
         borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-        for a, b in zip(borders, borders[1:], strict=False):
-            stretch = "".join(map(decoder.push, ids[a:b].tolist())) + (decoder.flush() if b == len(ids) else "")
-            text += before + shorten_stretch(stretch) + after if trained[a] else shorten_stretch(stretch)
+        decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
+        for a, b in itertools.pairwise(borders):
+            stretch = shorten_stretch(decoder, ids[a:b].tolist(), at_end=b == len(ids))
+            text += before + stretch + after if trained[a] else stretch
         count = f"{len(ids)} tokens, {int(trained.sum())} trained"
         shown.append(f"--- example {i + 1} of {len(dataset)}: {count}\n{text}")
     return "\n".join(shown)
 
 
-def shorten_stretch(text: str) -> str:
-    """Shorten a text in the middle, and spell out control characters, which could change a terminal."""
-    if len(text) > 2 * SHOWN_CHARS + 40:
-        left_out = len(text) - 2 * SHOWN_CHARS
-        text = f"{text[:SHOWN_CHARS]} ... {left_out} characters ... {text[-SHOWN_CHARS:]}"
+def shorten_stretch(decoder: StreamDecoder, ids: list[int], at_end: bool) -> str:
+    """The text of some tokens, shortened in the middle. Control characters, which could change a terminal, are spelled
+    out. at_end: no token follows."""
+    cut = len(ids) > 2 * SHOWN_TOKENS  # decoding all of a book takes seconds
+    first, last = (ids[:SHOWN_TOKENS], ids[-SHOWN_TOKENS:]) if cut else (ids, [])
+    text = "".join(map(decoder.push, first + last)) + (decoder.flush() if at_end else "")
+    if cut or len(text) > 2 * SHOWN_CHARS + 40:
+        between = f"{len(ids)} tokens" if cut else f"{len(text) - 2 * SHOWN_CHARS} characters"
+        text = f"{text[:SHOWN_CHARS]} ... {between} ... {text[-SHOWN_CHARS:]}"
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
 
 
