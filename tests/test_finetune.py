@@ -1,5 +1,6 @@
 """The finetuning scripts on a tiny model: what a run saves, how it goes on, and that its loss is right."""
 
+import copy
 import csv
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forked import free_port, start_script, torchrun_environment
+from ranks import Ranks
 
 from lit_swa.arguments import Training
 from lit_swa.checkpoint import load_model, save_checkpoint
@@ -372,6 +374,40 @@ def test_trained_weights_stay_in_float32_in_a_bfloat16_model(tiny_model):
     optimizer.step()
     moved = [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
     assert len(moved) > len(before) / 2 and "transformer.wte.weight" in moved
+
+
+def updated_shards(rank: int) -> tuple[bool, float]:
+    """(was a kernel given sharded tensors, how far the weights are from those of one device) after three steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 1))  # a bias of one: a device has none of it
+    sharded = fully_shard(copy.deepcopy(whole), mesh=init_device_mesh("cpu", (2,)))
+    optimizers = [build_optimizer(model, Training(data="x"), 0.1) for model in (whole, sharded)]
+    module = sys.modules[torch.optim.Adam.__module__]
+    given, plain = [], module.adam
+    module.adam = lambda *lists, **how: (given.extend(lists[:4]), plain(*lists, **how))
+    for _ in range(3):
+        x = torch.randn(4, 5)
+        for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    module.adam = plain
+    pairs = zip(whole.parameters(), sharded.parameters(), strict=True)
+    off = max((a - b.full_tensor()).abs().max().item() for a, b in pairs)
+    return any(hasattr(x, "to_local") for tensors in given for x in tensors), off
+
+
+def test_sharded_weights_are_updated_shard_by_shard():
+    """Catches: 20 ms in which a sharded operation is dispatched for every weight, moments that are lost, and a device
+    that has nothing of a weight."""
+    ranks = Ranks(2)
+    try:
+        assert all(not sharded and off < 1e-6 for sharded, off in ranks(updated_shards))
+    finally:
+        ranks.end()
 
 
 def test_full_finetuning_in_bfloat16_equals_rounded_weights(tiny_model):
