@@ -36,7 +36,7 @@ MOST_GATHERED = 2**28  # ... and so many elements
 
 
 class Experts(nn.Module):
-    """E linear layers of one shape."""
+    """E linear layers of one shape. While they are trained their weights may be wider than what they are given."""
 
     def __init__(self, n_expert: int, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
@@ -55,7 +55,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """One expert's output for tokens (n, in): (n, out)."""
-        return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
+        weight, bias = (None if w is None else w[expert].to(x.dtype) for w in (self.weight, self.bias))
+        return F.linear(x, weight, bias)
 
     def linear(self, expert: int) -> nn.Linear:
         """One expert as a frozen linear layer, on the same memory."""
@@ -67,8 +68,8 @@ class Experts(nn.Module):
 
     def gathered(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Outputs (N, k, out) of the chosen experts (N, k) for their inputs (N, k, in)."""
-        y = (self.weight[chosen] @ x.unsqueeze(-1)).squeeze(-1)
-        return y if self.bias is None else y + self.bias[chosen]
+        y = (self.weight[chosen].to(x.dtype) @ x.unsqueeze(-1)).squeeze(-1)
+        return y if self.bias is None else y + self.bias[chosen].to(x.dtype)
 
 
 class MoE(nn.Module):

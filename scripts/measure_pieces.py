@@ -205,13 +205,12 @@ def spread(gpt: Any, strategy: str, ranks: "Ranks") -> Any:
         return DistributedDataParallel(gpt, broadcast_buffers=False)
     if strategy in ("fsdp", "hybrid"):
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+
+        from lit_swa.training.distribution import shard_weights
 
         sizes = (ranks.count,) if strategy == "fsdp" else (2, ranks.count // 2)  # (copies, devices that share one)
         mesh = init_device_mesh(ranks.device.split(":")[0], sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
-        for block in gpt.transformer.h:
-            fully_shard(block, mesh=mesh)
-        return fully_shard(gpt, mesh=mesh)
+        return shard_weights(gpt, mesh)
     return gpt
 
 

@@ -55,7 +55,8 @@ class Counted(TorchDispatchMode):
 
 def count_bytes(rank: int, strategy: str, accumulate: int) -> dict[str, int]:
     """What one of two processes exchanges in a step, by operation."""
-    gpt = GPT(tiny_config(**FIELDS)).train()
+    gpt = GPT(tiny_config(**FIELDS)).to(torch.bfloat16).train()
+    train_in_float32(gpt, torch.bfloat16)
     model = script("measure_pieces").spread(gpt, strategy, SimpleNamespace(device="cpu", count=2))
     idx = torch.zeros(1, 8, dtype=torch.long)
     for _ in range(3):  # the first two make DDP's buckets

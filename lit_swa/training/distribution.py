@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_swa.exact_chunks import ExactChunks
 from lit_swa.model import GPT
+from lit_swa.training.precision import is_wide
 from lit_swa.utils import check_devices, count_processes, pick_device
 
 if TYPE_CHECKING:
@@ -84,20 +85,30 @@ def fsdp_strategy(world_size: int, shard_size: int | None = None) -> Any:
     """FSDP2, a block at a time, over groups of shard_size devices in a row; None: over all. Raises ValueError when
     groups of that size do not make up all devices."""
     from lightning.fabric.strategies import ModelParallelStrategy
-    from torch.distributed.fsdp import fully_shard
 
     if shard_size is not None and world_size % shard_size:
         raise ValueError(f"shard_size={shard_size} does not divide the {world_size} processes: give a divisor.")
 
     def shard(model: nn.Module, mesh: Any) -> nn.Module:
-        mesh = mesh["data_parallel"] if shard_size is None else mesh  # (copies of the model, devices that share one)
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        return shard_weights(model, mesh["data_parallel"] if shard_size is None else mesh)  # (copies, devices of one)
 
     # Fabric's second dimension is there for tensors in parallel, and does for shards.
     sizes = (world_size, 1) if shard_size is None else (world_size // shard_size, shard_size)
     return ModelParallelStrategy(shard, data_parallel_size=sizes[0], tensor_parallel_size=sizes[1], timeout=MAX_WAIT)
+
+
+def shard_weights(model: GPT, mesh: Any) -> nn.Module:
+    """FSDP2, a block at a time. Weights that are held in float32 and used in less are rounded before they are gathered:
+    half of the bytes are sent, and no copies wait for the backward. Gradients are added up in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    def policy(*modules: nn.Module) -> Any:
+        dtypes = (model.dtype, torch.float32) if any(is_wide(m) for part in modules for m in part.modules()) else ()
+        return MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # a block is given angles, which stay wide
+
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy(block))
+    return fully_shard(model, mesh=mesh, mp_policy=policy(model.lm_head))
 
 
 def is_sharded(fabric: "Fabric") -> bool:

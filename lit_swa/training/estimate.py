@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lit_swa.config import IGNORED
 from lit_swa.model import GPT, Call
 from lit_swa.training.loop import Batch
+from lit_swa.training.precision import copies_for_backward, is_wide
 
 
 class Cost(NamedTuple):
@@ -71,21 +72,39 @@ def estimate_step(
         parts = measure_parts(tracker, model, call, batch, where)
     torch.set_rng_state(state)
     gradients, total = sum(sizes) // shards, sum(p.nbytes for p in weights)
-    embedding, *layers, loss = (
-        c._replace(gradients=c.gradients // shards) for c in (parts.embedding, *parts.layers, parts.loss)
-    )
-    parts = Parts(embedding, layers, loss)
     if shards > 1:
-        total = total // shards + gathered_bytes(model, total)
+        parts, total = sharded_parts(parts, model, shards), total // shards + gathered_bytes(model)
     held = gradients if accumulates else 0
     activations = tuple(course(parts, n, held) for n in range(len(parts.layers) + 1))
     return Estimate(total, gradients, 2 * gradients, 2 * max(sizes, default=0) // shards, activations)
 
 
-def gathered_bytes(model: GPT, total: int) -> int:
-    """The most that FSDP gathers at a time, of weights that are so many bytes in all."""
-    blocks = [sum(p.nbytes for p in block.parameters()) for block in model.transformer.h]
-    return total - sum(blocks) + 2 * max(blocks)
+def gathered_bytes(model: GPT) -> int:
+    """The most that FSDP gathers at a time: the embeddings, the last norm and the head, a block and the next; and what
+    it does not shard."""
+
+    def whole(module: nn.Module, root: nn.Module) -> int:
+        wide = any(map(is_wide, root.modules()))
+        return sum(p.numel() * (model.dtype.itemsize if wide else p.element_size()) for p in module.parameters())
+
+    blocks = [whole(block, block) for block in model.transformer.h]
+    rest = nn.ModuleList([model.transformer.wte, model.transformer.ln_f, model.lm_head])
+    return whole(rest, model.lm_head) + sum(b.nbytes for b in model.buffers()) + 2 * max(blocks)
+
+
+def sharded_parts(parts: Parts, model: GPT, shards: int) -> Parts:
+    """What the parts take under FSDP, which rounds wide weights before it gathers them: no copies wait for the
+    backward, whose gradients are as narrow, until they are added up and sharded."""
+    modules = (model.transformer.wte, *model.transformer.h, model.lm_head)
+    found = []
+    for cost, module in zip((parts.embedding, *parts.layers, parts.loss), modules, strict=True):
+        copies, gradients = copies_for_backward(module, model.dtype), cost.gradients
+        less = copies + (gradients - gradients * model.dtype.itemsize // 4 if copies else 0)
+        kept = max(cost.output, cost.kept - copies)  # a loss that is differentiated at once keeps none
+        cost = cost._replace(forward=cost.forward - copies, kept=kept, backward=cost.backward - less)
+        found.append(cost._replace(gradients=gradients // shards))
+    embedding, *layers, loss = found
+    return Parts(embedding, layers, loss)
 
 
 class Tracker(TorchDispatchMode):

@@ -9,13 +9,14 @@ import torch
 from lit_swa.config import Config
 from lit_swa.formats.hugging_face import empty_model, expected_shapes
 from lit_swa.rope import RoPE
-from lit_swa.training.estimate import Parts, Tracker, course, measure_parts
+from lit_swa.training.estimate import Parts, Tracker, course, measure_parts, sharded_parts
 from lit_swa.training.flops import token_flops
 from lit_swa.training.loop import Batch
 from lit_swa.training.memory import recompute_blocks
 from lit_swa.training.precision import train_in_float32
 
-FLOAT32 = 4  # bytes: weights are held, gathered and reduced in float32, whatever the products are computed in
+FLOAT32 = 4  # bytes: weights are held, and gradients added up, in float32
+GATHERED = torch.bfloat16  # in which products are computed, and FSDP gathers weights
 DDP_BUCKET = 25 * 2**20  # bytes that DDP adds up at once
 
 # ------------------------------------------------------------------------------------------- what is held and exchanged
@@ -66,7 +67,8 @@ class Plan:
         for size, gathers in [(self.root, 1), *((block, 2) for block in self.blocks)]:
             if shards > 1:
                 across = per_host == 1
-                found.append(Exchange("all_gather", FLOAT32 * size, gathers * self.accumulate, shards, across))
+                whole = GATHERED.itemsize * size
+                found.append(Exchange("all_gather", whole, gathers * self.accumulate, shards, across))
                 found.append(Exchange("reduce_scatter", FLOAT32 * size, 1, shards, across))
             if n > shards:
                 found.append(Exchange("all_reduce", FLOAT32 * size // shards, 1, n // shards, True))
@@ -74,15 +76,14 @@ class Plan:
 
     def memory(self, n: int, per_host: int) -> int:
         """Bytes on one GPU: weights, gradients and two moments, what is gathered, and activations."""
-        shards, parts, whole = self.shards(n, per_host), self.parts(), FLOAT32 * self.weights
+        shards, whole = self.shards(n, per_host), FLOAT32 * self.weights
+        parts = self.parts(shards)
         waiting = whole if self.accumulate > 1 else 0  # gradients; else they come with the backward
         update = (whole + 2 * FLOAT32 * self.largest) // shards
         if shards == 1:
             buckets = whole if n > 1 else 0  # DDP's copies of the gradients
             return 3 * whole + buckets + max(course(parts, self.recompute, waiting), update)
-        scattered = [cost._replace(gradients=cost.gradients // shards) for cost in (*parts.layers, parts.loss)]
-        parts = parts._replace(layers=scattered[:-1], loss=scattered[-1])
-        gathered = FLOAT32 * (self.root + 2 * max(self.blocks))  # the layer at work, and the next one
+        gathered = GATHERED.itemsize * (self.root + 2 * max(self.blocks))  # the layer at work, and the next one
         return 3 * whole // shards + waiting + gathered + max(course(parts, self.recompute, 0), update)
 
     @property
@@ -90,17 +91,18 @@ class Plan:
         """Weights of the largest matrix, of which the update holds two more."""
         return max(math.prod(shape) for shape in expected_shapes(self.config).values())
 
-    def parts(self) -> Parts:
+    def parts(self, shards: int = 1) -> Parts:
         """What the parts of the model take, as in a dry run."""
         gpt = empty_model(self.config).train()
-        train_in_float32(gpt, torch.bfloat16)
+        train_in_float32(gpt, GATHERED)
         gpt.to_empty(device="cpu")  # no number is written, so that no memory is taken
         gpt.rope = RoPE(gpt.config)
         recompute_blocks(gpt, 0)
         idx = torch.zeros(self.rows, self.length, dtype=torch.long)
         call, where = gpt.plan_call(idx, None, documents=None), torch.arange(idx.numel())
         with Tracker() as tracker:
-            return measure_parts(tracker, gpt, call, Batch(idx, idx, None, [0]), where)
+            parts = measure_parts(tracker, gpt, call, Batch(idx, idx, None, [0]), where)
+        return parts if shards == 1 else sharded_parts(parts, gpt, shards)
 
 
 # ------------------------------------------------------------------------------------------------------------- the time

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_swa.memory import require_memory
-from lit_swa.model import GPT, RMSNorm
+from lit_swa.model import GPT, Mixer, RMSNorm
+from lit_swa.moe import Experts
 
 
 def train_in_float32(model: GPT, dtype: torch.dtype) -> int:
     """Hold trained weights in float32 though the model computes in `dtype`; returns how many modules that concerns.
 
-    A step of 1e-4 would be lost in bfloat16's rounding. Each weight is rounded where it is used. Injected modules
-    (LoRA, adapters) do this by themselves.
+    A step of 1e-4 would be lost in bfloat16's rounding. Each weight is rounded where it is used. Experts, mixers and
+    injected modules (LoRA, adapters) do this by themselves.
     """
     if dtype == torch.float32:
         return 0
@@ -25,14 +26,29 @@ def train_in_float32(model: GPT, dtype: torch.dtype) -> int:
     count = 0
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if not own or type(module) not in ROUNDED:
+        if not own or not (type(module) in ROUNDED or isinstance(module, BY_THEMSELVES)):
             continue
         for p in own:
             p.data = p.data.float()
-        module.forward = ROUNDED[type(module)].__get__(module)
-        module.compute_dtype = dtype
+        if type(module) in ROUNDED:
+            module.forward = ROUNDED[type(module)].__get__(module)
+            module.compute_dtype = dtype
         count += 1
     return count
+
+
+def is_wide(module: nn.Module) -> bool:
+    """True for linear layers and experts whose weights are trained in float32."""
+    return isinstance(module, (nn.Linear, Experts)) and all(
+        p.requires_grad and p.dtype == torch.float32 for p in module.parameters(recurse=False)
+    )
+
+
+def copies_for_backward(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the weights, rounded to `dtype`, that a module's wide layers keep for the backward."""
+    if dtype == torch.float32:
+        return 0
+    return dtype.itemsize * sum(m.weight.numel() for m in module.modules() if is_wide(m))
 
 
 def rounded_linear(self: nn.Linear, x: Tensor) -> Tensor:
@@ -44,13 +60,20 @@ def rounded_embedding(self: nn.Embedding, idx: Tensor) -> Tensor:
     return F.embedding(idx, self.weight).to(self.compute_dtype)
 
 
-def rounded_norm(self: nn.Module, x: Tensor) -> Tensor:
-    return type(self).forward(self, x.float()).to(x.dtype)
+def rounded_layer_norm(self: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+    return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+def rounded_rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
+    weight = self.weight.float() + self.unit_offset
+    return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+
+
+BY_THEMSELVES = (Experts, Mixer)
 ROUNDED: dict[type, Callable[..., Tensor]] = {
     nn.Linear: rounded_linear,
     nn.Embedding: rounded_embedding,
-    nn.LayerNorm: rounded_norm,
-    RMSNorm: rounded_norm,
+    nn.LayerNorm: rounded_layer_norm,
+    RMSNorm: rounded_rms_norm,
 }
