@@ -121,9 +121,9 @@ class GPT(nn.Module):
             float32 scalar, made without logits of all tokens at once; in training, with the blocks' own losses.
         Raises ValueError when the tokens do not fit the context or the cache.
         """
-        # Which tokens have a target is asked before a GPU has work, since the answer waits for the GPU.
-        trained = None if targets is None else (targets.flatten() != IGNORED).nonzero()[:, 0]
         call = self.plan_call(idx, input_pos, input_pos_maxp1=input_pos_maxp1, documents=documents, prompt=prompt)
+        # Which tokens have a target is asked before a GPU has the blocks' work, since the answer waits for the GPU.
+        trained = None if targets is None else (targets.flatten() != IGNORED).nonzero()[:, 0]
         x = self.run_blocks(idx, call)
         if trained is not None:
             loss = self.sum_nll(x.flatten(0, 1)[trained], targets.flatten()[trained])
