@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lit_swa.linear import LinearAttention
+from lit_swa.training import loop
 
 pytest.importorskip("lightning")
 
@@ -16,14 +17,14 @@ def test_each_method_trains_what_it_says(tiny_model, monkeypatch):
     methods share and one moves."""
     script = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts/benchmark_finetune.py"))
     base, made, mixers = tiny_model(), [], []
-    build, reset = torch.optim.AdamW, LinearAttention.reset_parameters
+    build, reset = loop.ShardwiseAdamW, LinearAttention.reset_parameters
 
     def noted(groups, **how):
         groups = list(groups)
         made.append({id(p): p for group in groups for p in group["params"]})
         return build(groups, **how)
 
-    monkeypatch.setattr(torch.optim, "AdamW", noted)
+    monkeypatch.setattr(loop, "ShardwiseAdamW", noted)
     monkeypatch.setattr(LinearAttention, "reset_parameters", lambda self: mixers.append(self) or reset(self))
     settings = {
         "r": 2,
