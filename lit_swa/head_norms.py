@@ -46,9 +46,9 @@ class WholeNorm(nn.Module):
             squares = self.join(wide.square().sum(dim=-3, keepdim=True)).sum(dim=-1, keepdim=True)  # (..., 1, T, 1)
             normed = wide * torch.rsqrt(squares / self.size + self.eps)
             return (normed * self.weight.view(-1, 1, x.size(-1))).to(x.dtype)
-        rows = x.transpose(-3, -2)  # (..., T, heads, D)
-        normed = F.rms_norm(rows.flatten(-2), self.weight.shape, self.weight, self.eps)
-        return normed.view(rows.shape).transpose(-3, -2)
+        rows, dtype = x.transpose(-3, -2), torch.promote_types(x.dtype, self.weight.dtype)  # (..., T, heads, D)
+        normed = F.rms_norm(rows.flatten(-2).to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        return normed.view(rows.shape).transpose(-3, -2).to(x.dtype)
 
 
 class PlainNorm(nn.Module):

@@ -59,7 +59,7 @@ class GPT(nn.Module):
     """A decoder-only transformer.
 
     `model(idx)` reads whole sequences. After `set_kv_cache`, `model(idx, input_pos)` continues them, in calls of any
-    length. Dtype and device are those of the weights.
+    length. Tokens and caches are where the weights are, and `dtype` is what they are computed in.
     """
 
     def __init__(self, config: Config) -> None:

@@ -199,7 +199,7 @@ def layers_again(
     if method == "same memory":
         limit = (peer_memory or 0) * 1e9 + torch.cuda.memory_allocated() - weights
     if method == "chunks":
-        size, width = settings["chunk_size"], model.transformer.wte.weight.dtype.itemsize
+        size, width = settings["chunk_size"], model.dtype.itemsize
         limit -= border_bytes(model, size, width)
         limit -= 0 if settings["chunk_offload"] else kept_bytes(model, batch.idx.size(1), size, width)
         batch = batch._replace(idx=batch.idx[:, :size], targets=batch.targets[:, :size], documents=None)

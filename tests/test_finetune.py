@@ -378,7 +378,7 @@ def test_trained_weights_stay_in_float32_in_a_bfloat16_model(tiny_model):
     assert len(moved) > len(before) / 2 and "transformer.wte.weight" in moved
 
 
-@pytest.mark.parametrize("name", ["experts", "linear", "sink logits"])
+@pytest.mark.parametrize("name", ["experts", "linear", "sink logits", "a norm for each head", "a norm of all heads"])
 def test_weights_of_every_kind_are_trained_in_float32(tiny_model, name):
     """Catches: experts, features, gates and sinks that learn in bfloat16, which rounds their updates away."""
     fields, idx = WEIGHTS[name], torch.randint(0, 97, (2, 40))
@@ -402,6 +402,8 @@ WEIGHTS = {
     "experts": {"n_expert": 4, "n_expert_per_token": 2, "mlp_class_name": "MoE"},
     "linear": {"attention": "linear", "linear_gate": True, "linear_window": 8},
     "sink logits": {"sink_logits": True},
+    "a norm for each head": {"norm_qk": True, "norm_qk_type": "each"},
+    "a norm of all heads": {"norm_qk": True, "norm_qk_type": "whole"},
 }
 
 

@@ -99,7 +99,8 @@ def fsdp_strategy(world_size: int, shard_size: int | None = None) -> Any:
 
 def shard_weights(model: GPT, mesh: Any) -> nn.Module:
     """FSDP2, a block at a time. Weights that are held in float32 and used in less are rounded before they are gathered:
-    half of the bytes are sent, and no copies wait for the backward. Gradients are added up in float32."""
+    half of the bytes are sent, and no copies wait for the backward. With them are the few weights of their block that
+    one device uses unrounded: norms, sinks, linear attention's. Gradients are added up in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     def policy(*modules: nn.Module) -> Any:

@@ -74,7 +74,7 @@ def estimate_step(
     gradients, total = sum(sizes) // shards, sum(p.nbytes for p in weights)
     if shards > 1:
         parts, total = sharded_parts(parts, model, shards), total // shards + gathered_bytes(model)
-    held = gradients if accumulates else 0
+    held = sum(sizes) if accumulates else 0  # FSDP adds them up before it shards them
     activations = tuple(course(parts, n, held) for n in range(len(parts.layers) + 1))
     return Estimate(total, gradients, 2 * gradients, 2 * max(sizes, default=0) // shards, activations)
 

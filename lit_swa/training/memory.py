@@ -102,7 +102,10 @@ def fitting_on_gpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
         return wanted
     if is_sharded(run.fabric):  # the model may be larger than the device: nothing is tried
         batch = read_at_once(run).to(model.transformer.wte.weight.device)  # a model from a file waits on the CPU
-        step = estimate_step(model, batch, accumulates, run.fabric.autocast, count_shards(run.fabric, run.args))
+        try:
+            step = estimate_step(model, batch, accumulates, run.fabric.autocast, count_shards(run.fabric, run.args))
+        except RuntimeError:  # experts, or a module of the user's, look at numbers: nothing is known of the step
+            return n
         return next((i for i in range(n) if step.weights + step.beside_weights(i) < limit), n)
     if hands_on_all(run, model):  # a later chunk takes more than the first, which is tried
         return n

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_swa.head_norms import EachHeadNorm, WholeNorm
 from lit_swa.memory import require_memory
 from lit_swa.model import GPT, Mixer, RMSNorm
 from lit_swa.moe import Experts
@@ -15,8 +16,8 @@ from lit_swa.moe import Experts
 def train_in_float32(model: GPT, dtype: torch.dtype) -> int:
     """Hold trained weights in float32 though the model computes in `dtype`; returns how many modules that concerns.
 
-    A step of 1e-4 would be lost in bfloat16's rounding. Each weight is rounded where it is used. Experts, mixers and
-    injected modules (LoRA, adapters) do this by themselves.
+    A step of 1e-4 would be lost in bfloat16's rounding. Each weight is rounded where it is used. Experts, mixers, norms
+    of heads and injected modules (LoRA, adapters) do this by themselves.
     """
     if dtype == torch.float32:
         return 0
@@ -39,9 +40,8 @@ def train_in_float32(model: GPT, dtype: torch.dtype) -> int:
 
 def is_wide(module: nn.Module) -> bool:
     """True for linear layers and experts whose weights are trained in float32."""
-    return isinstance(module, (nn.Linear, Experts)) and all(
-        p.requires_grad and p.dtype == torch.float32 for p in module.parameters(recurse=False)
-    )
+    own = list(module.parameters(recurse=False)) if isinstance(module, (nn.Linear, Experts)) else []
+    return bool(own) and all(p.requires_grad and p.dtype == torch.float32 for p in own)
 
 
 def copies_for_backward(module: nn.Module, dtype: torch.dtype) -> int:
@@ -70,7 +70,7 @@ def rounded_rms_norm(self: RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
-BY_THEMSELVES = (Experts, Mixer)
+BY_THEMSELVES = (Experts, Mixer, EachHeadNorm, WholeNorm)
 ROUNDED: dict[type, Callable[..., Tensor]] = {
     nn.Linear: rounded_linear,
     nn.Embedding: rounded_embedding,
