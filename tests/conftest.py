@@ -18,6 +18,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests run from a clone, installed or not
 
 import dilated  # noqa: E402
+from ranks import Ranks  # noqa: E402
 from tiny import randomize, tiny_config  # noqa: E402
 
 from lit_swa import GPT, linear_formats  # noqa: E402
@@ -35,6 +36,14 @@ def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     shared = tmp_path_factory.getbasetemp()
     os.environ["LIT_SWA_CACHE"] = str((shared.parent if workers else shared) / "cache")
     linear_formats.LONGEST, linear_formats.FLUSHED = 0.0, 1
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes that share work through gloo."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.end()
 
 
 @pytest.fixture(params=["fast", "plain"])

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forked import free_port, start_script, torchrun_environment
-from ranks import Ranks
 from tiny import tiny_config
 
 from lit_swa.arguments import Training
@@ -378,7 +377,18 @@ def test_trained_weights_stay_in_float32_in_a_bfloat16_model(tiny_model):
     assert len(moved) > len(before) / 2 and "transformer.wte.weight" in moved
 
 
-@pytest.mark.parametrize("name", ["experts", "linear", "sink logits", "a norm for each head", "a norm of all heads"])
+WEIGHTS = {
+    "plain": {},
+    "LayerNorm, tied": {"norm_class_name": "LayerNorm", "tie_embeddings": True},
+    "experts": {"n_expert": 4, "n_expert_per_token": 2, "mlp_class_name": "MoE"},
+    "linear": {"attention": "linear", "linear_gate": True, "linear_window": 8},
+    "sink logits": {"sink_logits": True},
+    "a norm for each head": {"norm_qk": True, "norm_qk_type": "each"},
+    "a norm of all heads": {"norm_qk": True, "norm_qk_type": "whole"},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_of_every_kind_are_trained_in_float32(tiny_model, name):
     """Catches: experts, features, gates and sinks that learn in bfloat16, which rounds their updates away."""
     fields, idx = WEIGHTS[name], torch.randint(0, 97, (2, 40))
@@ -394,17 +404,6 @@ def test_weights_of_every_kind_are_trained_in_float32(tiny_model, name):
     most = 0.15 if name == "experts" else 0.06  # a token between two experts may go to the other
     for (key, a), (_, b) in zip(model.named_parameters(), rounded.named_parameters(), strict=True):
         assert b.grad is None or (a.grad - b.grad).norm() < most * b.grad.norm(), key
-
-
-WEIGHTS = {
-    "plain": {},
-    "LayerNorm, tied": {"norm_class_name": "LayerNorm", "tie_embeddings": True},
-    "experts": {"n_expert": 4, "n_expert_per_token": 2, "mlp_class_name": "MoE"},
-    "linear": {"attention": "linear", "linear_gate": True, "linear_window": 8},
-    "sink logits": {"sink_logits": True},
-    "a norm for each head": {"norm_qk": True, "norm_qk_type": "each"},
-    "a norm of all heads": {"norm_qk": True, "norm_qk_type": "whole"},
-}
 
 
 def rounded_shards(rank: int, name: str) -> list[tuple[float, float]]:
@@ -429,16 +428,12 @@ def rounded_shards(rank: int, name: str) -> list[tuple[float, float]]:
     return found
 
 
-def test_shards_that_are_rounded_before_they_are_gathered_give_the_gradients_of_one_device():
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_shards_that_are_rounded_before_they_are_gathered_give_the_gradients_of_one_device(two_ranks, name):
     """Catches: weights of two dtypes in a block, which FSDP refuses; norms that cannot take rounded weights; angles
     that are rounded with them; gradients that are added up in bfloat16."""
-    ranks = Ranks(2)
-    try:
-        for name in WEIGHTS:
-            for one, two in ranks(rounded_shards, name):
-                assert one == pytest.approx(two, rel=2e-3), name
-    finally:
-        ranks.end()
+    for whole, sharded in two_ranks(rounded_shards, name):
+        assert sharded == pytest.approx(whole, rel=2e-3)
 
 
 def updated_shards(rank: int) -> tuple[bool, float]:
@@ -465,14 +460,10 @@ def updated_shards(rank: int) -> tuple[bool, float]:
     return any(hasattr(x, "to_local") for tensors in given for x in tensors), off
 
 
-def test_sharded_weights_are_updated_shard_by_shard():
-    """Catches: 20 ms in which a sharded operation is dispatched for every weight, moments that are lost, and a device
-    that has nothing of a weight."""
-    ranks = Ranks(2)
-    try:
-        assert all(not sharded and off < 1e-6 for sharded, off in ranks(updated_shards))
-    finally:
-        ranks.end()
+def test_sharded_weights_are_updated_shard_by_shard(two_ranks):
+    """Catches: a sharded operation that torch works out anew for every weight, moments that are lost, and a device that
+    has nothing of a weight."""
+    assert all(not sharded and off < 1e-6 for sharded, off in two_ranks(updated_shards))
 
 
 def test_full_finetuning_in_bfloat16_equals_rounded_weights(tiny_model):

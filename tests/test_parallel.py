@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,13 +72,6 @@ SHAPES = {
 }  # fmt: skip
 MOST = {"OLMo 2: norms over all heads": 2, "heads of each layer": 3}  # ranks: of their groups, and of their heads
 IDS = (torch.arange(80).view(2, 40) * 7 + 3) % 97
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.end()
 
 
 def build(fields: dict, noise: float = 0.0) -> GPT:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,15 +92,8 @@ def peak_of_a_step(rank: int, strategy: str, accumulate: int) -> int:
     return peak
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.end()
-
-
 @pytest.mark.parametrize("strategy, accumulate", [("fsdp", 1), ("fsdp", 2), ("ddp", 1)])
-def test_two_processes_exchange_what_the_plan_says(two, strategy, accumulate):
+def test_two_processes_exchange_what_the_plan_says(two_ranks, strategy, accumulate):
     """Catches: weights that are gathered once more or less, gradients counted for each micro-batch, half-wide numbers
     in the plan where FSDP sends whole ones."""
     plan = Plan(tiny_config(**FIELDS), strategy, 8, 1, accumulate)
@@ -109,18 +101,18 @@ def test_two_processes_exchange_what_the_plan_says(two, strategy, accumulate):
     for e in plan.exchanges(2, 8):
         expected[e.operation] = expected.get(e.operation, 0) + e.count * e.bytes
     names = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
-    for counted in two(count_bytes, strategy, accumulate):
+    for counted in two_ranks(count_bytes, strategy, accumulate):
         assert {names[name]: n for name, n in counted.items() if n} == expected
 
 
 @pytest.mark.parametrize("strategy, accumulate", [("fsdp", 1), ("fsdp", 2), ("ddp", 1)])
-def test_two_processes_take_what_the_plan_says(two, strategy, accumulate):
+def test_two_processes_take_what_the_plan_says(two_ranks, strategy, accumulate):
     """Catches: gradients that are sharded in the plan and whole in a step, or the other way round; layers that are
     gathered and not counted. torch's allocator is the oracle."""
     plan = Plan(tiny_config(**WIDE), strategy, 64, 8, accumulate)
     held = 12 * plan.weights // plan.shards(2, 8)  # weights and moments
     held += 4 * plan.weights * (strategy == "ddp")  # buckets, which are there from the first step on
-    for measured in two(peak_of_a_step, strategy, accumulate):
+    for measured in two_ranks(peak_of_a_step, strategy, accumulate):
         assert plan.memory(2, 8) - held == pytest.approx(measured, rel=0.08)
 
 

@@ -212,8 +212,8 @@ def build_optimizer(model: nn.Module, args: Any, rate: float, b_ratio: float = 1
 
 
 class ShardwiseAdamW(torch.optim.AdamW):
-    """AdamW, which under FSDP hands each device's own shards to its kernel: a weight's update needs no other's, and
-    torch takes longer to ask for every weight what a sharded operation does (20 ms for 157) than the kernel runs."""
+    """AdamW, which under FSDP hands each device's own shards to its kernel: an element's update needs no other's, and
+    to ask for every weight what a sharded operation does takes torch longer than the kernel runs."""
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """Fill the lists of weights, gradients and moments that a step works on, which may be sharded tensors."""

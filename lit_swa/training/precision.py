@@ -27,13 +27,13 @@ def train_in_float32(model: GPT, dtype: torch.dtype) -> int:
     count = 0
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if not own or not (type(module) in ROUNDED or isinstance(module, BY_THEMSELVES)):
+        rounded = ROUNDED.get(type(module))
+        if not own or not (rounded or isinstance(module, BY_THEMSELVES)):
             continue
         for p in own:
             p.data = p.data.float()
-        if type(module) in ROUNDED:
-            module.forward = ROUNDED[type(module)].__get__(module)
-            module.compute_dtype = dtype
+        if rounded:
+            module.forward, module.compute_dtype = rounded.__get__(module), dtype
         count += 1
     return count
 
