@@ -406,8 +406,9 @@ def test_weights_of_every_kind_are_trained_in_float32(tiny_model, name):
         assert b.grad is None or (a.grad - b.grad).norm() < most * b.grad.norm(), key
 
 
-def rounded_shards(rank: int, name: str) -> list[tuple[float, float]]:
-    """(loss, norm of its gradient), in bfloat16, of one model and of the same in two shards, which read half each."""
+def rounded_shards(rank: int, name: str) -> tuple[list[tuple[float, float]], bool]:
+    """(loss, norm of its gradient), in bfloat16, of one model and of the same in two shards, which read half each; and
+    whether the latter's gradients have digits that bfloat16 lacks."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -425,15 +426,16 @@ def rounded_shards(rank: int, name: str) -> list[tuple[float, float]]:
             dist.all_reduce(loss)
             loss /= 2
         found.append((loss.item(), clip_gradients(model, 0.0)))
-    return found
+    grads = [p.grad.to_local() for p in sharded.parameters() if p.grad is not None]
+    return found, any((grad != grad.bfloat16()).any().item() for grad in grads)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_shards_that_are_rounded_before_they_are_gathered_give_the_gradients_of_one_device(two_ranks, name):
     """Catches: weights of two dtypes in a block, which FSDP refuses; norms that cannot take rounded weights; angles
     that are rounded with them; gradients that are added up in bfloat16."""
-    for whole, sharded in two_ranks(rounded_shards, name):
-        assert sharded == pytest.approx(whole, rel=2e-3)
+    for (whole, sharded), finer in two_ranks(rounded_shards, name):
+        assert sharded == pytest.approx(whole, rel=2e-3) and finer
 
 
 def updated_shards(rank: int) -> tuple[bool, float]:
