@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,8 @@ def main(
         device: auto, cpu or cuda.
         dtype: Of products: float32 or bfloat16.
         repeats: How often each step is timed.
-        profile: Write a trace of some compiled steps to this file, and print which kernels took longest.
+        profile: Write a trace of some steps of the first method that is compiled and ours to this file, and print
+            which kernels took longest.
         output: The JSON file to write.
     """
     import torch
@@ -83,6 +84,8 @@ def main(
         raise ValueError(f"There is no method {unknown[0]!r}: choose from {', '.join(METHODS)}.")
     if "window" in chosen and not (window and window < length):
         raise ValueError(f"The method window needs a window: give a --window of less than {length}, a row's tokens.")
+    if profile is not None and not own_compiled(chosen):
+        raise ValueError(f"There is no step to trace: add one of {', '.join(own_compiled(METHODS))} to --methods.")
     use_whole_memory()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -98,7 +101,9 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     for group in dict.fromkeys(METHODS[m].group for m in chosen):
         names = [m for m in chosen if METHODS[m].group == group]
-        for row in Group(config, settings, device).measure(names, profile if group == "float32" else None):
+        rows = Group(config, settings, device).measure(names, profile)
+        profile = None if own_compiled(names) else profile
+        for row in rows:
             windowed = METHODS[row["method"]].windowed
             row["flops_per_token"] = token_flops(with_window(config, window) if windowed else config, length)
             if peak and "tok_s" in row:
@@ -106,6 +111,10 @@ def main(
             result["rows"].append(row)
             print(describe(row), flush=True)
         write_json(output, result)
+
+
+def own_compiled(names: Iterable[str]) -> list[str]:
+    return [name for name in names if METHODS[name].compiled and not METHODS[name].peer]
 
 
 def with_window(config: Any, window: int) -> Any:
@@ -145,8 +154,8 @@ class Group:
         for name, values in times.items():
             seconds = sorted(values)[len(values) // 2]
             rows[name] |= {"step_s": seconds, "tok_s": self.tokens / seconds, "steps_s": values}
-        if profile is not None and "compiled" in self.steps:
-            self.trace("compiled", profile)
+        if profile is not None and (traced := own_compiled(self.steps)):
+            self.trace(traced[0], profile)
         self.own.clear()
         self.steps.clear()
         release_memory()
