@@ -243,42 +243,45 @@ def mean_ppl(row: dict[str, Any], names: list[str]) -> float:
 
 def draw(plt, result: dict[str, Any]):
     """Perplexity over position on top; below it, for each model, which pass keys were found."""
-    from lit_swa.plots import log_axis, names_of, set_title, short_count, token_axis
+    from lit_swa.plots import names_of, set_title
 
     a, rows = result["arguments"], result["rows"]
-    keys, training = a["passkeys"], a["training"]
-    figure = plt.figure(figsize=(10, 8 if keys["lengths"] else 5), layout="constrained")
-    places = figure.add_gridspec(
-        2 if keys["lengths"] else 1, len(rows), height_ratios=[3, 2][: 2 if keys["lengths"] else 1]
-    )
-    axis = figure.add_subplot(places[0, :])
+    lengths, training, fields = a["passkeys"]["lengths"], a["training"], a["fields"]
+    figure = plt.figure(figsize=(10, 8 if lengths else 5), layout="constrained")
+    heights = [3, 2] if lengths else [3]
+    places = figure.add_gridspec(len(heights), len(rows), height_ratios=heights)
+    draw_curves(figure.add_subplot(places[0, :]), rows, a)
+    for n, row in enumerate(rows if lengths else ()):
+        draw_keys(figure.add_subplot(places[1, n]), row, lengths, first=n == 0)
+    name, (length, batch) = Path(training["checkpoint_dir"]).name, a["rows"]["trained"]
+    what = f"{training['max_steps']} steps of {batch * length:,} tokens"
+    seen = f"{fields['attention']}, {fields['n_sink_tokens']} sinks and a window of {fields['sliding_window_size']:,}"
+    below = "; below: pass keys found" if lengths else ""
+    set_title(figure, f"{name} with {seen}: {what}", f"text: {names_of(a['eval_data'])}{below}")
+    return figure
+
+
+def draw_curves(axis, rows: list[dict[str, Any]], a: dict[str, Any]) -> None:
+    """Perplexity over position, cut off at ten times the lowest; the legend says how high a curve goes beyond."""
+    from lit_swa.plots import log_axis, short_count, token_axis
+
+    curves = {row["model"]: list(row["buckets"].values()) for row in rows}
+    lowest, highest = min(map(min, curves.values())), max(map(max, curves.values()))
+    top = 1.1 * min(highest, 10 * lowest)
     for row in rows:
-        middles = [sum(map(int, name.split("-"))) / 2 for name in row["buckets"]]
-        axis.plot(
-            middles, row["buckets"].values(), label=f"{row['model']}: {explain(row['model'], a)}", **look(row["model"])
-        )
-    lowest = min(min(row["buckets"].values()) for row in rows)
-    highest = max(max(row["buckets"].values()) for row in rows)
-    axis.set_ylim(0.9 * lowest, 1.1 * min(highest, 10 * lowest))
+        middles, curve = [sum(map(int, name.split("-"))) / 2 for name in row["buckets"]], curves[row["model"]]
+        above = f" (up to {max(curve):,.0f})" if max(curve) > top else ""
+        label = f"{row['model']}: {explain(row['model'], a)}{above}"
+        axis.plot(middles, curve, label=label, **look(row["model"]))
+    axis.set_ylim(0.9 * lowest, top)
     if a["trained_length"] < a["read_length"]:
-        axis.axvline(a["trained_length"], color="grey", linestyle=":", linewidth=1)
-        place = {"transform": axis.get_xaxis_transform(), "va": "top"}
-        axis.text(
-            a["trained_length"], 0.99, f" trained to {short_count(a['trained_length'])} before", color="grey", **place
-        )
-    axis.set(xlabel="position in the text, tokens", ylabel=f"perplexity, mean of {a['bucket']} positions")
+        label = f"trained to {short_count(a['trained_length'])} before"
+        axis.axvline(a["trained_length"], color="grey", linestyle=":", label=label)
+    axis.set(xlabel="position in the text, tokens", ylabel=f"perplexity, mean of {a['bucket']:,} positions")
     token_axis(axis, a["read_length"])
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     log_axis(axis)
-    for n, row in enumerate(rows if keys["lengths"] else ()):
-        draw_keys(figure.add_subplot(places[1, n]), row, keys["lengths"], first=n == 0)
-    name, (length, batch) = Path(training["checkpoint_dir"]).name, a["rows"]["trained"]
-    what = f"{training['max_steps']} steps of {batch * length:,} tokens"
-    fields = a["fields"]
-    seen = f"{fields['attention']}, {fields['n_sink_tokens']} sinks and a window of {fields['sliding_window_size']}"
-    set_title(figure, f"{name} with {seen}: {what}", f"perplexity of {names_of(a['eval_data'])}, and pass keys found")
-    return figure
 
 
 def explain(name: str, a: dict[str, Any]) -> str:

@@ -157,6 +157,7 @@ def test_pictures_say_what_they_leave_out(figures):
     assert four.get_linewidth() > 3 * one.get_linewidth()
     assert list(losses.lines).index(four) < list(losses.lines).index(one)
     assert "as a dense mask (at 8k only)" in words(figures("benchmark_attention"))
+    assert "original: as it was, every key in reach (up to 16,343)" in words(figures("extend_context_h100"))
     longlora = figures("compare_longlora")
     untrained = next(line for axis in longlora.axes for line in axis.lines if line.get_label().startswith("untrained"))
     assert untrained.get_ydata()[0] == pytest.approx(157.94, abs=0.01) and "groups that are not shifted" in words(
