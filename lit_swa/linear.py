@@ -22,9 +22,9 @@ that is made is T * (C + lag) weights and N states. Shapes as in model.py, and F
 """
 
 import functools
+import importlib.util
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ else:  # copied beside a script of another project
 
 CHUNKS = 128, 256  # queries of a chunk: as many as a window has keys, of these
 PIECE_ELEMENTS = 2**23, 2**29  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEW_MIX = math.log(0.1 / 0.9)  # g = 0.1 in a new layer
 
 State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over keys, with and without their values
@@ -127,7 +128,10 @@ class LinearAttention(Mixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
         if plan.texts:
             return self.read_texts(q, k, v, plan.texts)
-        q, kv = apply_rope(q, *plan.angles), torch.cat([apply_rope(k, *plan.angles), v], dim=-1)
+        q, k = (apply_rope(x, *plan.angles) for x in (q, k))
+        if cache is None and (kernels := text_kernels(q, plan, self.config)):
+            return self.read_by(kernels, q, k, v, plan)
+        kv = torch.cat([k, v], dim=-1)
         if cache is None:
             sinks, entries, state = kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), empty_state(q)
             return self.attend(self.tokens(q, sinks, entries, plan), state, plan)[0].to(v.dtype)
@@ -150,6 +154,20 @@ class LinearAttention(Mixer):
             for i, y in zip(group, self.forward(*rows, plan, None).split(q.size(0)), strict=True):
                 outputs[i] = y[:, :, : lengths[i]]
         return torch.cat(outputs, dim=2)
+
+    def read_by(self, kernels: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """forward() for a whole text, by linear_text_kernels.py. Features are made again in the backward."""
+        make, run = self.text_features, functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        phi_q, phi_k = run(make, q, k) if torch.is_grad_enabled() else make(q, k)
+        scale = (self.config.attention_scores_scalar or self.config.head_size) ** -0.5
+        valid = plan.valid[:, plan.lag :]
+        return kernels.attention(q, k, v, phi_q, phi_k, self.mix, valid, plan.seen, plan.window, scale)
+
+    def text_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """phi of queries, and of the keys for each query head, (B, H, T, F), in their dtype."""
+        wide_q, wide_k = widened(q, q.dtype), widened(k, q.dtype, q.size(1))
+        phi_q, phi_k = features(wide_q, self.feature_q, self.config), features(wide_k, self.feature_k, self.config)
+        return phi_q.to(q.dtype), phi_k.to(q.dtype)
 
     def attention_weights(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """w_ij / sum of w_ij, (B, H, T, T), of a short text without a cache: what is made of unit vectors as values.
@@ -207,10 +225,6 @@ class LinearAttention(Mixer):
         read = T + old - C
         phi_q = features(q.flatten(2, 3), self.feature_q, self.config)  # (B, H, T, F)
         phi_k = features(k[:, :, :read], self.feature_k, self.config) * x.valid[:, None, :read, None]
-        if N > 1 and behind == 0 and x.rates is None and (sums := fast_sums(x.q)):
-            y, norms, state = sums(*(t.to(x.q.dtype) for t in (phi_q, phi_k, v[:, :, :T])), state)
-            y, norms = y.unflatten(2, (N, C)), norms.unflatten(2, (N, C))
-            return normalised(weights @ values + y, weights.sum(-1) + norms), *state
         phi_q, phi_k = phi_q.unflatten(2, (N, C)), strips(phi_k, old, C)  # (B, H, N, C, F), (B, H, N, old, F)
         kernel, left = phi_q @ phi_k.mT, None
         if x.rates is not None:
@@ -268,13 +282,14 @@ def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
 
 
-def fast_sums(q: Tensor) -> Callable[..., tuple[Tensor, Tensor, State]] | None:
-    """fla_sums.older_sums, where its kernels are installed and made for such queries."""
-    if q.is_cuda and q.element_size() == 2 and __package__:
-        from . import fla_sums
+def text_kernels(q: Tensor, plan: Plan, config: Config) -> Any | None:
+    """linear_text_kernels.py, where it takes such a text and config."""
+    more = config.linear_gate or config.linear_off or config.attention_logit_softcapping
+    if not (__package__ and q.is_cuda and q.element_size() == 2 and HAS_TRITON) or more or plan.lag != plan.window:
+        return None
+    from . import linear_text_kernels
 
-        return fla_sums.older_sums if fla_sums.INSTALLED else None
-    return None
+    return linear_text_kernels if linear_text_kernels.fits(q, plan.window, plan.seen.size(-1)) else None
 
 
 def fading(rates: Tensor, C: int, behind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

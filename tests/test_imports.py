@@ -92,7 +92,7 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     folders = ("lit_swa", "generate", "finetune", "pretrain", "scripts")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     found = {name.split(".")[0] for path in files for name in imports(ast.parse(path.read_text(encoding="utf-8")))}
-    projects = {"PIL": "pillow", "yaml": "pyyaml", "cudnn": "nvidia_cudnn_frontend", "fla": "flash_linear_attention"}
+    projects = {"PIL": "pillow", "yaml": "pyyaml", "cudnn": "nvidia_cudnn_frontend"}
     found = {projects.get(name, name) for name in found}
     own = {"lit_swa", "scripts", "config", "rope", "model"}  # the latter where files are copied without the package
     used_where_they_are_there = {"flash_attn", "triton", "xllamacpp"}

@@ -3,9 +3,7 @@
 import importlib.util
 import math
 import random
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import randomize, tiny_config
 from torch import Tensor
 
-from lit_swa import GPT, Config, fla_sums, linear
+from lit_swa import GPT, Config, linear
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.cpu_decode import compile_for_cpu
 from lit_swa.formats.hf_export import config_to_hf
@@ -418,42 +416,6 @@ def test_without_a_window_it_is_the_linear_attention_of_fla():
         else:
             expected = plain.naive_recurrent_linear_attn(phi_q, phi_k, v.transpose(1, 2), scale=1.0, normalize=True)[0]
         torch.testing.assert_close(got.float(), expected.float(), rtol=1e-4, atol=1e-4)
-
-
-def recurrent_gla(q: Tensor, k: Tensor, v: Tensor, *, scale, initial_state, output_final_state) -> tuple:
-    """What fla's chunk_simple_gla gives, step by step: S = S + k v^T, y = q S. (B, T, H, ...)"""
-    state, outputs = initial_state, []
-    for t in range(q.size(1)):
-        state = state + k[:, t, :, :, None] * v[:, t, :, None]
-        outputs.append(scale * (q[:, t, :, None] @ state).squeeze(-2))
-    return torch.stack(outputs, dim=1), state
-
-
-@pytest.mark.parametrize("case", ["lolcats", "relu", "sinks"])
-def test_the_sums_of_fla_give_what_chunks_give(case, monkeypatch):
-    """Catches: a key that becomes older a token early or late, a state that is lost between pieces or calls, a total
-    from the wrong column."""
-    kernels = SimpleNamespace(chunk_simple_gla=recurrent_gla)
-    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", kernels)
-    monkeypatch.setattr(linear, "CHUNKS", (4,))
-    monkeypatch.setattr(linear, "PIECE_ELEMENTS", (2**15, 1))  # nine chunks of a piece
-    model = GPT(tiny_config(n_layer=2, attention="linear", **CASES[case])).double()
-    randomize(model)
-    idx, found = torch.randint(0, 97, (2, T)), []
-    for sums in (None, fla_sums.older_sums):
-        calls = []
-        monkeypatch.setattr(linear, "fast_sums", lambda q, calls=calls, sums=sums: calls.append(q) or sums)
-        model.zero_grad()
-        model(idx).square().sum().backward()
-        grads = [p.grad.clone() for p in model.parameters()]
-        with torch.no_grad():
-            model.set_kv_cache(2, T)
-            parts = [model(idx[:, a:b], torch.arange(a, b)) for a, b in ((0, 17), (17, 18), (18, T))]
-            model.clear_kv_cache()
-            found.append([model(idx), torch.cat(parts, dim=1), *grads])
-        assert calls
-    for plain, fast in zip(*found, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6 * plain.abs().max().item())
 
 
 @pytest.mark.slow

@@ -1,0 +1,392 @@
+"""Triton kernels for a whole text of linear attention, as linear.py defines it, with gradients: no weight of a query
+and a key is written to memory.
+
+A text is cut into N blocks of C tokens, and the window is M of them. Queries of block n meet the keys of block n - M,
+some of them exactly and some as older ones, those of the blocks up to n exactly, and those before n - M by the state:
+
+    add_states      the states before each block, in order           a program: some of the values' elements of a head
+    read_queries    outputs                                          a program: a block of queries of a head
+    grad_queries    gradients of queries, their features, sinks      the same
+    add_grads       gradients of the states, from the last block on  as add_states
+    grad_keys       gradients of keys, their features, values        a program: a block of keys of a query head
+
+States are summed in float32 and rounded where they are multiplied. With y_i = sum of w_ij v_j / Z_i, and its gradient
+dy_i:
+
+    d_ij = (dy_i . v_j - dy_i . y_i) / Z_i                              the gradient of w_ij
+    exact: that of s_ij is w_ij d_ij, and that of c_i, which is the greatest s_ij, - E_i = - sum of w_ij d_ij
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCKS = 64, 32, 16  # tokens of a block, the largest that the window is a multiple of
+SINKS = 16  # rows that are computed for sinks
+MOST_HEAD_SIZE = 128
+PART = 32  # of the values' elements, and of the features, that are read at once
+
+
+@triton.jit
+def load_rows(x, t, T, d, D: tl.constexpr):
+    """Elements d of rows t of x (T, D), zeros behind the text and before it."""
+    return tl.load(x + t[:, None] * D + d[None, :], mask=((t >= 0) & (t < T))[:, None], other=0.0)
+
+
+@triton.jit
+def load_each(x, t, T):
+    return tl.load(x + t, mask=(t >= 0) & (t < T), other=0)
+
+
+@triton.jit
+def sees_exactly(u, t, window):
+    """Whether a query at t has the key at u in its window."""
+    return (u <= t) & (u > t - window)
+
+
+@triton.jit
+def take_in(queries, keys, values, sees, first, scale, best, where, mass, mean):
+    """A softmax over some keys, whose first is at place `first`, joined to that over others: the greatest score, the
+    place of its key, the sum of the weights and that of the weighted values."""
+    scores = tl.where(sees, tl.dot(queries, tl.trans(keys)) * scale, float("-inf"))
+    new = tl.max(scores, 1)
+    where = tl.where(new > best, first + tl.argmax(scores, 1), where)
+    new = tl.maximum(new, best)
+    finite = tl.where(new == float("-inf"), 0.0, new)
+    weights, kept = tl.exp(scores - finite[:, None]), tl.exp(best - finite)
+    mean = mean * kept[:, None] + tl.dot(weights.to(values.dtype), values)
+    return new, where, mass * kept + tl.sum(weights, 1), mean
+
+
+@triton.jit
+def exact_grads(rows, columns, of_rows, of_columns, sees, best, inverse, delta, share, scale):
+    """w_ij and w_ij d_ij, given queries and their dy, and keys and their values: either of them may be the rows."""
+    scores = tl.where(sees, tl.dot(rows, tl.trans(columns)) * scale, best)
+    weights = tl.where(sees, share * tl.exp(scores - best), 0.0)
+    return weights, weights * (tl.dot(of_rows, tl.trans(of_columns)) * inverse - delta)
+
+
+@triton.jit
+def add_states(
+    phi, v, valid, states, norms, T, N, valid_row,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """phi (B, H, T, F), v (B, G, T, D) -> states (B, H, N, F, D), norms (B, H, N, F)"""
+    PARTS: tl.constexpr = D // PART
+    row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    b, f, p = row // H, tl.arange(0, F), part * PART + tl.arange(0, PART)
+    phi, v, valid = phi + row * T * F, v + (b * G + row % H // (H // G)) * T * D, valid + b * valid_row
+    states, norms = states + row * N * F * D, norms + row * N * F
+    total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
+    for n in range(N):
+        tl.store(states + f[:, None] * D + p[None, :], total.to(states.dtype.element_ty))
+        if part == 0:
+            tl.store(norms + f, norm)
+        t = n * C + tl.arange(0, C)
+        ok = load_each(valid, t, T) != 0
+        x = tl.where(ok[:, None], load_rows(phi, t, T, f, F), 0.0)
+        total += tl.dot(tl.trans(x), load_rows(v, t, T, p, D))
+        norm += tl.sum(x.to(tl.float32), 0)
+        states += F * D
+        norms += F
+
+
+@triton.jit
+def read_queries(
+    q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, T, N, M, valid_row, seen_row, n_sinks,
+    scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+    SINKS: tl.constexpr,
+):  # fmt: skip
+    """y (B, H, T, D); for each query, (B, H, T): c, the place of the key that has it, and the sum of its weights."""
+    n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    dtype = q.dtype.element_ty
+    group = (b * G + h // (H // G)) * T * D
+    k, v, valid, seen = k + group, v + group, valid + b * valid_row, seen + b * seen_row
+    q, y, phi_q, phi_k = q + row * T * D, y + row * T * D, phi_q + row * T * F, phi_k + row * T * F
+    top, place, total = top + row * T, place + row * T, total + row * T
+    c, d = tl.arange(0, C), tl.arange(0, D)
+    t = n * C + c
+    queries = load_rows(q, t, T, d, D)
+    best, where = tl.full((C,), float("-inf"), tl.float32), tl.zeros((C,), tl.int32)
+    mass, mean = tl.zeros((C,), tl.float32), tl.zeros((C, D), tl.float32)
+    for m in range(tl.maximum(n - M, 0), n + 1):
+        u = m * C + c
+        sees = sees_exactly(u[None, :], t[:, None], M * C) & (load_each(valid, u, T) != 0)[None, :]
+        keys, values = load_rows(k, u, T, d, D), load_rows(v, u, T, d, D)
+        best, where, mass, mean = take_in(queries, keys, values, sees, m * C, scale, best, where, mass, mean)
+    if SINKS > 0:
+        s = tl.arange(0, SINKS)
+        mask = (s < n_sinks)[None, :] & (t < T)[:, None]
+        sees = tl.load(seen + t[:, None] * n_sinks + s[None, :], mask=mask, other=0) != 0
+        keys, values = load_rows(k, s, n_sinks, d, D), load_rows(v, s, n_sinks, d, D)
+        best, where, mass, mean = take_in(queries, keys, values, sees, 0, scale, best, where, mass, mean)
+    share = tl.sigmoid(tl.load(mix + h).to(tl.float32))
+    mass, mean = mass * share, mean * share
+    u, at = (n - M) * C + c, row * N + tl.maximum(n - M, 0)  # where that is before the text all is zeros
+    older = (u[None, :] <= t[:, None] - M * C) & (load_each(valid, u, T) != 0)[None, :]
+    kernel = tl.zeros((C, C), tl.float32)
+    for first in range(0, F, PART):
+        f = first + tl.arange(0, PART)
+        x = load_rows(phi_q, t, T, f, F)
+        kernel += tl.dot(x, tl.trans(load_rows(phi_k, u, T, f, F)))
+        mean += tl.dot(x, tl.load(states + at * F * D + f[:, None] * D + d[None, :]))
+        mass += tl.sum(x.to(tl.float32) * tl.load(norms + at * F + f)[None, :], 1)
+    kernel = tl.where(older, kernel, 0.0)
+    mass += tl.sum(kernel, 1)
+    mean += tl.dot(kernel.to(dtype), load_rows(v, u, T, d, D))
+    rows = t < T
+    outputs = mean / tl.where(mass == 0, 1.0, mass)[:, None]
+    tl.store(y + t[:, None] * D + d[None, :], outputs.to(dtype), mask=rows[:, None])
+    tl.store(top + t, tl.where(best == float("-inf"), 0.0, best), mask=rows)
+    tl.store(place + t, where, mask=rows)
+    tl.store(total + t, mass, mask=rows)
+
+
+@triton.jit
+def grad_queries(
+    q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, dy,
+    dq, dphi_q, inverse, delta, share_grad, dk_sinks, dv_sinks, T, N, M, valid_row, seen_row, n_sinks, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+    SINKS: tl.constexpr,
+):  # fmt: skip
+    """dq (B, H, T, D), dphi_q (B, H, T, F); for each query, (B, H, T): 1 / Z, dy . y / Z and E; and what a block adds
+    to the gradients of the sinks' keys and values, (B, H, N, SINKS, D)."""
+    n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    dtype = q.dtype.element_ty
+    group = (b * G + h // (H // G)) * T * D
+    k, v, valid, seen = k + group, v + group, valid + b * valid_row, seen + b * seen_row
+    q, y, dy, dq = q + row * T * D, y + row * T * D, dy + row * T * D, dq + row * T * D
+    phi_q, phi_k, dphi_q = phi_q + row * T * F, phi_k + row * T * F, dphi_q + row * T * F
+    top, place, total = top + row * T, place + row * T, total + row * T
+    inverse, delta, share_grad = inverse + row * T, delta + row * T, share_grad + row * T
+    c, d = tl.arange(0, C), tl.arange(0, D)
+    t = n * C + c
+    rows = t < T
+    queries, grads = load_rows(q, t, T, d, D), load_rows(dy, t, T, d, D)
+    best, where, mass = load_each(top, t, T), load_each(place, t, T), load_each(total, t, T)
+    inv = 1.0 / tl.where(mass == 0, 1.0, mass)
+    inv = tl.where(rows, inv, 0.0)
+    off = tl.sum(grads.to(tl.float32) * load_rows(y, t, T, d, D).to(tl.float32), 1) * inv
+    tl.store(inverse + t, inv, mask=rows)
+    tl.store(delta + t, off, mask=rows)
+    share = tl.sigmoid(tl.load(mix + h).to(tl.float32))
+    out, summed = tl.zeros((C, D), tl.float32), tl.zeros((C,), tl.float32)
+    for m in range(tl.maximum(n - M, 0), n + 1):
+        u = m * C + c
+        sees = sees_exactly(u[None, :], t[:, None], M * C) & (load_each(valid, u, T) != 0)[None, :]
+        keys, values = load_rows(k, u, T, d, D), load_rows(v, u, T, d, D)
+        _, change = exact_grads(
+            queries, keys, grads, values, sees, best[:, None], inv[:, None], off[:, None], share, scale
+        )
+        summed += tl.sum(change, 1)
+        out += tl.dot(change.to(dtype), keys)
+    if SINKS > 0:
+        s = tl.arange(0, SINKS)
+        mask = (s < n_sinks)[None, :] & rows[:, None]
+        sees = tl.load(seen + t[:, None] * n_sinks + s[None, :], mask=mask, other=0) != 0
+        keys, values = load_rows(k, s, n_sinks, d, D), load_rows(v, s, n_sinks, d, D)
+        weights, change = exact_grads(
+            queries, keys, grads, values, sees, best[:, None], inv[:, None], off[:, None], share, scale
+        )
+        summed += tl.sum(change, 1)
+        out += tl.dot(change.to(dtype), keys)
+        change -= tl.where(sees & (where[:, None] == s[None, :]), summed[:, None], 0.0)
+        at = (row * N + n) * SINKS * D + s[:, None] * D + d[None, :]
+        tl.store(dk_sinks + at, tl.dot(tl.trans(change.to(dtype)), queries) * scale)
+        tl.store(dv_sinks + at, tl.dot(tl.trans((weights * inv[:, None]).to(dtype)), grads))
+    out -= summed[:, None] * load_rows(k, tl.where(rows, where, T), T, d, D).to(tl.float32)
+    tl.store(dq + t[:, None] * D + d[None, :], (out * scale).to(dtype), mask=rows[:, None])
+    tl.store(share_grad + t, summed, mask=rows)
+    u, at = (n - M) * C + c, row * N + tl.maximum(n - M, 0)
+    older = (u[None, :] <= t[:, None] - M * C) & (load_each(valid, u, T) != 0)[None, :]
+    slope = tl.dot(grads, tl.trans(load_rows(v, u, T, d, D))) * inv[:, None] - off[:, None]
+    slope = tl.where(older, slope, 0.0).to(dtype)
+    scaled = (grads.to(tl.float32) * inv[:, None]).to(dtype)
+    for first in range(0, F, PART):
+        f = first + tl.arange(0, PART)
+        state = tl.load(states + at * F * D + f[:, None] * D + d[None, :])
+        part = tl.dot(slope, load_rows(phi_k, u, T, f, F)) + tl.dot(scaled, tl.trans(state))
+        part -= off[:, None] * tl.load(norms + at * F + f)[None, :]
+        tl.store(dphi_q + t[:, None] * F + f[None, :], part.to(dtype), mask=rows[:, None])
+
+
+@triton.jit
+def add_grads(
+    phi, dy, inverse, delta, states, norms, T, N,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """What the queries of block n and of all behind it say of a state that they read: states (B, H, N, F, D), norms
+    (B, H, N, F). phi: of the queries."""
+    PARTS: tl.constexpr = D // PART
+    row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    f, p = tl.arange(0, F), part * PART + tl.arange(0, PART)
+    phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
+    total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
+    for i in range(N):
+        n = N - 1 - i
+        t = n * C + tl.arange(0, C)
+        x, grads = load_rows(phi, t, T, f, F), load_rows(dy, t, T, p, D)
+        scaled = (grads.to(tl.float32) * load_each(inverse, t, T)[:, None]).to(grads.dtype)
+        total += tl.dot(tl.trans(x), scaled)
+        norm -= tl.sum(x.to(tl.float32) * load_each(delta, t, T)[:, None], 0)
+        at = row * N + n
+        tl.store(states + at * F * D + f[:, None] * D + p[None, :], total.to(states.dtype.element_ty))
+        if part == 0:
+            tl.store(norms + at * F + f, norm)
+
+
+@triton.jit
+def grad_keys(
+    q, k, v, phi_q, phi_k, valid, mix, states, norms, top, place, dy, inverse, delta, share_grad, dk, dv, dphi_k,
+    T, N, M, valid_row, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """dk, dv (B, H, T, D) of each query head, dphi_k (B, H, T, F). states, norms: what add_grads found."""
+    m, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    dtype = q.dtype.element_ty
+    group = (b * G + h // (H // G)) * T * D
+    k, v, valid = k + group, v + group, valid + b * valid_row
+    q, dy, dk, dv = q + row * T * D, dy + row * T * D, dk + row * T * D, dv + row * T * D
+    phi_q, phi_k, dphi_k = phi_q + row * T * F, phi_k + row * T * F, dphi_k + row * T * F
+    top, place, inverse = top + row * T, place + row * T, inverse + row * T
+    delta, share_grad = delta + row * T, share_grad + row * T
+    c, d = tl.arange(0, C), tl.arange(0, D)
+    u = m * C + c
+    rows, ok = u < T, load_each(valid, u, T) != 0
+    keys, values = load_rows(k, u, T, d, D), load_rows(v, u, T, d, D)
+    share = tl.sigmoid(tl.load(mix + h).to(tl.float32))
+    key_grads, value_grads = tl.zeros((C, D), tl.float32), tl.zeros((C, D), tl.float32)
+    for n in range(m, tl.minimum(m + M + 1, N)):  # weights are turned: a row is a key's
+        t = n * C + c
+        queries, grads = load_rows(q, t, T, d, D), load_rows(dy, t, T, d, D)
+        best, where = load_each(top, t, T), load_each(place, t, T)
+        inv, off, summed = load_each(inverse, t, T), load_each(delta, t, T), load_each(share_grad, t, T)
+        sees = sees_exactly(u[:, None], t[None, :], M * C) & ok[:, None] & (t < T)[None, :]
+        weights, change = exact_grads(
+            keys, queries, values, grads, sees, best[None, :], inv[None, :], off[None, :], share, scale
+        )
+        change -= tl.where(sees & (u[:, None] == where[None, :]), summed[None, :], 0.0)
+        key_grads += tl.dot(change.to(dtype), queries)
+        value_grads += tl.dot((weights * inv[None, :]).to(dtype), grads)
+    tl.store(dk + u[:, None] * D + d[None, :], (key_grads * scale).to(dtype), mask=rows[:, None])
+    t = (m + M) * C + c
+    grads = load_rows(dy, t, T, d, D)
+    inv, off = load_each(inverse, t, T), load_each(delta, t, T)
+    older = (u[:, None] <= t[None, :] - M * C) & ok[:, None] & (t < T)[None, :]
+    slope = tl.dot(values, tl.trans(grads)) * inv[None, :] - off[None, :]
+    slope = tl.where(older, slope, 0.0).to(dtype)
+    states, norms = states + (row * N + m + M + 1) * F * D, norms + (row * N + m + M + 1) * F
+    has_state = m + M + 1 < N
+    kernel = tl.zeros((C, C), tl.float32)
+    for first in range(0, F, PART):
+        f = first + tl.arange(0, PART)
+        x, of_queries = load_rows(phi_k, u, T, f, F), load_rows(phi_q, t, T, f, F)
+        kernel += tl.dot(x, tl.trans(of_queries))
+        part = tl.dot(slope, of_queries)
+        if has_state:
+            state = tl.load(states + f[:, None] * D + d[None, :])
+            part += tl.dot(values, tl.trans(state)) + tl.load(norms + f)[None, :]
+            value_grads += tl.dot(tl.where(ok[:, None], x, 0.0), state)
+        part = tl.where(ok[:, None], part, 0.0)
+        tl.store(dphi_k + u[:, None] * F + f[None, :], part.to(dtype), mask=rows[:, None])
+    kernel = tl.where(older, kernel * inv[None, :], 0.0)
+    value_grads += tl.dot(kernel.to(dtype), grads)
+    tl.store(dv + u[:, None] * D + d[None, :], value_grads.to(dtype), mask=rows[:, None])
+
+
+class TextAttention(torch.autograd.Function):
+    """attention(), with gradients. The states are summed again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, mix: Tensor, *rest: Any
+    ) -> Tensor:
+        valid, seen, window, scale = rest
+        q, k, v, phi_q, phi_k = (x.contiguous() for x in (q, k, v, phi_q, phi_k))
+        sizes = Sizes(q, k, phi_q, valid, seen, window)
+        states, norms = sizes.states(phi_k, v, valid)
+        y, (top, total) = torch.empty_like(q), (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+        place = q.new_empty(q.shape[:3], dtype=torch.int32)
+        read_queries[sizes.grid](
+            q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, sizes.T, sizes.N, sizes.M,
+            *sizes.rows, seen.size(-1), scale, **sizes.constants, SINKS=SINKS * (seen.size(-1) > 0), **sizes.launch,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, phi_q, phi_k, mix, valid, seen, y, top, place, total)
+        ctx.window, ctx.scale = window, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, phi_q, phi_k, mix, valid, seen, y, top, place, total = ctx.saved_tensors
+        sizes, n, dy = Sizes(q, k, phi_q, valid, seen, ctx.window), seen.size(-1), dy.contiguous()
+        states, norms = sizes.states(phi_k, v, valid)
+        dq, dphi_q, dphi_k = torch.empty_like(q), torch.empty_like(phi_q), torch.empty_like(phi_k)
+        inverse, delta, share_grad = (torch.empty_like(total) for _ in range(3))
+        of_sinks = q.new_empty(2, q.size(0), q.size(1), sizes.N if n else 0, SINKS, q.size(3), dtype=torch.float32)
+        read = (sizes.T, sizes.N, sizes.M, *sizes.rows, n, ctx.scale)
+        grad_queries[sizes.grid](
+            q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, dy, dq, dphi_q, inverse,
+            delta, share_grad, *of_sinks, *read, **sizes.constants, SINKS=SINKS * (n > 0), **sizes.launch,
+        )  # fmt: skip
+        add_grads[sizes.parts_of_heads](
+            phi_q, dy, inverse, delta, states, norms, sizes.T, sizes.N,
+            **{name: x for name, x in sizes.constants.items() if name != "G"}, **sizes.launch,
+        )  # fmt: skip
+        dk, dv = torch.empty_like(q), torch.empty_like(q)
+        grad_keys[sizes.grid](
+            q, k, v, phi_q, phi_k, valid, mix, states, norms, top, place, dy, inverse, delta, share_grad, dk, dv,
+            dphi_k, sizes.T, sizes.N, sizes.M, sizes.rows[0], ctx.scale, **sizes.constants, **sizes.launch,
+        )  # fmt: skip
+        dk, dv = (x.unflatten(1, (k.size(1), -1)).sum(2) for x in (dk, dv))
+        for x, part in zip((dk, dv), of_sinks if n else (), strict=False):
+            x[:, :, :n] += part[..., :n, :].sum(2).unflatten(1, (k.size(1), -1)).sum(2).to(x.dtype)
+        dmix = (share_grad.sum(dim=(0, 2)) * (1 - mix.float().sigmoid())).to(mix.dtype)
+        return dq, dk, dv, dphi_q, dphi_k, dmix, None, None, None, None
+
+
+class Sizes:
+    """What the kernels are told of their tensors."""
+
+    def __init__(self, q: Tensor, k: Tensor, phi_q: Tensor, valid: Tensor, seen: Tensor, window: int) -> None:
+        (B, H, self.T, self.D), self.F = q.shape, phi_q.size(-1)
+        C = next(size for size in BLOCKS if window % size == 0)
+        self.heads, self.N, self.M = B * H, triton.cdiv(self.T, C), window // C
+        self.rows = tuple(x.stride(0) if x.size(0) > 1 else 0 for x in (valid, seen))
+        self.grid = self.N, self.heads
+        self.constants = {"H": H, "G": k.size(1), "D": self.D, "F": self.F, "C": C, "PART": min(PART, self.D)}
+        self.parts_of_heads = (self.heads * (self.D // self.constants["PART"]),)
+        self.launch = {"num_warps": 8 if self.D > 64 else 4, "num_stages": 2}
+
+    def states(self, phi_k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The states before each block."""
+        states = phi_k.new_empty(self.heads, self.N, self.F, self.D)
+        norms = phi_k.new_empty(self.heads, self.N, self.F, dtype=torch.float32)
+        add_states[self.parts_of_heads](
+            phi_k, v, valid, states, norms, self.T, self.N, self.rows[0], **self.constants, **self.launch
+        )
+        return states, norms
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, mix: Tensor, valid: Tensor, seen: Tensor,
+    window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Linear attention of whole texts, with nothing before them: (B, H, T, D).
+
+    q (B, H, T, D), k and v (B, G, T, D), after RoPE. phi_q, phi_k: features (B, H, T, F). mix: (H,). valid: (1 or B,
+    T), False for sinks, which are the first n tokens, and for padding. seen: (1 or B, T, n). window: S.
+    """
+    return TextAttention.apply(q, k, v, phi_q, phi_k, mix, valid.contiguous(), seen.contiguous(), window, scale)
+
+
+def fits(q: Tensor, window: int, sinks: int) -> bool:
+    """True if the kernels take such queries."""
+    D = q.size(-1)
+    return window > 0 and window % BLOCKS[-1] == 0 and 16 <= D <= MOST_HEAD_SIZE and D & (D - 1) == 0 and sinks <= SINKS
