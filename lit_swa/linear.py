@@ -158,10 +158,13 @@ class LinearAttention(Mixer):
     def read_by(self, kernels: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """forward() for a whole text, by linear_text_kernels.py. Features are made again in the backward."""
         make, run = self.text_features, functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        valid, gone = plan.valid[:, plan.lag :], None
         phi_q, phi_k = run(make, q, k) if torch.is_grad_enabled() else make(q, k)
+        if self.config.linear_gate:
+            phi_q, phi_k, gone = kernels.gated(phi_q, phi_k, self.rates(v, q.dtype, valid), plan.window)
         scale = (self.config.attention_scores_scalar or self.config.head_size) ** -0.5
-        valid = plan.valid[:, plan.lag :]
-        return kernels.attention(q, k, v, phi_q, phi_k, self.mix, valid, plan.seen, plan.window, scale)
+        phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
+        return kernels.attention(q, k, v, phi_q, phi_k, self.mix, gone, valid, plan.seen, plan.window, scale)
 
     def text_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """phi of queries, and of the keys for each query head, (B, H, T, F), in their dtype."""
@@ -182,10 +185,14 @@ class LinearAttention(Mixer):
         """What is mixed, of queries (B, H, T, D), and keys and values (B, G, ..., 2 D)."""
         (sink_k, sink_v), (k, v), rates = sinks.chunk(2, dim=-1), entries.chunk(2, dim=-1), None
         if self.config.linear_gate:
-            (u, b), v_ = (widened(x, q.dtype) for x in (self.gate_weight, self.gate_bias)), widened(v, q.dtype)
-            rates = v_ @ u.unflatten(0, (v.size(1), -1)).mT  # (B, G, E, R)
-            rates = (rates.mT.flatten(1, 2) + b[:, None]).clamp(0, 1) * plan.valid[:, None]  # (B, H, E)
+            rates = self.rates(v, q.dtype, plan.valid)
         return Tokens(q, k, v, rates, plan.valid, plan.seen, sink_k, sink_v)
+
+    def rates(self, v: Tensor, dtype: torch.dtype, valid: Tensor) -> Tensor:
+        """a_t of entries with values (B, G, E, D), (B, H, E)"""
+        (u, b), v = (widened(x, dtype) for x in (self.gate_weight, self.gate_bias)), widened(v, dtype)
+        rates = v @ u.unflatten(0, (v.size(1), -1)).mT  # (B, G, E, R)
+        return (rates.mT.flatten(1, 2) + b[:, None]).clamp(0, 1) * valid[:, None]
 
     def attend(self, x: "Tokens", state: State, plan: Plan) -> tuple[Tensor, State]:
         """Outputs (B, H, T, D), and the state behind the call. A long text is read in pieces, in order; in training,
@@ -284,12 +291,16 @@ def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
 
 def text_kernels(q: Tensor, plan: Plan, config: Config) -> Any | None:
     """linear_text_kernels.py, where it takes such a text and config."""
-    more = config.linear_gate or config.linear_off or config.attention_logit_softcapping
+    more = config.linear_off or config.attention_logit_softcapping
     if not (__package__ and q.is_cuda and q.element_size() == 2 and HAS_TRITON) or more or plan.lag != plan.window:
         return None
     from . import linear_text_kernels
 
-    return linear_text_kernels if linear_text_kernels.fits(q, plan.window, plan.seen.size(-1)) else None
+    return (
+        linear_text_kernels
+        if linear_text_kernels.fits(q, plan.window, plan.seen.size(-1), config.linear_gate)
+        else None
+    )
 
 
 def fading(rates: Tensor, C: int, behind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,11 +15,14 @@ dy_i:
 
     d_ij = (dy_i . v_j - dy_i . y_i) / Z_i                              the gradient of w_ij
     exact: that of s_ij is w_ij d_ij, and that of c_i, which is the greatest s_ij, - E_i = - sum of w_ij d_ij
+
+With gates the features hold what is left within a block (gated()), and exp(-gone) of a state is left behind a block.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,10 +74,11 @@ def exact_grads(rows, columns, of_rows, of_columns, sees, best, inverse, delta, 
 
 @triton.jit
 def add_states(
-    phi, v, valid, states, norms, T, N, valid_row,
+    phi, v, valid, gone, states, norms, T, N, valid_row,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
-    """phi (B, H, T, F), v (B, G, T, D) -> states (B, H, N, F, D), norms (B, H, N, F)"""
+    """phi (B, H, T, F), v (B, G, T, D), gone (B, H, N) -> states (B, H, N, F, D), norms (B, H, N, F)"""
     PARTS: tl.constexpr = D // PART
     row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     b, f, p = row // H, tl.arange(0, F), part * PART + tl.arange(0, PART)
@@ -90,6 +94,9 @@ def add_states(
         x = tl.where(ok[:, None], load_rows(phi, t, T, f, F), 0.0)
         total += tl.dot(tl.trans(x), load_rows(v, t, T, p, D))
         norm += tl.sum(x.to(tl.float32), 0)
+        if GATE:
+            left = tl.exp(-tl.load(gone + row * N + n))
+            total, norm = total * left, norm * left
         states += F * D
         norms += F
 
@@ -218,34 +225,48 @@ def grad_queries(
 
 @triton.jit
 def add_grads(
-    phi, dy, inverse, delta, states, norms, T, N,
-    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+    phi, dy, inverse, delta, gone, states, norms, gone_grads, T, N, M,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of block n and of all behind it say of a state that they read: states (B, H, N, F, D), norms
-    (B, H, N, F). phi: of the queries."""
+    """What the queries of block n and of all behind it say of the state that block n reads, in the place of the states
+    (B, H, N, F, D) and norms (B, H, N, F). phi: of the queries. gone_grads: (B, H, D // PART, N)"""
     PARTS: tl.constexpr = D // PART
     row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     f, p = tl.arange(0, F), part * PART + tl.arange(0, PART)
     phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
+    states, norms, gone = (
+        states + row * N * F * D + f[:, None] * D + p[None, :],
+        norms + row * N * F + f,
+        gone + row * N,
+    )
     total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
     for i in range(N):
         n = N - 1 - i
+        if GATE:
+            m = tl.maximum(n - M, 0)  # the block that enters the state behind what block n reads
+            after = tl.minimum(m + 1, N - 1)
+            change = tl.sum(total * tl.load(states + after * F * D).to(tl.float32))
+            if part == 0:
+                change += tl.sum(norm * tl.load(norms + after * F))
+            tl.store(gone_grads + (row * PARTS + part) * N + m, -change, mask=n >= M)
+            left = tl.exp(-tl.load(gone + m))
+            total, norm = total * left, norm * left
         t = n * C + tl.arange(0, C)
         x, grads = load_rows(phi, t, T, f, F), load_rows(dy, t, T, p, D)
         scaled = (grads.to(tl.float32) * load_each(inverse, t, T)[:, None]).to(grads.dtype)
         total += tl.dot(tl.trans(x), scaled)
         norm -= tl.sum(x.to(tl.float32) * load_each(delta, t, T)[:, None], 0)
-        at = row * N + n
-        tl.store(states + at * F * D + f[:, None] * D + p[None, :], total.to(states.dtype.element_ty))
+        tl.store(states + n * F * D, total.to(states.dtype.element_ty))
         if part == 0:
-            tl.store(norms + at * F + f, norm)
+            tl.store(norms + n * F, norm)
 
 
 @triton.jit
 def grad_keys(
-    q, k, v, phi_q, phi_k, valid, mix, states, norms, top, place, dy, inverse, delta, share_grad, dk, dv, dphi_k,
-    T, N, M, valid_row, scale,
+    q, k, v, phi_q, phi_k, valid, gone, mix, states, norms, top, place, dy, inverse, delta, share_grad, dk, dv,
+    dphi_k, T, N, M, valid_row, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (B, H, T, D) of each query head, dphi_k (B, H, T, F). states, norms: what add_grads found."""
     m, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -283,7 +304,9 @@ def grad_keys(
     slope = tl.dot(values, tl.trans(grads)) * inv[None, :] - off[None, :]
     slope = tl.where(older, slope, 0.0).to(dtype)
     states, norms = states + (row * N + m + M + 1) * F * D, norms + (row * N + m + M + 1) * F
-    has_state = m + M + 1 < N
+    has_state, left = m + M + 1 < N, 1.0
+    if GATE:
+        left = tl.exp(-tl.load(gone + row * N + m))
     kernel = tl.zeros((C, C), tl.float32)
     for first in range(0, F, PART):
         f = first + tl.arange(0, PART)
@@ -292,8 +315,8 @@ def grad_keys(
         part = tl.dot(slope, of_queries)
         if has_state:
             state = tl.load(states + f[:, None] * D + d[None, :])
-            part += tl.dot(values, tl.trans(state)) + tl.load(norms + f)[None, :]
-            value_grads += tl.dot(tl.where(ok[:, None], x, 0.0), state)
+            part += left * (tl.dot(values, tl.trans(state)) + tl.load(norms + f)[None, :])
+            value_grads += left * tl.dot(tl.where(ok[:, None], x, 0.0), state)
         part = tl.where(ok[:, None], part, 0.0)
         tl.store(dphi_k + u[:, None] * F + f[None, :], part.to(dtype), mask=rows[:, None])
     kernel = tl.where(older, kernel * inv[None, :], 0.0)
@@ -306,49 +329,52 @@ class TextAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, mix: Tensor, *rest: Any
-    ) -> Tensor:
-        valid, seen, window, scale = rest
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, mix: Tensor, gone: Tensor | None,
+        valid: Tensor, seen: Tensor, window: int, scale: float,
+    ) -> Tensor:  # fmt: skip
         q, k, v, phi_q, phi_k = (x.contiguous() for x in (q, k, v, phi_q, phi_k))
         sizes = Sizes(q, k, phi_q, valid, seen, window)
-        states, norms = sizes.states(phi_k, v, valid)
+        states, norms = sizes.states(phi_k, v, valid, gone)
         y, (top, total) = torch.empty_like(q), (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
         place = q.new_empty(q.shape[:3], dtype=torch.int32)
         read_queries[sizes.grid](
             q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, sizes.T, sizes.N, sizes.M,
             *sizes.rows, seen.size(-1), scale, **sizes.constants, SINKS=SINKS * (seen.size(-1) > 0), **sizes.launch,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, phi_q, phi_k, mix, valid, seen, y, top, place, total)
+        ctx.save_for_backward(q, k, v, phi_q, phi_k, mix, gone, valid, seen, y, top, place, total)
         ctx.window, ctx.scale = window, scale
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, phi_q, phi_k, mix, valid, seen, y, top, place, total = ctx.saved_tensors
+        q, k, v, phi_q, phi_k, mix, gone, valid, seen, y, top, place, total = ctx.saved_tensors
         sizes, n, dy = Sizes(q, k, phi_q, valid, seen, ctx.window), seen.size(-1), dy.contiguous()
-        states, norms = sizes.states(phi_k, v, valid)
+        states, norms = sizes.states(phi_k, v, valid, gone)
         dq, dphi_q, dphi_k = torch.empty_like(q), torch.empty_like(phi_q), torch.empty_like(phi_k)
         inverse, delta, share_grad = (torch.empty_like(total) for _ in range(3))
-        of_sinks = q.new_empty(2, q.size(0), q.size(1), sizes.N if n else 0, SINKS, q.size(3), dtype=torch.float32)
-        read = (sizes.T, sizes.N, sizes.M, *sizes.rows, n, ctx.scale)
+        of_sinks = q.new_empty(2, *q.shape[:2], sizes.N if n else 0, SINKS, q.size(3), dtype=torch.float32)
         grad_queries[sizes.grid](
             q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, dy, dq, dphi_q, inverse,
-            delta, share_grad, *of_sinks, *read, **sizes.constants, SINKS=SINKS * (n > 0), **sizes.launch,
+            delta, share_grad, *of_sinks, sizes.T, sizes.N, sizes.M, *sizes.rows, n, ctx.scale, **sizes.constants,
+            SINKS=SINKS * (n > 0), **sizes.launch,
         )  # fmt: skip
+        dgone = None if gone is None else gone.new_zeros(*q.shape[:2], sizes.D // sizes.constants["PART"], sizes.N)
+        alike = {name: value for name, value in sizes.constants.items() if name != "G"}
         add_grads[sizes.parts_of_heads](
-            phi_q, dy, inverse, delta, states, norms, sizes.T, sizes.N,
-            **{name: x for name, x in sizes.constants.items() if name != "G"}, **sizes.launch,
+            phi_q, dy, inverse, delta, norms if gone is None else gone, states, norms, norms if gone is None else dgone,
+            sizes.T, sizes.N, sizes.M, GATE=gone is not None, **alike, **sizes.launch,
         )  # fmt: skip
         dk, dv = torch.empty_like(q), torch.empty_like(q)
         grad_keys[sizes.grid](
-            q, k, v, phi_q, phi_k, valid, mix, states, norms, top, place, dy, inverse, delta, share_grad, dk, dv,
-            dphi_k, sizes.T, sizes.N, sizes.M, sizes.rows[0], ctx.scale, **sizes.constants, **sizes.launch,
+            q, k, v, phi_q, phi_k, valid, norms if gone is None else gone, mix, states, norms, top, place, dy, inverse,
+            delta, share_grad, dk, dv, dphi_k, sizes.T, sizes.N, sizes.M, sizes.rows[0], ctx.scale,
+            GATE=gone is not None, **sizes.constants, **sizes.launch,
         )  # fmt: skip
         dk, dv = (x.unflatten(1, (k.size(1), -1)).sum(2) for x in (dk, dv))
         for x, part in zip((dk, dv), of_sinks if n else (), strict=False):
             x[:, :, :n] += part[..., :n, :].sum(2).unflatten(1, (k.size(1), -1)).sum(2).to(x.dtype)
         dmix = (share_grad.sum(dim=(0, 2)) * (1 - mix.float().sigmoid())).to(mix.dtype)
-        return dq, dk, dv, dphi_q, dphi_k, dmix, None, None, None, None
+        return dq, dk, dv, dphi_q, dphi_k, dmix, None if gone is None else dgone.sum(2), None, None, None, None
 
 
 class Sizes:
@@ -356,7 +382,7 @@ class Sizes:
 
     def __init__(self, q: Tensor, k: Tensor, phi_q: Tensor, valid: Tensor, seen: Tensor, window: int) -> None:
         (B, H, self.T, self.D), self.F = q.shape, phi_q.size(-1)
-        C = next(size for size in BLOCKS if window % size == 0)
+        C = block_size(window)
         self.heads, self.N, self.M = B * H, triton.cdiv(self.T, C), window // C
         self.rows = tuple(x.stride(0) if x.size(0) > 1 else 0 for x in (valid, seen))
         self.grid = self.N, self.heads
@@ -364,29 +390,50 @@ class Sizes:
         self.parts_of_heads = (self.heads * (self.D // self.constants["PART"]),)
         self.launch = {"num_warps": 8 if self.D > 64 else 4, "num_stages": 2}
 
-    def states(self, phi_k: Tensor, v: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, phi_k: Tensor, v: Tensor, valid: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states before each block."""
         states = phi_k.new_empty(self.heads, self.N, self.F, self.D)
         norms = phi_k.new_empty(self.heads, self.N, self.F, dtype=torch.float32)
         add_states[self.parts_of_heads](
-            phi_k, v, valid, states, norms, self.T, self.N, self.rows[0], **self.constants, **self.launch
-        )
+            phi_k, v, valid, norms if gone is None else gone, states, norms, self.T, self.N, self.rows[0],
+            GATE=gone is not None, **self.constants, **self.launch,
+        )  # fmt: skip
         return states, norms
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, mix: Tensor, valid: Tensor, seen: Tensor,
-    window: int, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, mix: Tensor, gone: Tensor | None, valid: Tensor,
+    seen: Tensor, window: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Linear attention of whole texts, with nothing before them: (B, H, T, D).
 
-    q (B, H, T, D), k and v (B, G, T, D), after RoPE. phi_q, phi_k: features (B, H, T, F). mix: (H,). valid: (1 or B,
-    T), False for sinks, which are the first n tokens, and for padding. seen: (1 or B, T, n). window: S.
+    q (B, H, T, D), k and v (B, G, T, D), after RoPE. phi_q, phi_k: features (B, H, T, F). mix: (H,). gone: for gates,
+    as gated() gives it, with its features. valid: (1 or B, T), False for sinks, which are the first n tokens, and for
+    padding. seen: (1 or B, T, n). window: S.
     """
-    return TextAttention.apply(q, k, v, phi_q, phi_k, mix, valid.contiguous(), seen.contiguous(), window, scale)
+    return TextAttention.apply(q, k, v, phi_q, phi_k, mix, gone, valid.contiguous(), seen.contiguous(), window, scale)
 
 
-def fits(q: Tensor, window: int, sinks: int) -> bool:
-    """True if the kernels take such queries."""
+def gated(phi_q: Tensor, phi_k: Tensor, rates: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features that hold what gates leave within a block, and the sums of a_t over each block, (B, H, N).
+
+    A key grows by exp of the sum of a_t from its block's first token up to it, and a query shrinks by that up to the
+    newest key that is older to it, which has the same place in its block. rates: a_t of the tokens, (B, H, T).
+    """
+    T, C = rates.size(-1), block_size(window)
+    passed = F.pad(rates, (0, -T % C)).unflatten(-1, (-1, C)).cumsum(-1)
+    of_keys = passed.flatten(2)[..., :T, None]
+    of_queries = F.pad(of_keys, (0, 0, window, 0))[:, :, :T]
+    return phi_q * (-of_queries).exp(), phi_k * of_keys.exp(), passed[..., -1].contiguous()
+
+
+def block_size(window: int) -> int:
+    return next(size for size in BLOCKS if window % size == 0)
+
+
+def fits(q: Tensor, window: int, sinks: int, gate: bool) -> bool:
+    """True if the kernels take such queries. With gates features grow up to e^64, which float16 does not hold."""
     D = q.size(-1)
-    return window > 0 and window % BLOCKS[-1] == 0 and 16 <= D <= MOST_HEAD_SIZE and D & (D - 1) == 0 and sinks <= SINKS
+    if window <= 0 or window % BLOCKS[-1] or sinks > SINKS or (gate and q.dtype == torch.float16):
+        return False
+    return 16 <= D <= MOST_HEAD_SIZE and D & (D - 1) == 0

@@ -14,13 +14,16 @@ from lit_swa.rope import RoPE, find_span
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDE = {"n_embd": 256, "n_head": 4, "n_query_groups": 2, "head_size": 64, "block_size": 1024}
-TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, padding in front of the second text, map
-    "a block": (100, 32, 0, 2, 1, 16, 0, "hedgehog"),
-    "a window of two blocks": (200, 96, 0, 2, 2, 32, 0, "hedgehog"),
-    "sinks and groups": (70, 16, 3, 4, 2, 16, 0, "hedgehog"),
-    "shorter than two windows": (90, 64, 4, 2, 1, 16, 0, "relu"),
-    "padded": (60, 48, 4, 2, 1, 32, 5, "hedgehog"),
-    "a head of 128": (150, 64, 2, 2, 1, 128, 0, "hedgehog"),
+RELU, GATE = {"linear_feature_map": "relu"}, {"linear_gate": True}
+TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, padding in front of the second text, more
+    "a block": (100, 32, 0, 2, 1, 16, 0, {}),
+    "a window of two blocks": (200, 96, 0, 2, 2, 32, 0, {}),
+    "sinks and groups": (70, 16, 3, 4, 2, 16, 0, {}),
+    "shorter than two windows": (90, 64, 4, 2, 1, 16, 0, RELU),
+    "padded": (60, 48, 4, 2, 1, 32, 5, {}),
+    "a head of 128": (150, 64, 2, 2, 1, 128, 0, {}),
+    "gate": (200, 96, 0, 2, 1, 16, 0, GATE),
+    "gate, a window of two blocks, sinks and padding": (200, 32, 3, 4, 2, 64, 5, GATE),
 }
 
 
@@ -31,11 +34,11 @@ def test_kernels_of_whole_texts_are_the_chunks(case, monkeypatch):
     score, of a sink or of a state that goes to another key; in bfloat16, where each may err as the other does."""
     from lit_swa import linear_text_kernels
 
-    T, window, n, H, G, D, padding, feature_map = TEXTS[case]
+    T, window, n, H, G, D, padding, more = TEXTS[case]
     device = "cpu" if INTERPRETED else "cuda"
     torch.manual_seed(0)
-    fields = {"linear_window": window, "linear_sinks": n, "linear_feature_map": feature_map, "attention": "linear"}
-    config = Config(n_layer=1, n_head=H, n_query_groups=G, n_embd=H * D, head_size=D, block_size=512, **fields)
+    fields = {"attention": "linear", "linear_window": window, "linear_sinks": n, "block_size": 512} | more
+    config = Config(n_layer=1, n_head=H, n_query_groups=G, n_embd=H * D, head_size=D, **fields)
     mixer = linear.LinearAttention(config, "linear").to(device)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
