@@ -71,7 +71,7 @@ def main(
         measured = None
         print(f"No time is computed without {pieces}: scripts/measure_pieces.py --devices 2 writes it.")
     heads = ["GPUs", "tokens of a step", "memory, GB", "GB moved a step"]
-    heads += ["computing, ms", "exchanging, ms", "step, ms", "tok/s", "of one GPU's"] if measured else []
+    heads += ["computing, ms", "exchanging, ms", "besides, ms", "step, ms", "tok/s", "of one GPU's"] if measured else []
     print("\n| " + " | ".join(heads) + " |\n|" + " ---: |" * len(heads))
     for n in devices:
         cells = row_of(plan, n, per_host, memory) + (speed_of(plan, n, measured) if measured else [])
@@ -87,7 +87,7 @@ def row_of(plan: "Plan", n: int, per_host: int, memory: float) -> list[str]:
 def speed_of(plan: "Plan", n: int, measured: "Measured") -> list[str]:
     """What follows from measurements."""
     time = measured.times(plan, n)
-    cells = [f"{1e3 * seconds:,.0f}" for seconds in (time.computing, time.exchanging, time.step)]
+    cells = [f"{1e3 * seconds:,.0f}" for seconds in (time.computing, time.exchanging, time.beside, time.step)]
     return [*cells, f"{n * plan.tokens / time.step:,.0f}", f"{time.alone / time.step:.0%}"]
 
 

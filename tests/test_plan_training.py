@@ -165,11 +165,36 @@ def test_time_follows_from_the_pieces(tmp_path):
     wide = Exchange("all_gather", 10**8, 1, 32, False)  # 4 hosts, by 8 cards each
     assert measured.seconds(wide) == pytest.approx(1e-4 + 3e-3 + 1e8 * 31 / 32 / 8e8, rel=1e-2)
     plan = Plan(tiny(), "fsdp", 16, 4, 2)
-    assert measured.overlap("ddp") == 0 and measured.overlap("fsdp") == pytest.approx(1.0)
+    assert measured.spread("ddp") == (0, 0) and measured.spread("fsdp") == pytest.approx((1.0, 0))
     alone, many = measured.times(plan, 1), measured.times(plan, 8)
     assert alone.step == pytest.approx(0.21) and alone.exchanging == 0
     assert many.computing == pytest.approx(0.2 + 0.01 / 8)
     assert many.step == pytest.approx(max(many.computing + many.exchanging - 0.2, many.computing))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_a_strategy_does_besides_comes_once_a_step_and_grows_with_the_weights(tmp_path, accumulate):
+    """Catches: a step that took longer than computing and exchanging told as no overlap and nothing else; the rest
+    of FSDP charged to DDP, to one device or to each micro-batch, or left as it is in a model of another size; a step
+    that is checked by itself."""
+    content = json.loads(pieces(tmp_path).read_text())
+    network, (_, one, fsdp) = Network(8, 1e15, 0.0), content["steps"]
+    exchanging = Measured(content, tiny(), 16, network).times(Plan(tiny(), "fsdp", 16, 4, 1), 2).exchanging
+    fsdp["step_s"] = one["micro_s"] + one["update_s"] / 2 + exchanging + 0.04
+    measured = Measured(content, tiny(), 16, network)
+    assert measured.spread("fsdp") == measured.spread("hybrid") == pytest.approx((0, 0.04 / one["weights"]))
+    assert measured.spread("ddp") == measured.spread("fsdp", but=fsdp) == (0, 0)
+    wider = Config.from_name("pythia-14m", block_size=16, n_layer=24)
+    for config in (tiny(), wider):
+        plan = Plan(config, "fsdp", 16, 4, accumulate)
+        time = measured.times(plan, 8)
+        assert time.beside == pytest.approx(0.04 * plan.weights / one["weights"])
+        assert time.step == pytest.approx(time.computing + time.exchanging + time.beside)
+        assert measured.times(plan, 1).beside == measured.times(Plan(config, "ddp", 16, 4, 1), 8).beside == 0
+    assert f"a step takes {40 * plan.weights / one['weights']:,.1f} ms beside" in " ".join(measured.notes(plan))
+    expected, step = 1e3 * (fsdp["step_s"] - 0.04), 1e3 * fsdp["step_s"]
+    said = f"computed {expected:,.1f} ms with nothing hidden and nothing besides, measured {step:,.1f} ms"
+    assert said in measured.checks()[0]
 
 
 def test_the_table_is_printed_and_errors_are_told(run_script, tmp_path):

@@ -116,13 +116,28 @@ class Network(NamedTuple):
     start: float  # seconds for each further host
 
 
+class Spread(NamedTuple):
+    """What steps on several devices took, beside computing and exchanging one after the other."""
+
+    overlap: float = 0.0  # the share of what can overlap that did so
+    beside: float = 0.0  # seconds for each weight that a step took longer: what the strategy does besides
+
+
 class Times(NamedTuple):
     """Seconds of a step."""
 
     alone: float  # on one GPU
     computing: float
     exchanging: float
-    step: float  # less than both together, where they overlap
+    beside: float  # what the strategy does besides
+    step: float  # less than all three together, where they overlap
+
+
+def together(alone: float, computing: float, exchanging: float, room: float, plan: Plan, spread: Spread) -> Times:
+    """A step: what is exchanged hides behind `room` seconds of computing, as far as it was measured to."""
+    beside = spread.beside * plan.weights
+    step = computing + exchanging + beside - spread.overlap * min(exchanging, room)
+    return Times(alone, computing, exchanging, beside, step)
 
 
 class Measured:
@@ -153,9 +168,12 @@ class Measured:
         lines = [f"Measured on {self.content['machine']}: {one['name']}, {one['rows']} rows of {one['length']}{share}"]
         links = [f"{op} {self.rate(op) / 1e9:.0f} GB/s" for op in ("all_gather", "reduce_scatter", "all_reduce")]
         lines.append(f"measured between {self.content['processes']} devices of a host: " + ", ".join(links))
-        hidden = f"{self.overlap(plan.strategy):.0%} of what can overlap does"
+        spread = self.spread(plan.strategy)
+        hidden = f"{spread.overlap:.0%} of what can overlap does"
+        beside = f"a step takes {1e3 * spread.beside * plan.weights:,.1f} ms beside computing and exchanging"
         given = f"{self.network.rate / 1e9:g} GB/s and {self.network.start * 1e6:g} us a host"
-        return [*lines, f"measured for {plan.strategy}: {hidden}", f"given, not measured: a network of {given} a GPU"]
+        lines.append(f"measured for {plan.strategy}: {hidden}; {beside}, by the number of weights")
+        return [*lines, f"given, not measured: a network of {given} a GPU"]
 
     def rate(self, operation: str) -> float:
         """Bytes per second that a device takes in, in the largest exchange."""
@@ -190,29 +208,31 @@ class Measured:
     def times(self, plan: Plan, n: int) -> Times:
         per_host = self.network.per_host
         micro, update = self.computing(plan, plan.shards(n, per_host))
-        exchanging = sum(map(self.seconds, plan.exchanges(n, per_host)))
-        hidden = self.overlap(plan.strategy) * min(exchanging, self.room(plan, micro)) if n > 1 else 0.0
-        computing = plan.accumulate * micro + update
         alone = plan.accumulate * micro + self.computing(plan, 1)[1]
-        return Times(alone, computing, exchanging, computing + exchanging - hidden)
+        exchanging = sum(map(self.seconds, plan.exchanges(n, per_host)))
+        spread = self.spread(plan.strategy) if n > 1 else Spread()
+        return together(alone, plan.accumulate * micro + update, exchanging, self.room(plan, micro), plan, spread)
 
     @staticmethod
     def room(plan: Plan, micro: float) -> float:
         """Seconds of computing beside which something can be exchanged: DDP has the last backward."""
         return micro * 2 / 3 if plan.strategy == "ddp" else micro * plan.accumulate
 
-    def overlap(self, strategy: str, but: dict[str, Any] | None = None) -> float:
-        """The share of what can overlap that did so where it was measured; hybrid's is FSDP's. 0 where it was not.
+    def spread(self, strategy: str, but: dict[str, Any] | None = None) -> Spread:
+        """What the steps of a strategy tell; hybrid's are FSDP's. Nothing where none was measured.
 
-        but: a step that does not count.
+        A step that took less than computing and exchanging hid some of it. One that took more does something besides,
+        which no exchange shows: FSDP widens and copies gradients before they are added up, and its update asks more of
+        the host. Both come once a step, and grow with the weights. but: a step that does not count.
         """
         found = []
         for row in self.spread_steps():
             if row["strategy"] == ("ddp" if strategy == "ddp" else "fsdp") and row is not but:
                 computing, exchanging, room = self.parts_of(row)
                 hidden = computing + exchanging - row["step_s"]
-                found.append(min(1.0, max(0.0, hidden / min(exchanging, room))))
-        return sum(found) / len(found) if found else 0.0
+                overlap = min(1.0, max(0.0, hidden) / min(exchanging, room))
+                found.append(Spread(overlap, max(0.0, -hidden) / row["weights"]))
+        return Spread(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
     def spread_steps(self) -> list[dict[str, Any]]:
         """The steps that were measured on several devices and on one."""
@@ -237,13 +257,15 @@ class Measured:
         return computing, exchanging, self.room(plan, one["micro_s"])
 
     def checks(self) -> list[str]:
-        """What is computed for the steps that were measured on several devices, each by what the others say."""
+        """What is computed for the steps that were measured on several devices, each by what the others say: without
+        another step of its strategy that is computing and exchanging, one after the other."""
         lines = []
         for row in self.spread_steps():
-            computing, exchanging, room = self.parts_of(row)
-            step = computing + exchanging - self.overlap(row["strategy"], but=row) * min(exchanging, room)
+            spread, plan = self.spread(row["strategy"], but=row), self.plan_of(row)
+            step = together(0.0, *self.parts_of(row), plan, spread).step
             what = f"{row['strategy']} on {row['processes']} devices, {row['rows']} x {row['length']}"
-            lines.append(f"check: {what}: computed {1e3 * step:,.1f} ms, measured {1e3 * row['step_s']:,.1f} ms")
+            how = "" if any(spread) else " with nothing hidden and nothing besides"
+            lines.append(f"check: {what}: computed {1e3 * step:,.1f} ms{how}, measured {1e3 * row['step_s']:,.1f} ms")
         for row in [row for row in self.steps if "memory_GB" in row]:
             n, what = row["processes"], f"{row['strategy']}, {row['rows']} x {row['length']}"
             needed = self.plan_of(row).memory(n, max(n, self.network.per_host)) / 1e9
