@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
+from lit_swa.plots import DASHES, OTHERS, label_ends, log_axis
+
 PARTS = ("decode", "pretrain", "lora", "resume", "blocks")
 MOST_BYTES = 72e9  # of weights on a device
 STEPS = 8  # of the run that is resumed, which saves the fourth
+STRATEGIES = ("ddp", "fsdp", "hybrid")  # in the order of their colours
 Row = dict[str, Any]
+Label = tuple[float, float, str, str]  # x, y, text and colour
 
 
 class Settings(NamedTuple):
@@ -58,7 +62,7 @@ def main(
     resumed on fewer devices, and blocks are linearised at the same time.
 
     Each measurement is a script of the project, whose command is printed, and is kept in out_dir: the same command goes
-    on. Decode and training steps use random weights and tokens.
+    on, and keeps each block that was trained. Decode and training steps use random weights and tokens.
 
     Args:
         devices: Numbers of devices, 1 among them. By default 1, 2, 4 and 8, as many as there are.
@@ -98,8 +102,9 @@ def main(
     result |= {"machine": describe_machine(device), "rows": []}
     output.parent.mkdir(parents=True, exist_ok=True)
     for part in chosen:
-        result["rows"] += list(MEASURES[part](settings))
-        write_json(output, result)
+        for row in MEASURES[part](settings):
+            result["rows"].append(row)
+            write_json(output, result)
     print("\n".join(tables(result["rows"])))
     draw_results(output, lambda plt: draw(plt, result))
 
@@ -126,6 +131,15 @@ def measured(command: list[str], output: Path) -> dict[str, Any]:
     if not output.is_file():
         execute([*command, "--output", str(output)])
     return read_json(output)
+
+
+def keep(path: Path, make: Callable[[], Row]) -> Row:
+    """What `make` returns, if it is not kept at `path` yet."""
+    from lit_swa.formats.files import read_json, write_json
+
+    if not path.is_file():
+        write_json(path, make())
+    return read_json(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- decode
@@ -169,8 +183,8 @@ def lora(settings: Settings) -> Iterator[Row]:
 
 
 def train(part: str, name: str, own: dict[str, Any], settings: Settings) -> Iterator[Row]:
-    """Steps on one device and on more; those of all weights beside the plan's, which was computed from the pieces of
-    the fewest devices."""
+    """Steps on one device and on more. Beside those of all weights stands what the plan computes from the pieces of the
+    fewest devices, for more devices than these."""
     from lit_swa.runs import typed
 
     pieces: dict[str, Any] | None = None
@@ -188,7 +202,7 @@ def train(part: str, name: str, own: dict[str, Any], settings: Settings) -> Iter
             made = {"part": part, "name": name, "strategy": row["strategy"], "devices": n, "tok_s": n * row["tok_s"]}
             made |= {key: row[key] for key in ("mfu", "memory_GB") if key in row}
             made["share"] = row["tok_s"] / alone["tok_s"]
-            if pieces is not None and n > 1:
+            if pieces is not None and n > pieces["processes"]:
                 made |= predicted(pieces, row, n)
             yield made
 
@@ -217,16 +231,16 @@ def resume(settings: Settings) -> Iterator[Row]:
     whole = settings.out_dir / f"resume-{most}"
     options = {"data": settings.data, "strategy": "fsdp", "max_steps": STEPS, "batch_size": 2 * most,
                "micro_batch_size": 1, "save_interval": STEPS // 2, "keep_last": 2, "sample": False, "resume": "auto",
-               "device": settings.device}  # fmt: skip
+               "validation_fraction": 0, "device": settings.device}  # fmt: skip
 
     def run(directory: Path, n: int) -> dict[str, list[float]]:
         if not (directory / "final").exists():
             execute(["pretrain/base.py", *typed(options | {"out_dir": directory, "devices": n})])
         return read_metrics(directory)
 
-    expected = run(whole, most)
-    for n in settings.devices[-2::-1]:
+    def compare(n: int) -> Row:
         directory = settings.out_dir / f"resume-{most}-{n}"
+        expected = run(whole, most)
         if not directory.exists():
             shutil.copytree(whole, directory)
             shutil.rmtree(directory / "final")
@@ -235,7 +249,11 @@ def resume(settings: Settings) -> Iterator[Row]:
         pairs = [(a, b) for name in ("loss", "grad_norm") for a, b in zip(expected[name], got[name], strict=True)]
         off = max(abs(a - b) / abs(a) for a, b in pairs if a == a)  # not of a row that has only one of the two
         same = all(a == b or a != a for a, b in zip(expected["tokens"], got["tokens"], strict=True))
-        yield {"part": "resume", "saved_on": most, "devices": n, "steps": STEPS // 2, "same_tokens": same, "off": off}
+        return {"same_tokens": same, "off": off}
+
+    for n in settings.devices[-2::-1]:
+        found = keep(settings.out_dir / f"resume-{most}-{n}.json", lambda n=n: compare(n))
+        yield {"part": "resume", "saved_on": most, "devices": n, "steps": STEPS // 2} | found
 
 
 # -------------------------------------------------------------------------------------------------------------- blocks
@@ -243,41 +261,76 @@ def resume(settings: Settings) -> Iterator[Row]:
 
 def blocks(settings: Settings) -> Iterator[Row]:
     """As many blocks as there are devices at most, trained one after the other and as many at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from lit_swa.checkpoint import load_config
     from lit_swa.formats.download import find_checkpoint
-    from lit_swa.formats.files import read_json, write_json
-    from lit_swa.runs import Places, execute, typed
+    from lit_swa.formats.files import read_json
 
-    most, out_dir = settings.devices[-1], settings.out_dir / "blocks"
-    base = find_checkpoint(settings.checkpoint_dir)
-    size = -(-load_config(base).n_layer // most)
-    numbers = range(-(-load_config(base).n_layer // size))
-
-    def step(name: str, options: dict[str, Any], **how: Any) -> None:
-        words = typed({"step": name, "out_dir": out_dir} | options)
-        execute(["finetune/linearize_blockwise.py", *words], **how)
-
+    base, ready = find_checkpoint(settings.checkpoint_dir), False
+    layers = load_config(base).n_layer
+    size = -(-layers // settings.devices[-1])
+    numbers = [str(n) for n in range(-(-layers // size))]
     for n in settings.devices:
         kept = settings.out_dir / f"blocks-{n}.json"
-        if not kept.is_file():
-            if not out_dir.exists():
-                step("shard", {"checkpoint_dir": base, "layers_per_block": size})
-            texts = {"checkpoint_dir": base, "data": settings.data, "max_seq_length": settings.length}
-            step("inputs", texts | {"device": settings.device, "limit": 8 * settings.block_steps})
-            places, started = Places(settings.device, n), time.perf_counter()
+        seconds = read_json(kept) if kept.is_file() else {}
+        if left := [number for number in numbers if number not in seconds]:
+            if not ready:
+                make_blocks(settings, base, size)
+                ready = True
+            train_blocks(settings, left, n, kept, seconds)
+        yield {"part": "blocks", "devices": n, "blocks": len(numbers), "seconds": until_all(seconds, numbers, n)}
 
-            def train_block(number: int, places: Places = places, n: int = n) -> None:
-                options = {"block": number, "max_steps": settings.block_steps, "device": settings.device}
-                with places.one() as environment:
-                    log = settings.out_dir / f"blocks-{n}-{number}.log"
-                    step("train", options | {"resume": "restart"}, log=log, environment=environment)
 
-            with ThreadPoolExecutor(n) as pool:
-                list(pool.map(train_block, numbers))
-            write_json(kept, {"seconds": time.perf_counter() - started})
-        yield {"part": "blocks", "devices": n, "blocks": len(numbers), "seconds": read_json(kept)["seconds"]}
+def make_blocks(settings: Settings, base: Path, size: int) -> None:
+    """Blocks and their inputs, and a step of one, so that kernels are compiled and tuned before the clock runs."""
+    block_step(settings, "shard", {"checkpoint_dir": base, "layers_per_block": size})
+    texts = {"checkpoint_dir": base, "data": settings.data, "max_seq_length": settings.length}
+    block_step(settings, "inputs", texts | {"device": settings.device, "limit": 8 * settings.block_steps})
+    train_block(settings, "0", "first", 1, {})
+
+
+def train_blocks(settings: Settings, numbers: list[str], n: int, kept: Path, seconds: dict[str, float]) -> None:
+    """Train these blocks, n at the same time, and keep the seconds of each as soon as it has ended."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Lock
+
+    from lit_swa.formats.files import write_json
+    from lit_swa.runs import Places
+
+    places, lock = Places(settings.device, n), Lock()
+
+    def train_one(number: str) -> None:
+        with places.one() as environment:
+            started = time.perf_counter()
+            train_block(settings, number, str(n), settings.block_steps, environment)
+            with lock:
+                seconds[number] = time.perf_counter() - started
+                write_json(kept, seconds)
+
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(train_one, numbers))
+
+
+def train_block(settings: Settings, number: str, name: str, steps: int, environment: dict[str, str]) -> None:
+    """Train a block from its first step on. It validates and saves at the end only."""
+    options = {"block": number, "max_steps": steps, "eval_interval": steps, "save_interval": steps}
+    how = {"log": settings.out_dir / f"blocks-{name}-{number}.log", "environment": environment}
+    block_step(settings, "train", options | {"device": settings.device, "resume": "restart"}, **how)
+
+
+def block_step(settings: Settings, name: str, options: dict[str, Any], **how: Any) -> None:
+    from lit_swa.runs import execute, typed
+
+    words = typed({"step": name, "out_dir": settings.out_dir / "blocks"} | options)
+    execute(["finetune/linearize_blockwise.py", *words], **how)
+
+
+def until_all(seconds: dict[str, float], numbers: list[str], n: int) -> float:
+    """When the last block ends, where each begins as soon as one of n devices is free."""
+    ends = [0.0] * n
+    for number in numbers:
+        first = ends.index(min(ends))
+        ends[first] += seconds[number]
+    return max(ends)
 
 
 MEASURES: dict[str, Callable[[Settings], Iterator[Row]]] = {
@@ -324,33 +377,56 @@ def cells(row: Row, rows: list[Row]) -> list[str]:
 
 def draw(plt: Any, result: dict[str, Any]) -> Any:
     """Decode, and the share of the ideal in training, over the number of devices; predictions are hollow."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     rows = result["rows"]
-    for name, mode in dict.fromkeys((r["name"], r["mode"]) for r in rows if r["part"] == "decode"):
-        own = [r for r in rows if r["part"] == "decode" and (r["name"], r["mode"]) == (name, mode)]
-        axes[0].plot([r["devices"] for r in own], [r["tok_s"] for r in own], marker="o", label=f"{name}, {mode}")
-    for part, strategy in dict.fromkeys(
-        (r["part"], r["strategy"]) for r in rows if r.get("share") and r["devices"] > 1
-    ):
-        own = [r for r in rows if r["part"] == part and r["strategy"] in (strategy, "one")]
-        (line,) = axes[1].plot(
-            [r["devices"] for r in own], [r["share"] for r in own], marker="o", label=f"{part}, {strategy}"
-        )
-        guessed = [r for r in own if "predicted_share" in r]
-        axes[1].plot([r["devices"] for r in guessed], [r["predicted_share"] for r in guessed], linestyle="none",
-                     marker="o", markersize=11, markerfacecolor="none", color=line.get_color())  # fmt: skip
-    for axis, label in zip(axes, ("decode (tok/s)", "training, share of the ideal"), strict=True):
-        axis.set_xlabel("devices")
-        axis.set_ylabel(label)
-        axis.set_xscale("log", base=2)
-        ticks = sorted({r["devices"] for r in rows})
-        axis.set_xticks(ticks, [str(n) for n in ticks])
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(0, 1.1)
-    figure.suptitle(f"{result['machine']}; hollow: what plan_training.py predicts", fontsize=10)
+    ends = {axes[0]: draw_decode(axes[0], rows), axes[1]: draw_training(axes[1], rows)}
+    most = max(row["devices"] for row in rows)
+    for axis, what in zip(axes, ("decode, tokens per second", "training, share of the ideal"), strict=True):
+        axis.set(xlabel="devices", ylabel=what, xscale="log", xlim=(0.93, 1.07 * most))
+        ticks = sorted({row["devices"] for row in rows})
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    if ends[axes[0]]:
+        log_axis(axes[0])
+    if ends[axes[1]]:
+        low = min(row[key] for row in rows for key in ("share", "predicted_share") if key in row)
+        axes[1].set_ylim(min(0.8, low - 0.02), 1.03)
+        axes[1].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    figure.suptitle(f"{result['machine']}; hollow: what plan_training.py computes from fewer devices", fontsize=11)
+    label_ends(figure, {axis: labels for axis, labels in ends.items() if labels})
     return figure
+
+
+def draw_decode(axis: Any, rows: list[Row]) -> list[Label]:
+    """Lines of the same model have a colour, of the same weights a dash."""
+    ends = []
+    names, modes = (list(dict.fromkeys(r[key] for r in rows if r["part"] == "decode")) for key in ("name", "mode"))
+    for name, mode in dict.fromkeys((r["name"], r["mode"]) for r in rows if r["part"] == "decode"):
+        own = [r for r in rows if (r["part"], r.get("name"), r.get("mode")) == ("decode", name, mode)]
+        colour, line = OTHERS[names.index(name) % len(OTHERS)], DASHES[modes.index(mode) % len(DASHES)]
+        x, y = [r["devices"] for r in own], [r["tok_s"] for r in own]
+        axis.plot(x, y, marker="o", label=f"{name}, {mode}", color=colour, linestyle=line)
+        ends.append((x[-1], y[-1], f"{name}, {mode}", colour))
+    return ends
+
+
+def draw_training(axis: Any, rows: list[Row]) -> list[Label]:
+    """Lines of the same strategy have a colour; LoRA is dashed."""
+    ends = []
+    for part, strategy in dict.fromkeys((r["part"], r["strategy"]) for r in rows if "share" in r):
+        own = [r for r in rows if r["part"] == part and r["strategy"] in (strategy, "one")]
+        if strategy == "one" or len(own) < 2:
+            continue
+        colour, name = OTHERS[2 + STRATEGIES.index(strategy)], own[0]["name"] + ", LoRA" * (part == "lora")
+        x, y = [r["devices"] for r in own], [r["share"] for r in own]
+        line = "--" if part == "lora" else "-"
+        axis.plot(x, y, marker="o", label=f"{name}, {strategy}", color=colour, linestyle=line)
+        guessed = [r for r in own if "predicted_share" in r]
+        axis.plot([r["devices"] for r in guessed], [r["predicted_share"] for r in guessed], linestyle="none",
+                  marker="o", markersize=11, markerfacecolor="none", color=colour)  # fmt: skip
+        ends.append((x[-1], y[-1], f"{name}, {strategy}", colour))
+    return ends
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 SCRIPTS = (  # those with a function draw(matplotlib.pyplot, content of the JSON file)
-    "adapt_window", "benchmark_attention", "benchmark_generate", "compare_context", "compare_linear",
-    "compare_longlora", "compare_pretraining", "evaluate_documents", "evaluate_passkey", "evaluate_quantized",
-    "evaluate_ruler", "evaluate_streaming", "extend_context", "plot_masks", "plot_metrics",
+    "adapt_window", "benchmark_attention", "benchmark_generate", "benchmark_scaling", "compare_context",
+    "compare_linear", "compare_longlora", "compare_pretraining", "evaluate_documents", "evaluate_passkey",
+    "evaluate_quantized", "evaluate_ruler", "evaluate_streaming", "extend_context", "plot_masks", "plot_metrics",
 )  # fmt: skip
 
 
@@ -21,9 +21,10 @@ def main(results: list[Path] | Path) -> None:
 
     Args:
         results: A file, or several as '[a.json,b.json]', that one of these scripts wrote: adapt_window.py,
-            benchmark_attention.py, benchmark_generate.py, compare_context.py, compare_linear.py, compare_longlora.py,
-            compare_pretraining.py, evaluate_documents.py, evaluate_passkey.py, evaluate_quantized.py,
-            evaluate_ruler.py, evaluate_streaming.py, extend_context.py, plot_masks.py, plot_metrics.py.
+            benchmark_attention.py, benchmark_generate.py, benchmark_scaling.py, compare_context.py, compare_linear.py,
+            compare_longlora.py, compare_pretraining.py, evaluate_documents.py, evaluate_passkey.py,
+            evaluate_quantized.py, evaluate_ruler.py, evaluate_streaming.py, extend_context.py, plot_masks.py,
+            plot_metrics.py.
     """
     from lit_swa.formats.json_files import MAX_RESULT_BYTES, UNFIT, parse_json
     from lit_swa.formats.reading import read_bytes
