@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
-from lit_swa.plots import DASHES, OTHERS, label_ends, log_axis
-
 PARTS = ("decode", "pretrain", "lora", "resume", "blocks")
 MOST_BYTES = 72e9  # of weights on a device
 STEPS = 8  # of the run that is resumed, which saves the fourth
@@ -377,6 +375,8 @@ def cells(row: Row, rows: list[Row]) -> list[str]:
 
 def draw(plt: Any, result: dict[str, Any]) -> Any:
     """Decode, and the share of the ideal in training, over the number of devices; predictions are hollow."""
+    from lit_swa.plots import label_ends, log_axis
+
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     rows = result["rows"]
     ends = {axes[0]: draw_decode(axes[0], rows), axes[1]: draw_training(axes[1], rows)}
@@ -400,6 +400,8 @@ def draw(plt: Any, result: dict[str, Any]) -> Any:
 
 def draw_decode(axis: Any, rows: list[Row]) -> list[Label]:
     """Lines of the same model have a colour, of the same weights a dash."""
+    from lit_swa.plots import DASHES, OTHERS
+
     ends = []
     names, modes = (list(dict.fromkeys(r[key] for r in rows if r["part"] == "decode")) for key in ("name", "mode"))
     for name, mode in dict.fromkeys((r["name"], r["mode"]) for r in rows if r["part"] == "decode"):
@@ -413,6 +415,8 @@ def draw_decode(axis: Any, rows: list[Row]) -> list[Label]:
 
 def draw_training(axis: Any, rows: list[Row]) -> list[Label]:
     """Lines of the same strategy have a colour; LoRA is dashed."""
+    from lit_swa.plots import OTHERS
+
     ends = []
     for part, strategy in dict.fromkeys((r["part"], r["strategy"]) for r in rows if "share" in r):
         own = [r for r in rows if r["part"] == part and r["strategy"] in (strategy, "one")]

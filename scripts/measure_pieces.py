@@ -141,7 +141,7 @@ def time_step(
     medians = torch.tensor([sorted(values)[repeats // 2] for values in times.values()])
     slowest = ranks.gather(medians).amax(0).tolist()
     found: dict[str, Any] = {"weights": count_weights(config), **dict(zip(times, slowest, strict=True))}
-    tokens, flops = row["rows"] * row["length"], token_flops(config, row["length"])
+    tokens, flops = row["rows"] * row["length"], token_flops(config, row["length"], row["lora_r"] is not None)
     peak = peak_flops(device, getattr(torch, dtype))
     found |= {"flops_per_token": flops, "tok_s": tokens / found["step_s"]}
     if peak and flops:

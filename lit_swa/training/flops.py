@@ -41,15 +41,15 @@ def count_weights(config: Config) -> int:
     return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
-def token_flops(config: Config, length: int) -> float | None:
-    """Operations for a token of a text of so many, in a training step that trains every weight; None for models whose
-    layers do not compute scores of pairs alone."""
+def token_flops(config: Config, length: int, frozen: bool = False) -> float | None:
+    """Operations for a token of a text of so many, in a training step; None for models whose layers do not compute
+    scores of pairs alone. frozen: no weight gets a gradient, as under LoRA, whose own few operations do not count."""
     kinds = {config.kind_of(name, i): (name, i) for i, name in enumerate(config.layer_variants)}
     seen = {kind: keys_seen(VARIANTS[name], config.of_layer(i), length) for kind, (name, i) in kinds.items()}
     if config.s2_attention or None in seen.values():
         return None
     pairs = sum(seen[config.kind_of(v, i)] * config.of_layer(i).n_head for i, v in enumerate(config.layer_variants))
-    return 6 * active_weights(config) + 12 * config.head_size * pairs
+    return (4 if frozen else 6) * active_weights(config) + 12 * config.head_size * pairs
 
 
 def active_weights(config: Config) -> float:

@@ -221,9 +221,11 @@ class Measured:
     def spread(self, strategy: str, but: dict[str, Any] | None = None) -> Spread:
         """What the steps of a strategy tell; hybrid's are FSDP's. Nothing where none was measured.
 
-        A step that took less than computing and exchanging hid some of it. One that took more does something besides,
-        which no exchange shows: FSDP widens and copies gradients before they are added up, and its update asks more of
-        the host. Both come once a step, and grow with the weights. but: a step that does not count.
+        A step that took less than computing and exchanging one after the other hid some of it. One that took more does
+        something besides, which no exchange shows: FSDP for its gradients and its update, not for what it gathers
+        (tutorials/scale_out.md, LoRA). So that comes once a step, and is taken to grow with the weights.
+
+        but: a step that does not count.
         """
         found = []
         for row in self.spread_steps():
