@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     valid: Tensor | None = None  # (1 or B, E): which entries are keys behind the sinks
     seen: Tensor | None = None  # (1 or B, T, n): which query sees which sink
     moves: Moves | None = None
+    whole: bool = False  # each row is a text from its beginning
     texts: "list[tuple[int, Plan]]" = []  # lengths and plans of texts in a sequence; empty: one text
 
 
@@ -118,7 +119,8 @@ class LinearAttention(Mixer):
         else:
             valid, sink_pos, moves, pos_of = F.pad(pos >= n, (max(1, min(self.near, T)), 0)), pos[:, :n], None, pos
         seen = (sink_pos[:, None] >= 0) & (sink_pos[:, None] <= pos_of[:, :, None])
-        return Plan(rope(pos, self.rope_base), self.near, valid.size(1) - T, valid, seen, moves)
+        whole = cache is None or (span.fresh and moves.order is None and moves.queries is None)
+        return Plan(rope(pos, self.rope_base), self.near, valid.size(1) - T, valid, seen, moves, whole)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
         return Plan(join_angles([plan.angles for _, plan in texts]), texts=texts)
@@ -129,8 +131,8 @@ class LinearAttention(Mixer):
         if plan.texts:
             return self.read_texts(q, k, v, plan.texts)
         q, k = (apply_rope(x, *plan.angles) for x in (q, k))
-        if cache is None and (kernels := text_kernels(q, plan, self.config)):
-            return self.read_by(kernels, q, k, v, plan)
+        if kernels := text_kernels(q, plan, self.config):
+            return self.read_by(kernels, q, k, v, plan, cache)
         kv = torch.cat([k, v], dim=-1)
         if cache is None:
             sinks, entries, state = kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), empty_state(q)
@@ -155,15 +157,20 @@ class LinearAttention(Mixer):
                 outputs[i] = y[:, :, : lengths[i]]
         return torch.cat(outputs, dim=2)
 
-    def read_by(self, kernels: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """forward() for a whole text, by linear_text_kernels.py. Features are made again in the backward."""
+    def read_by(self, kernels: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
+        """forward() for whole texts, by linear_text_kernels.py. Features are made again in the backward."""
         make, run = self.text_features, functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        valid, gone = plan.valid[:, plan.lag :], None
+        valid, rates, gone = plan.valid[:, plan.lag :], None, None
         phi_q, phi_k = run(make, q, k) if torch.is_grad_enabled() else make(q, k)
         if self.config.linear_gate:
-            phi_q, phi_k, gone = kernels.gated(phi_q, phi_k, self.rates(v, q.dtype, valid), plan.window)
+            rates = self.rates(v, q.dtype, valid)
+        if cache is not None:
+            cache.exchange(torch.cat([k, v], dim=-1), plan.moves)
+            cache.keep(state_of(*(x[:, :, : max(0, q.size(2) - plan.lag)] for x in (phi_k, v)), valid, rates))
+        if rates is not None:
+            phi_q, phi_k, gone = kernels.gated(phi_q, phi_k, rates, plan.window)
+            phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
         scale = (self.config.attention_scores_scalar or self.config.head_size) ** -0.5
-        phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
         return kernels.attention(q, k, v, phi_q, phi_k, self.mix, gone, valid, plan.seen, plan.window, scale)
 
     def text_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,9 +297,9 @@ def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
 
 
 def text_kernels(q: Tensor, plan: Plan, config: Config) -> Any | None:
-    """linear_text_kernels.py, where it takes such a text and config."""
-    more = config.linear_off or config.attention_logit_softcapping
-    if not (__package__ and q.is_cuda and q.element_size() == 2 and HAS_TRITON) or more or plan.lag != plan.window:
+    """linear_text_kernels.py, where it takes such a call and config."""
+    more = config.linear_off or config.attention_logit_softcapping or not plan.whole or q.size(2) == 1
+    if more or not (__package__ and HAS_TRITON and q.is_cuda and q.element_size() == 2):
         return None
     from . import linear_text_kernels
 
@@ -349,6 +356,17 @@ def empty_state(q: Tensor, size: int | None = None) -> State:
     """A state for queries (B, H, T, D) and values of `size` elements: (B, H, F, size) and (B, H, F)."""
     (B, H, _, D), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
     return q.new_zeros(B, H, 2 * D, size or D, dtype=wide), q.new_zeros(B, H, 2 * D, dtype=wide)
+
+
+@torch.no_grad()
+def state_of(phi: Tensor, v: Tensor, valid: Tensor, rates: Tensor | None) -> State:
+    """The state that holds the first keys of texts: features (B, H, n, F) and values (B, G, n, D) of n of them."""
+    n, wide = phi.size(2), torch.promote_types(phi.dtype, torch.float32)
+    phi = phi.to(wide) * valid[:, None, :n, None]
+    if rates is not None:  # float64: differences of sums over a long text count
+        passed = rates[..., :n].double().cumsum(-1)
+        phi = phi * (passed - passed[..., -1:]).exp()[..., None].to(wide)
+    return phi.mT @ widened(v, phi.dtype, phi.size(1)), phi.sum(-2)
 
 
 def run_states(phi: Tensor, v: Tensor, left: Tensor | None, state: State) -> tuple[Tensor, Tensor, State]:

@@ -13,6 +13,9 @@ from lit_swa.rope import RoPE, find_span
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+runs_kernels = pytest.mark.skipif(
+    not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1"
+)
 WIDE = {"n_embd": 256, "n_head": 4, "n_query_groups": 2, "head_size": 64, "block_size": 1024}
 RELU, GATE = {"linear_feature_map": "relu"}, {"linear_gate": True}
 TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, padding in front of the second text, more
@@ -27,7 +30,7 @@ TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, pad
 }
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
+@runs_kernels
 @pytest.mark.parametrize("case", TEXTS)
 def test_kernels_of_whole_texts_are_the_chunks(case, monkeypatch):
     """Catches: a key that becomes older a token early or late, a block that is left out, a gradient of the greatest
@@ -64,6 +67,31 @@ def test_kernels_of_whole_texts_are_the_chunks(case, monkeypatch):
     for expected, plain, fast in zip(exact, run(dtype, None), run(dtype, linear_text_kernels), strict=True):
         plain, fast = ((x - expected).square().mean().sqrt() for x in (plain, fast))
         assert fast < 2 * plain + 4 * torch.finfo(dtype).eps * expected.square().mean().sqrt()
+
+
+@runs_kernels
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"linear_gate": True, "linear_sinks": 3}], ids=["plain", "gate and sinks"])
+def test_a_prompt_read_by_kernels_leaves_what_the_chunks_leave(tiny_model, fields, monkeypatch):
+    """Catches: a key of the prompt in both the state and the window, or in neither; a state that faded otherwise."""
+    from lit_swa import linear_text_kernels
+
+    device, dtype = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
+    model = tiny_model(attention="linear", linear_window=16, **WIDE | fields).to(device).to(dtype)
+    for mixer in (attn.mixer for attn in model.layers):
+        for parameter in mixer.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    idx, found = torch.randint(0, 97, (2, 55), device=device), []
+    for kernels in (None, linear_text_kernels):
+        monkeypatch.setattr(linear, "text_kernels", lambda q, plan, _, kernels=kernels: kernels if plan.whole else None)
+        model.set_kv_cache(2, 64, lookahead=3)
+        y = [model(idx[:, a:b], torch.arange(a, b, device=device)) for a, b in ((0, 50), (50, 53), (53, 54), (52, 55))]
+        caches = [x for name, x in model.named_buffers() if name.endswith((".state", ".norm", ".kv"))]
+        found.append([x.float().clone() for x in (*y, *caches)])
+        model.clear_kv_cache()
+    for plain, fast in zip(*found, strict=True):
+        tolerance = 1e-4 if INTERPRETED else 3e-2
+        torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
 
 
 @needs_gpu
