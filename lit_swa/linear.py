@@ -158,10 +158,10 @@ class LinearAttention(Mixer):
         return torch.cat(outputs, dim=2)
 
     def read_by(self, kernels: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
-        """forward() for whole texts, by linear_text_kernels.py. Features are made again in the backward."""
-        make, run = self.text_features, functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        """forward() for whole texts, by linear_text_kernels.py."""
         valid, rates, gone = plan.valid[:, plan.lag :], None, None
-        phi_q, phi_k = run(make, q, k) if torch.is_grad_enabled() else make(q, k)
+        relu = self.config.linear_feature_map == "relu"
+        phi_q, phi_k = kernels.features(q, self.feature_q, relu), kernels.features(k, self.feature_k, relu)
         if self.config.linear_gate:
             rates = self.rates(v, q.dtype, valid)
         if cache is not None:
@@ -172,12 +172,6 @@ class LinearAttention(Mixer):
             phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
         scale = (self.config.attention_scores_scalar or self.config.head_size) ** -0.5
         return kernels.attention(q, k, v, phi_q, phi_k, self.mix, gone, valid, plan.seen, plan.window, scale)
-
-    def text_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """phi of queries, and of the keys for each query head, (B, H, T, F), in their dtype."""
-        wide_q, wide_k = widened(q, q.dtype), widened(k, q.dtype, q.size(1))
-        phi_q, phi_k = features(wide_q, self.feature_q, self.config), features(wide_k, self.feature_k, self.config)
-        return phi_q.to(q.dtype), phi_k.to(q.dtype)
 
     def attention_weights(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """w_ij / sum of w_ij, (B, H, T, T), of a short text without a cache: what is made of unit vectors as values.

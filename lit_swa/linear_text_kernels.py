@@ -4,11 +4,13 @@ and a key is written to memory.
 A text is cut into N blocks of C tokens, and the window is M of them. Queries of block n meet the keys of block n - M,
 some of them exactly and some as older ones, those of the blocks up to n exactly, and those before n - M by the state:
 
+    make_features   phi of queries or keys                           a program: a block of a query head
     add_states      the states before each block, in order           a program: some of the values' elements of a head
     read_queries    outputs                                          a program: a block of queries of a head
     grad_queries    gradients of queries, their features, sinks      the same
     add_grads       gradients of the states, from the last block on  as add_states
     grad_keys       gradients of keys, their features, values        a program: a block of keys of a query head
+    grad_features   gradients of queries or keys, and of W           a program: a part of the blocks of a query head
 
 States are summed in float32 and rounded where they are multiplied. With y_i = sum of w_ij v_j / Z_i, and its gradient
 dy_i:
@@ -30,7 +32,10 @@ from torch import Tensor
 BLOCKS = 64, 32, 16  # tokens of a block, the largest that the window is a multiple of
 SINKS = 16  # rows that are computed for sinks
 MOST_HEAD_SIZE = 128
+SHARED_MEMORY = 72 * 2**10, 144 * 2**10  # bytes that a program takes at most: of heads of up to 64 elements, of 128
 PART = 32  # of the values' elements, and of the features, that are read at once
+FEATURE_BLOCK = 32  # tokens whose features are made at once
+PROGRAMS = 512  # of grad_features, about: each sums up a gradient of W
 
 
 @triton.jit
@@ -70,6 +75,65 @@ def exact_grads(rows, columns, of_rows, of_columns, sees, best, inverse, delta, 
     scores = tl.where(sees, tl.dot(rows, tl.trans(columns)) * scale, best)
     weights = tl.where(sees, share * tl.exp(scores - best), 0.0)
     return weights, weights * (tl.dot(of_rows, tl.trans(of_columns)) * inverse - delta)
+
+
+@triton.jit
+def both_halves(z, RELU: tl.constexpr):
+    """The halves of phi for z = x W (C, D)."""
+    if RELU:
+        plus, minus = tl.maximum(z, 0.0), tl.maximum(-z, 0.0)
+    else:
+        plus, minus = tl.exp(z - tl.max(z, 1)[:, None]), tl.exp(tl.min(z, 1)[:, None] - z)
+        plus, minus = plus / tl.sum(plus, 1)[:, None], minus / tl.sum(minus, 1)[:, None]
+    return plus, minus
+
+
+@triton.jit
+def make_features(
+    x, weight, phi, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr
+):
+    """x (B, G, T, D), weight (H, D, D) -> phi (B, H, T, 2 D)"""
+    n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    x, phi = x + (b * G + h // (H // G)) * T * D, phi + row * T * (2 * D)
+    t, d = n * C + tl.arange(0, C), tl.arange(0, D)
+    w = tl.load(weight + h * (D * D) + d[:, None] * D + d[None, :]).to(tl.float32)
+    plus, minus = both_halves(tl.dot(load_rows(x, t, T, d, D).to(tl.float32), w), RELU)
+    at, mask = phi + t[:, None] * (2 * D) + d[None, :], (t < T)[:, None]
+    tl.store(at, plus.to(phi.dtype.element_ty), mask=mask)
+    tl.store(at + D, minus.to(phi.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grad_features(
+    x, weight, dphi, dx, dweight, T, blocks,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """dx (B, H, T, D) of each query head; dweight (B, H, programs of a head, D, D). blocks: of a program."""
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = row // H, row % H
+    x, dphi, dx = x + (b * G + h // (H // G)) * T * D, dphi + row * T * (2 * D), dx + row * T * D
+    d = tl.arange(0, D)
+    square = d[:, None] * D + d[None, :]
+    w = tl.load(weight + h * (D * D) + square).to(tl.float32)
+    rounded, total = tl.trans(w.to(x.dtype.element_ty)), tl.zeros((D, D), tl.float32)
+    for n in range(part * blocks, part * blocks + blocks):
+        t = n * C + tl.arange(0, C)
+        rows = load_rows(x, t, T, d, D)
+        z = tl.dot(rows.to(tl.float32), w)
+        of_plus = load_rows(dphi, t, T, d, 2 * D).to(tl.float32)
+        of_minus = load_rows(dphi + D, t, T, d, 2 * D).to(tl.float32)
+        if RELU:
+            change = tl.where(z > 0, of_plus, 0.0) - tl.where(z < 0, of_minus, 0.0)
+        else:
+            plus, minus = both_halves(z, RELU)
+            change = plus * (of_plus - tl.sum(plus * of_plus, 1)[:, None])
+            change -= minus * (of_minus - tl.sum(minus * of_minus, 1)[:, None])
+        change = change.to(rows.dtype)
+        out = tl.dot(change, rounded)
+        tl.store(dx + t[:, None] * D + d[None, :], out.to(dx.dtype.element_ty), mask=(t < T)[:, None])
+        total += tl.dot(tl.trans(rows), change)
+    tl.store(dweight + (row * tl.num_programs(0) + part) * (D * D) + square, total)
 
 
 @triton.jit
@@ -324,6 +388,33 @@ def grad_keys(
     tl.store(dv + u[:, None] * D + d[None, :], value_grads.to(dtype), mask=rows[:, None])
 
 
+class Features(torch.autograd.Function):
+    """features(), with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, relu: bool) -> Tensor:
+        x, weight, (B, G, T, D), H = x.contiguous(), weight.contiguous(), x.shape, weight.size(0)
+        phi = x.new_empty(B, H, T, 2 * D)
+        grid = triton.cdiv(T, FEATURE_BLOCK), B * H
+        make_features[grid](x, weight, phi, T, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu, **launch(D))
+        ctx.save_for_backward(x, weight)
+        ctx.relu = relu
+        return phi
+
+    @staticmethod
+    def backward(ctx: Any, dphi: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (B, G, T, D), H = x.shape, weight.size(0)
+        blocks = triton.cdiv(triton.cdiv(T, FEATURE_BLOCK), max(1, PROGRAMS // (B * H)))
+        parts = triton.cdiv(T, blocks * FEATURE_BLOCK)
+        dx, dweight = x.new_empty(B, H, T, D), x.new_empty(B, H, parts, D, D, dtype=torch.float32)
+        grad_features[(parts, B * H)](
+            x, weight, dphi.contiguous(), dx, dweight, T, blocks, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu,
+            **launch(D),
+        )  # fmt: skip
+        return dx.unflatten(1, (G, -1)).sum(2), dweight.sum(dim=(0, 2)).to(weight.dtype), None
+
+
 class TextAttention(torch.autograd.Function):
     """attention(), with gradients. The states are summed again in the backward."""
 
@@ -388,7 +479,7 @@ class Sizes:
         self.grid = self.N, self.heads
         self.constants = {"H": H, "G": k.size(1), "D": self.D, "F": self.F, "C": C, "PART": min(PART, self.D)}
         self.parts_of_heads = (self.heads * (self.D // self.constants["PART"]),)
-        self.launch = {"num_warps": 8 if self.D > 64 else 4, "num_stages": 2}
+        self.launch = launch(self.D)
 
     def states(self, phi_k: Tensor, v: Tensor, valid: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states before each block."""
@@ -427,13 +518,27 @@ def gated(phi_q: Tensor, phi_k: Tensor, rates: Tensor, window: int) -> tuple[Ten
     return phi_q * (-of_queries).exp(), phi_k * of_keys.exp(), passed[..., -1].contiguous()
 
 
+def features(x: Tensor, weight: Tensor, relu: bool) -> Tensor:
+    """phi (B, H, T, 2 D) of x (B, G, T, D), in its dtype, by weight (H, D, D): relu's, or hedgehog's."""
+    return Features.apply(x, weight, relu)
+
+
+def launch(D: int) -> dict[str, int]:
+    return {"num_warps": 8 if D > 64 else 4, "num_stages": 2}
+
+
 def block_size(window: int) -> int:
     return next(size for size in BLOCKS if window % size == 0)
 
 
 def fits(q: Tensor, window: int, sinks: int, gate: bool) -> bool:
-    """True if the kernels take such queries. With gates features grow up to e^64, which float16 does not hold."""
+    """True if the kernels take such queries, and their GPU has the memory. With gates features grow up to e^64, which
+    float16 does not hold."""
     D = q.size(-1)
     if window <= 0 or window % BLOCKS[-1] or sinks > SINKS or (gate and q.dtype == torch.float16):
         return False
-    return 16 <= D <= MOST_HEAD_SIZE and D & (D - 1) == 0
+    if not 16 <= D <= MOST_HEAD_SIZE or D & (D - 1):
+        return False
+    return (
+        getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0) >= SHARED_MEMORY[D > 64]
+    )

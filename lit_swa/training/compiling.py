@@ -67,12 +67,11 @@ def compile_blocks(model: GPT, device: torch.device | None = None) -> None:
 
 
 def compile_linear_attention(model: GPT) -> None:
-    """Compile how linear layers read a piece of a text, or make its features, for the first lengths: texts of one
-    length have up to three. Of texts of many lengths, packed in rows, the others run as they are written."""
+    """Compile how linear layers read a piece of a text, for the first lengths of pieces: texts of one length have up to
+    three. Of texts of many lengths, packed in rows, the others run as they are written."""
     for attn in model.layers:
         if isinstance(mixer := attn.mixer, LinearAttention):
-            for name in ("attend_chunks", "text_features"):
-                setattr(mixer, name, Compiled(mixer, getattr(mixer, name), shapes=4))
+            mixer.attend_chunks = Compiled(mixer, mixer.attend_chunks, shapes=4)
 
 
 def check_compiler(device: torch.device) -> None:
