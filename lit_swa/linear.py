@@ -22,7 +22,6 @@ that is made is T * (C + lag) weights and N states. Shapes as in model.py, and F
 """
 
 import functools
-import importlib.util
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -44,7 +43,6 @@ else:  # copied beside a script of another project
 
 CHUNKS = 128, 256  # queries of a chunk: as many as a window has keys, of these
 PIECE_ELEMENTS = 2**23, 2**29  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEW_MIX = math.log(0.1 / 0.9)  # g = 0.1 in a new layer
 
 State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over keys, with and without their values
@@ -68,7 +66,7 @@ class Plan(NamedTuple):
     valid: Tensor | None = None  # (1 or B, E): which entries are keys behind the sinks
     seen: Tensor | None = None  # (1 or B, T, n): which query sees which sink
     moves: Moves | None = None
-    whole: bool = False  # each row is a text from its beginning
+    whole: bool = False  # each row is a text from its beginning, and its state needs no gradient
     texts: "list[tuple[int, Plan]]" = []  # lengths and plans of texts in a sequence; empty: one text
 
 
@@ -119,7 +117,8 @@ class LinearAttention(Mixer):
         else:
             valid, sink_pos, moves, pos_of = F.pad(pos >= n, (max(1, min(self.near, T)), 0)), pos[:, :n], None, pos
         seen = (sink_pos[:, None] >= 0) & (sink_pos[:, None] <= pos_of[:, :, None])
-        whole = cache is None or (span.fresh and moves.order is None and moves.queries is None)
+        in_order = cache is not None and span.fresh and moves.order is None and moves.queries is None
+        whole = cache is None or (in_order and not torch.is_grad_enabled())
         return Plan(rope(pos, self.rope_base), self.near, valid.size(1) - T, valid, seen, moves, whole)
 
     def join(self, texts: list[tuple[int, Plan]]) -> Plan:
@@ -293,15 +292,12 @@ def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
 def text_kernels(q: Tensor, plan: Plan, config: Config) -> Any | None:
     """linear_text_kernels.py, where it takes such a call and config."""
     more = config.linear_off or config.attention_logit_softcapping or not plan.whole or q.size(2) == 1
-    if more or not (__package__ and HAS_TRITON and q.is_cuda and q.element_size() == 2):
+    if more or not (__package__ and q.is_cuda and q.dtype == torch.bfloat16):
         return None
-    from . import linear_text_kernels
+    from .linear_formats import gpu_kernels
 
-    return (
-        linear_text_kernels
-        if linear_text_kernels.fits(q, plan.window, plan.seen.size(-1), config.linear_gate)
-        else None
-    )
+    kernels = gpu_kernels("linear_text_kernels")
+    return kernels if kernels is not None and kernels.fits(q, plan.window, plan.seen.size(-1)) else None
 
 
 def fading(rates: Tensor, C: int, behind: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCKS = 64, 32, 16  # tokens of a block, the largest that the window is a multiple of
 SINKS = 16  # rows that are computed for sinks
@@ -90,10 +91,10 @@ def both_halves(z, RELU: tl.constexpr):
 
 @triton.jit
 def make_features(
-    x, weight, phi, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr
+    x, weight, phi, T, N, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr
 ):
     """x (B, G, T, D), weight (H, D, D) -> phi (B, H, T, 2 D)"""
-    n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     x, phi = x + (b * G + h // (H // G)) * T * D, phi + row * T * (2 * D)
     t, d = n * C + tl.arange(0, C), tl.arange(0, D)
@@ -106,11 +107,11 @@ def make_features(
 
 @triton.jit
 def grad_features(
-    x, weight, dphi, dx, dweight, T, blocks,
+    x, weight, dphi, dx, dweight, T, blocks, parts,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """dx (B, H, T, D) of each query head; dweight (B, H, programs of a head, D, D). blocks: of a program."""
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """dx (B, H, T, D) of each query head; dweight (B, H, parts, D, D). parts: programs of a head, of so many blocks."""
+    part, row = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
     b, h = row // H, row % H
     x, dphi, dx = x + (b * G + h // (H // G)) * T * D, dphi + row * T * (2 * D), dx + row * T * D
     d = tl.arange(0, D)
@@ -133,7 +134,7 @@ def grad_features(
         out = tl.dot(change, rounded)
         tl.store(dx + t[:, None] * D + d[None, :], out.to(dx.dtype.element_ty), mask=(t < T)[:, None])
         total += tl.dot(tl.trans(rows), change)
-    tl.store(dweight + (row * tl.num_programs(0) + part) * (D * D) + square, total)
+    tl.store(dweight + (row * parts + part) * (D * D) + square, total)
 
 
 @triton.jit
@@ -173,7 +174,7 @@ def read_queries(
     SINKS: tl.constexpr,
 ):  # fmt: skip
     """y (B, H, T, D); for each query, (B, H, T): c, the place of the key that has it, and the sum of its weights."""
-    n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
     group = (b * G + h // (H // G)) * T * D
@@ -227,7 +228,7 @@ def grad_queries(
 ):  # fmt: skip
     """dq (B, H, T, D), dphi_q (B, H, T, F); for each query, (B, H, T): 1 / Z, dy . y / Z and E; and what a block adds
     to the gradients of the sinks' keys and values, (B, H, N, SINKS, D)."""
-    n, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
     group = (b * G + h // (H // G)) * T * D
@@ -333,7 +334,7 @@ def grad_keys(
     GATE: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (B, H, T, D) of each query head, dphi_k (B, H, T, F). states, norms: what add_grads found."""
-    m, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    m, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
     group = (b * G + h // (H // G)) * T * D
@@ -395,21 +396,22 @@ class Features(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, relu: bool) -> Tensor:
         x, weight, (B, G, T, D), H = x.contiguous(), weight.contiguous(), x.shape, weight.size(0)
         phi = x.new_empty(B, H, T, 2 * D)
-        grid = triton.cdiv(T, FEATURE_BLOCK), B * H
-        make_features[grid](x, weight, phi, T, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu, **launch(D))
+        N = triton.cdiv(T, FEATURE_BLOCK)
+        make_features[(N * B * H,)](x, weight, phi, T, N, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu, **launch(D))
         ctx.save_for_backward(x, weight)
         ctx.relu = relu
         return phi
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dphi: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (B, G, T, D), H = x.shape, weight.size(0)
         blocks = triton.cdiv(triton.cdiv(T, FEATURE_BLOCK), max(1, PROGRAMS // (B * H)))
         parts = triton.cdiv(T, blocks * FEATURE_BLOCK)
         dx, dweight = x.new_empty(B, H, T, D), x.new_empty(B, H, parts, D, D, dtype=torch.float32)
-        grad_features[(parts, B * H)](
-            x, weight, dphi.contiguous(), dx, dweight, T, blocks, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu,
+        grad_features[(parts * B * H,)](
+            x, weight, dphi.contiguous(), dx, dweight, T, blocks, parts, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu,
             **launch(D),
         )  # fmt: skip
         return dx.unflatten(1, (G, -1)).sum(2), dweight.sum(dim=(0, 2)).to(weight.dtype), None
@@ -437,6 +439,7 @@ class TextAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, phi_q, phi_k, mix, gone, valid, seen, y, top, place, total = ctx.saved_tensors
         sizes, n, dy = Sizes(q, k, phi_q, valid, seen, ctx.window), seen.size(-1), dy.contiguous()
@@ -476,7 +479,7 @@ class Sizes:
         C = block_size(window)
         self.heads, self.N, self.M = B * H, triton.cdiv(self.T, C), window // C
         self.rows = tuple(x.stride(0) if x.size(0) > 1 else 0 for x in (valid, seen))
-        self.grid = self.N, self.heads
+        self.grid = (self.N * self.heads,)  # in one dimension: a GPU's others end at 65,535
         self.constants = {"H": H, "G": k.size(1), "D": self.D, "F": self.F, "C": C, "PART": min(PART, self.D)}
         self.parts_of_heads = (self.heads * (self.D // self.constants["PART"]),)
         self.launch = launch(self.D)
@@ -500,9 +503,10 @@ def attention(
 
     q (B, H, T, D), k and v (B, G, T, D), after RoPE. phi_q, phi_k: features (B, H, T, F). mix: (H,). gone: for gates,
     as gated() gives it, with its features. valid: (1 or B, T), False for sinks, which are the first n tokens, and for
-    padding. seen: (1 or B, T, n). window: S.
+    padding. seen: (1 or B, T, n), also of sinks that a short text does not have yet. window: S.
     """
-    return TextAttention.apply(q, k, v, phi_q, phi_k, mix, gone, valid.contiguous(), seen.contiguous(), window, scale)
+    valid, seen = valid.contiguous(), seen[..., : q.size(2)].contiguous()
+    return TextAttention.apply(q, k, v, phi_q, phi_k, mix, gone, valid, seen, window, scale)
 
 
 def gated(phi_q: Tensor, phi_k: Tensor, rates: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -531,13 +535,15 @@ def block_size(window: int) -> int:
     return next(size for size in BLOCKS if window % size == 0)
 
 
-def fits(q: Tensor, window: int, sinks: int, gate: bool) -> bool:
-    """True if the kernels take such queries, and their GPU has the memory. With gates features grow up to e^64, which
-    float16 does not hold."""
-    D = q.size(-1)
-    if window <= 0 or window % BLOCKS[-1] or sinks > SINKS or (gate and q.dtype == torch.float16):
+def fits(q: Tensor, window: int, sinks: int) -> bool:
+    """True if the kernels take such queries, and their GPU has the memory. Not in float16: states of long texts, and
+    features that grow by gates up to e^64, are beyond what it holds."""
+    T, D = q.shape[2:]
+    if q.dtype == torch.float16 or window <= 0 or window % BLOCKS[-1] or sinks > SINKS:
         return False
     if not 16 <= D <= MOST_HEAD_SIZE or D & (D - 1):
+        return False
+    if 2 * D * max(T, D * triton.cdiv(T, block_size(window))) >= 2**31:  # 32 bits count a head's features and states
         return False
     return (
         getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0) >= SHARED_MEMORY[D > 64]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import randomize, tiny_config
 
-from lit_swa import GPT, exact_chunks
+from lit_swa import GPT, exact_chunks, linear
 from lit_swa.config import VARIANTS
 from lit_swa.exact_chunks import ExactChunks, KeyStore, border_bytes, check_chunks, cut_documents, kept_bytes
 from lit_swa.lora import LoRAConfig, add_lora
@@ -66,6 +66,14 @@ def test_gradients_are_those_of_one_pass(case, documents):
         with torch.no_grad():
             assert abs(chunks(idx, targets, documents) - whole) < 1e-6 * whole
     assert all(attn.kv_cache is None for attn in model.layers)
+
+
+def test_no_chunk_whose_state_needs_a_gradient_is_read_as_a_whole_text(monkeypatch):
+    """Catches: a first chunk that kernels on a GPU read, which leave a state without a gradient."""
+    told = set()
+    monkeypatch.setattr(linear, "text_kernels", lambda q, plan, _: told.add((plan.whole, torch.is_grad_enabled())))
+    ExactChunks(build(**CASES["linear"]), 25)(*text())
+    assert (True, False) in told and (True, True) not in told
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -94,6 +94,60 @@ def test_a_prompt_read_by_kernels_leaves_what_the_chunks_leave(tiny_model, field
         torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
 
 
+@runs_kernels
+def test_kernels_read_no_sink_that_is_not_there():
+    """Catches: a prompt shorter than the sinks that reads, and multiplies by 0, what lies behind its keys in memory."""
+    from lit_swa import linear_text_kernels
+
+    device, dtype, T, D = ("cpu", torch.float32, 2, 16) if INTERPRETED else ("cuda", torch.bfloat16, 2, 16)
+    q, v, k = (torch.full((1, 1, 8, D), torch.nan, device=device, dtype=dtype)[:, :, :T] for _ in range(3))
+    for x in (q, k, v):
+        x.normal_()
+    seen, valid = torch.ones(1, T, 4, dtype=torch.bool, device=device).tril(), torch.zeros(1, T, device=device) > 0
+    phi, mix = torch.rand(1, 1, T, 2 * D, device=device, dtype=dtype), torch.zeros(1, device=device)
+    y = linear_text_kernels.attention(q, k, v, phi, phi, mix, None, valid, seen, 16, 1.0)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+
+
+@runs_kernels
+def test_chunks_of_a_text_that_is_trained_have_the_gradients_of_one_pass(tiny_model, monkeypatch):
+    """Catches: a first chunk that hands its state on without a gradient, as kernels leave it."""
+    from lit_swa import linear_text_kernels
+    from lit_swa.exact_chunks import ExactChunks
+
+    device, dtype = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
+    model = tiny_model(attention="linear", linear_window=16, n_layer=2, linear_sinks=2).to(device).to(dtype).train()
+    for mixer in (attn.mixer for attn in model.layers):
+        for parameter in mixer.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    idx, targets = torch.randint(0, 97, (2, 1, 90), device=device)
+    kernels = {True: linear_text_kernels, False: None}
+    monkeypatch.setattr(linear, "text_kernels", lambda q, plan, _: kernels[plan.whole])
+    found = []
+    for reader in (model, ExactChunks(model, 50)):
+        model.zero_grad()
+        reader(idx, targets=targets).backward()
+        found.append([p.grad.float() for p in model.parameters()])
+    for whole, cut in zip(*found, strict=True):
+        tolerance = 1e-4 if INTERPRETED else 5e-2
+        torch.testing.assert_close(cut, whole, rtol=tolerance, atol=tolerance * whole.abs().max().item())
+
+
+@needs_gpu
+@torch.no_grad()
+def test_kernels_take_more_heads_than_a_grid_is_wide():
+    """Catches: a row of many short texts, which is read as many heads, that no launch takes."""
+    config = Config(attention="linear", linear_window=16, n_layer=1, n_head=32, n_embd=512, head_size=16, block_size=64)
+    mixer = linear.LinearAttention(config, "linear").cuda().bfloat16()
+    q, k, v = torch.randn(3, 2100, 32, 20, 16, device="cuda", dtype=torch.bfloat16)  # 67,200 heads
+    pos = torch.arange(20, device="cuda")[None]
+    plan = mixer.plan(pos, find_span(pos[0], None), None, RoPE(config).cuda())
+    assert linear.text_kernels(q, plan, config) is not None
+    alone = mixer(q[-1:], k[-1:], v[-1:], plan, None)
+    torch.testing.assert_close(mixer(q, k, v, plan, None)[-1:], alone)
+
+
 @needs_gpu
 @pytest.mark.parametrize("fields", [{}, {"linear_gate": True, "linear_sinks": 3}], ids=["plain", "gate and sinks"])
 def test_compiled_pieces_have_the_gradients_of_what_they_were_made_of(tiny_model, fields):
