@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 
-NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "gguf", "jsonargparse")
+NEEDED = ("torch", "numpy", "tokenizers", "sentencepiece", "huggingface_hub", "gguf", "jsonargparse")
 OPTIONAL = {  # package -> what it is for
     "lightning": "finetuning",
     "bitsandbytes": "4 and 8 bits",

@@ -172,3 +172,5 @@ def test_python_m_lit_swa_tells_what_is_there_and_what_to_type(project: Path, ca
     monkeypatch.setattr(metadata, "version", lambda name: metadata.distribution("nothing-of-this-name").version)
     importlib.import_module("lit_swa.__main__").main()
     assert "torch MISSING: pip install -r requirements.txt" in capsys.readouterr().out
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert set(importlib.import_module("lit_swa.__main__").NEEDED) <= pinned
