@@ -44,6 +44,8 @@ def linear_config(base: Config, fields: dict[str, Any]) -> Config:
     if "attention" not in fields and LINEAR not in base.layer_variants:
         pattern = [LINEAR if variant == "full" else variant for variant in base.layer_variants]
         fields = {"attention": join_pattern(pattern)} | fields
+        if not {LINEAR, *SOFTMAX} & set(pattern):
+            raise ValueError(f"attention={base.attention!r} cannot be made linear: only {' and '.join(SOFTMAX)} can.")
         if LINEAR not in pattern:
             raise ValueError(
                 f"No layer attends in full (attention={base.attention!r}), so none becomes linear: name those that "

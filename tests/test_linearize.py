@@ -296,7 +296,7 @@ def test_what_is_saved_is_the_model_with_its_lora(tmp_path):
 @pytest.mark.parametrize(
     "before, fields, words",
     [
-        ({"attention": "streaming", "sliding_window_size": 4}, {}, "No layer attends in full"),
+        ({"attention": "streaming", "sliding_window_size": 4}, {}, "attention='streaming' cannot be made linear: only"),
         ({"attention": "sliding", "sliding_window_size": 4}, {}, "--model.attention linear"),
         ({"attention": "dual_chunk"}, {"attention": "linear"}, "Layer 0 is dual_chunk, which cannot be made linear"),
         ({}, {"attention": "linear,streaming", "sliding_window_size": 4}, "Layer 1 would be streaming and is full"),

@@ -274,6 +274,20 @@ def test_a_block_with_broken_weights_is_written_again(blockwise, tmp_path, left)
     assert path.read_bytes() == expected and "0 of 3 blocks" in blockwise("shard")
 
 
+@pytest.mark.parametrize("name, remedy", [("inputs.json", "restart"), ("lengths.safetensors", None)])
+def test_inputs_with_a_broken_table_are_made_again(blockwise, tmp_path, name, remedy):
+    """Catches: a file that is named in an error whose remedy fails for the same file."""
+    blockwise("shard")
+    blockwise("inputs")
+    inputs = tmp_path / "blocks" / "block-001" / "inputs"
+    expected = contents(inputs)
+    (inputs / name).write_bytes(expected[name][:-2])
+    err = blockwise("train", 1, code=2).splitlines()[-1]
+    assert name in err and "damaged: --step inputs" in err and ("--resume restart" in err) == (remedy == "restart")
+    blockwise("inputs", 1, resume=remedy)
+    assert contents(inputs) == expected
+
+
 def test_a_block_knows_nothing_of_other_layers_teachers():
     """Catches: a block of one linear layer that is told to have learned from the first layer's attention."""
     base = tiny_config(n_layer=3, attention="streaming,sliding,full", sliding_window_size=4)
@@ -361,6 +375,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(blockwise, tmp_path, checkpo
     refused("give its number as --block", "train")
     blockwise("inputs")
     refused("holds other inputs (data=", "inputs", limit=20)
+    inputs = out_dir / "block-001" / "inputs"
+    whole = contents(inputs)
+    refused("block-000/inputs is stale (data=", "inputs", 1, limit=20, resume="restart")
+    assert contents(inputs) == whole  # nothing is deleted for what cannot be made
     refused("Block 2 has no layer that becomes linear", "train", 2)
     for n in (0, 1):
         blockwise("train", n, max_steps=1)
@@ -389,5 +407,6 @@ def test_what_does_not_fit_is_refused_in_a_sentence(blockwise, tmp_path, checkpo
     refused("block-001 is of another split than", "stitch", name="stale")
 
     content = json.loads((out_dir / "block-000" / "block.json").read_text())
-    (out_dir / "block-000" / "block.json").write_text(json.dumps(content | {"layers_per_block": "2"}))
-    refused("block.json is damaged", "train", 0, resume="auto")
+    for damaged in (json.dumps(content | {"layers_per_block": "2"}), "{"):
+        (out_dir / "block-000" / "block.json").write_text(damaged)
+        refused("block.json is damaged: delete its directory, and run --step shard", "train", 0, resume="auto")

@@ -33,7 +33,7 @@ from lit_swa.formats.files import (
     write_safetensors,
 )
 from lit_swa.model import GPT
-from lit_swa.training.blocks import INPUTS_FILE
+from lit_swa.training.blocks import INPUTS_AGAIN, INPUTS_FILE, read_own
 from lit_swa.training.resuming import difference
 
 PART_BYTES = 2**28  # of a part, which is in memory while it is made
@@ -107,23 +107,45 @@ def parts_of(lengths: np.ndarray, dtype: torch.dtype, width: int) -> list[int]:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def begin_inputs(directory: Path, table: Table, lengths: np.ndarray, replace: bool) -> None:
-    """inputs.json and the texts' lengths, where they are not there yet. Raises ValueError where they are of another
-    table, unless `replace` is set, which deletes it."""
-    if (directory / INPUTS_FILE).exists():
-        held, now = read_json(find_inside(directory, INPUTS_FILE)), table._asdict()
-        if held == now:
-            return
-        if not replace:
-            raise ValueError(
-                f"{directory} holds other inputs ({difference(held, now)}): use the same arguments and data as before, "
-                "another --out_dir, or --resume restart, which deletes them."
-            )
+def held_table(directory: Path) -> dict[str, Any] | None:
+    """What a block's directory holds inputs of; None if it holds none; empty if that is damaged."""
+    if not (directory / INPUTS_FILE).exists():
+        return None
+    path = find_inside(directory, INPUTS_FILE)
+    with suppress(ValueError):
+        return read_json(path)
+    return {}
+
+
+def refuse_other_inputs(directory: Path, table: Table) -> None:
+    """Raises ValueError where there are inputs of another table."""
+    if (held := held_table(directory)) == {}:
+        raise ValueError(f"{directory / INPUTS_FILE} is damaged: {INPUTS_AGAIN}.")
+    if held not in (None, now := table._asdict()):
+        raise ValueError(
+            f"{directory} holds other inputs ({difference(held, now)}): use the same arguments and data as before, "
+            "another --out_dir, or --resume restart, which deletes them."
+        )
+
+
+def begin_inputs(directory: Path, table: Table, lengths: np.ndarray) -> None:
+    """inputs.json and the texts' lengths, where they are not there yet, in place of those of another table."""
+    if (held := held_table(directory)) == table._asdict() and np.array_equal(read_lengths(directory), lengths):
+        return
+    if held not in (None, table._asdict()):
         remove_directory(directory)
     with directory_lock(directory):
         remove_leftovers(directory)
         write_safetensors(directory / LENGTHS_FILE, {"lengths": as_lazy(torch.from_numpy(lengths.astype(np.int64)))})
         write_json(directory / INPUTS_FILE, table._asdict())
+
+
+def read_lengths(directory: Path) -> np.ndarray:
+    """Tokens of each text; none if the file is not there, or damaged."""
+    with suppress(ValueError, OSError):
+        if (found := open_safetensors(find_inside(directory, LENGTHS_FILE)).get("lengths")) is not None:
+            return found.load().numpy().copy()
+    return np.zeros(0, dtype=np.int64)
 
 
 def is_part(path: Path, rows: int, table: Table) -> bool:
@@ -139,7 +161,7 @@ def missing_parts(directory: Path, table: Table) -> list[int]:
 
 
 def missing_bytes(directory: Path, table: Table) -> int:
-    same = (directory / INPUTS_FILE).exists() and read_json(directory / INPUTS_FILE) == table._asdict()
+    same = held_table(directory) == table._asdict()
     missing = missing_parts(directory, table) if same else range(len(table.parts))
     return sum(table.parts[n] for n in missing) * table.row_bytes
 
@@ -218,10 +240,10 @@ class Inputs:
             )
         self.parts = [open_part(directory, n) for n in range(len(self.table.parts))]
         self.starts = list(itertools.accumulate(self.table.parts, initial=0))
-        self.lengths = open_safetensors(find_inside(directory, LENGTHS_FILE))["lengths"].load().numpy().copy()
+        self.lengths = read_lengths(directory)
         self.ends = np.cumsum(self.lengths)
-        if self.ends[-1:] != [self.starts[-1]] or not 0 < self.table.trained <= len(self.lengths):
-            raise ValueError(f"{directory / LENGTHS_FILE} is damaged: --step inputs --resume restart makes it anew.")
+        if self.lengths.sum() != self.starts[-1] or not 0 < self.table.trained <= len(self.lengths):
+            raise ValueError(f"{directory / LENGTHS_FILE} is missing or damaged: --step inputs makes it anew.")
 
     def numbers(self, i: int) -> np.ndarray:
         """Of the rows of text i."""
@@ -252,8 +274,7 @@ class Inputs:
 
 
 def read_table(directory: Path) -> Table:
-    path = find_inside(directory, INPUTS_FILE)
-    content = read_json(path)
+    content = read_own(directory, INPUTS_FILE, INPUTS_AGAIN)
     if content.keys() == set(Table._fields):
         table = Table(**content)
         parts = table.parts if type(table.parts) is list else [0]
@@ -261,7 +282,7 @@ def read_table(directory: Path) -> Table:
         proper = all(type(n) is int and 0 < n < 2**40 for n in counts) and table.dtype in DTYPE_NAMES
         if proper and type(table.identity) is dict and sum(parts) < MOST_ROWS:
             return table
-    raise ValueError(f"{path} is damaged: --step inputs --resume restart makes it anew.")
+    raise ValueError(f"{directory / INPUTS_FILE} is damaged: {INPUTS_AGAIN}.")
 
 
 def open_part(directory: Path, n: int) -> LazyTensor:

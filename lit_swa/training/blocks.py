@@ -57,6 +57,8 @@ BLOCK_FILE, INPUTS_FILE, FEATURES_FILE = "block.json", "inputs.json", "features.
 BLOCK_NAME = re.compile(r"block-([0-9]{3,6})")
 INPUTS, TRAIN, STITCHED = "inputs", "train", "stitched"  # directories
 
+INPUTS_AGAIN = "--step inputs --resume restart makes it anew"
+SPLIT_AGAIN = "delete its directory, and run --step shard again"
 OTHER = {"block": "as another block", "inputs": "on other inputs"}
 
 
@@ -147,12 +149,22 @@ def read_block(out_dir: Path, number: int) -> Block:
     return parse_block(out_dir, number)
 
 
+def read_own(directory: Path, name: str, remedy: str) -> dict[str, Any]:
+    """What a file of a block says. Raises ValueError, with this remedy, when it is damaged."""
+    path = find_inside(directory, name)
+    try:
+        return read_json(path)
+    except ValueError:
+        raise ValueError(f"{directory / name} is damaged: {remedy}.") from None
+
+
 def parse_block(out_dir: Path, number: int) -> Block:
-    path = find_inside(block_dir(out_dir, number), BLOCK_FILE)
-    content, kinds = read_json(path), {f.name: dict if f.name == "model" else f.type for f in fields(Block)}
+    path = block_dir(out_dir, number) / BLOCK_FILE
+    content = read_own(path.parent, BLOCK_FILE, SPLIT_AGAIN)
+    kinds = {f.name: dict if f.name == "model" else f.type for f in fields(Block)}
     proper = content.keys() == kinds.keys() and all(type(content[name]) is kind for name, kind in kinds.items())
     if not proper or content["number"] != number or content["layers_per_block"] < 1:
-        raise ValueError(f"{path} is damaged: delete its directory, and run --step shard again.")
+        raise ValueError(f"{path} is damaged: {SPLIT_AGAIN}.")
     block = Block(**content)
     config = build_config(Config.from_dict, block.model, path)
     build_config(lambda values: config.override(**values), {"attention": block.attention}, path)
@@ -210,7 +222,7 @@ def refuse_others(out_dir: Path, blocks: Sequence[Block], replace: bool) -> None
     """Raises ValueError for a block of another split, or deletes it."""
     for number in there(out_dir):
         path, now = block_dir(out_dir, number), asdict(blocks[number]) if number < len(blocks) else {}
-        if (held := read_json(find_inside(path, BLOCK_FILE))) == now:
+        if (held := read_own(path, BLOCK_FILE, SPLIT_AGAIN)) == now:
             continue
         if not replace:
             what = difference(held, now) if now else f"it is block {number}, and there are {len(blocks)} now"
@@ -283,17 +295,17 @@ def trained_identity(out_dir: Path, block: Block) -> dict[str, Any]:
     """What a block's final features were trained on. Raises ValueError where that is no longer what is there."""
     directory = block_dir(out_dir, block.number)
     final = directory / TRAIN / "final"
-    identity = read_json(find_inside(final, RUN_FILE)).get("identity")
+    again = f"train block {block.number} again with --resume restart"
+    identity = read_own(final, RUN_FILE, again).get("identity")
     if not isinstance(identity, dict) or not {"block", "inputs"} <= identity.keys():
-        raise ValueError(f"{final / RUN_FILE} is damaged: train block {block.number} again.")
+        raise ValueError(f"{final / RUN_FILE} is damaged: {again}.")
     expected = {"block": asdict(block)}
     if (directory / INPUTS / INPUTS_FILE).exists():
-        expected["inputs"] = read_json(find_inside(directory / INPUTS, INPUTS_FILE)).get("identity")
+        expected["inputs"] = read_own(directory / INPUTS, INPUTS_FILE, INPUTS_AGAIN).get("identity")
     for key, value in expected.items():
         if identity[key] != value:
             raise ValueError(
-                f"{final} is stale: it was trained {OTHER[key]} ({difference(identity[key], value)}); train block "
-                f"{block.number} again with --resume restart."
+                f"{final} is stale: it was trained {OTHER[key]} ({difference(identity[key], value)}); {again}."
             )
     return {name: value for name, value in identity["inputs"].items() if name != "first_layer"}
 

@@ -3,11 +3,12 @@
 A block alone is a GPT of its layers whose embedding gives rows of the block's inputs, and which nothing comes behind.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -34,11 +35,12 @@ from lit_swa.training.block_inputs import (
     begin_inputs,
     make_table,
     missing_bytes,
-    missing_parts,
+    refuse_other_inputs,
     write_parts,
 )
 from lit_swa.training.blocks import (
     INPUTS,
+    INPUTS_AGAIN,
     TRAIN,
     Block,
     block_dir,
@@ -234,22 +236,28 @@ def plan_saving(args: Training, out_dir: Path, only: int | None) -> tuple[Saving
 
 
 def make_inputs(saving: Saving, n: int, replaces: bool) -> None:
-    """The inputs of block n, or what is missing of them."""
+    """The inputs of block n, or what is missing of them. replaces: in place of others, which are deleted once there is
+    what the new ones are made from."""
     directory, table, lengths = saving.directory(n), saving.tables[n], saving.texts.lengths
-    begin_inputs(directory, table, lengths, replaces)
-    if missing_parts(directory, table):
-        device, line = saving.fabric.device, ProgressLine(int(lengths.sum()), "token", interval=10.0)
-        if n == 0:
-            model, ids = load_embedding(saving.checkpoint_dir, saving.dtype, device), saving.texts.ids
-        else:
-            before = saving.blocks[n - 1]
-            inputs = read_inputs(saving.directory(n - 1), saving.tables[n - 1])
-            model = load_block(saving.out_dir, before, before.softmax, saving.dtype, device, inputs)
-            ids = inputs.numbers
+    if not replaces:
+        refuse_other_inputs(directory, table)
+    makes = missing_bytes(directory, table) > 0
+    model, ids = load_reader(saving, n) if makes else (None, None)
+    begin_inputs(directory, table, lengths)
+    if makes:
+        line, what = ProgressLine(int(lengths.sum()), "token", interval=10.0), f"inputs of block {n}"
         with saving.fabric.autocast():
-            what = f"inputs of block {n}"
             write_parts(directory, table, lengths, model, ids, saving.tokens, lambda done: line.show(done, what))
     print_line(f"{directory}: {len(table.parts)} parts, {format_bytes(sum(table.parts) * table.row_bytes)}")
+
+
+def load_reader(saving: Saving, n: int) -> tuple[GPT, Callable[[int], np.ndarray]]:
+    """A model that makes the inputs of block n, and what it reads of a text."""
+    device = saving.fabric.device
+    if n == 0:
+        return load_embedding(saving.checkpoint_dir, saving.dtype, device), saving.texts.ids
+    before, inputs = saving.blocks[n - 1], read_inputs(saving.directory(n - 1), saving.tables[n - 1])
+    return load_block(saving.out_dir, before, before.softmax, saving.dtype, device, inputs), inputs.numbers
 
 
 def read_inputs(directory: Path, table: Table) -> Inputs:
@@ -257,7 +265,7 @@ def read_inputs(directory: Path, table: Table) -> Inputs:
     inputs = Inputs(directory)
     if inputs.table != table:
         what = difference(inputs.table._asdict(), table._asdict())
-        raise ValueError(f"{directory} is stale ({what}): --step inputs --resume restart makes it anew.")
+        raise ValueError(f"{directory} is stale ({what}): {INPUTS_AGAIN}.")
     return inputs
 
 

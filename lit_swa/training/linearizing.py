@@ -292,13 +292,13 @@ def measure_ranking(run: Finetuning, model: GPT, variants: Sequence[str]) -> dic
     before, losses = measure_harm(model, variants, lambda: validate(run.fabric, model, run.valid), tell)
     harm = {i: loss - before for i, loss in losses.items()}
     ranked = sorted(harm, key=lambda i: -harm[i])
-    run.log.say(f"the loss with softmax attention is {format_number(before, 4)}; with linear attention in one layer:")
-    for i in ranked:
-        run.log.say(f"  layer {i:3d}: {format_number(losses[i], 4)} ({harm[i]:+.4f})")
     if run.fabric.is_global_zero:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         measured = {"softmax": before, "linear": {str(i): losses[i] for i in ranked}}
         write_json(run.out_dir / RANKING, {**ranking_identity(run), **measured})
+    run.log.say(f"the loss with softmax attention is {format_number(before, 4)}; with linear attention in one layer:")
+    for i in ranked:
+        run.log.say(f"  layer {i:3d}: {format_number(losses[i], 4)} ({harm[i]:+.4f})")
     run.fabric.barrier()
     return harm
 
