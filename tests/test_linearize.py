@@ -496,6 +496,11 @@ def test_what_does_not_fit_a_run_is_refused_in_a_sentence(linearize):
         ({"resume": "auto", "model.linear_off": "true"}, "linear_off switches off what stage 1 trains"),
         ({"resume": "auto", "targets": "head"}, "targets has no 'head' here"),
         ({"resume": "auto", "stage2_steps": 0, "chunk_size": 4}, "chunk_size cuts the texts of stage 2 alone"),
+        (
+            {"resume": "auto", "stage2_steps": 0, "loss": "kl"},
+            "loss is for stage 2, and --stage2_steps is 0: leave --loss",
+        ),
+        ({"resume": "auto", "stage1_steps": 0, "window_dropout": 0.5}, "window_dropout is for stage 1, and --stage1"),
         ({"resume": "auto", "max_seq_length": 600}, "max_seq_length=600 is more than the context of 512"),
     ):
         _, err = linearize(code=2, max_steps=1, **change)

@@ -1,6 +1,6 @@
 """What finetune/linearize.py does before, between and behind its two loops."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -80,6 +80,13 @@ def prepare_stages(
     if steps[1] == 0:
         second.steps = 0
     return first, second
+
+
+def refuse_of_no_stage(stage: int, steps: int | None, own: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises ValueError for an argument of a stage that is left out. own: the stage's, each with its default."""
+    given = [name for name, (value, plain) in own.items() if value != plain]
+    if steps == 0 and given:
+        raise ValueError(f"{given[0]} is for stage {stage}, and --stage{stage}_steps is 0: leave --{given[0]} out.")
 
 
 def configured(base: Config, fields: dict[str, Any], transfers: bool, keep_full: int, longest: int) -> Config:
