@@ -137,7 +137,8 @@ class Training(Loop):
         epochs: How often the data is read.
         max_steps: Optimiser steps, in place of epochs.
         lr_schedule: cosine falls to a tenth of the rate; plateau halves it when the validation loss stops falling.
-        sample: At a validation, show the model's answer to the first prompt that is validated on when it has changed.
+        sample: At a validation, show the model's answer to the first prompt that is validated on when it has changed;
+            not with --strategy fsdp.
     """
 
     LENGTH = "--max_seq_length"
@@ -188,7 +189,7 @@ class Pretraining(Loop):
         window_schedule: Windows to train with one after the other, each with the part of the run from which on it
             holds, such as 256:0,512:0.3,1024:0.6. The last is the model's sliding_window_size.
         random_window: Each step draws its window: this one, or its double, and so on, up to sliding_window_size.
-        sample: At a validation, show how the model goes on from a text that is held out.
+        sample: At a validation, show how the model goes on from a text that is held out; not with --strategy fsdp.
     """
 
     LENGTH = "--block_length"

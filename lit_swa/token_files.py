@@ -179,7 +179,9 @@ def read_index(directory: Path) -> dict[str, Any]:
                 f"{directory} is unfinished: give the command that made it (scripts/prepare_text.py) again: it "
                 "goes on where it stopped."
             )
-        raise FileNotFoundError(f"{directory} holds no {INDEX}: make token files with scripts/prepare_text.py.")
+        raise FileNotFoundError(
+            f"{directory} holds no {INDEX}: copy it from where it was made, or make it with scripts/prepare_text.py."
+        )
     content = read_json(find_inside(directory, INDEX))
     counts = ("tokens", "documents", "text_bytes")
     sound = content.get("format") == FORMAT and content.get("dtype") in DTYPES
@@ -472,9 +474,10 @@ def open_sources(
         n_blocks = (tokens.n_tokens - 1) // block_length
         share = max(1, round(batch_size * weight / total))
         if n_blocks < share:
+            fewer = f"the batch's size (now {batch_size}) or " if batch_size > 1 else ""
             raise ValueError(
-                f"{directory} holds {tokens.n_tokens} tokens, and one batch takes {share} blocks of {block_length} + 1 "
-                f"from it: give more text, or lower the batch's size (now {batch_size}) or the blocks' length."
+                f"{directory} holds {tokens.n_tokens} tokens, and one batch takes {share} block{'s' * (share > 1)} of "
+                f"{block_length} + 1 from it: give more text, or lower {fewer}the blocks' length."
             )
         sources.append(Source(tokens, weight, n_blocks))
     return sources

@@ -46,6 +46,7 @@ def run_script(main: Callable[..., Any]) -> None:
         try:
             with sharing_cores():
                 run_main(main)
+            leave_processes()
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -68,6 +69,16 @@ def run_script(main: Callable[..., Any]) -> None:
         sys.exit(130)
     finally:
         drop_unread_output()
+
+
+def leave_processes() -> None:
+    """End what torch.distributed keeps for this process, while Python still runs: its threads may not outlive that.
+
+    Not after an error: the others may wait for this process.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def error_sentence(error: Exception, main: Callable[..., Any]) -> str | None:

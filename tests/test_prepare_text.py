@@ -464,6 +464,8 @@ def test_a_trained_tokenizer_is_taken_by_the_other_scripts(tmp_path, run_script)
     assert "fewer than 8192: no other pair" in run_script("scripts/train_tokenizer.py", *arguments)[2]
     code, _, err = run_script("scripts/train_tokenizer.py", *arguments, "--vocab_size", 200)
     assert code == 2 and "vocab_size=200 does not fit: it must be a whole number from 257" in err
+    code, _, err = run_script("scripts/train_tokenizer.py", "--data", tmp_path / "nowhere", "--output_dir", data)
+    assert code == 2 and "a.jsonl is a file: give a directory to write to" in err  # before a text is read
 
 
 def test_the_published_names_are_in_the_help():

@@ -92,7 +92,7 @@ def test_a_text_becomes_a_model_that_generates(pretrain, text, run_script):
     directory, err = pretrain(**found, sample="true")
     losses = [float(loss) for _, loss, _ in metrics(directory) if loss]
     assert math.log(300) - 0.3 < losses[0] < math.log(300) + 0.3 and losses[-1] < losses[0] - 2.0
-    assert " | " in err and "generate/base.py" in err
+    assert " | " in err and "generate/base.py" in err and err.count("chosen: --warmup_steps 3 of 30") == 1
     command = ["--checkpoint_dir", directory / "final", "--prompt", "7 sheep", "--temperature", "0"]
     rc, out, err = run_script("generate/base.py", *command, "--max_new_tokens", "8")
     assert rc == 0 and out.startswith("7 sheep and"), err
@@ -442,6 +442,12 @@ def test_a_text_under_another_key_is_told_with_its_remedy(pretrain, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
     _, err = pretrain(code=2, data=tmp_path / "a.jsonl", tokenizer_dir=None, tokenizer_vocab_size=300)
     assert f"error: {tmp_path / 'a.jsonl'} line 1 has the keys content: name the one of the text with --key of" in err
+
+
+def test_tokens_whose_index_is_missing_are_no_text(pretrain, tokens, tmp_path):
+    """Catches: a copy of a directory of tokens that broke off, of which the script says that it holds no text."""
+    shutil.copytree(tokens[1], tmp_path / "tokens", ignore=shutil.ignore_patterns("index.json"))
+    assert "tokens holds no index.json: copy it from" in pretrain(code=2, data=tmp_path / "tokens")[1]
 
 
 def test_the_time_to_go_counts_validations(pretrain, monkeypatch):

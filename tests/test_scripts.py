@@ -15,8 +15,10 @@ from pathlib import Path
 
 import brute_force
 import pytest
+import torch
 
 from lit_swa.model import VARIANTS
+from lit_swa.utils import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
@@ -288,6 +290,28 @@ def test_a_device_that_is_not_there_is_refused(tiny_checkpoint, monkeypatch, cap
 
 
 GREEDY = ["--temperature", "0", "--repetition_penalty", "1"]
+
+
+def test_a_script_leaves_its_processes_when_it_is_done_and_not_after_an_error(tmp_path, monkeypatch):
+    """Catches: threads of torch.distributed that outlive Python, and one that waits for others at an error."""
+    group = torch.distributed
+
+    def main(fail: bool = False) -> None:
+        if fail:
+            raise ValueError("It fails.")
+
+    group.init_process_group("gloo", store=group.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(sys, "argv", ["x", "--fail", "true"])
+        with pytest.raises(SystemExit):
+            run_script(main)
+        assert group.is_initialized()
+        monkeypatch.setattr(sys, "argv", ["x"])
+        run_script(main)
+        assert not group.is_initialized()
+    finally:
+        if group.is_initialized():
+            group.destroy_process_group()
 
 
 def test_a_chat_says_that_training_saw_other_prompts(tiny_checkpoint, monkeypatch, capsys, tmp_path):

@@ -246,6 +246,8 @@ def test_what_does_not_fit_is_refused(tmp_path, numbered, tiny_checkpoint):
         TokenData({own: 1.0, directory: 1.0}, 8, 1)
     with pytest.raises(ValueError, match=f"holds {n_tokens} tokens, and one batch takes 64 blocks of 8"):
         TokenData(directory, 8, 64)
+    with pytest.raises(ValueError, match="takes 1 block of 9999 . 1 from it: .*, or lower the blocks"):
+        TokenData(directory, 9999, 1)
     with pytest.raises(ValueError, match="must be a multiple of the 3 processes times their micro-batches of 1"):
         TokenData(directory, 8, 4, world_size=3)
     with pytest.raises(ValueError, match="The weight of x=-1 does not fit"):

@@ -34,6 +34,8 @@ def train_tokenizer(
     check_range("max_mb", max_mb, 0.001)
     selection = selection or Selection()
     check_separator(selection.separator)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file: give a directory to write to.")
     files = find_files(data)
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,6 +7,7 @@ in between: each group of devices shards a model of its own, and gradients are a
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -55,7 +56,10 @@ def start_fabric(args: Any) -> "tuple[Fabric, torch.dtype]":
     if args.strategy == "fsdp":
         strategy = fsdp_strategy(count * num_nodes, args.shard_size)
     elif count * num_nodes > 1:
-        strategy = DDPStrategy(broadcast_buffers=False, timeout=MAX_WAIT)  # the only buffers are RoPE's frequencies
+        # No buffers are sent: RoPE's frequencies and quantized weights are each device's own. torch's new argument for
+        # that, which it recommends instead, would still send them once.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        strategy = DDPStrategy(broadcast_buffers=False, timeout=MAX_WAIT)
     fabric = Fabric(
         accelerator=kind,
         devices=devices,

@@ -37,7 +37,7 @@ from lit_swa.model import GPT
 from lit_swa.token_files import INDEX, JOB, MIXTURE, TokenBatch, TokenData, TokenDirectory
 from lit_swa.training.distribution import loading_device, start_fabric
 from lit_swa.training.feed import MICRO_BATCH_TOKENS
-from lit_swa.training.finetuning import deciding_fields, describe_choices
+from lit_swa.training.finetuning import deciding_fields
 from lit_swa.training.flops import count_weights, peak_flops, token_flops
 from lit_swa.training.loop import Batch, Progress, Run
 from lit_swa.training.resuming import find_run
@@ -305,8 +305,6 @@ def prepare_pretraining(args: Pretraining) -> PretrainingRun:
         windows=plan_windows(args, config, block_length),
     )
     run.log.say(describe_run(run))
-    if note := describe_choices(run):
-        run.log.say(note)
     return run
 
 
@@ -365,7 +363,8 @@ def find_tokenizer(args: Pretraining, base_dir: Path | None, out_dir: Path) -> T
 
 
 def is_token_directory(path: Path) -> bool:
-    return any((path / name).is_file() for name in (INDEX, MIXTURE, JOB))
+    """True for what scripts/prepare_text.py wrote, complete or not."""
+    return any((path / name).is_file() for name in (INDEX, MIXTURE, JOB)) or any(path.glob("tokens-*.bin"))
 
 
 def find_tokens(data: str, written: Path, tokenizer: Tokenizer) -> Path:
