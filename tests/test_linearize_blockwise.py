@@ -274,6 +274,23 @@ def test_a_block_with_broken_weights_is_written_again(blockwise, tmp_path, left)
     assert path.read_bytes() == expected and "0 of 3 blocks" in blockwise("shard")
 
 
+def test_a_stale_part_of_the_inputs_is_named_and_made_again(blockwise, tmp_path):
+    """Catches: a part of other texts, of the same size, that a block is trained on."""
+    for name in ("blocks", "others"):
+        blockwise("shard", name=name)
+        blockwise("inputs", 0, name=name, limit=20 if name == "others" else None)
+    inputs, others = (tmp_path / name / "block-000" / "inputs" for name in ("blocks", "others"))
+    expected = contents(inputs)
+    content = expected["part-00000.safetensors"]
+    other = next(iter(open_safetensors(others / "part-00000.safetensors")))
+    own = next(iter(open_safetensors(inputs / "part-00000.safetensors")))
+    (inputs / "part-00000.safetensors").write_bytes(content.replace(own.encode(), other.encode()))
+    err = blockwise("train", 0, code=2)
+    assert "block-000/inputs is incomplete: it has a broken or stale part-00000.safetensors of 1 parts" in err
+    blockwise("inputs", 0)
+    assert contents(inputs) == expected
+
+
 @pytest.mark.parametrize("name, remedy", [("inputs.json", "restart"), ("lengths.safetensors", None)])
 def test_inputs_with_a_broken_table_are_made_again(blockwise, tmp_path, name, remedy):
     """Catches: a file that is named in an error whose remedy fails for the same file."""

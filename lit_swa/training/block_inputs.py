@@ -3,11 +3,14 @@
 block-NNN/inputs holds a table of N rows of C elements, one a token: the texts that are trained on, one behind the
 other, then those that are validated on. It is cut into part-NNNNN.safetensors of about PART_BYTES, between texts.
 inputs.json, written first, says what it is a table of and which parts there must be; each part is there whole or not at
-all. So a run that is killed, or ends with a full disk, goes on at the next part.
+all, and its tensor bears the table's mark. So a run that is killed, or ends with a full disk, goes on at the next part,
+and a part that was left or copied from another table counts as missing.
 """
 
 import bisect
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -77,6 +80,11 @@ class Table(NamedTuple):
         return self.width * DTYPE_NAMES[self.dtype].itemsize
 
 
+def mark(table: Table) -> str:
+    """The name of the tensors in a table's files."""
+    return hashlib.sha256(json.dumps(table._asdict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def part_name(n: int) -> str:
     return f"part-{n:05d}.safetensors"
 
@@ -130,34 +138,36 @@ def refuse_other_inputs(directory: Path, table: Table) -> None:
 
 def begin_inputs(directory: Path, table: Table, lengths: np.ndarray) -> None:
     """inputs.json and the texts' lengths, where they are not there yet, in place of those of another table."""
-    if (held := held_table(directory)) == table._asdict() and np.array_equal(read_lengths(directory), lengths):
+    if (held := held_table(directory)) == table._asdict() and np.array_equal(read_lengths(directory, table), lengths):
         return
     if held not in (None, table._asdict()):
         remove_directory(directory)
     with directory_lock(directory):
         remove_leftovers(directory)
-        write_safetensors(directory / LENGTHS_FILE, {"lengths": as_lazy(torch.from_numpy(lengths.astype(np.int64)))})
+        held_lengths = as_lazy(torch.from_numpy(lengths.astype(np.int64)))
+        write_safetensors(directory / LENGTHS_FILE, {mark(table): held_lengths})
         write_json(directory / INPUTS_FILE, table._asdict())
 
 
-def read_lengths(directory: Path) -> np.ndarray:
-    """Tokens of each text; none if the file is not there, or damaged."""
+def read_lengths(directory: Path, table: Table) -> np.ndarray:
+    """Tokens of each text; none if the file is not there, damaged or of another table."""
     with suppress(ValueError, OSError):
-        if (found := open_safetensors(find_inside(directory, LENGTHS_FILE)).get("lengths")) is not None:
+        if (found := open_safetensors(find_inside(directory, LENGTHS_FILE)).get(mark(table))) is not None:
             return found.load().numpy().copy()
     return np.zeros(0, dtype=np.int64)
 
 
-def is_part(path: Path, rows: int, table: Table) -> bool:
-    """True if the part is there, whole."""
+def is_part(path: Path, rows: int, table: Table, name: str) -> bool:
+    """True if the part is there, whole. name: the table's mark."""
     with suppress(ValueError, OSError):
-        x = open_safetensors(path).get("x")
+        x = open_safetensors(path).get(name)
         return x is not None and x.shape == (rows, table.width) and x.dtype == DTYPE_NAMES[table.dtype]
     return False
 
 
 def missing_parts(directory: Path, table: Table) -> list[int]:
-    return [n for n, rows in enumerate(table.parts) if not is_part(directory / part_name(n), rows, table)]
+    name = mark(table)
+    return [n for n, rows in enumerate(table.parts) if not is_part(directory / part_name(n), rows, table, name)]
 
 
 def missing_bytes(directory: Path, table: Table) -> int:
@@ -196,7 +206,7 @@ def write_parts(
                 x[at : at + sum(sizes)] = y[0]
                 at += sum(sizes)
                 tell(sum(table.parts[:n]) + at)
-            write_safetensors(directory / part_name(n), {"x": as_lazy(x)})
+            write_safetensors(directory / part_name(n), {mark(table): as_lazy(x)})
 
 
 def batches(lengths: np.ndarray, a: int, b: int, tokens: int) -> Iterator[list[int]]:
@@ -234,13 +244,15 @@ class Inputs:
         self.table = read_table(directory)
         if missing := missing_parts(directory, self.table):
             more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+            how = "has a broken or stale" if (directory / part_name(missing[0])).exists() else "lacks"
             raise FileNotFoundError(
-                f"{directory} is incomplete: it lacks {part_name(missing[0])}{more} of {len(self.table.parts)} parts; "
+                f"{directory} is incomplete: it {how} {part_name(missing[0])}{more} of {len(self.table.parts)} parts; "
                 "--step inputs goes on."
             )
-        self.parts = [open_part(directory, n) for n in range(len(self.table.parts))]
+        name = mark(self.table)
+        self.parts = [open_part(directory, n, name) for n in range(len(self.table.parts))]
         self.starts = list(itertools.accumulate(self.table.parts, initial=0))
-        self.lengths = read_lengths(directory)
+        self.lengths = read_lengths(directory, self.table)
         self.ends = np.cumsum(self.lengths)
         if self.lengths.sum() != self.starts[-1] or not 0 < self.table.trained <= len(self.lengths):
             raise ValueError(f"{directory / LENGTHS_FILE} is missing or damaged: --step inputs makes it anew.")
@@ -285,8 +297,8 @@ def read_table(directory: Path) -> Table:
     raise ValueError(f"{directory / INPUTS_FILE} is damaged: {INPUTS_AGAIN}.")
 
 
-def open_part(directory: Path, n: int) -> LazyTensor:
-    return open_safetensors(find_inside(directory, part_name(n)))["x"]
+def open_part(directory: Path, n: int, name: str) -> LazyTensor:
+    return open_safetensors(find_inside(directory, part_name(n)))[name]
 
 
 class Rows(nn.Module):
