@@ -500,6 +500,7 @@ def test_what_does_not_fit_a_run_is_refused_in_a_sentence(linearize):
             {"resume": "auto", "stage2_steps": 0, "loss": "kl"},
             "loss is for stage 2, and --stage2_steps is 0: leave --loss",
         ),
+        ({"resume": "auto", "stage2_steps": 0, "learning_rate": 1e-2}, "learning_rate is for stage 2, and --stage2"),
         ({"resume": "auto", "stage1_steps": 0, "window_dropout": 0.5}, "window_dropout is for stage 1, and --stage1"),
         ({"resume": "auto", "max_seq_length": 600}, "max_seq_length=600 is more than the context of 512"),
     ):
