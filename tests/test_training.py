@@ -3,6 +3,8 @@
 import ast
 import copy
 import errno
+import fcntl
+import gc
 import json
 import os
 import resource
@@ -21,7 +23,7 @@ from lit_swa import GPT
 from lit_swa.arguments import Training
 from lit_swa.checkpoint import load_model, save_checkpoint
 from lit_swa.formats import files
-from lit_swa.formats.files import atomic_file, open_safetensors, replace_directory, write_text
+from lit_swa.formats.files import LOCK_NAME, atomic_file, open_safetensors, replace_directory, write_text
 from lit_swa.train import (
     Batch,
     Run,
@@ -255,6 +257,23 @@ def test_a_run_that_ended_before_its_first_save_leaves_no_lines(tmp_path):
         shutil.rmtree(tmp_path / "run" / name)
     pretrain(tmp_path / "run", max_steps=2)
     assert read_metrics(tmp_path / "run")["step"] == [1, 2]
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    """Catches: a run that is started twice, whose rows and steps mix, or whose steps the second one deletes; and a
+    directory that stays locked when its run has ended."""
+    pretraining = Pretraining(tmp_path, max_steps=1)
+    pretraining.train()
+    with open(tmp_path / LOCK_NAME, "a") as other:  # as another process sees it
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        del pretraining
+        gc.collect()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for resume in ("auto", "restart"):
+            with pytest.raises(ValueError, match="Another run is at work in .*: wait for its end, or choose another"):
+                pretrain(tmp_path, max_steps=1, resume=resume)
+    assert pretrain(tmp_path, max_steps=1, resume="auto") == []
 
 
 def test_a_best_step_that_was_not_kept_is_said(tmp_path, capsys):

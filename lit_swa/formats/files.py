@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -27,6 +27,9 @@ from torch import Tensor
 from lit_swa.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
 from lit_swa.formats.reading import find_inside, require_regular
 from lit_swa.utils import print_line
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LOCK_NAME = ".lit_swa.lock"
 TEMPORARY = ".lit_swa.tmp"  # how temporary names end
@@ -171,13 +174,10 @@ def remove_leftovers(directory: Path) -> None:
 @contextmanager
 def directory_lock(directory: Path) -> Iterator[None]:
     """One process at a time writes into a directory. The system holds the lock, and frees it when the process ends."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     with named_when_full(directory):
-        if directory.is_file():
-            raise ValueError(f"{directory} is a file: give a directory.")
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK_NAME, is_singleton=True)  # within one process, the blocks may be nested
+        lock = lock_of(directory)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -187,6 +187,31 @@ def directory_lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def hold_directory(directory: Path) -> "FileLock":
+    """Lock a run's directory until the result is forgotten. Raises ValueError where another process has locked it."""
+    from filelock import Timeout
+
+    with named_when_full(directory):
+        lock = lock_of(directory)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"Another run is at work in {directory}: wait for its end, or choose another --out_dir."
+            ) from None
+    return lock
+
+
+def lock_of(directory: Path) -> "FileLock":
+    """The lock of a directory, which is made. Within one process it may be taken again."""
+    from filelock import FileLock
+
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file: give a directory.")
+    directory.mkdir(parents=True, exist_ok=True)
+    return FileLock(directory / LOCK_NAME, is_singleton=True)
 
 
 def require_space(directory: Path, n_bytes: int) -> None:

@@ -25,6 +25,7 @@ from lit_swa.formats.files import (
     copy_file,
     directory_lock,
     find_inside,
+    hold_directory,
     named_when_full,
     open_safetensors,
     read_json,
@@ -168,10 +169,12 @@ class Saver:
     def resume(self) -> Progress:
         """Load weights, moments and progress of the run in out_dir, if there is one and --resume says so.
 
-        Raises ValueError when there is one and --resume does not say what to do with it, when it is another run, or is
-        damaged.
+        Raises ValueError when there is one and --resume does not say what to do with it, when it is another run, is
+        damaged, or is at work.
         """
         run = self.run
+        if run.fabric.is_global_zero:
+            self.lock = hold_directory(run.out_dir)  # until this object is gone: two runs would mix their steps
         path = find_run(run.args.resume, run.out_dir)
         if path is None:
             if run.args.resume != "restart":
