@@ -538,13 +538,14 @@ def block_size(window: int) -> int:
 def fits(q: Tensor, window: int, sinks: int) -> bool:
     """True if the kernels take such queries, and their GPU has the memory. Not in float16: states of long texts, and
     features that grow by gates up to e^64, are beyond what it holds."""
-    T, D = q.shape[2:]
+    B, H, T, D = q.shape
     if q.dtype == torch.float16 or window <= 0 or window % BLOCKS[-1] or sinks > SINKS:
         return False
     if not 16 <= D <= MOST_HEAD_SIZE or D & (D - 1):
         return False
-    if 2 * D * max(T, D * triton.cdiv(T, block_size(window))) >= 2**31:  # 32 bits count a head's features and states
+    N, device = triton.cdiv(T, block_size(window)), torch.cuda.get_device_properties(q.device)
+    if 2 * D * max(T, D * N) >= 2**31:  # 32 bits count a head's features and states
         return False
-    return (
-        getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0) >= SHARED_MEMORY[D > 64]
-    )
+    held = q.element_size() * B * H * 2 * D * (2 * T + D * N)  # bytes of the features and states of all heads
+    shared = getattr(device, "shared_memory_per_block_optin", 0)
+    return held <= device.total_memory // 8 and shared >= SHARED_MEMORY[D > 64]

@@ -2,6 +2,7 @@
 texts run in Triton's interpreter too: TRITON_INTERPRET=1 pytest tests/gpu/test_linear_cuda.py -q"""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,23 @@ def test_chunks_of_a_text_that_is_trained_have_the_gradients_of_one_pass(tiny_mo
     for whole, cut in zip(*found, strict=True):
         tolerance = 1e-4 if INTERPRETED else 5e-2
         torch.testing.assert_close(cut, whole, rtol=tolerance, atol=tolerance * whole.abs().max().item())
+
+
+@runs_kernels
+def test_kernels_leave_a_text_whose_features_would_fill_a_gpu_to_the_chunks(monkeypatch):
+    """Catches: a prompt that once was read in pieces and now ends for want of memory; a GPU too small for a program."""
+    from lit_swa import linear_text_kernels
+
+    def fits(T: int, gigabytes: int, shared: int = 227) -> bool:
+        properties = SimpleNamespace(total_memory=gigabytes * 10**9, shared_memory_per_block_optin=shared * 2**10)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        q = torch.empty(1, 32, T, 128, dtype=torch.bfloat16, device="meta")
+        return linear_text_kernels.fits(q, window=64, sinks=0)
+
+    assert fits(131072, 80)  # 8.6 GB
+    assert not fits(262144, 80)
+    assert not fits(131072, 48)
+    assert not fits(1024, 80, shared=99)
 
 
 @needs_gpu
