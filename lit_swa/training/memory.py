@@ -137,12 +137,14 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
     remedy = training_remedy(run.args, needed, wanted, free)
     remedy = f"use a larger --chunk_size or a smaller window, or {remedy.removeprefix('use ')}" if kept else remedy
     require_memory(needed[wanted], fabric.device, what, remedy)
+    beside = ", beside freed memory that is not given back at once"
     if 4 * needed[wanted] > free or run.args.dry_run:
         return_what_is_freed()
+        beside = ""
     program = here * program_bytes(model, step.weights)
     total = format_bytes(program + here * step.weights + needed[wanted])
     run.log.say(
-        f"Memory, estimated: {total} at most (program {format_bytes(program)}, weights {weights}, gradients "
+        f"Memory, estimated: {total} at most{beside} (program {format_bytes(program)}, weights {weights}, gradients "
         f"{format_bytes(here * step.gradients)}, moments {format_bytes(here * step.moments)}, the rest activations; "
         f"{wanted} of {n} layers compute theirs again); {format_bytes(free)} are free."
     )
