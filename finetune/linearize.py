@@ -75,8 +75,8 @@ def main(
     of_stage1 = {"transfer_learning_rate": (transfer_learning_rate, 1e-2), "weights_ce": (weights_ce, 0.0)}
     of_stage1 |= {"transfer_schedule": (transfer_schedule, None), "window_dropout": (ends, (0.0, 0.0))}
     of_stage2 = {"loss": (loss, "ce"), "r": (r, 8), "alpha": (alpha, 16), "dropout": (dropout, 0.0)}
-    of_stage2 |= {"targets": (targets, "q,k,v,o"), "learning_rate": (args.learning_rate, None)}
-    of_stage2 |= {"lr_schedule": (args.lr_schedule, "cosine")}
+    of_stage2 |= {"targets": (targets, "q,k,v,o"), "learning_rate": (args.learning_rate, Training.learning_rate)}
+    of_stage2 |= {"lr_schedule": (args.lr_schedule, Training.lr_schedule)}
     train.refuse_of_no_stage(1, stage1_steps, of_stage1)
     train.refuse_of_no_stage(2, stage2_steps, of_stage2)
     lora = LoRAConfig(r, alpha, dropout, targets)

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +250,29 @@ def test_any_split_of_a_text_gives_the_logits_of_one_call(sizes, case, back):
         if back and start >= back:  # a draft that turns out wrong
             model(torch.randint(0, 97, (2, back)), torch.arange(start, start + back))
             model.take_back(back)
+
+
+@pytest.mark.parametrize("case", ["lolcats", "sinks", "gate", "relu"])
+@torch.no_grad()
+def test_a_prompt_that_kernels_read_leaves_the_state_that_chunks_leave(case, monkeypatch):
+    """Catches: a key of the prompt in both the state and the window, or in neither; a state that faded otherwise; a
+    later call that kernels read, which know no state. With one layer, no later logit needs the kernels' outputs."""
+    model = GPT(tiny_config(n_layer=1, attention="linear", **CASES[case])).eval().double()
+    randomize(model)
+    kernels = SimpleNamespace(
+        features=lambda x, w, relu: linear.features(linear.widened(x, x.dtype, len(w)), w, model.config),
+        gated=lambda phi_q, phi_k, rates, window: (phi_q, phi_k, rates),
+        attention=lambda q, *rest: torch.full_like(q, math.nan),
+    )
+    idx, found = torch.randint(0, 97, (2, 44)), []
+    for chosen in (None, kernels):
+        monkeypatch.setattr(linear, "text_kernels", lambda q, plan, _, chosen=chosen: chosen if plan.whole else None)
+        model.set_kv_cache(2, 64, lookahead=3)
+        prompt, *later = [model(idx[:, a:b], torch.arange(a, b)) for a, b in ((0, 40), (40, 43), (43, 44), (41, 44))]
+        assert prompt.isnan().any() == (chosen is not None)
+        found.append(torch.cat(later, dim=1))
+        model.clear_kv_cache()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

@@ -174,15 +174,10 @@ def remove_leftovers(directory: Path) -> None:
 @contextmanager
 def directory_lock(directory: Path) -> Iterator[None]:
     """One process at a time writes into a directory. The system holds the lock, and frees it when the process ends."""
-    from filelock import Timeout
-
-    with named_when_full(directory):
-        lock = lock_of(directory)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print_line(f"Another process is writing to {directory}: waiting for it.")
-            lock.acquire()
+    lock, taken = try_lock(directory)
+    if not taken:
+        print_line(f"Another process is writing to {directory}: waiting for it.")
+        lock.acquire()
     try:
         yield
     finally:
@@ -191,27 +186,26 @@ def directory_lock(directory: Path) -> Iterator[None]:
 
 def hold_directory(directory: Path) -> "FileLock":
     """Lock a run's directory until the result is forgotten. Raises ValueError where another process has locked it."""
-    from filelock import Timeout
-
-    with named_when_full(directory):
-        lock = lock_of(directory)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"Another run is at work in {directory}: wait for its end, or choose another --out_dir."
-            ) from None
+    lock, taken = try_lock(directory)
+    if not taken:
+        raise ValueError(f"Another run is at work in {directory}: wait for its end, or choose another --out_dir.")
     return lock
 
 
-def lock_of(directory: Path) -> "FileLock":
-    """The lock of a directory, which is made. Within one process it may be taken again."""
-    from filelock import FileLock
+def try_lock(directory: Path) -> "tuple[FileLock, bool]":
+    """The lock of a directory, which is made, and False if another process holds it. This one may take it again."""
+    from filelock import FileLock, Timeout
 
-    if directory.is_file():
-        raise ValueError(f"{directory} is a file: give a directory.")
-    directory.mkdir(parents=True, exist_ok=True)
-    return FileLock(directory / LOCK_NAME, is_singleton=True)
+    with named_when_full(directory):
+        if directory.is_file():
+            raise ValueError(f"{directory} is a file: give a directory.")
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK_NAME, is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return lock, False
+    return lock, True
 
 
 def require_space(directory: Path, n_bytes: int) -> None:

@@ -107,8 +107,8 @@ def shard_weights(model: GPT, mesh: Any) -> nn.Module:
     one device uses unrounded: norms, sinks, linear attention's. Gradients are added up in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    def policy(*modules: nn.Module) -> Any:
-        dtypes = (model.dtype, torch.float32) if any(is_wide(m) for part in modules for m in part.modules()) else ()
+    def policy(module: nn.Module) -> Any:
+        dtypes = (model.dtype, torch.float32) if any(map(is_wide, module.modules())) else ()
         return MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # a block is given angles, which stay wide
 
     for block in model.transformer.h:

@@ -137,10 +137,9 @@ def fitting_on_cpu(run: Run, model: GPT, wanted: int | str, accumulates: bool) -
     remedy = training_remedy(run.args, needed, wanted, free)
     remedy = f"use a larger --chunk_size or a smaller window, or {remedy.removeprefix('use ')}" if kept else remedy
     require_memory(needed[wanted], fabric.device, what, remedy)
-    beside = ", beside freed memory that is not given back at once"
-    if 4 * needed[wanted] > free or run.args.dry_run:
+    if returns := 4 * needed[wanted] > free or run.args.dry_run:
         return_what_is_freed()
-        beside = ""
+    beside = "" if returns else ", beside freed memory that is not given back at once"
     program = here * program_bytes(model, step.weights)
     total = format_bytes(program + here * step.weights + needed[wanted])
     run.log.say(
