@@ -51,6 +51,12 @@ def load_each(x, t, T):
 
 
 @triton.jit
+def key_head(row, H: tl.constexpr, G: tl.constexpr):
+    """Which of B * G key/value heads a query head of B * H has."""
+    return row // H * G + row % H // (H // G)
+
+
+@triton.jit
 def sees_exactly(u, t, window):
     """Whether a query at t has the key at u in its window."""
     return (u <= t) & (u > t - window)
@@ -95,8 +101,8 @@ def make_features(
 ):
     """x (B, G, T, D), weight (H, D, D) -> phi (B, H, T, 2 D)"""
     n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
-    b, h = row // H, row % H
-    x, phi = x + (b * G + h // (H // G)) * T * D, phi + row * T * (2 * D)
+    h = row % H
+    x, phi = x + key_head(row, H, G) * T * D, phi + row * T * (2 * D)
     t, d = n * C + tl.arange(0, C), tl.arange(0, D)
     w = tl.load(weight + h * (D * D) + d[:, None] * D + d[None, :]).to(tl.float32)
     plus, minus = both_halves(tl.dot(load_rows(x, t, T, d, D).to(tl.float32), w), RELU)
@@ -112,8 +118,8 @@ def grad_features(
 ):  # fmt: skip
     """dx (B, H, T, D) of each query head; dweight (B, H, parts, D, D). parts: programs of a head, of so many blocks."""
     part, row = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
-    b, h = row // H, row % H
-    x, dphi, dx = x + (b * G + h // (H // G)) * T * D, dphi + row * T * (2 * D), dx + row * T * D
+    h = row % H
+    x, dphi, dx = x + key_head(row, H, G) * T * D, dphi + row * T * (2 * D), dx + row * T * D
     d = tl.arange(0, D)
     square = d[:, None] * D + d[None, :]
     w = tl.load(weight + h * (D * D) + square).to(tl.float32)
@@ -147,7 +153,7 @@ def add_states(
     PARTS: tl.constexpr = D // PART
     row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     b, f, p = row // H, tl.arange(0, F), part * PART + tl.arange(0, PART)
-    phi, v, valid = phi + row * T * F, v + (b * G + row % H // (H // G)) * T * D, valid + b * valid_row
+    phi, v, valid = phi + row * T * F, v + key_head(row, H, G) * T * D, valid + b * valid_row
     states, norms = states + row * N * F * D, norms + row * N * F
     total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
     for n in range(N):
@@ -177,7 +183,7 @@ def read_queries(
     n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
-    group = (b * G + h // (H // G)) * T * D
+    group = key_head(row, H, G) * T * D
     k, v, valid, seen = k + group, v + group, valid + b * valid_row, seen + b * seen_row
     q, y, phi_q, phi_k = q + row * T * D, y + row * T * D, phi_q + row * T * F, phi_k + row * T * F
     top, place, total = top + row * T, place + row * T, total + row * T
@@ -231,7 +237,7 @@ def grad_queries(
     n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
-    group = (b * G + h // (H // G)) * T * D
+    group = key_head(row, H, G) * T * D
     k, v, valid, seen = k + group, v + group, valid + b * valid_row, seen + b * seen_row
     q, y, dy, dq = q + row * T * D, y + row * T * D, dy + row * T * D, dq + row * T * D
     phi_q, phi_k, dphi_q = phi_q + row * T * F, phi_k + row * T * F, dphi_q + row * T * F
@@ -299,11 +305,8 @@ def add_grads(
     row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     f, p = tl.arange(0, F), part * PART + tl.arange(0, PART)
     phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
-    states, norms, gone = (
-        states + row * N * F * D + f[:, None] * D + p[None, :],
-        norms + row * N * F + f,
-        gone + row * N,
-    )
+    states, norms = states + row * N * F * D + f[:, None] * D + p[None, :], norms + row * N * F + f
+    gone += row * N
     total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
     for i in range(N):
         n = N - 1 - i
@@ -337,7 +340,7 @@ def grad_keys(
     m, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
-    group = (b * G + h // (H // G)) * T * D
+    group = key_head(row, H, G) * T * D
     k, v, valid = k + group, v + group, valid + b * valid_row
     q, dy, dk, dv = q + row * T * D, dy + row * T * D, dk + row * T * D, dv + row * T * D
     phi_q, phi_k, dphi_k = phi_q + row * T * F, phi_k + row * T * F, dphi_k + row * T * F
