@@ -39,7 +39,7 @@ class WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-        out = q.new_empty(q.shape)
+        out = empty(q)
         stats = q.new_empty(*q.shape[:3], 1, dtype=torch.float32)  # log-sum-exps
         run("forward", window, scale, {"q": q, "k": k, "v": v, "o": out, "stats": stats})
         ctx.save_for_backward(q, k, v, out, stats)
@@ -52,10 +52,16 @@ class WindowAttention(torch.autograd.Function):
         T, before = q.size(2), k.size(2) - q.size(2)
         if 0 < before <= T:  # with more keys than queries cuDNN goes through all pairs: queries of zeros add nothing
             q, out, grad, stats = (F.pad(x, (0, 0, before, 0)) for x in (q, out, grad, stats))
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dq, dk, dv = (empty(x) for x in (q, k, v))
         given = {"q": q, "k": k, "v": v, "o": out, "do": grad, "stats": stats}
         run("backward", ctx.window, ctx.scale, given | {"dq": dq, "dk": dk, "dv": dv})
         return dq[:, :, -T:], dk, dv, None, None
+
+
+def empty(x: Tensor) -> Tensor:
+    """As x (B, H, T, D), with a token's heads side by side in memory, as the model's products read and write them."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
 class Shape(NamedTuple):

@@ -628,18 +628,37 @@ def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """rope.apply_rope, compiled where it is worth it."""
-    return as_one_kernel(apply_rope, x, cos, sin)
+    return Rotation.apply(x, cos, sin) if x.requires_grad and is_large(x) else as_one_kernel(apply_rope, x, cos, sin)
+
+
+class Rotation(torch.autograd.Function):
+    """rotate(), whose gradient is rotated back. Compiled gradients are copied until they lie in memory as torch expects
+    them; these lie as they come, so that q's, k's and v's are joined in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return as_one_kernel(apply_rope, x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return as_one_kernel(apply_rope, grad, cos, sin.roll(sin.size(-1) // 2, dims=-1)), None, None
 
 
 def as_one_kernel(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments), compiled where it would be many passes over much of a GPU's memory."""
     first = next(x for a in arguments for x in (a if isinstance(a, tuple) else (a,)) if isinstance(x, Tensor))
-    if first.device.type != "cuda" or first.numel() < LARGE_TENSOR or torch.compiler.is_compiling():
-        return function(*arguments)
-    if not has_triton():
+    if not is_large(first):
         return function(*arguments)
     with torch._dynamo.config.patch(recompile_limit=64):  # for layouts, numbers of strips, with and without gradients
         return compiled(function)(*arguments)
+
+
+def is_large(x: Tensor) -> bool:
+    """True if a compiled kernel is worth its start, and may be compiled here."""
+    large = x.device.type == "cuda" and x.numel() >= LARGE_TENSOR
+    return large and not torch.compiler.is_compiling() and has_triton()
 
 
 @functools.cache

@@ -129,9 +129,9 @@ class LinearAttention(Mixer):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
         if plan.texts:
             return self.read_texts(q, k, v, plan.texts)
-        q, k = (apply_rope(x, *plan.angles) for x in (q, k))
         if kernels := text_kernels(q, plan, self.config):
             return self.read_by(kernels, q, k, v, plan, cache)
+        q, k = (apply_rope(x, *plan.angles) for x in (q, k))
         kv = torch.cat([k, v], dim=-1)
         if cache is None:
             sinks, entries, state = kv[:, :, : plan.seen.size(-1)], F.pad(kv, (0, 0, plan.lag, 0)), empty_state(q)
@@ -158,6 +158,9 @@ class LinearAttention(Mixer):
 
     def read_by(self, kernels: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, cache: "StateCache | None") -> Tensor:
         """forward() for whole texts, by linear_text_kernels.py."""
+        from .fast_attention import rotate
+
+        q, k = (rotate(x, *plan.angles) for x in (q, k))
         valid, rates, gone = plan.valid[:, plan.lag :], None, None
         relu = self.config.linear_feature_map == "relu"
         phi_q, phi_k = kernels.features(q, self.feature_q, relu), kernels.features(k, self.feature_k, relu)
@@ -168,7 +171,6 @@ class LinearAttention(Mixer):
             cache.keep(state_of(*(x[:, :, : max(0, q.size(2) - plan.lag)] for x in (phi_k, v)), valid, rates))
         if rates is not None:
             phi_q, phi_k, gone = kernels.gated(phi_q, phi_k, rates, plan.window)
-            phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
         scale = (self.config.attention_scores_scalar or self.config.head_size) ** -0.5
         return kernels.attention(q, k, v, phi_q, phi_k, self.mix, gone, valid, plan.seen, plan.window, scale)
 

@@ -18,6 +18,9 @@ dy_i:
     d_ij = (dy_i . v_j - dy_i . y_i) / Z_i                              the gradient of w_ij
     exact: that of s_ij is w_ij d_ij, and that of c_i, which is the greatest s_ij, - E_i = - sum of w_ij d_ij
 
+The sum of w_ij d_ij over all keys is 0. What it is instead, since y_i was rounded, says how far dy_i . y_i is off; E_i
+and what the keys are told are put right by it. The gradient of the mix is a sum of E_i of both signs, where it counts.
+
 With gates the features hold what is left within a block (gated()), and exp(-gone) of a state is left behind a block.
 """
 
@@ -30,12 +33,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_swa.fast_attention import as_one_kernel
+
 BLOCKS = 64, 32, 16  # tokens of a block, the largest that the window is a multiple of
 SINKS = 16  # rows that are computed for sinks
 MOST_HEAD_SIZE = 128
 SHARED_MEMORY = 72 * 2**10, 144 * 2**10  # bytes that a program takes at most: of heads of up to 64 elements, of 128
 PART = 32  # of the values' elements, and of the features, that are read at once
 FEATURE_BLOCK = 32  # tokens whose features are made at once
+# 8 warps are slower, and with two stages Triton 3.6 makes wrong gradients of them for heads of 128 elements with sinks.
+LAUNCH = {"num_warps": 4, "num_stages": 2}
 PROGRAMS = 512  # of grad_features, about: each sums up a gradient of W
 
 
@@ -252,17 +259,17 @@ def grad_queries(
     inv = tl.where(rows, inv, 0.0)
     off = tl.sum(grads.to(tl.float32) * load_rows(y, t, T, d, D).to(tl.float32), 1) * inv
     tl.store(inverse + t, inv, mask=rows)
-    tl.store(delta + t, off, mask=rows)
     share = tl.sigmoid(tl.load(mix + h).to(tl.float32))
-    out, summed = tl.zeros((C, D), tl.float32), tl.zeros((C,), tl.float32)
+    out, summed, near = tl.zeros((C, D), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     for m in range(tl.maximum(n - M, 0), n + 1):
         u = m * C + c
         sees = sees_exactly(u[None, :], t[:, None], M * C) & (load_each(valid, u, T) != 0)[None, :]
         keys, values = load_rows(k, u, T, d, D), load_rows(v, u, T, d, D)
-        _, change = exact_grads(
+        weights, change = exact_grads(
             queries, keys, grads, values, sees, best[:, None], inv[:, None], off[:, None], share, scale
         )
         summed += tl.sum(change, 1)
+        near += tl.sum(weights, 1)
         out += tl.dot(change.to(dtype), keys)
     if SINKS > 0:
         s = tl.arange(0, SINKS)
@@ -273,6 +280,7 @@ def grad_queries(
             queries, keys, grads, values, sees, best[:, None], inv[:, None], off[:, None], share, scale
         )
         summed += tl.sum(change, 1)
+        near += tl.sum(weights, 1)
         out += tl.dot(change.to(dtype), keys)
         change -= tl.where(sees & (where[:, None] == s[None, :]), summed[:, None], 0.0)
         at = (row * N + n) * SINKS * D + s[:, None] * D + d[None, :]
@@ -280,18 +288,21 @@ def grad_queries(
         tl.store(dv_sinks + at, tl.dot(tl.trans((weights * inv[:, None]).to(dtype)), grads))
     out -= summed[:, None] * load_rows(k, tl.where(rows, where, T), T, d, D).to(tl.float32)
     tl.store(dq + t[:, None] * D + d[None, :], (out * scale).to(dtype), mask=rows[:, None])
-    tl.store(share_grad + t, summed, mask=rows)
     u, at = (n - M) * C + c, row * N + tl.maximum(n - M, 0)
     older = (u[None, :] <= t[:, None] - M * C) & (load_each(valid, u, T) != 0)[None, :]
     slope = tl.dot(grads, tl.trans(load_rows(v, u, T, d, D))) * inv[:, None] - off[:, None]
     slope = tl.where(older, slope, 0.0).to(dtype)
-    scaled = (grads.to(tl.float32) * inv[:, None]).to(dtype)
+    scaled, rest = (grads.to(tl.float32) * inv[:, None]).to(dtype), summed
     for first in range(0, F, PART):
         f = first + tl.arange(0, PART)
         state = tl.load(states + at * F * D + f[:, None] * D + d[None, :])
         part = tl.dot(slope, load_rows(phi_k, u, T, f, F)) + tl.dot(scaled, tl.trans(state))
         part -= off[:, None] * tl.load(norms + at * F + f)[None, :]
+        rest += tl.sum(load_rows(phi_q, t, T, f, F).to(tl.float32) * part, 1)
         tl.store(dphi_q + t[:, None] * F + f[None, :], part.to(dtype), mask=rows[:, None])
+    rest *= inv
+    tl.store(delta + t, off + rest, mask=rows)
+    tl.store(share_grad + t, summed - near * rest, mask=rows)
 
 
 @triton.jit
@@ -400,7 +411,7 @@ class Features(torch.autograd.Function):
         x, weight, (B, G, T, D), H = x.contiguous(), weight.contiguous(), x.shape, weight.size(0)
         phi = x.new_empty(B, H, T, 2 * D)
         N = triton.cdiv(T, FEATURE_BLOCK)
-        make_features[(N * B * H,)](x, weight, phi, T, N, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu, **launch(D))
+        make_features[(N * B * H,)](x, weight, phi, T, N, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu, **LAUNCH)
         ctx.save_for_backward(x, weight)
         ctx.relu = relu
         return phi
@@ -415,9 +426,9 @@ class Features(torch.autograd.Function):
         dx, dweight = x.new_empty(B, H, T, D), x.new_empty(B, H, parts, D, D, dtype=torch.float32)
         grad_features[(parts * B * H,)](
             x, weight, dphi.contiguous(), dx, dweight, T, blocks, parts, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu,
-            **launch(D),
+            **LAUNCH,
         )  # fmt: skip
-        return dx.unflatten(1, (G, -1)).sum(2), dweight.sum(dim=(0, 2)).to(weight.dtype), None
+        return of_key_heads(dx, G), dweight.sum(dim=(0, 2)).to(weight.dtype), None
 
 
 class TextAttention(torch.autograd.Function):
@@ -435,7 +446,7 @@ class TextAttention(torch.autograd.Function):
         place = q.new_empty(q.shape[:3], dtype=torch.int32)
         read_queries[sizes.grid](
             q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, sizes.T, sizes.N, sizes.M,
-            *sizes.rows, seen.size(-1), scale, **sizes.constants, SINKS=SINKS * (seen.size(-1) > 0), **sizes.launch,
+            *sizes.rows, seen.size(-1), scale, **sizes.constants, SINKS=SINKS * (seen.size(-1) > 0), **LAUNCH,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, phi_q, phi_k, mix, gone, valid, seen, y, top, place, total)
         ctx.window, ctx.scale = window, scale
@@ -453,23 +464,23 @@ class TextAttention(torch.autograd.Function):
         grad_queries[sizes.grid](
             q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, dy, dq, dphi_q, inverse,
             delta, share_grad, *of_sinks, sizes.T, sizes.N, sizes.M, *sizes.rows, n, ctx.scale, **sizes.constants,
-            SINKS=SINKS * (n > 0), **sizes.launch,
+            SINKS=SINKS * (n > 0), **LAUNCH,
         )  # fmt: skip
         dgone = None if gone is None else gone.new_zeros(*q.shape[:2], sizes.D // sizes.constants["PART"], sizes.N)
         alike = {name: value for name, value in sizes.constants.items() if name != "G"}
         add_grads[sizes.parts_of_heads](
             phi_q, dy, inverse, delta, norms if gone is None else gone, states, norms, norms if gone is None else dgone,
-            sizes.T, sizes.N, sizes.M, GATE=gone is not None, **alike, **sizes.launch,
+            sizes.T, sizes.N, sizes.M, GATE=gone is not None, **alike, **LAUNCH,
         )  # fmt: skip
         dk, dv = torch.empty_like(q), torch.empty_like(q)
         grad_keys[sizes.grid](
             q, k, v, phi_q, phi_k, valid, norms if gone is None else gone, mix, states, norms, top, place, dy, inverse,
             delta, share_grad, dk, dv, dphi_k, sizes.T, sizes.N, sizes.M, sizes.rows[0], ctx.scale,
-            GATE=gone is not None, **sizes.constants, **sizes.launch,
+            GATE=gone is not None, **sizes.constants, **LAUNCH,
         )  # fmt: skip
-        dk, dv = (x.unflatten(1, (k.size(1), -1)).sum(2) for x in (dk, dv))
+        dk, dv = (of_key_heads(x, k.size(1)) for x in (dk, dv))
         for x, part in zip((dk, dv), of_sinks if n else (), strict=False):
-            x[:, :, :n] += part[..., :n, :].sum(2).unflatten(1, (k.size(1), -1)).sum(2).to(x.dtype)
+            x[:, :, :n] += of_key_heads(part[..., :n, :].sum(2), k.size(1)).to(x.dtype)
         dmix = (share_grad.sum(dim=(0, 2)) * (1 - mix.float().sigmoid())).to(mix.dtype)
         return dq, dk, dv, dphi_q, dphi_k, dmix, None if gone is None else dgone.sum(2), None, None, None, None
 
@@ -485,7 +496,6 @@ class Sizes:
         self.grid = (self.N * self.heads,)  # in one dimension: a GPU's others end at 65,535
         self.constants = {"H": H, "G": k.size(1), "D": self.D, "F": self.F, "C": C, "PART": min(PART, self.D)}
         self.parts_of_heads = (self.heads * (self.D // self.constants["PART"]),)
-        self.launch = launch(self.D)
 
     def states(self, phi_k: Tensor, v: Tensor, valid: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states before each block."""
@@ -493,7 +503,7 @@ class Sizes:
         norms = phi_k.new_empty(self.heads, self.N, self.F, dtype=torch.float32)
         add_states[self.parts_of_heads](
             phi_k, v, valid, norms if gone is None else gone, states, norms, self.T, self.N, self.rows[0],
-            GATE=gone is not None, **self.constants, **self.launch,
+            GATE=gone is not None, **self.constants, **LAUNCH,
         )  # fmt: skip
         return states, norms
 
@@ -522,7 +532,15 @@ def gated(phi_q: Tensor, phi_k: Tensor, rates: Tensor, window: int) -> tuple[Ten
     passed = F.pad(rates, (0, -T % C)).unflatten(-1, (-1, C)).cumsum(-1)
     of_keys = passed.flatten(2)[..., :T, None]
     of_queries = F.pad(of_keys, (0, 0, window, 0))[:, :, :T]
-    return phi_q * (-of_queries).exp(), phi_k * of_keys.exp(), passed[..., -1].contiguous()
+    return faded(phi_q, -of_queries), faded(phi_k, of_keys), passed[..., -1].contiguous()
+
+
+def faded(phi: Tensor, exponent: Tensor) -> Tensor:
+    return as_one_kernel(multiplied, phi, exponent)
+
+
+def multiplied(phi: Tensor, exponent: Tensor) -> Tensor:
+    return (phi * exponent.exp()).to(phi.dtype)
 
 
 def features(x: Tensor, weight: Tensor, relu: bool) -> Tensor:
@@ -530,8 +548,9 @@ def features(x: Tensor, weight: Tensor, relu: bool) -> Tensor:
     return Features.apply(x, weight, relu)
 
 
-def launch(D: int) -> dict[str, int]:
-    return {"num_warps": 8 if D > 64 else 4, "num_stages": 2}
+def of_key_heads(x: Tensor, G: int) -> Tensor:
+    """The sums over the query heads of each of G key heads, of (B, H, ...)."""
+    return x if x.size(1) == G else x.unflatten(1, (G, -1)).sum(2)
 
 
 def block_size(window: int) -> int:

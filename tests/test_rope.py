@@ -10,8 +10,9 @@ from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config
 from lit_swa.checkpoint import convert_hf_checkpoint, load_model
+from lit_swa.fast_attention import Rotation
 from lit_swa.formats.hf_export import config_to_hf
-from lit_swa.rope import ROPE_SCALINGS, RoPE, rope_attention_factor, rope_frequencies
+from lit_swa.rope import ROPE_SCALINGS, RoPE, apply_rope, rope_attention_factor, rope_frequencies
 
 TRAINED = 32
 SCALINGS = {
@@ -239,3 +240,20 @@ def test_a_text_reads_the_same_from_any_position_on(fields, tiny_model):
         parts += [model(idx[:, i : i + 1], torch.tensor([start + i])) for i in range(17, 30)]
         seen.append(torch.cat(parts, dim=1))
     assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("percentage", [1.0, 0.5], ids=["whole heads", "halves of heads"])
+def test_a_rotation_of_a_long_text_has_the_gradient_of_its_steps(percentage):
+    """Catches: a gradient rotated the same way, or with the sign of one half; one that lies in memory as none came."""
+    config = tiny_config(
+        rotary_percentage=percentage,
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED},
+    )
+    cos, sin = (x.double() for x in RoPE(config)(torch.arange(5, 25)[None]))
+    x = torch.randn(1, 20, 6, config.head_size, dtype=torch.float64, requires_grad=True)  # a token's heads side by side
+    grad = torch.randn_like(x).transpose(1, 2)
+    expected, found = (rotate(x.transpose(1, 2), cos, sin) for rotate in (apply_rope, Rotation.apply))
+    assert torch.equal(found, expected)
+    (wanted,), (got,) = (torch.autograd.grad(y, x, grad) for y in (expected, found))
+    torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
+    assert got.is_contiguous() or percentage < 1  # parts of heads are joined by torch.cat, which chooses for itself
