@@ -595,7 +595,7 @@ class SoftmaxAttention(Mixer):
         self.any_length = row.window is not None
         self.tempered = config.temperature_slope is not None and config.temperature_layers in ("all", self.positions)
         self.sink_logits = nn.Parameter(torch.zeros(config.n_head)) if config.sink_logits else None
-        self.faster_plan, self.checked = fast_attention(), 0  # checked: up to where the row was compared with its masks
+        self.faster_plan, self.checked = fast_attention(), {}  # by window, up to where masks were compared
 
     def reset_parameters(self) -> None:
         if self.sink_logits is not None:
@@ -619,9 +619,9 @@ class SoftmaxAttention(Mixer):
 
     def check(self, last: int) -> None:
         """Compare the row with its masks up to a position and twice as far, unless that was done."""
-        if last >= self.checked and not torch.compiler.is_compiling():
+        if last >= self.checked.get(window := self.config.sliding_window_size, 0) and not torch.compiler.is_compiling():
             checks.check_row(self.variant, self.row, self.config, 2 * last + 1)
-            self.checked = 2 * last + 2
+            self.checked[window] = 2 * last + 2
 
     def plan(self, pos: Tensor, span: Span, cache: "KVCache | None", rope: RoPE) -> Plan:
         if span.prompt and self.config.prompt_attention is not None:

@@ -278,6 +278,23 @@ def test_a_window_is_data(tiny_model, fields):
     assert model.config.sliding_window_size == 9 and set(model.windows) <= {9, None}
 
 
+def test_each_window_is_compared_with_its_mask_once(tiny_model, monkeypatch):
+    """Catches: a schedule whose every step compares again, 0.2 s of a busy CPU, or a window that nobody compared."""
+    model, idx, compared = tiny_model(sliding_window_size=9, attention="sliding"), torch.zeros(1, 40).long(), []
+    check = model_file.checks.check_row
+
+    def noted(variant, row, config, last):
+        compared.append(config.sliding_window_size)
+        check(variant, row, config, last)
+
+    monkeypatch.setattr(model_file.checks, "check_row", noted)
+    for window in (3, 5, 3, 5, 9):
+        with changed_window(model, window, 9):
+            model(idx)
+    model(idx)
+    assert sorted(compared) == [3, 5, 9]
+
+
 @pytest.mark.parametrize(
     "argument, expected",
     [

@@ -106,7 +106,7 @@ def set_window(model: GPT, window: int) -> None:
     for mixer in (attn.mixer for attn in model.layers):
         row = getattr(mixer, "row", None)
         if row is not None and WINDOW in row.needs:
-            mixer.config, mixer.window, mixer.checked = config, row.window(config), 0
+            mixer.config, mixer.window = config, row.window(config)
 
 
 def window_of(run: Any, model: GPT, step: int) -> Any:
