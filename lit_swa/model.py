@@ -32,7 +32,7 @@ a sequence into calls gives the logits of one call. A negative position marks pa
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -135,10 +135,10 @@ class GPT(nn.Module):
         return self.run_blocks(idx, self.plan_call(idx, input_pos, **options))
 
     def run_blocks(self, idx: Tensor, call: "Call") -> Tensor:
-        x = self.embed(idx)
+        x = self.embed(idx.reshape(call.texts * idx.size(0), -1))
         for block in self.transformer.h:
             x = block(x, call)
-        return x
+        return x.reshape(*idx.shape, -1)
 
     def embed(self, idx: Tensor) -> Tensor:
         """What the first block reads, (B, T, C)."""
@@ -192,11 +192,11 @@ class GPT(nn.Module):
         return Call(plans, cached)
 
     def plan_documents(self, idx: Tensor, input_pos: Tensor | None, lengths: list[int], prompt: bool) -> "Call":
-        """The call of several texts in a sequence: one plan for each length, joined in the texts' order."""
+        """The call of several texts in a sequence: one plan for all, or for each length, joined in the texts' order."""
         checks.check_documents(lengths, idx.size(1), input_pos is not None)
         calls = {n: self.plan_call(idx[:, :n], None, prompt=prompt) for n in dict.fromkeys(lengths)}
-        if len(lengths) == 1:
-            return calls[lengths[0]]
+        if len(calls) == 1:
+            return replace(calls[lengths[0]], texts=len(lengths))
         mixers = {attn.mixer.kind: attn.mixer for attn in self.layers}
         return Call({k: mixer.join([(n, calls[n].plans[k]) for n in lengths]) for k, mixer in mixers.items()})
 
@@ -309,6 +309,7 @@ class Call:
     plans: dict[str, Any]  # kind of mixer -> its plan
     cached: bool = False  # the call goes through the caches
     losses: list[Tensor] = field(default_factory=list)  # a block may add one: a sum over tokens, like the loss itself
+    texts: int = 1  # of one length in each sequence, which are read as sequences of their own
 
 
 class Block(nn.Module):
@@ -366,8 +367,7 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y if self.gate is None else y * torch.sigmoid(self.gate(x)))  # (B, T, C)
 
     def clip(self, qkv: Tensor) -> Tensor:
-        most = self.config.clip_qkv
-        return qkv if most is None else qkv.clamp(-most, most)
+        return qkv if (most := self.config.clip_qkv) is None else qkv.clamp(-most, most)
 
 
 # -------------------------------------------------------------------------------------- the variants, and who sees whom

@@ -85,23 +85,23 @@ def test_the_gradients_are_those_of_one_loss_over_all_layers(weights_ce, attenti
     twice; gradients taken at once that differ from those of the whole."""
     softmax = softmax_model(**before)
     model, variants = linear_model(softmax, attention=attention), softmax.config.layer_variants
-    idx, documents = torch.randint(0, 97, (2, 16)), [8, 8]  # as many tokens as a head has elements: see below
+    idx, documents = torch.randint(0, 97, (2, 16)), [8, 4, 4]  # no more tokens than a head has elements: see below
     transfer, students = AttentionTransfer(model, variants, weights_ce), linear_layers(model)
     loss = transfer(idx, documents=documents)
     (loss / 7).backward()
 
     calls, _ = attention_calls(softmax, idx, documents)
     call, losses = model.plan_call(idx, None, documents=documents), []
-    short = model.plan_call(idx[:, :8], None)
     for i in students:
         teacher, q, k, v, plan, _, y = calls[i]
         student = model.layers[i].mixer
         of_layer = 1000 * ((student(q, k, v, call.plans["linear"], None) - y) ** 2).mean(dim=(1, 3)).sum()
-        for a in (0, 8) if weights_ce else ():
-            q_, k_, v_ = (x[:, :, a : a + 8] for x in (q, k, v))
-            own = softmax.plan_call(idx[:, :8], None).plans[teacher.kind]
-            wanted = teacher(q_, k_, torch.eye(8).double().expand_as(k_), own, None)  # of unit vectors: the weights
-            given = student.attention_weights(q_, k_, v_, short.plans["linear"])
+        for a, n in ((0, 8), (8, 4), (12, 4)) if weights_ce else ():
+            q_, k_, v_ = (x[:, :, a : a + n] for x in (q, k, v))
+            own, alone = (m.plan_call(idx[:, :n], None).plans for m in (softmax, model))
+            units = torch.eye(8).double()[:n].expand_as(k_)  # as values they make outputs of the weights
+            wanted = teacher(q_, k_, units, own[teacher.kind], None)[..., :n]
+            given = student.attention_weights(q_, k_, v_, alone["linear"])
             seen = given.clamp(min=1e-99).log().flatten(0, 2)  # what no query sees would be minus infinity
             mean = torch.nn.CrossEntropyLoss(reduction="sum")(seen, wanted.flatten(0, 2)) / 6
             of_layer = of_layer + weights_ce * mean

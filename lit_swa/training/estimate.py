@@ -170,7 +170,8 @@ class Tracker(TorchDispatchMode):
 def measure_parts(tracker: Tracker, model: GPT, call: Call, batch: Batch, where: Tensor) -> Parts:
     """The costs of every part for this micro-batch. where: its tokens that have a target."""
     embedding = tracker.measure(lambda: model.transformer.wte(batch.idx), list(model.transformer.wte.parameters()))
-    shape, dtype = (*batch.idx.shape, model.config.n_embd), model.dtype
+    B, T = batch.idx.shape
+    shape, dtype = (B * call.texts, T // call.texts, model.config.n_embd), model.dtype
     known, layers, trained = {}, [], embedding.trained
     for block in model.transformer.h:
         flags = [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
