@@ -46,7 +46,7 @@ def main(
         pieces: What was measured. Without the file the table says nothing of time.
         model: Any field of the model's config, as --model.FIELD VALUE.
     """
-    from lit_swa.checks import check_at_least
+    from lit_swa.checks import check_at_least, check_range
     from lit_swa.config import Config
     from lit_swa.formats.files import read_json
     from lit_swa.training.plan import Measured, Network, Plan
@@ -54,7 +54,7 @@ def main(
     devices = [8, 16, 32, 64, 128, 256, 512] if devices is None else devices
     check_at_least(
         length=(length, 2), micro_batch_size=(micro_batch_size, 1), accumulate=(accumulate, 1),
-        recompute=(recompute, 0), per_host=(per_host, 1), devices=(min(devices, default=0), 1),
+        per_host=(per_host, 1), devices=(min(devices, default=0), 1),
         network=(network, 1e-3), network_start=(network_start, 0), memory=(memory, 1e-3),
     )  # fmt: skip
     if uneven := [n for n in devices if n > per_host and n % per_host]:
@@ -62,6 +62,7 @@ def main(
             f"devices={uneven[0]} does not fit hosts of {per_host}: give a multiple, or another --per_host."
         )
     config = Config.from_name(name, **{"block_size": length} | (model or {}))
+    check_range("recompute", recompute, 0, config.n_layer)
     plan = Plan(config, strategy, length, micro_batch_size, accumulate, recompute)
     print(f"{name}, {plan.weights:,} weights, {strategy}, {accumulate} x {micro_batch_size} rows of {length} a GPU.")
     if pieces.is_file():

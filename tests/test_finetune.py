@@ -634,6 +634,7 @@ def test_gradients_are_clipped_to_the_norm(tiny_model):
         ({"batch_size": 0}, "batch_size=0"),
         ({"recompute": "some"}, "choose auto, all, none"),
         ({"recompute": -1}, "recompute='-1'"),
+        ({"recompute": 3}, "recompute=3 does not fit: it must lie between 0 and 2"),
         ({"alpha": 0}, "alpha=0.0 does not fit: it must lie between 0.001 and"),
         ({"grad_clip": 1e-30}, "grad_clip=1e-30"),
         ({"loraplus_lr_ratio": 1e308}, "between 0.001 and 1000"),

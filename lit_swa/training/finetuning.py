@@ -26,7 +26,7 @@ from lit_swa.data import (
     unheard_end,
 )
 from lit_swa.evaluate import check_context
-from lit_swa.exact_chunks import ExactChunks, check_chunks
+from lit_swa.exact_chunks import ExactChunks
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
 from lit_swa.formats.download import find_checkpoint
@@ -39,7 +39,7 @@ from lit_swa.training.feed import ExampleFeed, ExampleValidation
 from lit_swa.training.flops import count_weights
 from lit_swa.training.loop import Progress, Run, validate, warmup_steps
 from lit_swa.training.loss import differentiate_pieces_at_once
-from lit_swa.training.memory import choose_recompute
+from lit_swa.training.memory import check_layers, choose_recompute
 from lit_swa.training.precision import train_in_float32
 from lit_swa.training.rehearsal import rehearse
 from lit_swa.training.resuming import find_run
@@ -105,8 +105,7 @@ def prepare(
     check_checkpoint_dir(checkpoint_dir)
     config, fields = load_config(checkpoint_dir), args.model or {}
     config = config.override(**fields) if configure is None else configure(config, fields)
-    if args.chunk_size is not None:
-        check_chunks(config)
+    check_layers(args, config)
     tokenizer = Tokenizer(checkpoint_dir)
     data, held_out = read_data(args, tokenizer, config)
     if small_rate is not None and count_weights(config) < SMALL:

@@ -15,7 +15,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lit_swa.arguments import Loop
-from lit_swa.exact_chunks import border_bytes, kept_bytes
+from lit_swa.checks import check_range
+from lit_swa.config import Config
+from lit_swa.exact_chunks import border_bytes, check_chunks, kept_bytes
 from lit_swa.memory import format_bytes, free_memory, ran_out_of_memory, require_memory
 from lit_swa.model import GPT, SoftmaxAttention
 from lit_swa.training.distribution import count_shards, is_sharded
@@ -23,6 +25,14 @@ from lit_swa.training.estimate import estimate_step
 from lit_swa.training.loop import Batch, Run
 
 TILE = 2**14  # tokens that an MLP reads at once where activations are offloaded
+
+
+def check_layers(args: Loop, config: Config) -> None:
+    """Raises ValueError for a model that cannot be trained by chunks, or has fewer layers than are to recompute."""
+    if args.chunk_size is not None:
+        check_chunks(config)
+    if isinstance(args.recompute, int):
+        check_range("recompute", args.recompute, 0, config.n_layer)
 
 
 def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
@@ -35,8 +45,7 @@ def choose_recompute(run: Run, model: GPT, accumulates: bool = True) -> int:
     """
     n, asked = model.config.n_layer, run.args.recompute
     recompute_blocks(model, 0)
-    number = {"all": n, "none": 0, "offload": n}.get(asked, asked)
-    wanted = number if number == "auto" else min(int(number), n)
+    wanted = {"all": n, "none": 0, "offload": n}.get(asked, asked)
     if run.fabric.device.type == "cuda":
         if asked == "offload":
             require_inputs(run, model)

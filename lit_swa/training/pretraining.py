@@ -24,7 +24,6 @@ from lit_swa.data.sources import Selection
 from lit_swa.data.token_files import model_vocab_size
 from lit_swa.data.train_tokenizer import ASKED, train_tokenizer
 from lit_swa.evaluate import check_context
-from lit_swa.exact_chunks import check_chunks
 from lit_swa.formats.adapter_files import base_identity
 from lit_swa.formats.checkpoint import check_checkpoint_dir, load_config, load_model
 from lit_swa.formats.directory import check_tensors, has_tokenizer, open_weights, read_quantization
@@ -40,6 +39,7 @@ from lit_swa.training.feed import MICRO_BATCH_TOKENS
 from lit_swa.training.finetuning import deciding_fields
 from lit_swa.training.flops import count_weights, peak_flops, token_flops
 from lit_swa.training.loop import Batch, Progress, Run
+from lit_swa.training.memory import check_layers
 from lit_swa.training.resuming import find_run
 from lit_swa.training.windows import Windows, plan_windows
 from lit_swa.utils import count_cores, count_processes
@@ -321,8 +321,7 @@ def check_shape(args: Pretraining, config: Config, fabric: "Fabric") -> None:
     """Raises ValueError for a model and rows that do not fit each other or the processes."""
     block_length = block_length_of(args, config)
     check_context(config, block_length, "block_length")
-    if args.chunk_size is not None:
-        check_chunks(config)
+    check_layers(args, config)
     plan_windows(args, config, block_length)
     rows = micro_batch_rows(args, block_length, fabric.device.type)
     if args.batch_size % (rows * fabric.world_size):
