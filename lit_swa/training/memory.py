@@ -233,9 +233,10 @@ class TiledForward:
         self.forward = forward
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.size(1) <= TILE:
+        tiles = x.flatten(0, 1)[None].split(TILE, dim=1)  # of all sequences, one behind the other
+        if len(tiles) == 1:
             return self.forward(x)
-        return torch.cat([checkpoint(self.forward, tile, use_reentrant=False) for tile in x.split(TILE, dim=1)], dim=1)
+        return torch.cat([checkpoint(self.forward, tile, use_reentrant=False) for tile in tiles], dim=1).view_as(x)
 
 
 def fitting_recompute(model: GPT, batch: Batch, limit: int) -> int:
