@@ -64,7 +64,8 @@ def main(
 
     Args:
         devices: Numbers of devices, 1 among them. By default 1, 2, 4 and 8, as many as there are.
-        parts: Of decode, pretrain, lora, resume, blocks. By default all.
+        parts: Of decode, pretrain, lora, resume, blocks. By default all. Rows of others stay in the output, if they are
+            of this machine.
         decode_names: Named shapes. By default Llama-2-7b and Llama-2-70b.
         decode_modes: bfloat16, int8, int4. By default bfloat16 and int4. A shape of more than 72 GB a device is not
             measured.
@@ -81,7 +82,6 @@ def main(
         out_dir: What the measurements write.
         output: The JSON file; the picture goes next to it, as .png.
     """
-    from lit_swa.formats.files import write_json
     from lit_swa.plots import check_output, draw_results
     from lit_swa.utils import describe_command, describe_machine, pick_device
 
@@ -96,15 +96,25 @@ def main(
         checkpoint_dir, block_steps, repeats, out_dir,
     )  # fmt: skip
     out_dir.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"command": describe_command("--output")}
-    result |= {"machine": describe_machine(device), "rows": []}
+    result = {"command": describe_command("--output", "--parts"), "machine": describe_machine(device)}
+    result["rows"] = measure(settings, chosen, output, result)
+    print("\n".join(tables(result["rows"])))
+    draw_results(output, lambda plt: draw(plt, result))
+
+
+def measure(settings: Settings, chosen: list[str], output: Path, result: Row) -> list[Row]:
+    """Rows of the chosen parts, each written as it is there, and of the parts that `output` has from this machine."""
+    from lit_swa.formats.files import read_json, write_json
+
+    before: Row = read_json(output) if output.is_file() else {}
+    known = before["rows"] if before.get("machine") == result["machine"] else []
+    rows = [row for row in known if row["part"] not in chosen]
     output.parent.mkdir(parents=True, exist_ok=True)
     for part in chosen:
         for row in MEASURES[part](settings):
-            result["rows"].append(row)
-            write_json(output, result)
-    print("\n".join(tables(result["rows"])))
-    draw_results(output, lambda plt: draw(plt, result))
+            rows = sorted([*rows, row], key=lambda row: PARTS.index(row["part"]))
+            write_json(output, result | {"rows": rows})
+    return rows
 
 
 def counts(devices: list[int] | None, device: str) -> list[int]:

@@ -105,6 +105,18 @@ def test_an_interrupted_run_keeps_what_it_has(scaling, tiny_checkpoint, tmp_path
     assert [row["devices"] for row in rows if row["part"] == "blocks"] == [1, 2] and 30 < rows[-2]["seconds"] < 40
 
 
+def test_a_part_is_measured_anew_beside_the_others(scaling, tmp_path):
+    """Catches: results of hours that a part measured alone writes over; rows of another machine beside this one's."""
+    assert scaling("--devices", "[1, 2]", "--parts", "[lora, decode]")[0] == 0
+    code, _, err, rows = scaling("--devices", "[1]", "--parts", "[pretrain, decode]")
+    assert code == 0, err
+    found = [(row["part"], row["devices"]) for row in rows if row.get("mode") != "int4"]
+    assert found == [("decode", 1), ("pretrain", 1), ("lora", 1), ("lora", 2), ("lora", 2)]
+    output = tmp_path / "scaling.json"
+    output.write_text(json.dumps(json.loads(output.read_text()) | {"machine": "another"}))
+    assert {row["part"] for row in scaling("--devices", "[1]", "--parts", "[pretrain]")[3]} == {"pretrain"}
+
+
 def test_blocks_wait_for_a_device(scaling_script):
     """Catches: seconds of blocks that ran at the same time added up, and of those that waited not."""
     seconds = {"0": 3.0, "1": 1.0, "2": 1.0, "3": 4.0}
