@@ -40,6 +40,7 @@ from lit_swa.train import (
 )
 from lit_swa.training import memory
 from lit_swa.training.distribution import shard_weights
+from lit_swa.training.loop import Batch
 from lit_swa.utils import count_processes
 
 pytest.importorskip("lightning")
@@ -348,16 +349,24 @@ def test_offloaded_layers_keep_their_input_elsewhere_and_tile_their_mlp(tiny_mod
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+ROWS = torch.randint(0, 97, (2, 9))
+MICRO_BATCHES = {
+    "texts": Batch(ROWS[:, :7].reshape(1, 14), ROWS[:, :7].reshape(1, 14), [9, 5], [0, 1]),
+    "texts of one length": Batch(ROWS.reshape(1, 18), ROWS.reshape(1, 18), [9, 9], [0, 1]),
+    "rows": Batch(ROWS, ROWS, None, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("batch", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
 @pytest.mark.parametrize("room, kept", [(0, 0), (250, 2), (10**6, 3)])
-def test_as_few_layers_recompute_as_the_memory_demands(tiny_model, monkeypatch, room, kept):
-    """Catches: a layer's memory measured wrongly, moments that are not counted. The GPU's counters are made up: a step
-    takes 1000 bytes, and a layer keeps 100."""
+def test_as_few_layers_recompute_as_the_memory_demands(tiny_model, monkeypatch, room, kept, batch):
+    """Catches: a layer's memory measured wrongly, or of tokens that lie otherwise than in a step; moments that are not
+    counted. The GPU's counters are made up: a step takes 1000 bytes, and a layer keeps 100."""
     model, readings = tiny_model(n_layer=3).train(), iter([500, 600])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(readings))
     moments = 8 * sum(p.numel() for p in model.parameters())
-    batch = join_examples([Lengths([9])[0], Lengths([5])[0]], [0, 1])
     assert fitting_recompute(model, batch, 1000 + moments + room) == 3 - kept
     assert all(p.grad is None for p in model.parameters())
 

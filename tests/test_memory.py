@@ -225,6 +225,7 @@ def measured_peak(model: GPT, batch: Batch) -> int:
 SLIDING = {"attention": "sliding,full", "sliding_window_size": 100}
 
 
+@pytest.mark.parametrize("lengths", [[300, 180], [160, 160, 160]], ids=["texts", "texts of one length"])
 @pytest.mark.parametrize(
     "fields, lora, recomputed, dtype",
     [
@@ -235,7 +236,7 @@ SLIDING = {"attention": "sliding,full", "sliding_window_size": 100}
         ({"s2_attention": True, "vocab_size": 1000}, True, 3, torch.float32),
     ],
 )
-def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, dtype, monkeypatch):
+def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, dtype, lengths, monkeypatch):
     """Catches: activations, gradients or a layer left out or counted twice, or as wide as weights that are wider than
     what is computed. torch's allocator is the oracle."""
     shape = {"n_layer": 4, "n_embd": 96, "intermediate_size": 256, "block_size": 1024, "vocab_size": 500}
@@ -246,7 +247,7 @@ def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, dtype
         add_lora(model, LoRAConfig(dropout=0.1))
     train_in_float32(model.to(dtype), dtype)
     idx = torch.randint(0, 500, (1, 480))
-    batch = Batch(idx, idx, [300, 180], [0, 1])
+    batch = Batch(idx, idx, lengths, [0, 1])
     state = torch.get_rng_state()
     estimate = estimate_step(model, batch, False, contextlib.nullcontext)
     one, part = (estimate_step(model, batch, True, contextlib.nullcontext, shards) for shards in (1, 4))

@@ -255,7 +255,7 @@ def fitting_recompute(model: GPT, batch: Batch, limit: int) -> int:
     recompute_blocks(model, n - 1)
     with torch.no_grad():
         call = model.plan_call(batch.idx, None, documents=batch.documents)
-        x = model.transformer.wte(batch.idx.view(call.texts, -1))
+        x = model.transformer.wte(batch.idx.reshape(call.texts * batch.idx.size(0), -1))
     x.requires_grad_()
     before = torch.cuda.memory_allocated(device)
     kept = model.transformer.h[n - 1](x, call)
