@@ -628,7 +628,7 @@ def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """rope.apply_rope, compiled where it is worth it."""
-    return Rotation.apply(x, cos, sin) if x.requires_grad and is_large(x) else as_one_kernel(apply_rope, x, cos, sin)
+    return (Rotation.apply if is_large(x) else apply_rope)(x, cos, sin)
 
 
 class Rotation(torch.autograd.Function):

@@ -532,11 +532,11 @@ def gated(phi_q: Tensor, phi_k: Tensor, rates: Tensor, window: int) -> tuple[Ten
     passed = F.pad(rates, (0, -T % C)).unflatten(-1, (-1, C)).cumsum(-1)
     of_keys = passed.flatten(2)[..., :T, None]
     of_queries = F.pad(of_keys, (0, 0, window, 0))[:, :, :T]
-    phi_q, phi_k = (as_one_kernel(scaled, *pair) for pair in ((phi_q, -of_queries), (phi_k, of_keys)))
+    phi_q, phi_k = (as_one_kernel(faded, *pair) for pair in ((phi_q, -of_queries), (phi_k, of_keys)))
     return phi_q, phi_k, passed[..., -1].contiguous()
 
 
-def scaled(phi: Tensor, exponent: Tensor) -> Tensor:
+def faded(phi: Tensor, exponent: Tensor) -> Tensor:
     return (phi * exponent.exp()).to(phi.dtype)
 
 

@@ -43,7 +43,7 @@ ROWS = {
     "blocks": Row("joint, trained in three blocks, each alone", 1, PLAIN),
 }
 HELD_OUT = 32  # rows of the data that training validates on, at most
-MICRO_BATCH_TOKENS = 32768  # that a GPU reads at once
+AT_ONCE = 32768  # tokens that a GPU reads at once: how many changes nothing but rounding
 
 
 def main(
@@ -132,13 +132,13 @@ def main(
         "seed": seed, "sample": False, "save_interval": steps, "resume": "auto", "model.linear_window": linear_window,
         "compile": compile,
     }  # fmt: skip
-    if device == "cuda":  # a small model keeps a GPU busy with many tokens at once only
-        training["micro_batch_size"] = max(1, min(batch_size, MICRO_BATCH_TOKENS // context))
     arguments = {
         "training": {name: value for name, value in training.items() if name != "checkpoint_dir"} | trained,
         "checkpoint_dir": checkpoint_dir.name, "weights": base_identity(checkpoint_dir), "sizes": sizes._asdict(),
         "eval_data": eval_data, "eval_sha256": evaluate.check_tokens(held_out, config.vocab_size, eval_data),
     }  # fmt: skip
+    if device == "cuda":  # a small model keeps a GPU busy with many tokens at once only
+        training["micro_batch_size"] = max(1, min(batch_size, AT_ONCE // context))
     with evaluate.Results(output, arguments) as results:
         content = results.finished or {"command": "", "machine": "", "rows": []}
         done = {row["method"]: row for row in content["rows"]}

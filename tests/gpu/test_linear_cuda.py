@@ -23,13 +23,13 @@ DEVICE, DTYPE = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat
 OF_HEADS = ("mix", "gate_bias")  # one number for each head
 TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, padding in front of the second text, more
     "a block": (100, 32, 0, 2, 1, 16, 0, {}),
-    "a window of two blocks": (200, 96, 0, 2, 2, 32, 0, {}),
+    "a window of three blocks": (200, 96, 0, 2, 2, 32, 0, {}),
     "sinks and groups": (70, 16, 3, 4, 2, 16, 0, {}),
     "shorter than two windows": (90, 64, 4, 2, 1, 16, 0, RELU),
     "padded": (60, 48, 4, 2, 1, 32, 5, {}),
     "a head of 128": (150, 64, 2, 2, 1, 128, 0, {}),
     "gate": (200, 96, 0, 2, 1, 16, 0, GATE),
-    "gate, a window of two blocks, sinks and padding": (200, 96, 3, 4, 2, 64, 5, GATE),
+    "gate, a window of three blocks, sinks and padding": (200, 96, 3, 4, 2, 64, 5, GATE),
     "gate, a short window, sinks and padding": (70, 16, 3, 4, 2, 16, 5, GATE),
 }
 
