@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def make_inputs(T: int, device: str, settings: dict) -> list:
 
 
 def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callable]:
-    """lit_swa's variants; those with RoPE rotate first: dual-chunk attention rotates its queries three times."""
+    """lit_swa's variants. Those with RoPE rotate first, dual-chunk attention its queries three times; linear attention
+    always does, as its features read what is rotated."""
     import torch
 
     from lit_swa import GPT, Config
@@ -164,15 +166,15 @@ def ours(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callabl
         def with_rope(mixer: Any = mixer, plan: Any = plan) -> torch.Tensor:
             return mixer(q, k, v, plan, None)
 
-        if name != "linear attention":  # its features read rotated keys
-            ways[name] = plain
-        if name in ("full", "dual chunk", "linear attention"):
+        ways[name] = with_rope if name == "linear attention" else plain
+        if name in ("full", "dual chunk"):
             ways[name + ", with RoPE"] = with_rope
     return ways
 
 
 def peers(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callable]:
-    """What others do: torch's kernels for full causal attention, a window as a dense mask, LongLoRA's S2-Attn."""
+    """What others do: torch's kernels for full causal attention, a window as a dense mask, LongLoRA's S2-Attn, and the
+    sums of linear attention by flash-linear-attention where it is installed."""
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -205,7 +207,27 @@ def peers(T: int, device: str, settings: dict, inputs: list) -> dict[str, Callab
     groups = round(1 / settings["s2_group_ratio"])
     if T % (2 * groups) == 0:
         ways["LongLoRA's S2 (roll + flash)"] = partial(roll_and_flash, q, k, v, groups)
+    if device.startswith("cuda") and find_spec("fla"):
+        ways["fla's linear sums"] = fla_sums(q, k, v)
     return ways
+
+
+def fla_sums(q, k, v) -> Callable:
+    """The sums of linear attention alone, by flash-linear-attention, over features that are there: no RoPE, feature
+    maps, window or division by the weights' sum, all of which "linear attention" is measured with."""
+    import torch
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    R = q.size(1) // k.size(1)
+    heads = (x.detach().transpose(1, 2) for x in (q, k.repeat_interleave(R, dim=1), v.repeat_interleave(R, dim=1)))
+    q, k, v = (x.contiguous() for x in heads)  # (1, T, H, D)
+    q, k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1) for x in (q, k))
+
+    def way() -> torch.Tensor:
+        leaves = (x.detach().requires_grad_() for x in (q, k, v))  # new ones: no gradient of a call before is added to
+        return chunk_simple_gla(*leaves, scale=1.0)[0].transpose(1, 2)
+
+    return way
 
 
 def roll_and_flash(q, k, v, groups: int):
@@ -332,6 +354,7 @@ PEERS = {  # how the name begins: what it computes, marker and line
     "FlashAttention-2": ("full", "^", ":"),
     "window": ("sliding", "s", "--"),
     "LongLoRA's S2": ("s2", "o", "--"),
+    "fla's": ("linear attention", "o", "--"),
 }
 
 
