@@ -15,6 +15,7 @@ Shapes as in model.py: queries (B, H, T, D), keys and values (B, G, L, D), log-s
 
 import contextlib
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -194,7 +195,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: 
 
     starts = torch.arange(B + 1, device=q.device, dtype=torch.int32)  # of the sequences, one behind the other
     flat = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # (B * T, H, D)
-    y = varlen_attn(*flat, starts * T, starts * L, T, L, scale=scale, window_size=(left, 0))
+    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # newer torch asks
+    y = varlen_attn(*flat, starts * T, starts * L, T, L, scale=scale, window_size=(left, 0), **more)
     return y.view(B, T, H, D).transpose(1, 2)
 
 

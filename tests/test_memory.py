@@ -14,6 +14,7 @@ from tiny import tiny_config
 from lit_swa import GPT, memory
 from lit_swa.arguments import Training
 from lit_swa.checkpoint import load_model
+from lit_swa.fast_attention import flash_attention
 from lit_swa.formats.reading import read_bytes
 from lit_swa.generate import Session, cache_bytes, live_elements, require_activations
 from lit_swa.lora import LoRAConfig, add_lora
@@ -263,6 +264,29 @@ def test_the_estimate_of_a_step_is_what_it_takes(fields, lora, recomputed, dtype
     assert part.weights == pytest.approx(whole / 4 + buffers + (whole - buffers - 2 * block) / narrow, abs=8)
     less, rounded = one.activations[recomputed] - part.activations[recomputed], copies_for_backward(model, dtype)
     assert less == 0 if narrow == 1 else less >= rounded > 0  # accumulated gradients are whole until they are sharded
+
+
+def test_what_an_estimate_saw_is_compiled_later(tiny_model):
+    """Catches: a function that torch skips for good since its first tensors had no numbers: slow steps under FSDP, and
+    FlexAttention that fails."""
+    model, compiled = tiny_model(n_layer=2).train(), []
+    norm = model.transformer.h[0].norm_1
+    norm.forward = torch.compile(norm.forward, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    idx = torch.randint(0, 97, (2, 40))
+    estimate_step(model, Batch(idx, idx, None, [0]), False, contextlib.nullcontext)
+    assert not compiled
+    model(idx)
+    assert len(compiled) == 1
+
+
+def test_windows_are_estimated_by_flash_attention():
+    """Catches: a kernel whose arguments another torch names otherwise, or that cannot be told what it would take."""
+    q, k, v = (torch.empty(1, heads, 256, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    with Tracker() as tracker:
+        y = flash_attention(q, k, v, 64, 0.25)
+        y.backward(torch.ones_like(y))
+    assert [x.grad.shape for x in (q, k, v)] == [q.shape, k.shape, v.shape]
+    assert y.shape == q.shape and tracker.peak >= 2 * y.nbytes + k.nbytes + v.nbytes
 
 
 MOE = {"n_expert": 4, "n_expert_per_token": 2, "mlp_class_name": "MoE"}

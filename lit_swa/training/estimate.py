@@ -7,7 +7,8 @@ course of the whole step, whichever of them compute their activations again.
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +66,12 @@ def estimate_step(
     weights = {id(p): p for p in (*model.parameters(), *model.buffers())}.values()
     trained = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() * p.element_size() for p in trained]
-    call = model.plan_call(batch.idx, None, documents=batch.documents)  # with numbers: masks and angles are needed
     where = (batch.targets.flatten() != IGNORED).nonzero()[:, 0]
     state = torch.get_rng_state()
-    with Tracker() as tracker, precision():
-        parts = measure_parts(tracker, model, call, batch, where)
+    with without_compiler(model):
+        call = model.plan_call(batch.idx, None, documents=batch.documents)  # with numbers: masks and angles are needed
+        with Tracker() as tracker, precision():
+            parts = measure_parts(tracker, model, call, batch, where)
     torch.set_rng_state(state)
     gradients, total = sum(sizes) // shards, sum(p.nbytes for p in weights)
     if shards > 1:
@@ -77,6 +79,25 @@ def estimate_step(
     held = sum(sizes) if accumulates else 0  # FSDP adds them up before it shards them
     activations = tuple(course(parts, n, held) for n in range(len(parts.layers) + 1))
     return Estimate(total, gradients, 2 * gradients, 2 * max(sizes, default=0) // shards, activations)
+
+
+@contextmanager
+def without_compiler(model: GPT) -> Iterator[None]:
+    """Within it nothing is compiled: what torch is first asked to compile for tensors without numbers, it compiles for
+    no others later. On a GPU windows are planned for FlashAttention, which takes such tensors, and the memory that the
+    other kernels take."""
+    device = model.transformer.wte.weight.device
+    configs = {id(attn.mixer.config): attn.mixer.config for attn in model.layers}.values()
+    chosen = [config.attention_backend for config in configs]
+    for config in configs:
+        if device.type == "cuda" and config.attention_backend != "sdpa":
+            config.attention_backend = "flash"
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for config, backend in zip(configs, chosen, strict=True):
+            config.attention_backend = backend
 
 
 def gathered_bytes(model: GPT) -> int:
