@@ -400,8 +400,7 @@ def draw(plt: Any, result: dict[str, Any]) -> Any:
     if ends[axes[0]]:
         log_axis(axes[0])
     if ends[axes[1]]:
-        low = min(row[key] for row in rows for key in ("share", "predicted_share") if key in row)
-        axes[1].set_ylim(min(0.8, low - 0.02), 1.03)
+        axes[1].set_ylim(min(0.8, axes[1].dataLim.y0 - 0.02), 1.03)
         axes[1].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     figure.suptitle(f"{result['machine']}; hollow: what plan_training.py computes from fewer devices", fontsize=11)
     label_ends(figure, {axis: labels for axis, labels in ends.items() if labels})
@@ -424,10 +423,15 @@ def draw_decode(axis: Any, rows: list[Row]) -> list[Label]:
 
 
 def draw_training(axis: Any, rows: list[Row]) -> list[Label]:
-    """Lines of the same strategy have a colour; LoRA is dashed."""
+    """Lines of the same strategy have a colour; LoRA is dashed, and blocks, which exchange nothing, are dotted."""
     from lit_swa.plots import OTHERS
 
     ends = []
+    if blocks := [r for r in rows if r["part"] == "blocks"]:
+        x = [r["devices"] for r in blocks]
+        y = [blocks[0]["seconds"] / (n * r["seconds"]) for n, r in zip(x, blocks, strict=True)]
+        axis.plot(x, y, marker="o", label="blocks", color="black", linestyle=":")
+        ends.append((x[-1], y[-1], f"{blocks[0]['blocks']} blocks, each alone", "black"))
     for part, strategy in dict.fromkeys((r["part"], r["strategy"]) for r in rows if "share" in r):
         own = [r for r in rows if r["part"] == part and r["strategy"] in (strategy, "one")]
         if strategy == "one" or len(own) < 2:
