@@ -162,9 +162,12 @@ class LinearAttention(Mixer):
 
         q, k = (rotate(x, *plan.angles) for x in (q, k))
         valid, rates, gone = plan.valid[:, plan.lag :], None, None
-        relu = self.config.linear_feature_map == "relu"
-        phi_q, phi_k = kernels.features(q, self.feature_q, relu), kernels.features(k, self.feature_k, relu)
-        if self.config.linear_gate:
+        if self.config.linear_off:
+            phi_q = phi_k = q.new_zeros(*q.shape[:3], 2 * q.size(3))
+        else:
+            relu = self.config.linear_feature_map == "relu"
+            phi_q, phi_k = kernels.features(q, self.feature_q, relu), kernels.features(k, self.feature_k, relu)
+        if self.config.linear_gate and not self.config.linear_off:
             rates = self.rates(v, q.dtype, valid)
         if cache is not None:
             cache.exchange(torch.cat([k, v], dim=-1), plan.moves)
@@ -293,7 +296,7 @@ def features(x: Tensor, weight: Tensor, config: Config) -> Tensor:
 
 def text_kernels(q: Tensor, plan: Plan, config: Config) -> Any | None:
     """linear_text_kernels.py, where it takes such a call and config."""
-    more = config.linear_off or config.attention_logit_softcapping or not plan.whole or q.size(2) == 1
+    more = config.attention_logit_softcapping or not plan.whole or q.size(2) == 1
     if more or not (__package__ and q.is_cuda and q.dtype == torch.bfloat16):
         return None
     from .linear_formats import gpu_kernels

@@ -307,17 +307,19 @@ def grad_queries(
 
 @triton.jit
 def add_grads(
-    phi, dy, inverse, delta, gone, states, norms, gone_grads, T, N, M,
+    phi, dy, inverse, delta, gone, states, norms, of_states, of_norms, gone_grads, T, N, M,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of block n and of all behind it say of the state that block n reads, in the place of the states
-    (B, H, N, F, D) and norms (B, H, N, F). phi: of the queries. gone_grads: (B, H, D // PART, N)"""
+    """What the queries of block n and of all behind it say of the state that block n reads: of_states (B, H, N, F, D),
+    of_norms (B, H, N, F). With a window these may take the place of the states and norms. phi: of the queries.
+    gone_grads: (B, H, D // PART, N)"""
     PARTS: tl.constexpr = D // PART
     row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     f, p = tl.arange(0, F), part * PART + tl.arange(0, PART)
     phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
-    states, norms = states + row * N * F * D + f[:, None] * D + p[None, :], norms + row * N * F + f
-    gone += row * N
+    of_state = row * N * F * D + f[:, None] * D + p[None, :]
+    states, of_states = states + of_state, of_states + of_state
+    norms, of_norms, gone = norms + row * N * F + f, of_norms + row * N * F + f, gone + row * N
     total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
     for i in range(N):
         n = N - 1 - i
@@ -335,9 +337,9 @@ def add_grads(
         scaled = (grads.to(tl.float32) * load_each(inverse, t, T)[:, None]).to(grads.dtype)
         total += tl.dot(tl.trans(x), scaled)
         norm -= tl.sum(x.to(tl.float32) * load_each(delta, t, T)[:, None], 0)
-        tl.store(states + n * F * D, total.to(states.dtype.element_ty))
+        tl.store(of_states + n * F * D, total.to(of_states.dtype.element_ty))
         if part == 0:
-            tl.store(norms + n * F, norm)
+            tl.store(of_norms + n * F, norm)
 
 
 @triton.jit
@@ -468,9 +470,12 @@ class TextAttention(torch.autograd.Function):
         )  # fmt: skip
         dgone = None if gone is None else gone.new_zeros(*q.shape[:2], sizes.D // sizes.constants["PART"], sizes.N)
         alike = {name: value for name, value in sizes.constants.items() if name != "G"}
+        before = (states, norms)
+        if sizes.M == 0 and gone is not None:  # each gate's gradient reads the state that the next block was given
+            states, norms = (torch.empty_like(x) for x in before)
         add_grads[sizes.parts_of_heads](
-            phi_q, dy, inverse, delta, norms if gone is None else gone, states, norms, norms if gone is None else dgone,
-            sizes.T, sizes.N, sizes.M, GATE=gone is not None, **alike, **LAUNCH,
+            phi_q, dy, inverse, delta, norms if gone is None else gone, *before, states, norms,
+            norms if gone is None else dgone, sizes.T, sizes.N, sizes.M, GATE=gone is not None, **alike, **LAUNCH,
         )  # fmt: skip
         dk, dv = torch.empty_like(q), torch.empty_like(q)
         grad_keys[sizes.grid](
@@ -558,7 +563,7 @@ def fits(q: Tensor, window: int, sinks: int) -> bool:
     """True if the kernels take such queries, and their GPU has the memory. Not in float16: states of long texts, and
     features that grow by gates up to e^64, are beyond what it holds."""
     B, H, T, D = q.shape
-    if q.dtype == torch.float16 or window <= 0 or window % BLOCKS[-1] or sinks > SINKS:
+    if q.dtype == torch.float16 or window % BLOCKS[-1] or sinks > SINKS:
         return False
     if not 16 <= D <= MOST_HEAD_SIZE or D & (D - 1):
         return False

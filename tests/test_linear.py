@@ -252,7 +252,7 @@ def test_any_split_of_a_text_gives_the_logits_of_one_call(sizes, case, back):
             model.take_back(back)
 
 
-@pytest.mark.parametrize("case", ["lolcats", "sinks", "gate", "relu"])
+@pytest.mark.parametrize("case", ["lolcats", "sinks", "gate", "relu", "no window", "off"])
 @torch.no_grad()
 def test_a_prompt_that_kernels_read_leaves_the_state_that_chunks_leave(case, monkeypatch):
     """Catches: a key of the prompt in both the state and the window, or in neither; a state that faded otherwise; a

@@ -31,6 +31,17 @@ TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, pad
     "gate": (200, 96, 0, 2, 1, 16, 0, GATE),
     "gate, a window of three blocks, sinks and padding": (200, 96, 3, 4, 2, 64, 5, GATE),
     "gate, a short window, sinks and padding": (70, 16, 3, 4, 2, 16, 5, GATE),
+    "no window": (150, 0, 0, 4, 2, 16, 0, {}),
+    "gate, no window, sinks and padding": (150, 0, 3, 4, 2, 16, 5, GATE),
+    "a window alone, with sinks": (70, 16, 3, 4, 2, 16, 5, GATE | {"linear_off": True}),
+}
+
+
+PROMPTS = {
+    "plain": {"linear_window": 16},
+    "gate and sinks": {"linear_window": 16, "linear_gate": True, "linear_sinks": 3},
+    "no window": {"linear_window": 0, "linear_sinks": 3},
+    "a window alone": {"linear_window": 16, "linear_off": True, "linear_sinks": 3},
 }
 
 
@@ -38,7 +49,7 @@ def errs_as(expected: Tensor, plain: Tensor, fast: Tensor) -> bool:
     """True if `fast` errs as `plain` does, which computes the same in the same precision."""
     expected, plain, fast = (x.double() for x in (expected, plain, fast))
     of_plain, of_fast = ((x - expected).square().mean().sqrt() for x in (plain, fast))
-    return bool(of_fast < 2 * of_plain + 4 * torch.finfo(DTYPE).eps * expected.square().mean().sqrt())
+    return bool(of_fast <= 2 * of_plain + 4 * torch.finfo(DTYPE).eps * expected.square().mean().sqrt())
 
 
 def judge(case: str, seed: int, monkeypatch) -> tuple[list[str], list[list[Tensor]]]:
@@ -63,7 +74,8 @@ def judge(case: str, seed: int, monkeypatch) -> tuple[list[str], list[list[Tenso
         q, k, v, grad = (x.to(dtype, copy=True).requires_grad_() for x in inputs)
         y = mixer(q, k, v, plan, None)
         found = [y.detach() * (pos >= 0)[:, None, :, None]]
-        found += torch.autograd.grad(y, [q, k, v, *mixer.parameters()], grad)
+        of = [q, k, v, *mixer.parameters()]  # a window alone has some for nothing
+        found += torch.autograd.grad(y, of, grad, allow_unused=True, materialize_grads=True)
         return [x.double() for x in found]
 
     names = ["y", "q", "k", "v", *(name for name, _ in mixer.named_parameters())]
@@ -96,12 +108,12 @@ def test_gradients_of_one_number_of_a_head_are_those_of_the_chunks(monkeypatch):
 
 @runs_kernels
 @torch.no_grad()
-@pytest.mark.parametrize("fields", [{}, {"linear_gate": True, "linear_sinks": 3}], ids=["plain", "gate and sinks"])
+@pytest.mark.parametrize("fields", PROMPTS.values(), ids=PROMPTS)
 def test_a_prompt_read_by_kernels_leaves_what_the_chunks_leave(tiny_model, fields, monkeypatch):
     """Catches: a key of the prompt in both the state and the window, or in neither; a state that faded otherwise."""
     from lit_swa import linear_text_kernels
 
-    model = tiny_model(attention="linear", linear_window=16, **WIDE | fields).to(DEVICE).to(DTYPE)
+    model = tiny_model(attention="linear", **WIDE | fields).to(DEVICE).to(DTYPE)
     for mixer in (attn.mixer for attn in model.layers):
         for parameter in mixer.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
