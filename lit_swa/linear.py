@@ -160,13 +160,13 @@ class LinearAttention(Mixer):
         """forward() for whole texts, by linear_text_kernels.py."""
         from .fast_attention import rotate
 
-        q, k = (rotate(x, *plan.angles) for x in (q, k))
+        q, k, v = (x.contiguous() for x in (*(rotate(x, *plan.angles) for x in (q, k)), v))  # once for all kernels
         valid, rates, gone = plan.valid[:, plan.lag :], None, None
         if self.config.linear_off:
             phi_q = phi_k = q.new_zeros(*q.shape[:3], 2 * q.size(3))
         else:
             relu = self.config.linear_feature_map == "relu"
-            phi_q, phi_k = kernels.features(q, self.feature_q, relu), kernels.features(k, self.feature_k, relu)
+            phi_q, phi_k = kernels.features(q, self.feature_q, relu), kernels.features(k, self.feature_k, relu, valid)
         if self.config.linear_gate and not self.config.linear_off:
             rates = self.rates(v, q.dtype, valid)
         if cache is not None:

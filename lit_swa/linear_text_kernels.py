@@ -40,6 +40,7 @@ SINKS = 16  # rows that are computed for sinks
 MOST_HEAD_SIZE = 128
 SHARED_MEMORY = 72 * 2**10, 144 * 2**10  # bytes that a program takes at most: of heads of up to 64 elements, of 128
 PART = 32  # of the values' elements, and of the features, that are read at once
+STATE_PART = 64  # of the features whose states a program sums up: more programs hide how long each waits for memory
 FEATURE_BLOCK = 32  # tokens whose features are made at once
 # 8 warps are slower, and with two stages Triton 3.6 makes wrong gradients of them for heads of 128 elements with sinks.
 LAUNCH = {"num_warps": 4, "num_stages": 2}
@@ -104,15 +105,19 @@ def both_halves(z, RELU: tl.constexpr):
 
 @triton.jit
 def make_features(
-    x, weight, phi, T, N, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr
-):
-    """x (B, G, T, D), weight (H, D, D) -> phi (B, H, T, 2 D)"""
+    x, weight, valid, phi, T, N, valid_row,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr, VALID: tl.constexpr,
+):  # fmt: skip
+    """x (B, G, T, D), weight (H, D, D) -> phi (B, H, T, 2 D), zeros where `valid` says no"""
     n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
-    h = row % H
+    b, h = row // H, row % H
     x, phi = x + key_head(row, H, G) * T * D, phi + row * T * (2 * D)
     t, d = n * C + tl.arange(0, C), tl.arange(0, D)
     w = tl.load(weight + h * (D * D) + d[:, None] * D + d[None, :]).to(tl.float32)
     plus, minus = both_halves(tl.dot(load_rows(x, t, T, d, D).to(tl.float32), w), RELU)
+    if VALID:
+        ok = (load_each(valid + b * valid_row, t, T) != 0)[:, None]
+        plus, minus = tl.where(ok, plus, 0.0), tl.where(ok, minus, 0.0)
     at, mask = phi + t[:, None] * (2 * D) + d[None, :], (t < T)[:, None]
     tl.store(at, plus.to(phi.dtype.element_ty), mask=mask)
     tl.store(at + D, minus.to(phi.dtype.element_ty), mask=mask)
@@ -151,25 +156,33 @@ def grad_features(
 
 
 @triton.jit
+def part_of_a_state(D: tl.constexpr, F: tl.constexpr, PART: tl.constexpr, STATE_PART: tl.constexpr):
+    """What a program has: a head's row of B * H, a part of its states by number, and that part's features and values'
+    elements. The first part of some features has their norms too."""
+    ACROSS: tl.constexpr = D // PART
+    PARTS: tl.constexpr = F // STATE_PART * ACROSS
+    row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    f, p = part // ACROSS * STATE_PART + tl.arange(0, STATE_PART), part % ACROSS * PART + tl.arange(0, PART)
+    return row, part, f, p
+
+
+@triton.jit
 def add_states(
-    phi, v, valid, gone, states, norms, T, N, valid_row,
+    phi, v, gone, states, norms, T, N,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
-    GATE: tl.constexpr,
+    STATE_PART: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """phi (B, H, T, F), v (B, G, T, D), gone (B, H, N) -> states (B, H, N, F, D), norms (B, H, N, F)"""
-    PARTS: tl.constexpr = D // PART
-    row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-    b, f, p = row // H, tl.arange(0, F), part * PART + tl.arange(0, PART)
-    phi, v, valid = phi + row * T * F, v + key_head(row, H, G) * T * D, valid + b * valid_row
+    row, part, f, p = part_of_a_state(D, F, PART, STATE_PART)
+    phi, v = phi + row * T * F, v + key_head(row, H, G) * T * D
     states, norms = states + row * N * F * D, norms + row * N * F
-    total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
+    total, norm = tl.zeros((STATE_PART, PART), tl.float32), tl.zeros((STATE_PART,), tl.float32)
     for n in range(N):
         tl.store(states + f[:, None] * D + p[None, :], total.to(states.dtype.element_ty))
-        if part == 0:
+        if part % (D // PART) == 0:
             tl.store(norms + f, norm)
         t = n * C + tl.arange(0, C)
-        ok = load_each(valid, t, T) != 0
-        x = tl.where(ok[:, None], load_rows(phi, t, T, f, F), 0.0)
+        x = load_rows(phi, t, T, f, F)
         total += tl.dot(tl.trans(x), load_rows(v, t, T, p, D))
         norm += tl.sum(x.to(tl.float32), 0)
         if GATE:
@@ -308,26 +321,26 @@ def grad_queries(
 @triton.jit
 def add_grads(
     phi, dy, inverse, delta, gone, states, norms, of_states, of_norms, gone_grads, T, N, M,
-    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, GATE: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, STATE_PART: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     """What the queries of block n and of all behind it say of the state that block n reads: of_states (B, H, N, F, D),
     of_norms (B, H, N, F). With a window these may take the place of the states and norms. phi: of the queries.
-    gone_grads: (B, H, D // PART, N)"""
-    PARTS: tl.constexpr = D // PART
-    row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-    f, p = tl.arange(0, F), part * PART + tl.arange(0, PART)
+    gone_grads: (B, H, parts, N)"""
+    PARTS: tl.constexpr = F // STATE_PART * (D // PART)
+    row, part, f, p = part_of_a_state(D, F, PART, STATE_PART)
     phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
     of_state = row * N * F * D + f[:, None] * D + p[None, :]
     states, of_states = states + of_state, of_states + of_state
     norms, of_norms, gone = norms + row * N * F + f, of_norms + row * N * F + f, gone + row * N
-    total, norm = tl.zeros((F, PART), tl.float32), tl.zeros((F,), tl.float32)
+    total, norm = tl.zeros((STATE_PART, PART), tl.float32), tl.zeros((STATE_PART,), tl.float32)
     for i in range(N):
         n = N - 1 - i
         if GATE:
             m = tl.maximum(n - M, 0)  # the block that enters the state behind what block n reads
             after = tl.minimum(m + 1, N - 1)
             change = tl.sum(total * tl.load(states + after * F * D).to(tl.float32))
-            if part == 0:
+            if part % (D // PART) == 0:
                 change += tl.sum(norm * tl.load(norms + after * F))
             tl.store(gone_grads + (row * PARTS + part) * N + m, -change, mask=n >= M)
             left = tl.exp(-tl.load(gone + m))
@@ -338,7 +351,7 @@ def add_grads(
         total += tl.dot(tl.trans(x), scaled)
         norm -= tl.sum(x.to(tl.float32) * load_each(delta, t, T)[:, None], 0)
         tl.store(of_states + n * F * D, total.to(of_states.dtype.element_ty))
-        if part == 0:
+        if part % (D // PART) == 0:
             tl.store(of_norms + n * F, norm)
 
 
@@ -409,11 +422,14 @@ class Features(torch.autograd.Function):
     """features(), with gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, relu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, relu: bool, valid: Tensor | None) -> Tensor:
         x, weight, (B, G, T, D), H = x.contiguous(), weight.contiguous(), x.shape, weight.size(0)
-        phi = x.new_empty(B, H, T, 2 * D)
-        N = triton.cdiv(T, FEATURE_BLOCK)
-        make_features[(N * B * H,)](x, weight, phi, T, N, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu, **LAUNCH)
+        phi, N = x.new_empty(B, H, T, 2 * D), triton.cdiv(T, FEATURE_BLOCK)
+        told = phi if valid is None else valid.contiguous()
+        make_features[(N * B * H,)](
+            x, weight, told, phi, T, N, row_of(told), H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu,
+            VALID=valid is not None, **LAUNCH,
+        )  # fmt: skip
         ctx.save_for_backward(x, weight)
         ctx.relu = relu
         return phi
@@ -430,7 +446,7 @@ class Features(torch.autograd.Function):
             x, weight, dphi.contiguous(), dx, dweight, T, blocks, parts, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu,
             **LAUNCH,
         )  # fmt: skip
-        return of_key_heads(dx, G), dweight.sum(dim=(0, 2)).to(weight.dtype), None
+        return of_key_heads(dx, G), dweight.sum(dim=(0, 2)).to(weight.dtype), None, None
 
 
 class TextAttention(torch.autograd.Function):
@@ -443,7 +459,7 @@ class TextAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         q, k, v, phi_q, phi_k = (x.contiguous() for x in (q, k, v, phi_q, phi_k))
         sizes = Sizes(q, k, phi_q, valid, seen, window)
-        states, norms = sizes.states(phi_k, v, valid, gone)
+        states, norms = sizes.states(phi_k, v, gone)
         y, (top, total) = torch.empty_like(q), (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
         place = q.new_empty(q.shape[:3], dtype=torch.int32)
         read_queries[sizes.grid](
@@ -459,7 +475,7 @@ class TextAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, phi_q, phi_k, mix, gone, valid, seen, y, top, place, total = ctx.saved_tensors
         sizes, n, dy = Sizes(q, k, phi_q, valid, seen, ctx.window), seen.size(-1), dy.contiguous()
-        states, norms = sizes.states(phi_k, v, valid, gone)
+        states, norms = sizes.states(phi_k, v, gone)
         dq, dphi_q, dphi_k = torch.empty_like(q), torch.empty_like(phi_q), torch.empty_like(phi_k)
         inverse, delta, share_grad = (torch.empty_like(total) for _ in range(3))
         of_sinks = q.new_empty(2, *q.shape[:2], sizes.N if n else 0, SINKS, q.size(3), dtype=torch.float32)
@@ -468,14 +484,15 @@ class TextAttention(torch.autograd.Function):
             delta, share_grad, *of_sinks, sizes.T, sizes.N, sizes.M, *sizes.rows, n, ctx.scale, **sizes.constants,
             SINKS=SINKS * (n > 0), **LAUNCH,
         )  # fmt: skip
-        dgone = None if gone is None else gone.new_zeros(*q.shape[:2], sizes.D // sizes.constants["PART"], sizes.N)
-        alike = {name: value for name, value in sizes.constants.items() if name != "G"}
+        dgone = None if gone is None else gone.new_zeros(*q.shape[:2], sizes.parts, sizes.N)
         before = (states, norms)
         if sizes.M == 0 and gone is not None:  # each gate's gradient reads the state that the next block was given
             states, norms = (torch.empty_like(x) for x in before)
-        add_grads[sizes.parts_of_heads](
+        alike = {name: value for name, value in sizes.constants.items() if name not in ("H", "G")}
+        add_grads[(sizes.heads * sizes.parts,)](
             phi_q, dy, inverse, delta, norms if gone is None else gone, *before, states, norms,
-            norms if gone is None else dgone, sizes.T, sizes.N, sizes.M, GATE=gone is not None, **alike, **LAUNCH,
+            norms if gone is None else dgone, sizes.T, sizes.N, sizes.M, STATE_PART=sizes.state_part,
+            GATE=gone is not None, **alike, **LAUNCH,
         )  # fmt: skip
         dk, dv = torch.empty_like(q), torch.empty_like(q)
         grad_keys[sizes.grid](
@@ -497,18 +514,19 @@ class Sizes:
         (B, H, self.T, self.D), self.F = q.shape, phi_q.size(-1)
         C = block_size(window)
         self.heads, self.N, self.M = B * H, triton.cdiv(self.T, C), window // C
-        self.rows = tuple(x.stride(0) if x.size(0) > 1 else 0 for x in (valid, seen))
+        self.rows = row_of(valid), row_of(seen)
         self.grid = (self.N * self.heads,)  # in one dimension: a GPU's others end at 65,535
         self.constants = {"H": H, "G": k.size(1), "D": self.D, "F": self.F, "C": C, "PART": min(PART, self.D)}
-        self.parts_of_heads = (self.heads * (self.D // self.constants["PART"]),)
+        self.state_part = min(STATE_PART, self.F)
+        self.parts = self.F // self.state_part * (self.D // self.constants["PART"])  # of a head's states
 
-    def states(self, phi_k: Tensor, v: Tensor, valid: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor]:
+    def states(self, phi_k: Tensor, v: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states before each block."""
         states = phi_k.new_empty(self.heads, self.N, self.F, self.D)
         norms = phi_k.new_empty(self.heads, self.N, self.F, dtype=torch.float32)
-        add_states[self.parts_of_heads](
-            phi_k, v, valid, norms if gone is None else gone, states, norms, self.T, self.N, self.rows[0],
-            GATE=gone is not None, **self.constants, **LAUNCH,
+        add_states[(self.heads * self.parts,)](
+            phi_k, v, norms if gone is None else gone, states, norms, self.T, self.N,
+            STATE_PART=self.state_part, GATE=gone is not None, **self.constants, **LAUNCH,
         )  # fmt: skip
         return states, norms
 
@@ -519,9 +537,9 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """Linear attention of whole texts, with nothing before them: (B, H, T, D).
 
-    q (B, H, T, D), k and v (B, G, T, D), after RoPE. phi_q, phi_k: features (B, H, T, F). mix: (H,). gone: for gates,
-    as gated() gives it, with its features. valid: (1 or B, T), False for sinks, which are the first n tokens, and for
-    padding. seen: (1 or B, T, n), also of sinks that a short text does not have yet. window: S.
+    q (B, H, T, D), k and v (B, G, T, D), after RoPE. phi_q, phi_k: features (B, H, T, F), of invalid keys zeros. mix:
+    (H,). gone: for gates, as gated() gives it, with its features. valid: (1 or B, T), False for sinks, which are the
+    first n tokens, and for padding. seen: (1 or B, T, n), also of sinks that a short text does not have yet. window: S.
     """
     valid, seen = valid.contiguous(), seen[..., : q.size(2)].contiguous()
     return TextAttention.apply(q, k, v, phi_q, phi_k, mix, gone, valid, seen, window, scale)
@@ -545,9 +563,15 @@ def faded(phi: Tensor, exponent: Tensor) -> Tensor:
     return (phi * exponent.exp()).to(phi.dtype)
 
 
-def features(x: Tensor, weight: Tensor, relu: bool) -> Tensor:
-    """phi (B, H, T, 2 D) of x (B, G, T, D), in its dtype, by weight (H, D, D): relu's, or hedgehog's."""
-    return Features.apply(x, weight, relu)
+def features(x: Tensor, weight: Tensor, relu: bool, valid: Tensor | None = None) -> Tensor:
+    """phi (B, H, T, 2 D) of x (B, G, T, D), in its dtype, by weight (H, D, D): relu's, or hedgehog's. valid: (1 or B,
+    T), which are keys behind the sinks; the others' are zeros, and are given no gradient."""
+    return Features.apply(x, weight, relu, valid)
+
+
+def row_of(x: Tensor) -> int:
+    """Elements from one text of a batch to the next, 0 for one that all share."""
+    return x.stride(0) if x.size(0) > 1 else 0
 
 
 def of_key_heads(x: Tensor, G: int) -> Tensor:

@@ -260,7 +260,7 @@ def test_a_prompt_that_kernels_read_leaves_the_state_that_chunks_leave(case, mon
     model = GPT(tiny_config(n_layer=1, attention="linear", **CASES[case])).eval().double()
     randomize(model)
     kernels = SimpleNamespace(
-        features=lambda x, w, relu: linear.features(linear.widened(x, x.dtype, len(w)), w, model.config),
+        features=lambda x, w, *_: linear.features(linear.widened(x, x.dtype, len(w)), w, model.config),
         gated=lambda phi_q, phi_k, rates, window: (phi_q, phi_k, rates),
         attention=lambda q, *rest: torch.full_like(q, math.nan),
     )
