@@ -5,7 +5,7 @@ A text is cut into N blocks of C tokens, and the window is M of them. Queries of
 some of them exactly and some as older ones, those of the blocks up to n exactly, and those before n - M by the state:
 
     make_features   phi of queries or keys                           a program: a block of a query head
-    add_states      the states before each block, in order           a program: some of the values' elements of a head
+    add_states      the states before each block, in order           a program: a part of a head's states
     read_queries    outputs                                          a program: a block of queries of a head
     grad_queries    gradients of queries, their features, sinks      the same
     add_grads       gradients of the states, from the last block on  as add_states
@@ -44,6 +44,7 @@ STATE_PART = 64  # of the features whose states a program sums up: more programs
 FEATURE_BLOCK = 32  # tokens whose features are made at once
 # 8 warps are slower, and with two stages Triton 3.6 makes wrong gradients of them for heads of 128 elements with sinks.
 LAUNCH = {"num_warps": 4, "num_stages": 2}
+SCAN = LAUNCH | {"num_stages": 4}  # of what goes through a whole text, and can ask early for what is next
 PROGRAMS = 512  # of grad_features, about: each sums up a gradient of W
 
 
@@ -126,9 +127,11 @@ def make_features(
 @triton.jit
 def grad_features(
     x, weight, dphi, dx, dweight, T, blocks, parts,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, RELU: tl.constexpr, OF_X: tl.constexpr,
+    OF_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """dx (B, H, T, D) of each query head; dweight (B, H, parts, D, D). parts: programs of a head, of so many blocks."""
+    """Those that are asked for: dx (B, H, T, D) of each query head, dweight (B, H, parts, D, D). parts: programs of a
+    head, of so many blocks."""
     part, row = tl.program_id(0) % parts, (tl.program_id(0) // parts).to(tl.int64)
     h = row % H
     x, dphi, dx = x + key_head(row, H, G) * T * D, dphi + row * T * (2 * D), dx + row * T * D
@@ -149,10 +152,13 @@ def grad_features(
             change = plus * (of_plus - tl.sum(plus * of_plus, 1)[:, None])
             change -= minus * (of_minus - tl.sum(minus * of_minus, 1)[:, None])
         change = change.to(rows.dtype)
-        out = tl.dot(change, rounded)
-        tl.store(dx + t[:, None] * D + d[None, :], out.to(dx.dtype.element_ty), mask=(t < T)[:, None])
-        total += tl.dot(tl.trans(rows), change)
-    tl.store(dweight + (row * parts + part) * (D * D) + square, total)
+        if OF_X:
+            out = tl.dot(change, rounded)
+            tl.store(dx + t[:, None] * D + d[None, :], out.to(dx.dtype.element_ty), mask=(t < T)[:, None])
+        if OF_WEIGHT:
+            total += tl.dot(tl.trans(rows), change)
+    if OF_WEIGHT:
+        tl.store(dweight + (row * parts + part) * (D * D) + square, total)
 
 
 @triton.jit
@@ -250,10 +256,10 @@ def grad_queries(
     q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, dy,
     dq, dphi_q, inverse, delta, share_grad, dk_sinks, dv_sinks, T, N, M, valid_row, seen_row, n_sinks, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINKS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, H, T, D), dphi_q (B, H, T, F); for each query, (B, H, T): 1 / Z, dy . y / Z and E; and what a block adds
-    to the gradients of the sinks' keys and values, (B, H, N, SINKS, D)."""
+    """dphi_q (B, H, T, F); for each query, (B, H, T): 1 / Z, dy . y / Z and E. And with EXACT what the softmax says of
+    dq (B, H, T, D), and of the sinks' keys and values, a block of queries at a time: (B, H, N, SINKS, D)."""
     n, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
@@ -283,7 +289,8 @@ def grad_queries(
         )
         summed += tl.sum(change, 1)
         near += tl.sum(weights, 1)
-        out += tl.dot(change.to(dtype), keys)
+        if EXACT:
+            out += tl.dot(change.to(dtype), keys)
     if SINKS > 0:
         s = tl.arange(0, SINKS)
         mask = (s < n_sinks)[None, :] & rows[:, None]
@@ -294,13 +301,15 @@ def grad_queries(
         )
         summed += tl.sum(change, 1)
         near += tl.sum(weights, 1)
-        out += tl.dot(change.to(dtype), keys)
-        change -= tl.where(sees & (where[:, None] == s[None, :]), summed[:, None], 0.0)
-        at = (row * N + n) * SINKS * D + s[:, None] * D + d[None, :]
-        tl.store(dk_sinks + at, tl.dot(tl.trans(change.to(dtype)), queries) * scale)
-        tl.store(dv_sinks + at, tl.dot(tl.trans((weights * inv[:, None]).to(dtype)), grads))
-    out -= summed[:, None] * load_rows(k, tl.where(rows, where, T), T, d, D).to(tl.float32)
-    tl.store(dq + t[:, None] * D + d[None, :], (out * scale).to(dtype), mask=rows[:, None])
+        if EXACT:
+            out += tl.dot(change.to(dtype), keys)
+            change -= tl.where(sees & (where[:, None] == s[None, :]), summed[:, None], 0.0)
+            at = (row * N + n) * SINKS * D + s[:, None] * D + d[None, :]
+            tl.store(dk_sinks + at, tl.dot(tl.trans(change.to(dtype)), queries) * scale)
+            tl.store(dv_sinks + at, tl.dot(tl.trans((weights * inv[:, None]).to(dtype)), grads))
+    if EXACT:
+        out -= summed[:, None] * load_rows(k, tl.where(rows, where, T), T, d, D).to(tl.float32)
+        tl.store(dq + t[:, None] * D + d[None, :], (out * scale).to(dtype), mask=rows[:, None])
     u, at = (n - M) * C + c, row * N + tl.maximum(n - M, 0)
     older = (u[None, :] <= t[:, None] - M * C) & (load_each(valid, u, T) != 0)[None, :]
     slope = tl.dot(grads, tl.trans(load_rows(v, u, T, d, D))) * inv[:, None] - off[:, None]
@@ -360,9 +369,10 @@ def grad_keys(
     q, k, v, phi_q, phi_k, valid, gone, mix, states, norms, top, place, dy, inverse, delta, share_grad, dk, dv,
     dphi_k, T, N, M, valid_row, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
-    GATE: tl.constexpr,
+    GATE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (B, H, T, D) of each query head, dphi_k (B, H, T, F). states, norms: what add_grads found."""
+    """dphi_k (B, H, T, F), and with EXACT what the softmax says of dk, and dv, (B, H, T, D) of each query head. states,
+    norms: what add_grads found."""
     m, row = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
     b, h = row // H, row % H
     dtype = q.dtype.element_ty
@@ -378,19 +388,20 @@ def grad_keys(
     keys, values = load_rows(k, u, T, d, D), load_rows(v, u, T, d, D)
     share = tl.sigmoid(tl.load(mix + h).to(tl.float32))
     key_grads, value_grads = tl.zeros((C, D), tl.float32), tl.zeros((C, D), tl.float32)
-    for n in range(m, tl.minimum(m + M + 1, N)):  # weights are turned: a row is a key's
-        t = n * C + c
-        queries, grads = load_rows(q, t, T, d, D), load_rows(dy, t, T, d, D)
-        best, where = load_each(top, t, T), load_each(place, t, T)
-        inv, off, summed = load_each(inverse, t, T), load_each(delta, t, T), load_each(share_grad, t, T)
-        sees = sees_exactly(u[:, None], t[None, :], M * C) & ok[:, None] & (t < T)[None, :]
-        weights, change = exact_grads(
-            keys, queries, values, grads, sees, best[None, :], inv[None, :], off[None, :], share, scale
-        )
-        change -= tl.where(sees & (u[:, None] == where[None, :]), summed[None, :], 0.0)
-        key_grads += tl.dot(change.to(dtype), queries)
-        value_grads += tl.dot((weights * inv[None, :]).to(dtype), grads)
-    tl.store(dk + u[:, None] * D + d[None, :], (key_grads * scale).to(dtype), mask=rows[:, None])
+    if EXACT:
+        for n in range(m, tl.minimum(m + M + 1, N)):  # weights are turned: a row is a key's
+            t = n * C + c
+            queries, grads = load_rows(q, t, T, d, D), load_rows(dy, t, T, d, D)
+            best, where = load_each(top, t, T), load_each(place, t, T)
+            inv, off, summed = load_each(inverse, t, T), load_each(delta, t, T), load_each(share_grad, t, T)
+            sees = sees_exactly(u[:, None], t[None, :], M * C) & ok[:, None] & (t < T)[None, :]
+            weights, change = exact_grads(
+                keys, queries, values, grads, sees, best[None, :], inv[None, :], off[None, :], share, scale
+            )
+            change -= tl.where(sees & (u[:, None] == where[None, :]), summed[None, :], 0.0)
+            key_grads += tl.dot(change.to(dtype), queries)
+            value_grads += tl.dot((weights * inv[None, :]).to(dtype), grads)
+        tl.store(dk + u[:, None] * D + d[None, :], (key_grads * scale).to(dtype), mask=rows[:, None])
     t = (m + M) * C + c
     grads = load_rows(dy, t, T, d, D)
     inv, off = load_each(inverse, t, T), load_each(delta, t, T)
@@ -410,12 +421,14 @@ def grad_keys(
         if has_state:
             state = tl.load(states + f[:, None] * D + d[None, :])
             part += left * (tl.dot(values, tl.trans(state)) + tl.load(norms + f)[None, :])
-            value_grads += left * tl.dot(tl.where(ok[:, None], x, 0.0), state)
+            if EXACT:
+                value_grads += left * tl.dot(x, state)
         part = tl.where(ok[:, None], part, 0.0)
         tl.store(dphi_k + u[:, None] * F + f[None, :], part.to(dtype), mask=rows[:, None])
-    kernel = tl.where(older, kernel * inv[None, :], 0.0)
-    value_grads += tl.dot(kernel.to(dtype), grads)
-    tl.store(dv + u[:, None] * D + d[None, :], value_grads.to(dtype), mask=rows[:, None])
+    if EXACT:
+        kernel = tl.where(older, kernel * inv[None, :], 0.0)
+        value_grads += tl.dot(kernel.to(dtype), grads)
+        tl.store(dv + u[:, None] * D + d[None, :], value_grads.to(dtype), mask=rows[:, None])
 
 
 class Features(torch.autograd.Function):
@@ -441,12 +454,15 @@ class Features(torch.autograd.Function):
         (B, G, T, D), H = x.shape, weight.size(0)
         blocks = triton.cdiv(triton.cdiv(T, FEATURE_BLOCK), max(1, PROGRAMS // (B * H)))
         parts = triton.cdiv(T, blocks * FEATURE_BLOCK)
-        dx, dweight = x.new_empty(B, H, T, D), x.new_empty(B, H, parts, D, D, dtype=torch.float32)
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        dx = x.new_empty(B, H, T, D) if of_x else None
+        dweight = x.new_empty(B, H, parts, D, D, dtype=torch.float32) if of_weight else None
         grad_features[(parts * B * H,)](
-            x, weight, dphi.contiguous(), dx, dweight, T, blocks, parts, H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu,
-            **LAUNCH,
+            x, weight, dphi.contiguous(), dx if of_x else x, dweight if of_weight else x, T, blocks, parts,
+            H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu, OF_X=of_x, OF_WEIGHT=of_weight, **LAUNCH,
         )  # fmt: skip
-        return of_key_heads(dx, G), dweight.sum(dim=(0, 2)).to(weight.dtype), None, None
+        dx = of_key_heads(dx, G) if of_x else None
+        return dx, dweight.sum(dim=(0, 2)).to(weight.dtype) if of_weight else None, None, None
 
 
 class TextAttention(torch.autograd.Function):
@@ -476,13 +492,15 @@ class TextAttention(torch.autograd.Function):
         q, k, v, phi_q, phi_k, mix, gone, valid, seen, y, top, place, total = ctx.saved_tensors
         sizes, n, dy = Sizes(q, k, phi_q, valid, seen, ctx.window), seen.size(-1), dy.contiguous()
         states, norms = sizes.states(phi_k, v, gone)
-        dq, dphi_q, dphi_k = torch.empty_like(q), torch.empty_like(phi_q), torch.empty_like(phi_k)
+        exact = any(ctx.needs_input_grad[:3])  # else features alone learn: nothing else is computed
+        dphi_q, dphi_k = torch.empty_like(phi_q), torch.empty_like(phi_k)
+        dq, dk, dv = (torch.empty_like(q) if exact else dphi_q for _ in range(3))
         inverse, delta, share_grad = (torch.empty_like(total) for _ in range(3))
         of_sinks = q.new_empty(2, *q.shape[:2], sizes.N if n else 0, SINKS, q.size(3), dtype=torch.float32)
         grad_queries[sizes.grid](
             q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, dy, dq, dphi_q, inverse,
             delta, share_grad, *of_sinks, sizes.T, sizes.N, sizes.M, *sizes.rows, n, ctx.scale, **sizes.constants,
-            SINKS=SINKS * (n > 0), **LAUNCH,
+            SINKS=SINKS * (n > 0), EXACT=exact, **LAUNCH,
         )  # fmt: skip
         dgone = None if gone is None else gone.new_zeros(*q.shape[:2], sizes.parts, sizes.N)
         before = (states, norms)
@@ -492,17 +510,19 @@ class TextAttention(torch.autograd.Function):
         add_grads[(sizes.heads * sizes.parts,)](
             phi_q, dy, inverse, delta, norms if gone is None else gone, *before, states, norms,
             norms if gone is None else dgone, sizes.T, sizes.N, sizes.M, STATE_PART=sizes.state_part,
-            GATE=gone is not None, **alike, **LAUNCH,
+            GATE=gone is not None, **alike, **SCAN,
         )  # fmt: skip
-        dk, dv = torch.empty_like(q), torch.empty_like(q)
         grad_keys[sizes.grid](
             q, k, v, phi_q, phi_k, valid, norms if gone is None else gone, mix, states, norms, top, place, dy, inverse,
             delta, share_grad, dk, dv, dphi_k, sizes.T, sizes.N, sizes.M, sizes.rows[0], ctx.scale,
-            GATE=gone is not None, **sizes.constants, **LAUNCH,
+            GATE=gone is not None, EXACT=exact, **sizes.constants, **LAUNCH,
         )  # fmt: skip
-        dk, dv = (of_key_heads(x, k.size(1)) for x in (dk, dv))
-        for x, part in zip((dk, dv), of_sinks if n else (), strict=False):
-            x[:, :, :n] += of_key_heads(part[..., :n, :].sum(2), k.size(1)).to(x.dtype)
+        if exact:
+            dk, dv = (of_key_heads(x, k.size(1)) for x in (dk, dv))
+            for x, part in zip((dk, dv), of_sinks if n else (), strict=False):
+                x[:, :, :n] += of_key_heads(part[..., :n, :].sum(2), k.size(1)).to(x.dtype)
+        else:
+            dq = dk = dv = None
         dmix = (share_grad.sum(dim=(0, 2)) * (1 - mix.float().sigmoid())).to(mix.dtype)
         return dq, dk, dv, dphi_q, dphi_k, dmix, None if gone is None else dgone.sum(2), None, None, None, None
 
@@ -525,8 +545,8 @@ class Sizes:
         states = phi_k.new_empty(self.heads, self.N, self.F, self.D)
         norms = phi_k.new_empty(self.heads, self.N, self.F, dtype=torch.float32)
         add_states[(self.heads * self.parts,)](
-            phi_k, v, norms if gone is None else gone, states, norms, self.T, self.N,
-            STATE_PART=self.state_part, GATE=gone is not None, **self.constants, **LAUNCH,
+            phi_k, v, norms if gone is None else gone, states, norms, self.T, self.N, STATE_PART=self.state_part,
+            GATE=gone is not None, **self.constants, **SCAN,
         )  # fmt: skip
         return states, norms
 

@@ -52,11 +52,8 @@ def errs_as(expected: Tensor, plain: Tensor, fast: Tensor) -> bool:
     return bool(of_fast <= 2 * of_plain + 4 * torch.finfo(DTYPE).eps * expected.square().mean().sqrt())
 
 
-def judge(case: str, seed: int, monkeypatch) -> tuple[list[str], list[list[Tensor]]]:
-    """What is compared, by name: outputs, and gradients of q, k, v and the layer's parameters. Each by the chunks in
-    float64, by the chunks in what the kernels compute in, and by the kernels."""
-    from lit_swa import linear_text_kernels
-
+def make_layer(case: str, seed: int) -> tuple[linear.LinearAttention, linear.Plan, Tensor, list[Tensor]]:
+    """A layer, its plan for two texts, their positions, and q, k, v and a gradient of the outputs."""
     T, window, n, H, G, D, padding, more = TEXTS[case]
     torch.manual_seed(seed)
     fields = {"attention": "linear", "linear_window": window, "linear_sinks": n, "block_size": 512} | more
@@ -68,6 +65,15 @@ def judge(case: str, seed: int, monkeypatch) -> tuple[list[str], list[list[Tenso
     pos = torch.stack([torch.arange(T), torch.arange(T) - padding]).clamp(min=-1).to(DEVICE)
     plan = mixer.plan(pos, find_span(pos, None), None, RoPE(config).to(DEVICE))
     inputs[3][1, :, :padding] = 0  # of outputs that nobody reads
+    return mixer, plan, pos, inputs
+
+
+def judge(case: str, seed: int, monkeypatch) -> tuple[list[str], list[list[Tensor]]]:
+    """What is compared, by name: outputs, and gradients of q, k, v and the layer's parameters. Each by the chunks in
+    float64, by the chunks in what the kernels compute in, and by the kernels."""
+    from lit_swa import linear_text_kernels
+
+    mixer, plan, pos, inputs = make_layer(case, seed)
 
     def run(dtype: torch.dtype, kernels: object) -> list[Tensor]:
         monkeypatch.setattr(linear, "text_kernels", lambda *_: kernels)
@@ -90,6 +96,30 @@ def test_kernels_of_whole_texts_are_the_chunks(case, monkeypatch):
     names, found = judge(case, 0, monkeypatch)
     for name, expected, plain, fast in zip(names, *found, strict=True):
         assert name in OF_HEADS or errs_as(expected, plain, fast), name
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", ["padded", "gate, a window of three blocks, sinks and padding"])
+def test_what_is_frozen_changes_no_gradient_of_the_rest(case, monkeypatch):
+    """Catches: a gradient that is left out as nobody wants it, and that another one is made of."""
+    from lit_swa import linear_text_kernels
+
+    monkeypatch.setattr(linear, "text_kernels", lambda *_: linear_text_kernels)
+    mixer, plan, _, (*inputs, grad) = make_layer(case, 0)
+    mixer, inputs = mixer.to(DTYPE), [x.to(DTYPE) for x in inputs]
+
+    def gradients(*learn: bool) -> list[Tensor]:
+        leaves = [
+            [x.detach().requires_grad_(learn[0]) for x in inputs],
+            list(mixer.requires_grad_(learn[1]).parameters()),
+        ]
+        y = mixer(*leaves[0], plan, None)
+        wanted = [x for part, learns in zip(leaves, learn, strict=True) for x in part if learns]
+        return list(torch.autograd.grad(y, wanted, grad.to(DTYPE)))
+
+    whole, parts = gradients(True, True), gradients(True, False) + gradients(False, True)
+    for got, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2 * torch.finfo(DTYPE).eps * expected.abs().max().item())
 
 
 @runs_kernels
