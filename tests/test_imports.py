@@ -95,7 +95,7 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     projects = {"PIL": "pillow", "yaml": "pyyaml", "cudnn": "nvidia_cudnn_frontend"}
     found = {projects.get(name, name) for name in found}
     own = {"lit_swa", "scripts", "config", "rope", "model"}  # the latter where files are copied without the package
-    used_where_they_are_there = {"flash_attn", "triton", "xllamacpp"}
+    used_where_they_are_there = {"fla", "flash_attn", "triton", "xllamacpp"}
     assert found - set(sys.stdlib_module_names) - own - declared == used_where_they_are_there
     assert needed <= names((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
     shipped = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lit_swa").rglob("__init__.py")}
