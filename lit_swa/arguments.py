@@ -18,7 +18,8 @@ class Loop:
         validation_fraction: The part of the data that is held out; 0 for none.
         batch_size: Rows (without --pack: examples) of one optimiser step, over all devices.
         micro_batch_size: Rows that one device reads at once; gradients accumulate until the step's rows are read. By
-            default as many as make 1024 tokens on a CPU and 8192 on a GPU.
+            default as many as make 1024 tokens on a CPU, and on a GPU, by the model's width and the GPU's memory, 8192
+            to 32768.
         learning_rate: The rate after the warmup. By default one that suits the method and the model's size.
         warmup_steps: Steps over which the rate rises from zero. By default 20, at most a tenth of the run; more than
             the run has are cut to a tenth.

@@ -43,7 +43,6 @@ ROWS = {
     "blocks": Row("joint, trained in three blocks, each alone", 1, PLAIN),
 }
 HELD_OUT = 32  # rows of the data that training validates on, at most
-AT_ONCE = 32768  # tokens that a GPU reads at once: how many changes nothing but rounding
 
 
 def main(
@@ -137,8 +136,6 @@ def main(
         "checkpoint_dir": checkpoint_dir.name, "weights": base_identity(checkpoint_dir), "sizes": sizes._asdict(),
         "eval_data": eval_data, "eval_sha256": evaluate.check_tokens(held_out, config.vocab_size, eval_data),
     }  # fmt: skip
-    if device == "cuda":  # a small model keeps a GPU busy with many tokens at once only
-        training["micro_batch_size"] = max(1, min(batch_size, AT_ONCE // context))
     with evaluate.Results(output, arguments) as results:
         content = results.finished or {"command": "", "machine": "", "rows": []}
         done = {row["method"]: row for row in content["rows"]}

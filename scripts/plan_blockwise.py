@@ -40,7 +40,7 @@ def main(
         tokens: How many tokens are saved for each block.
         epochs: How often a block reads them.
         max_seq_length: Tokens of a text.
-        micro_batch_size: Texts that are read at once. By default 1024 tokens on a CPU and 8192 on a GPU.
+        micro_batch_size: Texts that are read at once. By default as finetune/linearize_blockwise.py.
         read_rate: Tokens per second of one layer's inference, where it was measured before.
         train_rate: Tokens per second of one layer's training, likewise. Given both, nothing is measured.
         device: auto, cpu or cuda.
@@ -66,7 +66,7 @@ def main(
     from lit_swa import Config
     from lit_swa.linearize import linear_config
     from lit_swa.training.distribution import use_tf32
-    from lit_swa.training.feed import MICRO_BATCH_TOKENS
+    from lit_swa.training.feed import tokens_at_once
     from lit_swa.utils import describe_machine, pick_device, pick_dtype
 
     place = pick_device(device)
@@ -77,7 +77,7 @@ def main(
     linear, where = linear_config(base, model or {}), "as given"
     rates = Rates(read_rate, train_rate, None)
     if read_rate is None:
-        texts = micro_batch_size or max(1, MICRO_BATCH_TOKENS["cuda" if "cuda" in place else "cpu"] // max_seq_length)
+        texts = micro_batch_size or max(1, tokens_at_once(torch.device(place), base.n_embd) // max_seq_length)
         rates = measure(base, linear, torch.device(place), kind, [max_seq_length] * texts, repeats)
         where = f"measured on {describe_machine(place)}, {texts} texts of {max_seq_length} tokens at once"
     print(f"{name}, {str(kind).removeprefix('torch.')}, {tokens:,} tokens that are read {epochs:g} times.")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from lit_swa.train import (
 )
 from lit_swa.training import memory
 from lit_swa.training.distribution import shard_weights
+from lit_swa.training.feed import tokens_at_once
 from lit_swa.training.loop import Batch
 from lit_swa.utils import count_processes
 
@@ -511,6 +513,26 @@ class Lengths:
     def __getitem__(self, i):
         ids = np.arange(self.lengths[i], dtype=np.int32)
         return Example(ids, np.concatenate([[IGNORED], ids[1:]]).astype(np.int32))
+
+
+def test_devices_share_a_step_of_short_rows():
+    """Catches: a device that reads the whole step as one micro-batch, while the others read it for nothing."""
+    feed = ExampleFeed(Lengths(np.full(20, 16)), Training(data="x", batch_size=9, devices=2, pack=False), 16)
+    ranks = [feed.batches(0, rank, 2) for rank in range(2)]
+    assert [[len(batch.examples) for batch in batches] for batches in ranks] == [[5], [4]]
+    assert all(batch.weight for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize(
+    "n_embd, gigabytes, tokens",
+    [(576, 80, 32768), (2048, 80, 16384), (4096, 80, 8192), (576, 24, 12288), (576, 8, 8192)],
+)
+def test_a_small_model_reads_more_at_once(monkeypatch, n_embd, gigabytes, tokens):
+    """Catches: steps of a small model that wait for the processor, and tokens that a small GPU has no room for."""
+    memory = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert tokens_at_once(torch.device("cuda"), n_embd) == tokens
+    assert tokens_at_once(torch.device("cpu"), n_embd) == 1024
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -234,7 +234,7 @@ def test_z_loss_is_its_formula(tiny_model, monkeypatch, elements, at_once):
 def test_ranks_share_a_step(tokens, documents):
     """Catches: a row that two ranks read or none, and a count of targets that is one rank's."""
     args = Pretraining(data="", batch_size=8, micro_batch_size=2, documents=documents)
-    feed = TokenFeed(args, tokens[1], Tokenizer(tokens[0]), tiny_config(vocab_size=300), 16, "cpu")
+    feed = TokenFeed(args, tokens[1], Tokenizer(tokens[0]), tiny_config(vocab_size=300), 16, 2)
     alone = sorted(i for batch in feed.batches(5) for i in batch.examples)
     ranks = [batch for rank in range(2) for batch in feed.batches(5, rank, 2)]
     assert sorted(i for batch in ranks for i in batch.examples) == alone == list(range(40, 48))

@@ -52,7 +52,7 @@ from lit_swa.training.blocks import (
     write_features,
 )
 from lit_swa.training.distribution import start_fabric
-from lit_swa.training.feed import MICRO_BATCH_TOKENS, ExampleFeed, ExampleValidation
+from lit_swa.training.feed import ExampleFeed, ExampleValidation, tokens_at_once
 from lit_swa.training.finetuning import read_data
 from lit_swa.training.linearizing import error_in_words, validate_transfer
 from lit_swa.training.loop import Progress, Run
@@ -231,7 +231,7 @@ def plan_saving(args: Training, out_dir: Path, only: int | None) -> tuple[Saving
         for n, block in blocks.items()
     }
     tokens = args.micro_batch_size and args.micro_batch_size * length
-    tokens = tokens or max(length, MICRO_BATCH_TOKENS[fabric.device.type])
+    tokens = tokens or max(length, tokens_at_once(fabric.device, base.n_embd))
     return Saving(checkpoint_dir, out_dir, blocks, texts, tables, dtype, fabric, tokens), numbers
 
 
@@ -316,7 +316,8 @@ def prepare_block(args: Training, out_dir: Path, number: int, schedule: str | No
         )
     fabric, dtype = start_fabric(args)
     data, held_out = inputs.datasets()
-    feed = ExampleFeed(data, args, inputs.table.max_seq_length, fabric.device.type)
+    table = inputs.table
+    feed = ExampleFeed(data, args, table.max_seq_length, tokens_at_once(fabric.device, table.width))
     return BlockRun(
         args=replace(args, lr_schedule=schedule or ("constant" if held_out is None else "plateau")),
         fabric=fabric,

@@ -10,8 +10,17 @@ import torch
 from lit_swa.config import IGNORED
 from lit_swa.data.dataset import Dataset, Example, pack
 from lit_swa.training.loop import Batch
+from lit_swa.utils import count_processes
 
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # more at once is hardly faster, and takes memory
+
+def tokens_at_once(device: torch.device, n_embd: int) -> int:
+    """About how many tokens a model of this width reads at once, if nobody says: more are hardly faster, and take
+    memory. On a GPU a smaller model reads more, as far as 2 MiB are there for each: its kernels are short, and one is
+    else over before the next has begun."""
+    if device.type != "cuda":
+        return 1024
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(8192, min(2**25 // n_embd, memory // 2**21, 32768))
 
 
 def join_examples(examples: Sequence[Example], numbers: Sequence[int]) -> Batch:
@@ -31,12 +40,14 @@ class ExampleFeed:
     first step: if memory is too small for it, the run fails at once.
     """
 
-    def __init__(self, dataset: Dataset, args: Any, max_seq_length: int, device: str = "cpu") -> None:
-        """args: has batch_size, micro_batch_size, pack and seed. device: cpu or cuda, for the micro-batch's size."""
+    def __init__(self, dataset: Dataset, args: Any, max_seq_length: int, at_once: int = 1024) -> None:
+        """args: as Training, with the number of devices, which all get their share of a step. at_once: tokens of a
+        micro-batch, if args do not have its rows."""
         self.dataset, self.seed, self.batch_size = dataset, args.seed, args.batch_size
         self.max_seq_length, self.packs = max_seq_length, args.pack
-        tokens = MICRO_BATCH_TOKENS.get(device, MICRO_BATCH_TOKENS["cpu"])
-        self.micro_batch_size = args.micro_batch_size or min(args.batch_size, max(1, tokens // max_seq_length))
+        devices, nodes = count_processes(args.devices, args.num_nodes)
+        share = math.ceil(args.batch_size / (devices * nodes))
+        self.micro_batch_size = args.micro_batch_size or min(share, max(1, at_once // max_seq_length))
         packs = args.pack and len(dataset) > 1
         self.rows = pack(dataset.lengths, max_seq_length, args.seed) if packs else [[i] for i in range(len(dataset))]
         self.row_tokens = [int(sum(dataset.lengths[i] for i in row)) for row in self.rows]

@@ -35,7 +35,7 @@ from lit_swa.generate import generate
 from lit_swa.model import GPT
 from lit_swa.training.compiling import compile_blocks
 from lit_swa.training.distribution import is_sharded, loading_device, start_fabric, unwrapped
-from lit_swa.training.feed import ExampleFeed, ExampleValidation
+from lit_swa.training.feed import ExampleFeed, ExampleValidation, tokens_at_once
 from lit_swa.training.flops import count_weights
 from lit_swa.training.loop import Progress, Run, validate, warmup_steps
 from lit_swa.training.loss import differentiate_pieces_at_once
@@ -112,7 +112,7 @@ def prepare(
         rate = small_rate
     longest = max(int(d.lengths.max()) for d in (data, held_out) if d is not None)
     max_seq_length = args.max_seq_length or min(longest, config.block_size)
-    feed = ExampleFeed(data, args, max_seq_length, fabric.device.type)
+    feed = ExampleFeed(data, args, max_seq_length, tokens_at_once(fabric.device, config.n_embd))
     # No more tokens at once than in training, which the rehearsal shows to fit.
     valid = held_out and ExampleValidation(held_out, feed.longest().idx.numel())
     run = Finetuning(

@@ -35,7 +35,7 @@ from lit_swa.generate import generate_text
 from lit_swa.model import GPT
 from lit_swa.token_files import INDEX, JOB, MIXTURE, TokenBatch, TokenData, TokenDirectory
 from lit_swa.training.distribution import loading_device, start_fabric
-from lit_swa.training.feed import MICRO_BATCH_TOKENS
+from lit_swa.training.feed import tokens_at_once
 from lit_swa.training.finetuning import deciding_fields
 from lit_swa.training.flops import count_weights, peak_flops, token_flops
 from lit_swa.training.loop import Batch, Progress, Run
@@ -69,23 +69,22 @@ class TokenFeed:
     """Feeds blocks of token directories: see lit_swa.training.loop.Feed. The last blocks of each may be held out."""
 
     def __init__(
-        self, args: Pretraining, directory: Path, tokenizer: Tokenizer, config: Config, block_length: int, device: str
+        self, args: Pretraining, directory: Path, tokenizer: Tokenizer, config: Config, block_length: int, rows: int
     ) -> None:
-        """device: cpu or cuda, for the micro-batch's size. Raises OSError or ValueError as TokenData does."""
-        micro = micro_batch_rows(args, block_length, device)
+        """rows: of a micro-batch. Raises OSError or ValueError as TokenData does."""
         self.data = TokenData(
             directory,
             block_length,
             args.batch_size,
             seed=args.seed,
-            micro_batch_size=micro,
+            micro_batch_size=rows,
             documents=args.documents,
             tokenizer=tokenizer,
             vocab_size=config.vocab_size,
         )
         fraction = 0.0 if args.validation_data is not None else args.validation_fraction
         self.held_out = hold_out(self.data, fraction)
-        self.batch_size, self.micro_batches = args.batch_size, args.batch_size // micro
+        self.batch_size, self.micro_batches = args.batch_size, args.batch_size // rows
         n_blocks = sum(source.n_blocks for source in self.data.sources)
         self.steps_per_epoch = max(1, n_blocks // args.batch_size)
 
@@ -116,10 +115,10 @@ class TokenFeed:
         return self.micro_batch(0)
 
 
-def micro_batch_rows(args: Pretraining, block_length: int, device: str) -> int:
-    """Rows that are read at once. device: cpu or cuda."""
+def micro_batch_rows(args: Pretraining, config: Config, block_length: int, device: torch.device) -> int:
+    """Rows that are read at once."""
     devices, nodes = count_processes(args.devices, args.num_nodes)
-    most = MICRO_BATCH_TOKENS.get(device, MICRO_BATCH_TOKENS["cpu"]) // block_length
+    most = tokens_at_once(device, config.n_embd) // block_length
     return args.micro_batch_size or largest_divisor(args.batch_size // (devices * nodes), most)
 
 
@@ -290,7 +289,8 @@ def prepare_pretraining(args: Pretraining) -> PretrainingRun:
         directory = find_tokens(args.data, out_dir / "tokens", tokenizer)
         valid_directory = args.validation_data and find_tokens(args.validation_data, out_dir / "validation", tokenizer)
     block_length = block_length_of(args, config)
-    feed = TokenFeed(args, directory, tokenizer, config, block_length, fabric.device.type)
+    rows = micro_batch_rows(args, config, block_length, fabric.device)
+    feed = TokenFeed(args, directory, tokenizer, config, block_length, rows)
     run = PretrainingRun(
         args=args,
         fabric=fabric,
@@ -323,7 +323,7 @@ def check_shape(args: Pretraining, config: Config, fabric: "Fabric") -> None:
     check_context(config, block_length, "block_length")
     check_layers(args, config)
     plan_windows(args, config, block_length)
-    rows = micro_batch_rows(args, block_length, fabric.device.type)
+    rows = micro_batch_rows(args, config, block_length, fabric.device)
     if args.batch_size % (rows * fabric.world_size):
         raise ValueError(
             f"batch_size={args.batch_size} does not fit {fabric.world_size} processes with micro-batches of {rows} "
