@@ -27,7 +27,9 @@ def typed(options: dict[str, Any]) -> list[str]:
 
 
 class Places:
-    """GPUs for scripts that run at the same time: each job has one, and they share them where there are fewer."""
+    """GPUs and cores for scripts that run at the same time: each job has a GPU, and they share them where there are
+    fewer. Of the CPU's cores each has its part, since threads that wait for a core are much slower than fewer threads;
+    OMP_NUM_THREADS, if set, decides instead."""
 
     def __init__(self, device: str, jobs: int) -> None:
         """device: cuda for all GPUs that this process sees; of another one there is nothing to choose."""
@@ -36,16 +38,19 @@ class Places:
         n = torch.cuda.device_count() if device == "cuda" else 0
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n)))
         names = seen.split(",")[:n]
+        self.threads: dict[str, str] = {}
+        if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+            self.threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
         self.free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for job in range(jobs):
             self.free.put(names[job % n] if n > 1 else None)
 
     @contextmanager
     def one(self) -> Iterator[dict[str, str]]:
-        """The environment of a script that has a GPU to itself, until it has ended."""
+        """What the environment of a script has besides, as long as it runs."""
         name = self.free.get()
         try:
-            yield {} if name is None else {"CUDA_VISIBLE_DEVICES": name}
+            yield self.threads | ({} if name is None else {"CUDA_VISIBLE_DEVICES": name})
         finally:
             self.free.put(name)
 

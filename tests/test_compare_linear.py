@@ -159,3 +159,14 @@ def test_runs_at_the_same_time_have_a_gpu_each(device, gpus, seen, given, monkey
         assert [place.get("CUDA_VISIBLE_DEVICES") for place in taken] == given
     with places.one() as place:
         assert place.get("CUDA_VISIBLE_DEVICES") in given
+
+
+def test_runs_at_the_same_time_share_the_cores(monkeypatch):
+    """Catches: runs that each have a thread for every core, all of which wait for each other."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for jobs, asked, threads in ((3, None, "2"), (16, None, "1"), (1, None, None), (3, "5", None)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if asked:
+            monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        with Places("cpu", jobs).one() as place:
+            assert place.get("OMP_NUM_THREADS") == threads
