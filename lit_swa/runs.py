@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lit_swa.utils import interruptible
+from lit_swa.utils import count_cores, interruptible
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ class Places:
         names = seen.split(",")[:n]
         self.threads: dict[str, str] = {}
         if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            self.threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+            self.threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // jobs))}
         self.free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         for job in range(jobs):
             self.free.put(names[job % n] if n > 1 else None)

@@ -163,7 +163,7 @@ def test_runs_at_the_same_time_have_a_gpu_each(device, gpus, seen, given, monkey
 
 def test_runs_at_the_same_time_share_the_cores(monkeypatch):
     """Catches: runs that each have a thread for every core, all of which wait for each other."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr("lit_swa.runs.count_cores", lambda: 8)
     for jobs, asked, threads in ((3, None, "2"), (16, None, "1"), (1, None, None), (3, "5", None)):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if asked:
