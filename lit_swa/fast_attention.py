@@ -191,12 +191,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: 
     if flash_attn_function() is not None:
         y = flash_attn_function()(q, k, v, softmax_scale=scale, causal=True, window_size=(left, -1))
         return y.transpose(1, 2)
-    from torch.nn.attention.varlen import varlen_attn
-
     starts = torch.arange(B + 1, device=q.device, dtype=torch.int32)  # of the sequences, one behind the other
     flat = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # (B * T, H, D)
-    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # newer torch asks
-    y = varlen_attn(*flat, starts * T, starts * L, T, L, scale=scale, window_size=(left, 0), **more)
+    y = varlen_function()(*flat, starts * T, starts * L, T, L, scale=scale, window_size=(left, 0))
     return y.view(B, T, H, D).transpose(1, 2)
 
 
@@ -207,6 +204,15 @@ def flash_attn_function() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return flash_attn_func
+
+
+@functools.cache
+def varlen_function() -> Callable[..., Tensor]:
+    """torch's FlashAttention, which newer releases must be told of key heads that several query heads share."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 def window_attend(pairs: "Pairs", kernel: str, n: int, bands: Sequence[bool], scale: float) -> Callable[..., Tensor]:

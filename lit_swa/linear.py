@@ -161,14 +161,14 @@ class LinearAttention(Mixer):
         from .fast_attention import rotate
 
         q, k, v = (x.contiguous() for x in (*(rotate(x, *plan.angles) for x in (q, k)), v))  # once for all kernels
-        valid, rates, gone = plan.valid[:, plan.lag :], None, None
+        valid, gone = plan.valid[:, plan.lag :], None
         if self.config.linear_off:
             phi_q = phi_k = q.new_zeros(*q.shape[:3], 2 * q.size(3))
+            rates = None
         else:
             relu = self.config.linear_feature_map == "relu"
             phi_q, phi_k = kernels.features(q, self.feature_q, relu), kernels.features(k, self.feature_k, relu, valid)
-        if self.config.linear_gate and not self.config.linear_off:
-            rates = self.rates(v, q.dtype, valid)
+            rates = self.rates(v, q.dtype, valid) if self.config.linear_gate else None
         if cache is not None:
             cache.exchange(torch.cat([k, v], dim=-1), plan.moves)
             cache.keep(state_of(*(x[:, :, : max(0, q.size(2) - plan.lag)] for x in (phi_k, v)), valid, rates))

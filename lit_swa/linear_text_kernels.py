@@ -163,13 +163,13 @@ def grad_features(
 
 @triton.jit
 def part_of_a_state(D: tl.constexpr, F: tl.constexpr, PART: tl.constexpr, STATE_PART: tl.constexpr):
-    """What a program has: a head's row of B * H, a part of its states by number, and that part's features and values'
-    elements. The first part of some features has their norms too."""
+    """What a program has: a head's row of B * H, some features and some of the values' elements, and whether it has the
+    norms of these features too."""
     ACROSS: tl.constexpr = D // PART
     PARTS: tl.constexpr = F // STATE_PART * ACROSS
     row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     f, p = part // ACROSS * STATE_PART + tl.arange(0, STATE_PART), part % ACROSS * PART + tl.arange(0, PART)
-    return row, part, f, p
+    return row, f, p, part % ACROSS == 0
 
 
 @triton.jit
@@ -179,13 +179,13 @@ def add_states(
     STATE_PART: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """phi (B, H, T, F), v (B, G, T, D), gone (B, H, N) -> states (B, H, N, F, D), norms (B, H, N, F)"""
-    row, part, f, p = part_of_a_state(D, F, PART, STATE_PART)
+    row, f, p, has_norms = part_of_a_state(D, F, PART, STATE_PART)
     phi, v = phi + row * T * F, v + key_head(row, H, G) * T * D
     states, norms = states + row * N * F * D, norms + row * N * F
     total, norm = tl.zeros((STATE_PART, PART), tl.float32), tl.zeros((STATE_PART,), tl.float32)
     for n in range(N):
         tl.store(states + f[:, None] * D + p[None, :], total.to(states.dtype.element_ty))
-        if part % (D // PART) == 0:
+        if has_norms:
             tl.store(norms + f, norm)
         t = n * C + tl.arange(0, C)
         x = load_rows(phi, t, T, f, F)
@@ -232,7 +232,7 @@ def read_queries(
     share = tl.sigmoid(tl.load(mix + h).to(tl.float32))
     mass, mean = mass * share, mean * share
     u, at = (n - M) * C + c, row * N + tl.maximum(n - M, 0)  # where that is before the text all is zeros
-    older = (u[None, :] <= t[:, None] - M * C) & (load_each(valid, u, T) != 0)[None, :]
+    older = u[None, :] <= t[:, None] - M * C
     kernel = tl.zeros((C, C), tl.float32)
     for first in range(0, F, PART):
         f = first + tl.arange(0, PART)
@@ -311,7 +311,7 @@ def grad_queries(
         out -= summed[:, None] * load_rows(k, tl.where(rows, where, T), T, d, D).to(tl.float32)
         tl.store(dq + t[:, None] * D + d[None, :], (out * scale).to(dtype), mask=rows[:, None])
     u, at = (n - M) * C + c, row * N + tl.maximum(n - M, 0)
-    older = (u[None, :] <= t[:, None] - M * C) & (load_each(valid, u, T) != 0)[None, :]
+    older = u[None, :] <= t[:, None] - M * C
     slope = tl.dot(grads, tl.trans(load_rows(v, u, T, d, D))) * inv[:, None] - off[:, None]
     slope = tl.where(older, slope, 0.0).to(dtype)
     scaled, rest = (grads.to(tl.float32) * inv[:, None]).to(dtype), summed
@@ -336,12 +336,12 @@ def add_grads(
     """What the queries of block n and of all behind it say of the state that block n reads: of_states (B, H, N, F, D),
     of_norms (B, H, N, F). With a window these may take the place of the states and norms. phi: of the queries.
     gone_grads: (B, H, parts, N)"""
-    PARTS: tl.constexpr = F // STATE_PART * (D // PART)
-    row, part, f, p = part_of_a_state(D, F, PART, STATE_PART)
+    row, f, p, has_norms = part_of_a_state(D, F, PART, STATE_PART)
     phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
     of_state = row * N * F * D + f[:, None] * D + p[None, :]
     states, of_states = states + of_state, of_states + of_state
     norms, of_norms, gone = norms + row * N * F + f, of_norms + row * N * F + f, gone + row * N
+    gone_grads += tl.program_id(0).to(tl.int64) * N
     total, norm = tl.zeros((STATE_PART, PART), tl.float32), tl.zeros((STATE_PART,), tl.float32)
     for i in range(N):
         n = N - 1 - i
@@ -349,9 +349,9 @@ def add_grads(
             m = tl.maximum(n - M, 0)  # the block that enters the state behind what block n reads
             after = tl.minimum(m + 1, N - 1)
             change = tl.sum(total * tl.load(states + after * F * D).to(tl.float32))
-            if part % (D // PART) == 0:
+            if has_norms:
                 change += tl.sum(norm * tl.load(norms + after * F))
-            tl.store(gone_grads + (row * PARTS + part) * N + m, -change, mask=n >= M)
+            tl.store(gone_grads + m, -change, mask=n >= M)
             left = tl.exp(-tl.load(gone + m))
             total, norm = total * left, norm * left
         t = n * C + tl.arange(0, C)
@@ -360,7 +360,7 @@ def add_grads(
         total += tl.dot(tl.trans(x), scaled)
         norm -= tl.sum(x.to(tl.float32) * load_each(delta, t, T)[:, None], 0)
         tl.store(of_states + n * F * D, total.to(of_states.dtype.element_ty))
-        if part % (D // PART) == 0:
+        if has_norms:
             tl.store(of_norms + n * F, norm)
 
 

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -216,15 +216,19 @@ def fla_sums(q, k, v) -> Callable:
     """The sums of linear attention alone, by flash-linear-attention, over features that are there: no RoPE, feature
     maps, window or division by the weights' sum, all of which "linear attention" is measured with."""
     import torch
-    from fla.ops.simple_gla import chunk_simple_gla
 
-    R = q.size(1) // k.size(1)
-    heads = (x.detach().transpose(1, 2) for x in (q, k.repeat_interleave(R, dim=1), v.repeat_interleave(R, dim=1)))
-    q, k, v = (x.contiguous() for x in heads)  # (1, T, H, D)
-    q, k = (torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1) for x in (q, k))
+    @cache
+    def made() -> list:
+        """Features of q and k, (1, T, H, 2 D), and v (1, T, H, D), in the first call: others need no such room."""
+        R = q.size(1) // k.size(1)
+        heads = (x.detach().transpose(1, 2) for x in (q, k.repeat_interleave(R, dim=1), v.repeat_interleave(R, dim=1)))
+        *given, values = (x.contiguous() for x in heads)
+        return [*(torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1) for x in given), values]
 
     def way() -> torch.Tensor:
-        leaves = (x.detach().requires_grad_() for x in (q, k, v))  # new ones: no gradient of a call before is added to
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        leaves = (x.detach().requires_grad_() for x in made())  # new ones: no gradient of a call before is added to
         return chunk_simple_gla(*leaves, scale=1.0)[0].transpose(1, 2)
 
     return way
