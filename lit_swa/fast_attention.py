@@ -97,7 +97,7 @@ def gpu_tools(choice: str, T: int, cached: bool, hopper: bool, window: int) -> T
     # cuDNN plans every new shape, which a short call is not worth
     merge = "cudnn" if hopper and T >= LONG_CALL and choice != "flash" else "flash"
     if choice in ("flex", "flash") and T >= FLEX_BLOCK:
-        return Tools(merge, choice)
+        return Tools(merge, choice, corners=choice == "flash" and window >= FLEX_BLOCK)
     if T < LONG_CALL:
         return Tools(merge)
     corners = hopper and window >= LONG_CALL
@@ -117,9 +117,9 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
     if is_whole(pairs) and not config.sink_logits:
         return (lambda queries, k, v, sinks: causal(queries[0], k, v, scale)), T
     bands = [is_band(pairs, part) for part in pairs.row.parts]
-    corners = tools.corners and any(bands)
     # torch's flash kernel gives no log-sum-exp to merge sinks by
     alone = tools.window is not None and len(bands) == 1 and not config.sink_logits
+    corners = tools.corners and any(bands) and not (alone and config.attention_backend == "flash")
     if tools.cudnn and alone and bands[0]:
         return window_attend(pairs, "cudnn", T, bands, scale), T
     if any(bands) and not corners and (tools.window == "flex" or alone):

@@ -24,6 +24,7 @@ and what the keys are told are put right by it. The gradient of the mix is a sum
 With gates the features hold what is left within a block (gated()), and exp(-gone) of a state is left behind a block.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +41,10 @@ SINKS = 16  # rows that are computed for sinks
 MOST_HEAD_SIZE = 128
 SHARED_MEMORY = 72 * 2**10, 144 * 2**10  # bytes that a program takes at most: of heads of up to 64 elements, of 128
 PART = 32  # of the values' elements, and of the features, that are read at once
-STATE_PART = 64  # of the features whose states a program sums up: more programs hide how long each waits for memory
 FEATURE_BLOCK = 32  # tokens whose features are made at once
 # 8 warps are slower, and with two stages Triton 3.6 makes wrong gradients of them for heads of 128 elements with sinks.
 LAUNCH = {"num_warps": 4, "num_stages": 2}
-SCAN = LAUNCH | {"num_stages": 4}  # of what goes through a whole text, and can ask early for what is next
+SCAN = LAUNCH | {"num_stages": 3}  # of what goes through a whole text, and can ask early for what is next
 PROGRAMS = 512  # of grad_features, about: each sums up a gradient of W
 
 
@@ -162,13 +162,13 @@ def grad_features(
 
 
 @triton.jit
-def part_of_a_state(D: tl.constexpr, F: tl.constexpr, PART: tl.constexpr, STATE_PART: tl.constexpr):
-    """What a program has: a head's row of B * H, some features and some of the values' elements, and whether it has the
-    norms of these features too."""
+def part_of_a_state(D: tl.constexpr, F: tl.constexpr, PART: tl.constexpr):
+    """What a program has: a head's row of B * H, half of the features and some of the values' elements, and whether it
+    has the norms of these features too."""
     ACROSS: tl.constexpr = D // PART
-    PARTS: tl.constexpr = F // STATE_PART * ACROSS
+    PARTS: tl.constexpr = F // PART
     row, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
-    f, p = part // ACROSS * STATE_PART + tl.arange(0, STATE_PART), part % ACROSS * PART + tl.arange(0, PART)
+    f, p = part // ACROSS * D + tl.arange(0, D), part % ACROSS * PART + tl.arange(0, PART)
     return row, f, p, part % ACROSS == 0
 
 
@@ -176,13 +176,13 @@ def part_of_a_state(D: tl.constexpr, F: tl.constexpr, PART: tl.constexpr, STATE_
 def add_states(
     phi, v, gone, states, norms, T, N,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
-    STATE_PART: tl.constexpr, GATE: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     """phi (B, H, T, F), v (B, G, T, D), gone (B, H, N) -> states (B, H, N, F, D), norms (B, H, N, F)"""
-    row, f, p, has_norms = part_of_a_state(D, F, PART, STATE_PART)
+    row, f, p, has_norms = part_of_a_state(D, F, PART)
     phi, v = phi + row * T * F, v + key_head(row, H, G) * T * D
     states, norms = states + row * N * F * D, norms + row * N * F
-    total, norm = tl.zeros((STATE_PART, PART), tl.float32), tl.zeros((STATE_PART,), tl.float32)
+    total, norm = tl.zeros((D, PART), tl.float32), tl.zeros((D,), tl.float32)
     for n in range(N):
         tl.store(states + f[:, None] * D + p[None, :], total.to(states.dtype.element_ty))
         if has_norms:
@@ -330,19 +330,18 @@ def grad_queries(
 @triton.jit
 def add_grads(
     phi, dy, inverse, delta, gone, states, norms, of_states, of_norms, gone_grads, T, N, M,
-    D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, STATE_PART: tl.constexpr,
-    GATE: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """What the queries of block n and of all behind it say of the state that block n reads: of_states (B, H, N, F, D),
     of_norms (B, H, N, F). With a window these may take the place of the states and norms. phi: of the queries.
     gone_grads: (B, H, parts, N)"""
-    row, f, p, has_norms = part_of_a_state(D, F, PART, STATE_PART)
+    row, f, p, has_norms = part_of_a_state(D, F, PART)
     phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
     of_state = row * N * F * D + f[:, None] * D + p[None, :]
     states, of_states = states + of_state, of_states + of_state
     norms, of_norms, gone = norms + row * N * F + f, of_norms + row * N * F + f, gone + row * N
     gone_grads += tl.program_id(0).to(tl.int64) * N
-    total, norm = tl.zeros((STATE_PART, PART), tl.float32), tl.zeros((STATE_PART,), tl.float32)
+    total, norm = tl.zeros((D, PART), tl.float32), tl.zeros((D,), tl.float32)
     for i in range(N):
         n = N - 1 - i
         if GATE:
@@ -431,6 +430,16 @@ def grad_keys(
         tl.store(dv + u[:, None] * D + d[None, :], value_grads.to(dtype), mask=rows[:, None])
 
 
+def launch(kernel: Any, programs: int) -> Callable[..., None]:
+    """Runs so many programs of a kernel, but none for tensors without numbers, whose memory is estimated."""
+
+    def run(x: Tensor, *arguments: Any, **constants: Any) -> None:
+        if not hasattr(x, "fake_mode"):
+            kernel[(programs,)](x, *arguments, **constants)
+
+    return run
+
+
 class Features(torch.autograd.Function):
     """features(), with gradients."""
 
@@ -439,7 +448,7 @@ class Features(torch.autograd.Function):
         x, weight, (B, G, T, D), H = x.contiguous(), weight.contiguous(), x.shape, weight.size(0)
         phi, N = x.new_empty(B, H, T, 2 * D), triton.cdiv(T, FEATURE_BLOCK)
         told = phi if valid is None else valid.contiguous()
-        make_features[(N * B * H,)](
+        launch(make_features, N * B * H)(
             x, weight, told, phi, T, N, row_of(told), H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=relu,
             VALID=valid is not None, **LAUNCH,
         )  # fmt: skip
@@ -457,7 +466,7 @@ class Features(torch.autograd.Function):
         of_x, of_weight = ctx.needs_input_grad[:2]
         dx = x.new_empty(B, H, T, D) if of_x else None
         dweight = x.new_empty(B, H, parts, D, D, dtype=torch.float32) if of_weight else None
-        grad_features[(parts * B * H,)](
+        launch(grad_features, parts * B * H)(
             x, weight, dphi.contiguous(), dx if of_x else x, dweight if of_weight else x, T, blocks, parts,
             H=H, G=G, D=D, C=FEATURE_BLOCK, RELU=ctx.relu, OF_X=of_x, OF_WEIGHT=of_weight, **LAUNCH,
         )  # fmt: skip
@@ -478,7 +487,7 @@ class TextAttention(torch.autograd.Function):
         states, norms = sizes.states(phi_k, v, gone)
         y, (top, total) = torch.empty_like(q), (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
         place = q.new_empty(q.shape[:3], dtype=torch.int32)
-        read_queries[sizes.grid](
+        launch(read_queries, sizes.programs)(
             q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, sizes.T, sizes.N, sizes.M,
             *sizes.rows, seen.size(-1), scale, **sizes.constants, SINKS=SINKS * (seen.size(-1) > 0), **LAUNCH,
         )  # fmt: skip
@@ -497,7 +506,7 @@ class TextAttention(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(q) if exact else dphi_q for _ in range(3))
         inverse, delta, share_grad = (torch.empty_like(total) for _ in range(3))
         of_sinks = q.new_empty(2, *q.shape[:2], sizes.N if n else 0, SINKS, q.size(3), dtype=torch.float32)
-        grad_queries[sizes.grid](
+        launch(grad_queries, sizes.programs)(
             q, k, v, phi_q, phi_k, valid, seen, mix, states, norms, y, top, place, total, dy, dq, dphi_q, inverse,
             delta, share_grad, *of_sinks, sizes.T, sizes.N, sizes.M, *sizes.rows, n, ctx.scale, **sizes.constants,
             SINKS=SINKS * (n > 0), EXACT=exact, **LAUNCH,
@@ -507,12 +516,11 @@ class TextAttention(torch.autograd.Function):
         if sizes.M == 0 and gone is not None:  # each gate's gradient reads the state that the next block was given
             states, norms = (torch.empty_like(x) for x in before)
         alike = {name: value for name, value in sizes.constants.items() if name not in ("H", "G")}
-        add_grads[(sizes.heads * sizes.parts,)](
+        launch(add_grads, sizes.heads * sizes.parts)(
             phi_q, dy, inverse, delta, norms if gone is None else gone, *before, states, norms,
-            norms if gone is None else dgone, sizes.T, sizes.N, sizes.M, STATE_PART=sizes.state_part,
-            GATE=gone is not None, **alike, **SCAN,
+            norms if gone is None else dgone, sizes.T, sizes.N, sizes.M, GATE=gone is not None, **alike, **SCAN,
         )  # fmt: skip
-        grad_keys[sizes.grid](
+        launch(grad_keys, sizes.programs)(
             q, k, v, phi_q, phi_k, valid, norms if gone is None else gone, mix, states, norms, top, place, dy, inverse,
             delta, share_grad, dk, dv, dphi_k, sizes.T, sizes.N, sizes.M, sizes.rows[0], ctx.scale,
             GATE=gone is not None, EXACT=exact, **sizes.constants, **LAUNCH,
@@ -535,18 +543,17 @@ class Sizes:
         C = block_size(window)
         self.heads, self.N, self.M = B * H, triton.cdiv(self.T, C), window // C
         self.rows = row_of(valid), row_of(seen)
-        self.grid = (self.N * self.heads,)  # in one dimension: a GPU's others end at 65,535
+        self.programs = self.N * self.heads  # in one dimension: a GPU's others end at 65,535
         self.constants = {"H": H, "G": k.size(1), "D": self.D, "F": self.F, "C": C, "PART": min(PART, self.D)}
-        self.state_part = min(STATE_PART, self.F)
-        self.parts = self.F // self.state_part * (self.D // self.constants["PART"])  # of a head's states
+        self.parts = self.F // self.constants["PART"]  # of a head's states
 
     def states(self, phi_k: Tensor, v: Tensor, gone: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states before each block."""
         states = phi_k.new_empty(self.heads, self.N, self.F, self.D)
         norms = phi_k.new_empty(self.heads, self.N, self.F, dtype=torch.float32)
-        add_states[(self.heads * self.parts,)](
-            phi_k, v, norms if gone is None else gone, states, norms, self.T, self.N, STATE_PART=self.state_part,
-            GATE=gone is not None, **self.constants, **SCAN,
+        launch(add_states, self.heads * self.parts)(
+            phi_k, v, norms if gone is None else gone, states, norms, self.T, self.N, GATE=gone is not None,
+            **self.constants, **SCAN,
         )  # fmt: skip
         return states, norms
 
