@@ -333,7 +333,7 @@ def add_grads(
     D: tl.constexpr, F: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """What the queries of block n and of all behind it say of the state that block n reads: of_states (B, H, N, F, D),
-    of_norms (B, H, N, F). With a window these may take the place of the states and norms. phi: of the queries.
+    of_norms (B, H, N, F). Without gates these may take the place of the states and norms. phi: of the queries.
     gone_grads: (B, H, parts, N)"""
     row, f, p, has_norms = part_of_a_state(D, F, PART)
     phi, dy, inverse, delta = phi + row * T * F, dy + row * T * D, inverse + row * T, delta + row * T
@@ -513,7 +513,7 @@ class TextAttention(torch.autograd.Function):
         )  # fmt: skip
         dgone = None if gone is None else gone.new_zeros(*q.shape[:2], sizes.parts, sizes.N)
         before = (states, norms)
-        if sizes.M == 0 and gone is not None:  # each gate's gradient reads the state that the next block was given
+        if gone is not None:  # the gradients of gates read states, and Triton may read them after it writes
             states, norms = (torch.empty_like(x) for x in before)
         alike = {name: value for name, value in sizes.constants.items() if name not in ("H", "G")}
         launch(add_grads, sizes.heads * sizes.parts)(

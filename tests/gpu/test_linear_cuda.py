@@ -29,6 +29,7 @@ TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, pad
     "padded": (60, 48, 4, 2, 1, 32, 5, {}),
     "a head of 128": (150, 64, 2, 2, 1, 128, 0, {}),
     "gate": (200, 96, 0, 2, 1, 16, 0, GATE),
+    "gate, a window of one block": (600, 64, 4, 2, 1, 64, 0, GATE),
     "gate, a window of three blocks, sinks and padding": (200, 96, 3, 4, 2, 64, 5, GATE),
     "gate, a short window, sinks and padding": (70, 16, 3, 4, 2, 16, 5, GATE),
     "no window": (150, 0, 0, 4, 2, 16, 0, {}),
