@@ -43,6 +43,7 @@ ROWS = {
     "blocks": Row("joint, trained in three blocks, each alone", 1, PLAIN),
 }
 HELD_OUT = 32  # rows of the data that training validates on, at most
+ROW_HEIGHT = 0.34  # inches of the picture for each model
 
 
 def main(
@@ -394,7 +395,7 @@ def draw(plt, result: dict[str, Any]):
             | {f"pass key, {n} tokens": [100 * row["passkey"][n] for row in rows] for n in rows[0]["passkey"]}),
     ]  # fmt: skip
     panels, places = [panel for panel in panels if panel[1]], range(len(rows))
-    size = (3.75 * len(panels), 1.8 + 0.34 * len(rows))
+    size = (3.75 * len(panels), 1.8 + ROW_HEIGHT * len(rows))
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
     for axis, (title, series) in zip(axes, panels, strict=True):
         draw_panel(axis, places, series, teacher=rows[0]["method"] == "softmax")
@@ -423,7 +424,8 @@ def draw_panel(axis, places, series: dict[str, list[float]], teacher: bool) -> N
             axis.axvline(values[0], color=colour, linestyle=":", linewidth=1)
     axis.grid(alpha=0.3)
     if len(series) > 1:
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+        below = 0.5 / (ROW_HEIGHT * len(places))  # the axis' label, as a part of its height
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -below), frameon=False)
 
 
 if __name__ == "__main__":
