@@ -9,7 +9,8 @@ s_ij the scaled product of q_i and k_j, c_i the greatest s_ij of the exact keys,
     y_i  = sum of w_ij v_j / sum of w_ij
 
     phi(x) = [softmax(x W), softmax(-x W)]   hedgehog (Zhang et al. 2024, arXiv 2402.04347), or relu for softmax
-    d_ij = exp(-sum of a_t over the older keys t behind j), a_t = clamp(v_t . u + b, 0, 1)    with linear_gate; else 1
+    d_ij = exp(-sum of a_t over the older keys t behind j) with linear_gate, else 1
+    a_t  = clamp((v_t . u + b) / 100, 0, 1)
 
 Where no key is older, this is softmax attention. The window counts tokens: where a text leaves positions out, it is the
 S nearest tokens that there are. linear_off leaves the older keys out.
@@ -44,6 +45,7 @@ else:  # copied beside a script of another project
 CHUNKS = 128, 256  # queries of a chunk: as many as a window has keys, of these
 PIECE_ELEMENTS = 2**23, 2**29  # weights and states of a piece of text, if more than a chunk: on a CPU, on a GPU
 NEW_MIX = math.log(0.1 / 0.9)  # g = 0.1 in a new layer
+GATE_SCALE = 0.01  # of u and b: a text is long, and what moves a feature a little would else forget most of it
 
 State = tuple[Tensor, Tensor]  # (B, H, F, D) and (B, H, F), float32: sums over keys, with and without their values
 
@@ -86,7 +88,7 @@ class LinearAttention(Mixer):
         self.feature_q, self.feature_k = (nn.Parameter(torch.empty(H, D, D)) for _ in range(2))  # W
         self.mix = nn.Parameter(torch.empty(H))
         if config.linear_gate:
-            self.gate_weight, self.gate_bias = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H))  # u, b
+            self.decay_weight, self.decay_bias = nn.Parameter(torch.empty(H, D)), nn.Parameter(torch.empty(H))  # u, b
         self.reset_parameters()
 
     @torch.no_grad()
@@ -96,8 +98,8 @@ class LinearAttention(Mixer):
             weight.copy_(torch.eye(weight.size(-1), device=weight.device))
         self.mix.fill_(NEW_MIX)
         if self.config.linear_gate:
-            self.gate_weight.zero_()
-            self.gate_bias.zero_()
+            self.decay_weight.zero_()
+            self.decay_bias.zero_()
 
     def cache_length(self, tokens: int) -> int:
         n = self.config.linear_sinks
@@ -195,9 +197,9 @@ class LinearAttention(Mixer):
 
     def rates(self, v: Tensor, dtype: torch.dtype, valid: Tensor) -> Tensor:
         """a_t of entries with values (B, G, E, D), (B, H, E)"""
-        (u, b), v = (widened(x, dtype) for x in (self.gate_weight, self.gate_bias)), widened(v, dtype)
+        (u, b), v = (widened(x, dtype) for x in (self.decay_weight, self.decay_bias)), widened(v, dtype)
         rates = v @ u.unflatten(0, (v.size(1), -1)).mT  # (B, G, E, R)
-        return (rates.mT.flatten(1, 2) + b[:, None]).clamp(0, 1) * valid[:, None]
+        return (GATE_SCALE * (rates.mT.flatten(1, 2) + b[:, None])).clamp(0, 1) * valid[:, None]
 
     def attend(self, x: "Tokens", state: State, plan: Plan) -> tuple[Tensor, State]:
         """Outputs (B, H, T, D), and the state behind the call. A long text is read in pieces, in order; in training,

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lit_swa.decode_kernels import early_launch, next_power
+from lit_swa.linear import GATE_SCALE
 
 MOST_ENTRIES = 128  # keys of a window, and those that can be taken back
 MOST_HEAD_SIZE = 128
@@ -66,16 +67,16 @@ def capped(scores, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def gate(v, weight, bias):
+def gate(v, weight, bias, scale):
     """What a gate takes away behind values v (entries, D) of a head whose weight is (D,): (entries,)."""
-    rates = tl.sum(v.to(tl.float32) * weight.to(tl.float32)[None, :], 1) + bias.to(tl.float32)
+    rates = scale * (tl.sum(v.to(tl.float32) * weight.to(tl.float32)[None, :], 1) + bias.to(tl.float32))
     return tl.minimum(tl.maximum(rates, 0.0), 1.0)
 
 
 @triton.jit
 def linear_kernel(
     y, qkv, kv, sinks, state, norm, cos, sin, order, valid, kept, seen, own_sinks, feature_q, feature_k, mix,
-    gate_weight, gate_bias, norm_q, norm_k, counts, lag, n_sinks, row_angle, scale, cap, eps,
+    decay_weight, decay_bias, gate_scale, norm_q, norm_k, counts, lag, n_sinks, row_angle, scale, cap, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, N_ROPE: tl.constexpr, ENTRIES: tl.constexpr,
     SINKS: tl.constexpr, BEHIND: tl.constexpr, RELU: tl.constexpr, GATE: tl.constexpr, OFF: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr,
@@ -114,9 +115,9 @@ def linear_kernel(
         plus_0, minus_0 = features(k_0, weight_k, RELU)
         plus_0, minus_0, gone_0 = plus_0 * leaves, minus_0 * leaves, 0.0
         if GATE:
-            gate_w, gate_b = tl.load(gate_weight + h * D + d), tl.load(gate_bias + h)
+            gate_w, gate_b = tl.load(decay_weight + h * D + d), tl.load(decay_bias + h)
             whole_0 = tl.load(kv + oldest * WIDTH + D + d, mask=is_held, other=0.0)
-            gone_0 = leaves * tl.sum(gate(whole_0[None, :], gate_w, gate_b), 0)
+            gone_0 = leaves * tl.sum(gate(whole_0[None, :], gate_w, gate_b, gate_scale), 0)
         left = tl.exp(-gone_0)
         tl.store(state, plus_state * left + plus_0[:, None] * v_0[None, :])
         tl.store(state + D * D, minus_state * left + minus_0[:, None] * v_0[None, :])
@@ -153,7 +154,7 @@ def linear_kernel(
         fade, fade_0, fade_q = e * 0.0 + 1.0, 1.0, 1.0
         if GATE:
             whole = load_held(kv + D, source, there, lag, d, WIDTH)
-            rates = gate(with_own(whole, tl.load(at_v + d), source, lag), gate_w, gate_b)
+            rates = gate(with_own(whole, tl.load(at_v + d), source, lag), gate_w, gate_b, gate_scale)
             rates = tl.where(older, rates, 0.0)
             gone = tl.sum(rates, 0)
             fade, fade_0, fade_q = tl.exp(tl.cumsum(rates, 0) - gone), tl.exp(-gone), tl.exp(-gone - gone_0)
@@ -200,14 +201,14 @@ def linear_step(
     lag, n, (cos, sin) = plan.lag, plan.seen.size(-1), plan.angles
     y = torch.empty(B, 1, H * D, dtype=qkv.dtype, device=qkv.device)
     gain_q, gain_k, eps, offset = norms or (qkv, qkv, 0.0, 0.0)
-    gate = (mixer.gate_weight, mixer.gate_bias) if config.linear_gate else (mixer.mix, mixer.mix)
+    gate = (mixer.decay_weight, mixer.decay_bias) if config.linear_gate else (mixer.mix, mixer.mix)
     cap, scale = config.attention_logit_softcapping, (config.attention_scores_scalar or config.head_size) ** -0.5
     own, _ = plan.moves.own_sinks
     parts = 4 if 4 * B * H <= FEW_PROGRAMS else 2
     linear_kernel[(B * H * parts,)](
         y, qkv, cache.kv, cache.sinks, cache.state, cache.norm, cos, sin, plan.moves.order, plan.valid,
         plan.moves.kept, plan.seen.expand(B, -1, -1).contiguous(), own.contiguous(), mixer.feature_q, mixer.feature_k,
-        mixer.mix, *gate, gain_q, gain_k, counts, lag, n, cos.stride(0) if cos.size(0) > 1 else 0,
+        mixer.mix, *gate, GATE_SCALE, gain_q, gain_k, counts, lag, n, cos.stride(0) if cos.size(0) > 1 else 0,
         scale, cap or 0.0, eps, H=H, G=G, D=D, PART=D // parts, N_ROPE=cos.size(-1),
         ENTRIES=next_power(lag + (lag < plan.window)), SINKS=next_power(max(1, n)), BEHIND=lag - plan.window,
         RELU=config.linear_feature_map == "relu", GATE=config.linear_gate, OFF=config.linear_off,

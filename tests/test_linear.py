@@ -47,8 +47,8 @@ def build(**fields) -> tuple[LinearAttention, RoPE]:
     """A layer with weights from which every term of the formula shows, in float64."""
     config = tiny_config(n_layer=1, attention="linear", **fields)
     model = GPT(config).double()
-    for p in model.layers[0].mixer.parameters():
-        p.data += 0.5 * torch.randn_like(p)
+    for name, p in model.layers[0].mixer.named_parameters():
+        p.data += (50 if "decay" in name else 0.5) * torch.randn_like(p)
     return model.layers[0].mixer, model.rope
 
 
@@ -91,8 +91,8 @@ def formula_weights(mixer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, pla
             for j in [] if config.linear_off else recent[config.linear_window :]:  # from the newest to the oldest
                 weights[h, i, j] = kept * (phi(q[h, i], mixer.feature_q[h]) @ phi(k[h, j], mixer.feature_k[h]))
                 if config.linear_gate:
-                    rate = float(v[h, j] @ mixer.gate_weight[h] + mixer.gate_bias[h])
-                    kept *= math.exp(-min(max(rate, 0.0), 1.0))
+                    rate = float(v[h, j] @ mixer.decay_weight[h] + mixer.decay_bias[h])
+                    kept *= math.exp(-min(max(rate / 100, 0.0), 1.0))
     total = weights.sum(-1, keepdim=True)
     return weights / total.where(total > 0, 1)
 
@@ -152,8 +152,8 @@ def test_a_new_gate_keeps_everything_and_an_open_one_does_not():
     assert torch.equal(run(mixer, rope, q, k, v), expected)
     with torch.enable_grad():
         run(mixer, rope, q, k, v).square().sum().backward()
-    assert (mixer.gate_bias.grad.abs() > 1e-6).all() and (mixer.gate_weight.grad.abs() > 1e-6).any()
-    mixer.gate_bias.data += 0.1
+    assert (mixer.decay_bias.grad.abs() > 1e-6).all() and (mixer.decay_weight.grad.abs() > 1e-6).any()
+    mixer.decay_bias.data += 10
     assert (run(mixer, rope, q, k, v) - expected).abs().max() > 1e-3
 
 
@@ -164,8 +164,8 @@ def test_gradients_of_the_chunks_are_those_of_finite_differences(case, monkeypat
     monkeypatch.setattr(linear, "PIECE_ELEMENTS", (1, 1))
     mixer, rope = build(n_head=2, n_query_groups=1, n_embd=8, **CASES[case] | {"linear_window": 3})
     if mixer.config.linear_gate:
-        mixer.gate_bias.data.fill_(0.5)
-        mixer.gate_weight.data *= 0.1  # within the bounds, where differences say something
+        mixer.decay_bias.data.fill_(50)
+        mixer.decay_weight.data *= 0.1  # within the bounds, where differences say something
     if case == "no window":
         mixer.near = 0
     names, parameters = zip(*mixer.named_parameters(), strict=True)
@@ -386,7 +386,7 @@ def test_new_weights_are_the_identity_after_any_way_to_make_a_model():
     model.init_weights(1)
     mixer = model.layers[0].mixer
     assert torch.equal(mixer.feature_q, torch.eye(8).expand(6, 8, 8)) and torch.equal(mixer.feature_k, mixer.feature_q)
-    assert torch.allclose(mixer.mix.sigmoid(), torch.tensor(0.1)) and not mixer.gate_weight.any()
+    assert torch.allclose(mixer.mix.sigmoid(), torch.tensor(0.1)) and not mixer.decay_weight.any()
     assert "transformer.h.0.attn.mixer.feature_q" in model.state_dict()
 
 
@@ -433,7 +433,7 @@ def test_without_a_window_it_is_the_linear_attention_of_fla():
         phi_q = linear.features(rotate(q, places, mixer.config), mixer.feature_q, mixer.config).transpose(1, 2)
         phi_k = linear.features(rotate(k, places, mixer.config), mixer.feature_k, mixer.config).transpose(1, 2)
         if gate:
-            g = -(torch.einsum("bhtd,hd->bth", v, mixer.gate_weight) + mixer.gate_bias).clamp(0, 1)
+            g = -(torch.einsum("bhtd,hd->bth", v, mixer.decay_weight) + mixer.decay_bias).div(100).clamp(0, 1)
             both = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).transpose(1, 2)
             y = gated.naive_chunk_simple_gla(phi_q, phi_k, both, g, scale=1.0)[0]
             expected = y[..., :-1] / y[..., -1:]

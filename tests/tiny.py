@@ -20,6 +20,8 @@ def tiny_config(**fields) -> Config:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Weights large enough that attention is far from uniform: a wrong mask shows in the logits."""
-    for p in model.parameters():
+    """Weights large enough that attention is far from uniform, and gates forget: a wrong mask shows in the logits."""
+    for name, p in model.named_parameters():
         p.data.normal_(0, 0.2) if p.dim() > 1 else p.data.add_(torch.randn_like(p) * 0.1)
+        if "decay_" in name:
+            p.data *= 100

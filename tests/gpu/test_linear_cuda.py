@@ -20,7 +20,7 @@ runs_kernels = pytest.mark.skipif(
 WIDE = {"n_embd": 256, "n_head": 4, "n_query_groups": 2, "head_size": 64, "block_size": 1024}
 RELU, GATE = {"linear_feature_map": "relu"}, {"linear_gate": True}
 DEVICE, DTYPE = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
-OF_HEADS = ("mix", "gate_bias")  # one number for each head
+OF_HEADS = ("mix", "decay_bias")  # one number for each head
 TEXTS = {  # tokens, window, sinks, query heads, groups, elements of a head, padding in front of the second text, more
     "a block": (100, 32, 0, 2, 1, 16, 0, {}),
     "a window of three blocks": (200, 96, 0, 2, 2, 32, 0, {}),
@@ -60,8 +60,8 @@ def make_layer(case: str, seed: int) -> tuple[linear.LinearAttention, linear.Pla
     fields = {"attention": "linear", "linear_window": window, "linear_sinks": n, "block_size": 512} | more
     config = Config(n_layer=1, n_head=H, n_query_groups=G, n_embd=H * D, head_size=D, **fields)
     mixer = linear.LinearAttention(config, "linear").to(DEVICE)
-    for parameter in mixer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    for name, parameter in mixer.named_parameters():
+        torch.nn.init.normal_(parameter, std=50 if "decay" in name else 0.5)
     inputs = [torch.randn(2, heads, T, D, device=DEVICE) for heads in (H, G, G, H)]
     pos = torch.stack([torch.arange(T), torch.arange(T) - padding]).clamp(min=-1).to(DEVICE)
     plan = mixer.plan(pos, find_span(pos, None), None, RoPE(config).to(DEVICE))
