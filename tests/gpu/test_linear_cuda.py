@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_swa import Config, linear
 from lit_swa.rope import RoPE, find_span
+from lit_swa.training.estimate import Tracker
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -121,6 +122,21 @@ def test_what_is_frozen_changes_no_gradient_of_the_rest(case, monkeypatch):
     whole, parts = gradients(True, True), gradients(True, False) + gradients(False, True)
     for got, expected in zip(parts, whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=2 * torch.finfo(DTYPE).eps * expected.abs().max().item())
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", ["sinks and groups", "gate"])
+def test_kernels_do_not_run_on_tensors_without_numbers(case, monkeypatch):
+    """Catches: an estimate of memory that ends in an access to no memory at all."""
+    from lit_swa import linear_text_kernels
+
+    monkeypatch.setattr(linear, "text_kernels", lambda *_: linear_text_kernels)
+    mixer, plan, _, (q, k, v, _) = make_layer(case, 0)
+    with Tracker() as tracker:
+        y = mixer(*(torch.empty_like(x, requires_grad=True) for x in (q, k, v)), plan, None)
+        y.backward(torch.ones_like(y))
+    assert y.shape == q.shape and tracker.peak > 2 * y.nbytes
+    assert all(p.grad.shape == p.shape for p in mixer.parameters())
 
 
 @runs_kernels
