@@ -119,7 +119,8 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
     bands = [is_band(pairs, part) for part in pairs.row.parts]
     # torch's flash kernel gives no log-sum-exp to merge sinks by
     alone = tools.window is not None and len(bands) == 1 and not config.sink_logits
-    corners = tools.corners and any(bands) and not (alone and config.attention_backend == "flash")
+    # ... but takes a whole window faster than it merges one
+    corners = tools.corners and any(bands) and not (alone and tools.merge == tools.window)
     if tools.cudnn and alone and bands[0]:
         return window_attend(pairs, "cudnn", T, bands, scale), T
     if any(bands) and not corners and (tools.window == "flex" or alone):

@@ -13,7 +13,7 @@ from tiny import randomize, tiny_config
 
 from lit_swa import GPT, Config, fast_attention
 from lit_swa.config import Part, Variant
-from lit_swa.fast_attention import FOLDS, MergedAttention, Tools, is_band, merge_blocks, window_block_mask
+from lit_swa.fast_attention import FOLDS, MergedAttention, Tools, gpu_tools, is_band, merge_blocks, window_block_mask
 from lit_swa.model import VARIANTS, Layout, Pairs, attend_block, cut_queries, sliding
 from lit_swa.rope import Span
 
@@ -270,6 +270,31 @@ def test_the_pieces_of_a_long_text_are_cut_alike():
         blocks = merge_blocks(pairs, [is_band(pairs, part) for part in row.parts], corners=True)
         cuts.append([(b.queries, b.folds, [s.keys.stop - s.keys.start for s in b.strips]) for b in blocks])
     assert cuts[0] == cuts[1] == cuts[2] and cuts[0][0][1] == 2
+
+
+@pytest.mark.parametrize("variant", ["sliding", "streaming"])
+@torch.no_grad()
+def test_flash_attention_takes_a_window_whole_and_merges_it_with_sinks(tiny_model, monkeypatch, steps, variant):
+    """Catches: a window beside sinks that falls to masks, in a step or in the estimate of its memory."""
+    model = tiny_model(attention=variant, sliding_window_size=150, block_size=512, n_layer=1)
+    idx, whole, masks, forward = torch.randint(0, 97, (1, 400)), [], [], fast_attention.kernel_forward
+    expected = model(idx)
+
+    def flash(q, k, v, window, scale):
+        whole.append(window)
+        mask = torch.ones(400, 400, dtype=torch.bool).tril().triu(1 - window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def spy(kernel, scale, q, k, v, mask, causal):
+        masks.append(mask)
+        return forward("cpu", scale, q, k, v, mask, causal)
+
+    monkeypatch.setattr(fast_attention, "find_tools", lambda pairs: gpu_tools("flash", 400, False, True, 150))
+    monkeypatch.setattr(fast_attention, "flash_attention", flash)
+    monkeypatch.setattr(fast_attention, "kernel_forward", spy)
+    torch.testing.assert_close(model(idx), expected, rtol=1e-4, atol=1e-5)
+    if steps == "fast":
+        assert (whole, masks) == ([150], []) if variant == "sliding" else not whole and set(masks) == {None}
 
 
 def test_merged_kernels_are_what_a_long_prompt_uses(tiny_model, steps):
