@@ -87,6 +87,7 @@ def train_block(
     train.require_older_keys(run, run.block.config, ends)
     fabric, feed = run.fabric, run.feed
     gpt = train.load_block_student(run)
+    rows = gpt.transformer.wte
     learners = AttentionTransfer(gpt, run.block.softmax, weights_ce)  # freezes all but the linear attention
     model = train.place_transfer(run, learners)
     optimizer = fabric.setup_optimizers(train.build_optimizer(gpt, run.args, run.peak_rate))
@@ -110,7 +111,8 @@ def train_block(
         for step in train.steps(run, progress, interrupted):  # ends after an interrupt or --early_stop
             started = time.perf_counter()
             rate = train.set_rate(run, optimizer, progress)
-            batches = feed.batches(step, fabric.global_rank, fabric.world_size)
+            batches, later = (feed.batches(n, fabric.global_rank, fabric.world_size) for n in (step, step + 1))
+            rows.expect(batch.idx for batch in [*batches, *later])
             learners.window_dropout = train.dropout_of(step, run.steps, ends)
             tokens = feed.tokens(step)  # of all devices: each counts, whether its successor is trained or not
             totals = torch.zeros_like(learners.layer_losses)

@@ -314,6 +314,62 @@ def test_a_block_knows_nothing_of_other_layers_teachers():
     assert [block.part_of(["linear"]).attention for block in blocks[1:]] == ["linear"] * 2
 
 
+def test_what_is_expected_is_read_before_it_is_asked_for(blockwise, tmp_path, monkeypatch):
+    """Catches: a step that waits for the disk; rows of another micro-batch; a validation that takes what a step
+    expects; a disk's error that is lost with the thread that met it."""
+    blockwise("shard")
+    blockwise("inputs")
+    inputs = Inputs(tmp_path / "blocks" / "block-000" / "inputs")
+    rows = block_inputs.Rows(inputs, torch.float64, torch.device("cpu"))
+    table, read = inputs.rows, []
+    whole = table(torch.arange(len(inputs.datasets()[0].tokens))).double()
+    monkeypatch.setattr(inputs, "rows", lambda n, *out: read.append(n.tolist()) or table(n, *out))
+    a, b, c, other = (torch.tensor([numbers]) for numbers in ([3, 4], [9, 0], [5, 6], [1, 2]))
+
+    rows.expect([a, b, c])
+    for asked, there in ((a, [a, b]), (other, [a, b, other]), (b, [a, b, other, c])):
+        assert torch.equal(rows(asked)[0], whole[asked[0]])
+        rows.ahead[1].result()
+        assert read == [numbers[0].tolist() for numbers in there]
+    rows.expect([c, a])  # c is there
+    assert torch.equal(rows(c)[0], whole[c[0]])
+    rows.ahead[1].result()
+    assert read == [[3, 4], [9, 0], [1, 2], [5, 6], [3, 4]]
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(inputs, "rows", fail)
+    rows.expect([b])
+    with pytest.raises(OSError, match="Input/output"):
+        rows(b)
+
+
+def test_every_micro_batch_of_a_run_is_expected(blockwise, monkeypatch):
+    """Catches: a loop that tells nothing of what comes, of its second micro-batch or of the next step."""
+    blockwise("shard")
+    blockwise("inputs")
+    expect, forward, found = block_inputs.Rows.expect, block_inputs.Rows.forward, []
+
+    def is_ahead(rows, idx) -> bool:
+        return rows.ahead is not None and torch.equal(rows.ahead[0], idx.flatten())
+
+    def expecting(rows, batches):
+        batches = list(batches)
+        found.append(("step", is_ahead(rows, batches[0])))
+        expect(rows, batches)
+
+    def asked(rows, idx):
+        found.append(("micro-batch", is_ahead(rows, idx)))
+        return forward(rows, idx)
+
+    monkeypatch.setattr(block_inputs.Rows, "expect", expecting)
+    monkeypatch.setattr(block_inputs.Rows, "forward", asked)
+    blockwise("train", 0)
+    assert found.count(("micro-batch", True)) == 8  # four steps of two; others are of validations and of the rehearsal
+    assert [ahead for what, ahead in found if what == "step"] == [False, True, True, True]
+
+
 def test_a_longer_context_is_that_of_the_blocks(blockwise, tmp_path):
     """Catches: texts refused that the blocks were made for, or cut to the context of the checkpoint."""
     blockwise("shard", **{"model.block_size": 600})

@@ -11,7 +11,8 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -261,12 +262,12 @@ class Inputs:
         """Of the rows of text i."""
         return np.arange(self.ends[i] - self.lengths[i], self.ends[i])
 
-    def rows(self, numbers: Tensor) -> Tensor:
-        """(T,) -> (T, C). Rows that follow each other are copied at once."""
+    def rows(self, numbers: Tensor, out: Tensor | None = None) -> Tensor:
+        """(T,) -> (T, C), in `out` if it is given. Rows that follow each other are copied at once."""
         n = numbers.cpu().numpy()
         begins = [0, *(np.flatnonzero(np.diff(n) != 1) + 1).tolist(), len(n)]
         runs = [(int(n[a]), int(n[b - 1]) + 1) for a, b in itertools.pairwise(begins)]
-        return torch.cat([piece for run in runs for piece in self.pieces(*run)])
+        return torch.cat([piece for run in runs for piece in self.pieces(*run)], out=out)
 
     def pieces(self, a: int, b: int) -> Iterator[Tensor]:
         """The rows a .. b - 1, as they lie in the parts."""
@@ -302,15 +303,39 @@ def open_part(directory: Path, n: int, name: str) -> LazyTensor:
 
 
 class Rows(nn.Module):
-    """In the place of an embedding: token n is row n of a table."""
+    """In the place of an embedding: token n is row n of a table. What is expected is read while the device computes."""
 
     def __init__(self, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.inputs = inputs
         empty = torch.empty(0, inputs.table.width, dtype=dtype, device=device)
         self.register_buffer("weight", empty, persistent=False)  # says where the model is, as an embedding's does
+        self.reader = ThreadPoolExecutor(1)
+        self.coming: list[Tensor] = []  # numbers of rows, of a micro-batch each
+        self.ahead: tuple[Tensor, Future[Tensor]] | None = None  # the one that is read now, or was
+
+    def expect(self, batches: Iterable[Tensor]) -> None:
+        """These micro-batches of numbers come next: each is read while the one before is computed with."""
+        self.coming = [idx.flatten() for idx in batches]
+        if self.ahead is not None and self.coming and torch.equal(self.ahead[0], self.coming[0]):
+            self.coming.pop(0)
+        else:
+            self.read_next()
+
+    def read_next(self) -> None:
+        self.ahead = None
+        if self.coming:
+            numbers, table = self.coming.pop(0), self.inputs.table
+            kind: dict[str, Any] = {"dtype": DTYPE_NAMES[table.dtype], "pin_memory": self.weight.device.type == "cuda"}
+            out = torch.empty(len(numbers), table.width, **kind)  # pinned: its copy to the GPU waits for nothing
+            self.ahead = numbers, self.reader.submit(self.inputs.rows, numbers, out)
 
     def forward(self, idx: Tensor) -> Tensor:
         """(B, T) -> (B, T, C)"""
-        x = self.inputs.rows(idx.flatten()).to(self.weight.device, self.weight.dtype)
-        return x.view(*idx.shape, -1)
+        numbers = idx.flatten().cpu()
+        if self.ahead is not None and torch.equal(self.ahead[0], numbers):
+            x = self.ahead[1].result()
+            self.read_next()
+        else:
+            x = self.inputs.rows(numbers)
+        return x.to(self.weight.device, self.weight.dtype, non_blocking=True).view(*idx.shape, -1)
