@@ -351,16 +351,13 @@ def test_every_micro_batch_of_a_run_is_expected(blockwise, monkeypatch):
     blockwise("inputs")
     expect, forward, found = block_inputs.Rows.expect, block_inputs.Rows.forward, []
 
-    def is_ahead(rows, idx) -> bool:
-        return rows.ahead is not None and torch.equal(rows.ahead[0], idx.flatten())
-
     def expecting(rows, batches):
         batches = list(batches)
-        found.append(("step", is_ahead(rows, batches[0])))
+        found.append(("step", rows.is_ahead(batches[0].flatten())))
         expect(rows, batches)
 
     def asked(rows, idx):
-        found.append(("micro-batch", is_ahead(rows, idx)))
+        found.append(("micro-batch", rows.is_ahead(idx.flatten())))
         return forward(rows, idx)
 
     monkeypatch.setattr(block_inputs.Rows, "expect", expecting)

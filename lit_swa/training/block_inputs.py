@@ -315,14 +315,19 @@ class Rows(nn.Module):
         self.ahead: tuple[Tensor, Future[Tensor]] | None = None  # the one that is read now, or was
 
     def expect(self, batches: Iterable[Tensor]) -> None:
-        """These micro-batches of numbers come next: each is read while the one before is computed with."""
+        """These micro-batches (one or more) come next: each is read while the one before is computed with."""
         self.coming = [idx.flatten() for idx in batches]
-        if self.ahead is not None and self.coming and torch.equal(self.ahead[0], self.coming[0]):
+        if self.is_ahead(self.coming[0]):
             self.coming.pop(0)
         else:
             self.read_next()
 
+    def is_ahead(self, numbers: Tensor) -> bool:
+        """True if the rows of these numbers are being read, or are there."""
+        return self.ahead is not None and torch.equal(self.ahead[0], numbers)
+
     def read_next(self) -> None:
+        """Begin to read the first micro-batch of those that come, if there is one."""
         self.ahead = None
         if self.coming:
             numbers, table = self.coming.pop(0), self.inputs.table
@@ -333,7 +338,7 @@ class Rows(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         """(B, T) -> (B, T, C)"""
         numbers = idx.flatten().cpu()
-        if self.ahead is not None and torch.equal(self.ahead[0], numbers):
+        if self.is_ahead(numbers):
             x = self.ahead[1].result()
             self.read_next()
         else:

@@ -84,8 +84,8 @@ def estimate_step(
 @contextmanager
 def without_compiler(model: GPT) -> Iterator[None]:
     """Within it nothing is compiled: what torch is first asked to compile for tensors without numbers, it compiles for
-    no others later. On a GPU windows are planned for FlashAttention, which takes such tensors, and the memory of other
-    kernels. FlexAttention, which reads windows below 1,024 beside sinks, takes up to a fifth more."""
+    no others later. On a GPU windows are planned for FlashAttention, which takes such tensors, and as much memory as
+    other kernels. FlexAttention, which reads windows below 1,024 beside sinks, takes up to a fifth more."""
     device = model.transformer.wte.weight.device
     configs = {id(attn.mixer.config): attn.mixer.config for attn in model.layers}.values()
     chosen = [config.attention_backend for config in configs]
