@@ -117,19 +117,28 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
     if is_whole(pairs) and not config.sink_logits:
         return (lambda queries, k, v, sinks: causal(queries[0], k, v, scale)), T
     bands = [is_band(pairs, part) for part in pairs.row.parts]
-    # torch's flash kernel gives no log-sum-exp to merge sinks by
-    alone = tools.window is not None and len(bands) == 1 and not config.sink_logits
-    # ... but takes a whole window faster than it merges one
-    corners = tools.corners and any(bands) and not (alone and tools.merge == tools.window)
-    if tools.cudnn and alone and bands[0]:
-        return window_attend(pairs, "cudnn", T, bands, scale), T
-    if any(bands) and not corners and (tools.window == "flex" or alone):
-        n = T // tools.multiple * tools.multiple
-        return (window_attend(pairs, tools.window, n, bands, scale), n) if n else (None, 0)
+    kernel, multiple, corners = plan_window(tools, bands, config.sink_logits)
+    if kernel is not None:
+        n = T // multiple * multiple
+        return (window_attend(pairs, kernel, n, bands, scale), n) if n else (None, 0)
     blocks = merge_blocks(pairs, bands, corners) if is_worth_merging(pairs, tools, corners) else None
     if blocks is None:
         return None, 0
     return (lambda queries, k, v, sinks: MergedAttention.apply(tools.merge, blocks, scale, sinks, k, v, *queries)), T
+
+
+def plan_window(tools: Tools, bands: list[bool], sink_logits: bool) -> tuple[str | None, int, bool]:
+    """How a window among the parts is read: the kernel that takes it whole (None: none does, or there is no window), of
+    how many queries a multiple it takes, and True where the window is cut into corners that are merged."""
+    if not any(bands):
+        return None, 1, False
+    # torch's flash kernel gives no log-sum-exp to merge sinks by, but takes a window alone faster than it merges one
+    alone = tools.window is not None and len(bands) == 1 and not sink_logits
+    if tools.cudnn and alone:
+        return "cudnn", 1, False
+    if tools.corners and not (alone and tools.merge == tools.window):
+        return None, 1, True
+    return tools.window if tools.window == "flex" or alone else None, tools.multiple, False
 
 
 def is_worth_merging(pairs: "Pairs", tools: Tools, corners: bool) -> bool:
