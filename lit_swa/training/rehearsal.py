@@ -23,7 +23,7 @@ def rehearse(
     save_model: Callable[[Path], None],
     load: Callable[[Path], None],
 ) -> None:
-    """Try the longest rows forward and backward, validation, saving, loading; then say what the run will need.
+    """Try the longest micro-batch forward and backward, validation, saving, loading; then say what the run will need.
 
     validate: lit_swa.training.loop's, or what the loop calls in its place. save_model: writes into a directory what the
     next command loads. load: reads it as the next command does.
@@ -42,8 +42,8 @@ def rehearse(
         kept = run.args.keep_last + 1 + (run.args.early_stop > 0)  # a new step is whole before the old one goes
         needed = (kept + 1) * size + kept * 12 * trained  # with weights and two moments in float32
         run.log.say(
-            f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} weights are trained. The longest row has "
-            f"{tokens} tokens: {seconds:.1f} s, {memory_in_use()} of memory. The disk needs "
+            f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} weights are trained. The longest "
+            f"micro-batch has {tokens} tokens: {seconds:.1f} s, {memory_in_use()} of memory. The disk needs "
             f"{format_bytes(needed)} under {out_dir}. {run.steps} steps of {run.feed.batch_size} rows."
         )
         require_space(out_dir, needed - bytes_of_run(out_dir))  # which the new steps replace
