@@ -51,8 +51,8 @@ class Loop:
         chunk_offload: What is kept between chunks waits in the CPU's memory.
         resume: auto goes on with the run in out_dir; never refuses an out_dir that holds a run; restart deletes it once
             the new one is known to start.
-        dry_run: Stop before the first step, after showing samples, trying the longest row, validation, saving and
-            loading, and telling how much memory and disk the run needs.
+        dry_run: Stop before the first step, after showing samples, trying the longest micro-batch, validation, saving
+            and loading, and telling how much memory and disk the run needs.
         seed: Decides the order of the data, dropout and new weights.
         model: Any field of the model's config, as --model.FIELD VALUE (--model.help lists them).
     """

@@ -128,8 +128,8 @@ def choose_attend(pairs: "Pairs", tools: Tools, causal: Callable[..., Tensor]) -
 
 
 def plan_window(tools: Tools, bands: list[bool], sink_logits: bool) -> tuple[str | None, int, bool]:
-    """How a window among the parts is read: the kernel that takes it whole (None: none does, or there is no window), of
-    how many queries a multiple it takes, and True where the window is cut into corners that are merged."""
+    """How a window among the parts is read: the kernel that takes it whole, or None; the number of whose multiple the
+    kernel's queries must be; and whether the window is cut into corners, which are merged."""
     if not any(bands):
         return None, 1, False
     # torch's flash kernel gives no log-sum-exp to merge sinks by, but takes a window alone faster than it merges one
